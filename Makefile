@@ -1,0 +1,40 @@
+# Guessable targets. `make quickstart` and `make test` need nothing but Python >= 3.11 and make.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= quickstart
+
+.PHONY: help install quickstart test test-all lint format typecheck clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,fast,dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## create the environment and install layerprobe with its demo model
+
+quickstart: install  ## the main job on MiniLM and the scikit-learn digits; results in quickstart/
+	$(BIN)/layerprobe freeze-search --model minilm --task digits --preset quickstart -o $(RUN)
+
+test: install  ## the default tests (under 12 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-all: install  ## every test that this machine can run, the slow ones included
+	$(BIN)/python -m pytest -m 'not network and not gpu'
+
+lint: install  ## ruff, linter and formatter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## let ruff format the tree
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+typecheck: install  ## mypy on the package
+	$(BIN)/mypy
+
+clean:  ## remove the environment, caches and the quickstart run
+	rm -rf $(VENV) $(RUN) .pytest_cache .mypy_cache .ruff_cache .hypothesis

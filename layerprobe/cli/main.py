@@ -1,0 +1,111 @@
+"""The program `layerprobe`: the list of commands, and how errors leave it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from layerprobe import __version__
+from layerprobe.errors import LayerprobeError
+
+EXIT_INTERRUPTED = 130
+
+@contextlib.contextmanager
+def known_errors_become_one_line() -> Iterator[None]:
+    """Turn a LayerprobeError into `error: …` on stderr and its exit code; leave bugs their traceback."""
+    try:
+        yield
+    except LayerprobeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished work is kept\n")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our stdout left (for example `| head`); nobody is there to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+class Program(TyperGroup):
+    """The command group, with known errors printed as one line whichever command raised them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with known_errors_become_one_line():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="layerprobe",
+    cls=Program,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Find out which layers of a language-pretrained transformer already serve vision, and which to train.\n\n"
+        "First steps:\n\n"
+        "  layerprobe freeze-search --model minilm --task digits\n\n"
+        "  layerprobe outliers --model llama-7b\n\n"
+        "  layerprobe ls models"
+    ),
+)
+
+
+def _register() -> None:
+    from layerprobe.cli import (
+        attribute,
+        bridge,
+        cka,
+        compare,
+        env,
+        evaluate,
+        features,
+        freeze_search,
+        ls,
+        outliers,
+        plan,
+        probe,
+        report,
+        transfer,
+    )
+
+    for module, name in (
+        (freeze_search, "freeze-search"),
+        (bridge, "bridge"),
+        (evaluate, "evaluate"),
+        (outliers, "outliers"),
+        (compare, "compare"),
+        (features, "features"),
+        (cka, "cka"),
+        (probe, "probe"),
+        (transfer, "transfer"),
+        (attribute, "attribute"),
+        (report, "report"),
+        (env, "env"),
+    ):
+        app.command(name)(getattr(module, name.replace("-", "_")))
+    app.add_typer(plan.app, name="plan")
+    app.add_typer(ls.app, name="ls")
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    if version:
+        sys.stdout.write(f"layerprobe {__version__}\n")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    _register()
+    app()

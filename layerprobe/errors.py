@@ -1,0 +1,50 @@
+"""The errors that users meet. Each is one line: what happened, with which values, and what to try.
+
+The command line prints a `LayerprobeError` as that line and leaves with its `exit_code`;
+every other exception is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerprobeError(Exception):
+    """A known failure: a broken file, a missing download, a diverged run. Exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(LayerprobeError, ValueError):
+    """The request itself does not fit: an impossible option, an unusable array. Exit code 2."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError, LookupError):
+    """A model, task, block or option that does not exist, with suggestions. Exit code 2."""
+
+
+class NotAvailableError(LayerprobeError):
+    """Something that exists but is not here: a download while offline, a GPU, an optional package."""
+
+
+class BrokenFileError(LayerprobeError):
+    """A file that cannot be what it says it is: truncated, corrupt, of another schema."""
+
+
+class PlanError(UsageError):
+    """A freeze plan that does not fit the model, or a guarantee of a plan that does not hold."""
+
+
+def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
+    """The tail of an error message: the nearest of `choices`, or nothing when none is near.
+
+    >>> did_you_mean("lama-7b", ["llama-7b", "gpt2"])
+    " Did you mean 'llama-7b'?"
+    """
+    close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.6)
+    if not close:
+        return ""
+    return " Did you mean " + " or ".join(f"'{match}'" for match in close) + "?"

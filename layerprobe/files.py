@@ -1,0 +1,114 @@
+"""Files that are whole or not there: written aside, flushed, renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+
+
+@contextlib.contextmanager
+def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is flushed to disk and renamed into place.
+
+    Nothing is left behind when the body raises, and an existing file stays as it was.
+
+    Raises
+    ------
+    LayerprobeError : the disk is full, or the folder cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    aside = Path(name)
+    try:
+        yield aside
+        with aside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        aside.chmod(0o666 & ~_umask())
+        aside.replace(target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half of it."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> Path:
+    """Write strict JSON: no NaN, no Infinity; a ValueError tells where one slipped in."""
+    return write_text(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: int = 256 << 20) -> Any:
+    """Read JSON that somebody else may have written.
+
+    Raises
+    ------
+    BrokenFileError : not there, larger than `max_bytes`, or not JSON.
+    """
+    source = Path(path)
+    try:
+        size = source.stat().st_size
+        if size > max_bytes:
+            raise BrokenFileError(f"{what} {source} has {size:,} bytes; more than {max_bytes:,} are not read")
+        return json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
+        raise BrokenFileError(f"cannot read {what} {source}: {reason}") from error
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """Create `path` if need be and prove that it can be written, before any work is done.
+
+    Raises
+    ------
+    UsageError : it is a file, or it cannot be created or written.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output folder {folder} is a file; name a folder with -o")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"output folder {folder} is not writable: {error.strerror}") from error
+    return folder
+
+
+def cannot_write(path: Path, error: OSError) -> LayerprobeError:
+    """The one-line form of an operating-system error met while writing `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return LayerprobeError(f"the disk is full: {path} was not written; what was there before is untouched")
+    return LayerprobeError(f"cannot write {path}: {error.strerror or error}")
+
+
+def cache_root() -> Path:
+    """Where layerprobe keeps its own files: $LAYERPROBE_CACHE, else the user's cache folder."""
+    if chosen := os.environ.get("LAYERPROBE_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "layerprobe"
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

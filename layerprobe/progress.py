@@ -1,0 +1,23 @@
+"""Progress on stderr: one bar, with units, hidden when nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> tqdm[Any]:
+    """A tqdm bar on stderr, silent when stderr is no terminal or `quiet` is set.
+
+    Arguments are tqdm's; `unit` is required, because a bare number of iterations says nothing.
+    """
+    kwargs.setdefault("leave", False)
+    kwargs.setdefault("dynamic_ncols", True)
+    return tqdm(*args, unit=unit, file=sys.stderr, disable=quiet or not sys.stderr.isatty(), **kwargs)
+
+
+def note(message: str) -> None:
+    """One line for the person who watches; never mixed with results, which go to stdout."""
+    tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,61 @@
+"""What every analysis returns: a small record that can be tabulated, saved, and shown in a notebook."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from layerprobe.files import write_json
+from layerprobe.tables import envelope, write_frame
+
+
+class Record(ABC):
+    """Base of all results. A subclass is a dataclass with a `provenance` field and a `to_frame`.
+
+    `command` is the command (and schema) name: a record with command "cka" saves `cka.csv` and
+    `cka.json` and says `layerprobe.cka/v1`.
+    """
+
+    command: ClassVar[str]
+    provenance: dict[str, Any]
+
+    @abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The result as a long table (see `layerprobe.tables.COLUMNS`)."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """The answer in one or two sentences, with its numbers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `--json` prints: schema, provenance, rows."""
+        return envelope(self.command, self.to_frame(), self.provenance)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Save to a file (.csv, .parquet or .json) or, for any other path, as CSV and JSON into a folder.
+
+        A table file always gets the JSON with the provenance beside it in folder form; a single .csv
+        or .parquet holds the rows alone.
+        """
+        target = Path(path)
+        if target.suffix in (".csv", ".parquet"):
+            return write_frame(self.to_frame(), target)
+        if target.suffix == ".json":
+            return write_json(target, self.to_json())
+        write_frame(self.to_frame(), target / f"{self.command}.csv")
+        write_json(target / f"{self.command}.json", self.to_json())
+        return target
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        shown = frame.dropna(axis=1, how="all").head(20)
+        more = "" if len(frame) <= 20 else f"<p>… {len(frame) - 20} more rows in <code>.to_frame()</code></p>"
+        return f"<p>{_escape(self.summary())}</p>{shown.to_html(index=False, border=0)}{more}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,30 @@
+"""Shared fixtures: where real data and weights lie, if anywhere, and a quiet, offline environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests prove that nothing needs the network, and one thread keeps small models fast and reproducible.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real images and trained weights; skips where it is absent."""
+    folder = Path(os.environ.get("LAYERPROBE_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"needs real data and weights in {folder} (or $LAYERPROBE_SHARED)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's layerprobe cache."""
+    monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path_factory.mktemp("cache")))
