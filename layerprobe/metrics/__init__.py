@@ -1,0 +1,35 @@
+"""Arrays in, numbers out: outliers, similarity, probing, transferability, uncertainty. No models, no files.
+
+The names below are bound on first use; each is documented where it is defined.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Interval": "uncertainty",
+    "MeanInterval": "uncertainty",
+    "PairedDifference": "uncertainty",
+    "PairedSeeds": "uncertainty",
+    "bootstrap_interval": "uncertainty",
+    "mean_interval": "uncertainty",
+    "paired_bootstrap": "uncertainty",
+    "paired_seed_interval": "uncertainty",
+    "wilson_interval": "uncertainty",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'layerprobe.metrics' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"layerprobe.metrics.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
