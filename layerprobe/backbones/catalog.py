@@ -11,7 +11,9 @@ class ModelEntry(NamedTuple):
     hub_id: str
     pretrained_on: str  # "language" or "vision"
     about: str
-    package: tuple[str, str] | None = None  # (importable package, folder inside it) that also carries the model
+    package: tuple[str, str] | None = (
+        None  # (importable package, folder inside it) that also carries the model
+    )
 
 
 MODELS: dict[str, ModelEntry] = {
@@ -30,9 +32,7 @@ MODELS: dict[str, ModelEntry] = {
         "language",
         "TinyLlama, 1.1 B, 22 blocks, causal",
     ),
-    "mistral-7b": ModelEntry(
-        "mistralai/Mistral-7B-v0.1", "language", "Mistral, 7.2 B, 32 blocks, causal"
-    ),
+    "mistral-7b": ModelEntry("mistralai/Mistral-7B-v0.1", "language", "Mistral, 7.2 B, 32 blocks, causal"),
     "qwen2.5-0.5b": ModelEntry("Qwen/Qwen2.5-0.5B", "language", "Qwen 2.5, 0.5 B, 24 blocks, causal"),
     "gemma-2b": ModelEntry("google/gemma-2b", "language", "Gemma, 2.5 B, 18 blocks, causal, gated"),
     "pythia-70m": ModelEntry("EleutherAI/pythia-70m", "language", "GPT-NeoX, 70 M, 6 blocks, causal"),

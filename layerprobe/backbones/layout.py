@@ -69,7 +69,9 @@ def hidden_size(config: Any) -> int:
         value = getattr(config, attribute, None)
         if isinstance(value, int):
             return value
-    raise UsageError(f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim")
+    raise UsageError(
+        f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
+    )
 
 
 def _find_block_list(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:

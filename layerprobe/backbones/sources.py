@@ -103,8 +103,8 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -114,15 +114,11 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
         folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted
-            )
+            snapshot_download(hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted)
         )
         if not weight_files(folder) and not offline:
             folder = Path(
-                snapshot_download(
-                    hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"]
-                )
+                snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
             )
     except HFValidationError as error:
         raise UnknownNameError(f"'{hub_id}' is no hub id (owner/name): {_first_line(error)}") from error
@@ -198,7 +194,7 @@ def weights_hash(folder: Path) -> str:
     """A name for local weights: `local-` and 12 hex digits over configuration and weight bytes.
 
     Files up to 256 MiB are hashed whole; of larger ones the size and 64 evenly spaced MiB, so that a 13 GB
-    checkpoint takes a fraction of a second. Two checkpoints that differ only between the samples share a name.
+    checkpoint takes a fraction of a second. Checkpoints that differ only between the samples share a name.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
