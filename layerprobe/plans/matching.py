@@ -1,0 +1,186 @@
+"""From the names in a plan to the names in a model: the one prefix under which all of them are found."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from layerprobe.errors import PlanError
+from layerprobe.plans.plan import FreezePlan, ParameterTable, few
+
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
+
+
+def clean_name(name: str) -> str:
+    """`name` without what torch's wrappers put between its segments.
+
+    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.mlp.weight")
+    'layers.0.mlp.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+@dataclass(frozen=True)
+class NameMatch:
+    """Where the plan's names stand in a model.
+
+    Attributes
+    ----------
+    prefix : what the model puts before the base model's names, for example `transformer.`.
+    absent : names of the plan that the model lacks, all of them allowed by the caller.
+    outside : names of the model that are no part of the plan.
+    """
+
+    prefix: str
+    absent: frozenset[str]
+    outside: tuple[str, ...]
+
+
+def match_names(
+    plan: FreezePlan,
+    names: Iterable[str],
+    *,
+    prefix: str | None = None,
+    without: Iterable[str] = (),
+    name: str = "this model",
+) -> NameMatch:
+    """Find the plan's names among `names`, which wrappers' segments were removed from.
+
+    Parameters
+    ----------
+    prefix : skip the search and take this one.
+    without : modules of the plan (`pooler`) that this model is meant not to have.
+
+    Raises
+    ------
+    PlanError : a name is missing, a block of the model is not in the plan, or two prefixes fit.
+    """
+    present = dict.fromkeys(names)
+    allowed = tuple(without)
+    lacking = frozenset(n for n in plan.parameters if _is_under(n, allowed))
+    for module in allowed:
+        if not any(_is_under(n, (module,)) for n in plan.parameters):
+            raise PlanError(f"without={module!r}: the plan has no such module")
+    wanted = plan.parameters.keys() - lacking
+    found = wanted | {n for n in lacking if (prefix or "") + n in present}
+    if prefix is None:
+        prefix = _find_prefix(plan, wanted, present, name)
+        found = wanted | {n for n in lacking if prefix + n in present}
+    missing = [n for n in plan.parameters if n in found and prefix + n not in present]
+    theirs = {prefix + n for n in plan.parameters}
+    outside = tuple(n for n in present if n not in theirs)
+    inside = [n for n in outside if n.startswith(prefix) and in_a_block(plan, n[len(prefix) :])]
+    if missing or inside:
+        bare = [n[len(prefix) :] for n in present if n.startswith(prefix)]
+        raise PlanError(_mismatch(plan, bare, missing, inside, name))
+    return NameMatch(prefix, frozenset(plan.parameters.keys() - found), outside)
+
+
+def check_table(plan: FreezePlan, parameters: ParameterTable, *, name: str = "this backbone") -> None:
+    """Raise PlanError unless a bare base model has exactly the plan's names and shapes."""
+    missing = [n for n in plan.parameters if n not in parameters]
+    extra = [n for n in parameters if n not in plan.parameters]
+    if missing or extra:
+        raise PlanError(_mismatch(plan, parameters, missing, extra, name))
+    check_shapes(plan, {n: shape for n, (shape, _) in parameters.items()}, name)
+
+
+def check_shapes(plan: FreezePlan, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Raise PlanError where a shape (of those given) differs from the plan's."""
+    wrong = [n for n, shape in shapes.items() if tuple(shape) != plan.parameters[n].shape]
+    if wrong:
+        first = wrong[0]
+        raise PlanError(
+            f"{plan.source} was made for {plan.model_id}, whose {first} is "
+            f"{_size(plan.parameters[first].shape)}; {name} has {_size(shapes[first])}, and "
+            f"{len(wrong)} of {len(shapes)} shapes differ"
+        )
+
+
+def block_modules(plan: FreezePlan) -> list[str]:
+    """Dotted module name of every block, `h.0`, `h.1`, …: the longest start its parameters share."""
+    names: list[list[str]] = [[] for _ in range(plan.n_blocks)]
+    for parameter_name, parameter in plan.parameters.items():
+        if parameter.block is not None:
+            names[parameter.block].append(parameter_name.rpartition(".")[0])
+    modules = []
+    for index, members in enumerate(names):
+        segments = _common_start([member.split(".") for member in members])
+        # A block of one parameter shares more than its own name: stop at its index.
+        if str(index) in segments:
+            segments = segments[: len(segments) - segments[::-1].index(str(index))]
+        modules.append(".".join(segments))
+    return modules
+
+
+def _common_start(lists: list[list[str]]) -> list[str]:
+    shared = []
+    for segments in zip(*lists, strict=False):
+        if len(set(segments)) > 1:
+            break
+        shared.append(segments[0])
+    return shared
+
+
+def in_a_block(plan: FreezePlan, name: str) -> bool:
+    """Whether `name` lies in a numbered block beside those of the plan, known to it or not."""
+    return any(pattern.match(name) for pattern in _block_patterns(plan))
+
+
+def _block_patterns(plan: FreezePlan) -> list[re.Pattern[str]]:
+    """One pattern per container of blocks; its group is the index."""
+    containers = dict.fromkeys(module.rpartition(".")[0] for module in block_modules(plan))
+    return [re.compile((re.escape(c) + r"\." if c else "") + r"(\d+)\.") for c in containers]
+
+
+def _find_prefix(plan: FreezePlan, wanted: Iterable[str], present: Iterable[str], name: str) -> str:
+    wanted = set(wanted)
+    counts: Counter[str] = Counter()
+    for candidate in present:
+        segments = candidate.split(".")
+        for start in range(len(segments)):
+            if ".".join(segments[start:]) in wanted:
+                counts["".join(f"{segment}." for segment in segments[:start])] += 1
+    whole = [prefix for prefix, count in counts.items() if count == len(wanted)]
+    if len(whole) > 1:
+        raise PlanError(
+            f"{name} holds the plan's model {len(whole)} times, under {few(map(repr, sorted(whole)))}; "
+            "choose one with prefix="
+        )
+    if whole:
+        return whole[0]
+    return counts.most_common(1)[0][0] if counts else ""
+
+
+def _mismatch(plan: FreezePlan, names: Iterable[str], missing: list[str], extra: list[str], name: str) -> str:
+    names = list(names)
+    if not any(n in plan.parameters for n in names):
+        return (
+            f"{plan.source} was made for {plan.model_id}; {name} has none of its {len(plan.parameters)} "
+            f"parameter names (plan: {few(plan.parameters, 1)}; model: {few(names, 1)})"
+        )
+    counted = {match[0] for n in names for p in _block_patterns(plan) if (match := p.match(n))}
+    if plan.n_blocks and counted and len(counted) != plan.n_blocks:
+        return (
+            f"{plan.source} was made for {plan.n_blocks} blocks ({plan.model_id}); {name} has "
+            f"{len(counted)}. Make one with: layerprobe freeze-search"
+        )
+    parts = []
+    if missing:
+        parts.append(f"{name} lacks {len(missing)} parameters of the plan ({few(missing)})")
+    if extra:
+        parts.append(
+            f"{'and' if missing else name} has {len(extra)} that the plan does not name ({few(extra)})"
+        )
+    return f"{plan.source} was made for {plan.model_id}: " + " ".join(parts)
+
+
+def _is_under(name: str, modules: tuple[str, ...]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
