@@ -1,0 +1,195 @@
+"""The settings of bridge training and fine-tuning, checked together before any work begins.
+
+The work this follows does not publish its number of random classes, epochs, learning rates or patch
+size. Every such setting is therefore an explicit option with a default of our own, recorded with the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from layerprobe.errors import UsageError
+
+AUGMENTATIONS = ("weak", "none")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every training stage has in common.
+
+    Parameters
+    ----------
+    lr : float > 0. Peak learning rate of AdamW.
+    steps : optimizer steps; None derives them from `epochs`.
+    epochs : passes over the training images, fractions allowed; ignored when `steps` is set.
+    batch_size : images per optimizer step, over all processes and accumulated micro-batches together.
+    micro_batch : images per forward pass and process; None takes a process's whole share at once.
+    warmup : share of the steps, in [0, 1), over which the rate climbs linearly to `lr`.
+    final_lr : share of `lr` at which the cosine ends, in [0, 1].
+    weight_decay : decoupled; matrices only, never norms, biases, positions or the class token.
+    clip_norm : largest gradient norm over all trained parameters; None leaves gradients alone.
+    augment : "weak" shifts by at most one pixel in 32 (at least one) and mirrors; "none".
+    flip : mirror left and right half of the time; None does so for colour images only, because digits
+        and letters have a handedness.
+    precision : "float32", or "bfloat16" for autocast with float32 parameters.
+    gradient_checkpointing : trade a second forward pass of the trained blocks for memory.
+    compile : run the model through `torch.compile`.
+    cache_prefix : keep the outputs of a frozen prefix instead of computing them again, where nothing
+        before it trains and `augment` is "none".
+    seed : of labels, head, data order, augmentation and dropout.
+    """
+
+    lr: float = 1e-3
+    steps: int | None = None
+    epochs: float = 10.0
+    batch_size: int = 128
+    micro_batch: int | None = None
+    warmup: float = 0.1
+    final_lr: float = 0.0
+    weight_decay: float = 0.05
+    clip_norm: float | None = 1.0
+    augment: str = "weak"
+    flip: bool | None = None
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    cache_prefix: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        mistakes = list(self._mistakes())
+        if mistakes:
+            raise UsageError(f"{type(self).__name__}: " + "; ".join(mistakes))
+
+    def _mistakes(self) -> list[str]:
+        found = []
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            found.append(f"lr must be a positive number, not {self.lr}")
+        if self.steps is not None and self.steps < 1:
+            found.append(f"steps must be at least 1, not {self.steps}")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            found.append(f"epochs must be positive, not {self.epochs}")
+        if self.batch_size < 1:
+            found.append(f"batch_size must be at least 1, not {self.batch_size}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            found.append(f"micro_batch must be at least 1, not {self.micro_batch}")
+        if not 0 <= self.warmup < 1:
+            found.append(f"warmup is a share of the steps in [0, 1), not {self.warmup}")
+        if not 0 <= self.final_lr <= 1:
+            found.append(f"final_lr is a share of lr in [0, 1], not {self.final_lr}")
+        if self.weight_decay < 0:
+            found.append(f"weight_decay must not be negative, not {self.weight_decay}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            found.append(f"clip_norm must be positive or None, not {self.clip_norm}")
+        if self.augment not in AUGMENTATIONS:
+            found.append(f"augment is one of {', '.join(AUGMENTATIONS)}, not '{self.augment}'")
+        if self.precision not in PRECISIONS:
+            found.append(f"precision is one of {', '.join(PRECISIONS)}, not '{self.precision}'")
+        return found
+
+    def n_steps(self, n_images: int) -> int:
+        """Optimizer steps for a training set of `n_images`."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * n_images / self.batch_size))
+
+    def rate(self, step: int, n_steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) of `n_steps`: linear warm-up, then a cosine.
+
+        A function of the step alone, so a resumed run has no scheduler state to restore.
+
+        >>> TrainConfig(lr=1.0, warmup=0.5).rate(0, 4), TrainConfig(lr=1.0, warmup=0.5).rate(1, 4)
+        (0.5, 1.0)
+        """
+        climb = round(self.warmup * n_steps)
+        if step < climb:
+            return self.lr * (step + 1) / climb
+        done = (step - climb) / max(1, n_steps - climb)
+        return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some settings changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeConfig(TrainConfig):
+    """Random-label training; adds to `TrainConfig`:
+
+    Parameters
+    ----------
+    random_classes : number K ≥ 2 of random labels. Our own default: the published work does not say.
+    label_seed : seed of the labels; None uses `seed`.
+    lrs : candidate learning rates; with two or more, each trains for `lr_steps` and the one with the
+        lowest random-label loss on views of the training images that were not trained on is taken (random
+        labels of *other* images cannot be predicted by any model).
+    lr_steps : optimizer steps of each candidate; None takes a tenth of the run, at least 20.
+    stem_steps : train stem and head alone for this many first steps, then the plan's blocks with them.
+    checkpoint_every : optimizer steps between checkpoints; None makes ten over the run.
+    keep : checkpoints kept, the newest.
+    trackers : names of accelerate's trackers, such as "tensorboard" or "wandb".
+    """
+
+    random_classes: int = 10
+    label_seed: int | None = None
+    lrs: tuple[float, ...] = ()
+    lr_steps: int | None = None
+    stem_steps: int = 0
+    checkpoint_every: int | None = None
+    keep: int = 2
+    trackers: tuple[str, ...] = ()
+
+    def _mistakes(self) -> list[str]:
+        found = super()._mistakes()
+        if self.random_classes < 2:
+            found.append(f"random_classes must be at least 2, not {self.random_classes}")
+        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
+            found.append(f"lrs must be positive numbers, not {list(self.lrs)}")
+        if self.stem_steps < 0:
+            found.append(f"stem_steps must not be negative, not {self.stem_steps}")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            found.append(f"checkpoint_every must be at least 1, not {self.checkpoint_every}")
+        if self.keep < 1:
+            found.append(f"keep must be at least 1, not {self.keep}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(TrainConfig):
+    """Supervised training on the task's own labels; adds to `TrainConfig`:
+
+    Parameters
+    ----------
+    lrs : learning rates to choose from on validation; every arm chooses its own.
+    shots : images per class for few-shot training; None uses all training images.
+    """
+
+    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    shots: int | None = None
+
+    def _mistakes(self) -> list[str]:
+        found = super()._mistakes()
+        if not self.lrs or any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
+            found.append(f"lrs must be one or more positive numbers, not {list(self.lrs)}")
+        if self.shots is not None and self.shots < 1:
+            found.append(f"shots must be at least 1, not {self.shots}")
+        return found
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all `parts`: equal everywhere, unrelated for unequal parts.
+
+    >>> derive_seed(0, "head") == derive_seed(0, "head"), derive_seed(0, "head") == derive_seed(1, "head")
+    (True, False)
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

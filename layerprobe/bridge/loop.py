@@ -1,0 +1,260 @@
+"""The training loop: one function that every stage runs, bridge, fine-tuning and plan values alike."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from layerprobe.bridge.classifier import (
+    PREFIX_BYTES,
+    Classifier,
+    Prefix,
+    frozen_depth,
+    set_training,
+    trained_parameters,
+)
+from layerprobe.bridge.config import TrainConfig, derive_seed
+from layerprobe.bridge.data import Batch, Order, Pixels, view
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+
+DIVERGED_WINDOW = 50
+"""A run has diverged when its mean loss over this many steps is twice the loss of a uniform guess."""
+
+
+class DivergedError(LayerprobeError):
+    """Training left the finite numbers, or its loss stays far above that of a guess."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step was like, over all processes."""
+
+    index: int
+    """From 0."""
+    loss: float
+    """Mean cross-entropy in nats over the step's images."""
+    accuracy: float
+    """Share of the step's images whose label was the most likely one before the step."""
+    lr: float
+    grad_norm: float
+    """Before clipping, over all trained parameters."""
+    seconds: float
+
+
+def make_accelerator(device: torch.device | str, **options: Any) -> Accelerator:
+    """An Accelerator on `device`; under `accelerate launch` or `torchrun`, one of many processes.
+
+    Precision is left to the loop's own autocast, so that one process may train in several precisions.
+    """
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    if PartialState._shared_state and PartialState().num_processes == 1:
+        # Accelerate remembers the first device of the process; a later model may live elsewhere.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # Tensors of a plan that this forward pass does not touch (token embeddings) get no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused], **options)
+    if accelerator.num_processes == 1 and device.index not in (None, accelerator.device.index):
+        torch.cuda.set_device(device)
+    return accelerator
+
+
+def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over exactly the trained parameters; weight decay on matrices, not on norms or vectors.
+
+    Raises
+    ------
+    UsageError : nothing is left to train.
+    """
+    norms = {f"backbone.model.{name}" for name in classifier.backbone.layout.norm_names}
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in trained_parameters(classifier).items():
+        plain = parameter.ndim < 2 or name in norms or "position" in name or "cls" in name.lower()
+        (kept if plain else decayed).append(parameter)
+    if not decayed and not kept:
+        raise UsageError("nothing to train: the plan freezes the blocks, the stem and the head")
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    first = (decayed or kept)[0]
+    fused = first.device.type in ("cpu", "cuda") and first.is_floating_point()
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast where asked for, else nothing.
+
+    Raises
+    ------
+    NotAvailableError : the accelerator has no bfloat16.
+    """
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise NotAvailableError(f"{torch.cuda.get_device_name(device)} has no bfloat16; use --dtype float32")
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def training_steps(
+    model: nn.Module,
+    optimizer: Any,
+    pixels: Pixels,
+    labels: np.ndarray,
+    config: TrainConfig,
+    *,
+    accelerator: Accelerator,
+    n_steps: int,
+    start: int = 0,
+    flip: bool = False,
+    prefix: Prefix | None = None,
+    prepare_step: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Train `model` (a prepared `Classifier`) on `labels`, one optimizer step per item handed out.
+
+    Everything random is a function of the seed and the step: a run that stops after step s and goes on
+    from s+1 is bit for bit the run that never stopped. A step's images are the same for any number of
+    processes; each process takes its part, and losses are summed, never averaged per process.
+
+    Parameters
+    ----------
+    labels : int64, one per image of `pixels`.
+    start : the first step to take; those before it were taken by an earlier run.
+    prefix : kept outputs of a frozen prefix, see `Prefix`.
+    prepare_step : called with the step's index before it begins.
+
+    Raises
+    ------
+    DivergedError : a loss or gradient that is not finite, or a loss that stays at twice a guess's.
+    UsageError : fewer images in a step than there are processes.
+    """
+    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    if config.batch_size < world:
+        raise UsageError(f"batch size {config.batch_size} is smaller than the number of processes, {world}")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    order = Order(len(pixels), pixels.shape, config, flip=flip)
+    share = np.linspace(0, config.batch_size, world + 1).round().astype(int)
+    guess = float(np.log(labels.max() + 1)) if len(labels) else 0.0
+    recent: list[float] = []
+
+    for step in range(start, n_steps):
+        began = time.perf_counter()
+        if prepare_step is not None:
+            prepare_step(step)
+        lr = config.rate(step, n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad()
+        mine = order.batch(step).part(share[rank], share[rank + 1])
+        pieces = list(mine.pieces(config.micro_batch))
+        seen = torch.zeros(2, device=device)  # summed loss, number right
+
+        for number, piece in enumerate(pieces):
+            images, targets = _load(pixels, labels, piece, device)
+            last = number == len(pieces) - 1
+            with contextlib.ExitStack() as stack:
+                if not last:
+                    stack.enter_context(accelerator.no_sync(model))
+                if prefix is not None:
+                    stack.enter_context(prefix.used(piece.indices))
+                # Dropout alone draws from torch's generator.
+                torch.manual_seed(derive_seed(config.seed, "dropout", step, rank, number))
+                with autocast(device, config.precision):
+                    logits = model(images)
+                loss = cross_entropy(logits.float(), targets, reduction="sum")
+                # Processes' gradients are averaged; times their number this is the mean over the step.
+                accelerator.backward(loss * (world / config.batch_size))
+            seen += torch.stack([loss.detach(), (logits.argmax(1) == targets).sum()])
+
+        norm = _clip(accelerator, parameters, config.clip_norm)
+        total = cast(Tensor, accelerator.reduce(seen, "sum")) if world > 1 else seen
+        mean_loss, accuracy = (total / config.batch_size).tolist()
+        norm = float(norm)
+        if not (np.isfinite(mean_loss) and np.isfinite(norm)):
+            raise DivergedError(
+                f"step {step + 1} of {n_steps}: loss {mean_loss}, gradient norm {norm} at learning rate "
+                f"{lr:.3g}; try a lower --lr"
+            )
+        recent = [*recent[1 - DIVERGED_WINDOW :], mean_loss]
+        if len(recent) == DIVERGED_WINDOW and np.mean(recent) > 2 * max(guess, 0.5):
+            raise DivergedError(
+                f"step {step + 1} of {n_steps}: the mean loss of the last {DIVERGED_WINDOW} steps is "
+                f"{np.mean(recent):.3g}, a guess has {guess:.3g}; the learning rate {config.lr:.3g} is too high"
+            )
+        optimizer.step()
+        yield Step(step, mean_loss, accuracy, lr, norm, time.perf_counter() - began)
+
+
+def _load(pixels: Pixels, labels: np.ndarray, piece: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    images = view(pixels[piece.indices], piece)
+    return images.to(device), torch.from_numpy(labels[piece.indices]).to(device)
+
+
+def _clip(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float | None) -> Any:
+    return accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+
+
+def make_prefix(
+    classifier: Classifier, pixels: Pixels, config: TrainConfig, *, device: torch.device
+) -> Prefix | None:
+    """The frozen prefix's outputs for all images, where that is sound and fits in memory; else None.
+
+    Sound: no augmentation changes the images, and nothing that acts before the prefix's end trains.
+    """
+    if not config.cache_prefix or config.augment != "none" or config.compile:
+        return None
+    set_training(classifier)
+    sample = pixels[np.arange(1)].to(device)
+    depth = frozen_depth(classifier, sample)
+    if depth == 0:
+        return None
+    with torch.no_grad():
+        hidden = classifier.backbone(sample)
+    if hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
+        return None
+    prefix = Prefix(classifier, depth)
+    with autocast(device, config.precision):
+        prefix.fill(
+            lambda rows: pixels[rows].to(device), len(pixels), config.micro_batch or config.batch_size
+        )
+    return prefix
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, pixels: Pixels, *, batch_size: int = 256, precision: str = "float32"
+) -> np.ndarray:
+    """The most likely class of every image, int64 n; without dropout or augmentation."""
+    device = next(classifier.parameters()).device
+    modes = {module: module.training for module in classifier.modules()}
+    classifier.eval()
+    try:
+        found = []
+        for start in range(0, len(pixels), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(pixels)))
+            with autocast(device, precision):
+                logits = classifier(pixels[rows].to(device))
+            found.append(logits.float().argmax(1).cpu())
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(found).numpy()
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Leave torch's generators as they were: the loop reseeds them at every step."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
