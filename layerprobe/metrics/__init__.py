@@ -9,6 +9,15 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "gbc": "transferability",
+    "h_score": "transferability",
+    "half_sample_errors": "transferability",
+    "logme": "transferability",
+    "loo_knn": "transferability",
+    "loo_ridge": "transferability",
+    "neural_collapse": "transferability",
+    "readable_scores": "transferability",
+    "transrate": "transferability",
     "Interval": "uncertainty",
     "MeanInterval": "uncertainty",
     "PairedDifference": "uncertainty",
