@@ -1,0 +1,59 @@
+"""The tasks that have a short name. A literal table; any other hub id or folder works as well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What must be known to load a data set by its short name.
+
+    Attributes
+    ----------
+    task_id : Hugging Face data set id, or the package's name for data that comes with it.
+    n_classes : classes of the default label column.
+    image_size : pixels per side; None where images differ in size.
+    image, label : column names to try, the default first.
+    config : the data set's configuration on the hub, where it has several.
+    origin : "hub", or "package" for what is installed with layerprobe.
+    note : one line for `layerprobe ls tasks`.
+    """
+
+    task_id: str
+    n_classes: int
+    image_size: int | None
+    image: tuple[str, ...] = ("image",)
+    label: tuple[str, ...] = ("label",)
+    config: str | None = None
+    origin: str = "hub"
+    note: str = ""
+
+
+TASKS: dict[str, TaskEntry] = {
+    "digits": TaskEntry(
+        "scikit-learn/digits", 10, 8, origin="package", note="1,797 handwritten digits; needs no download"
+    ),
+    "mnist": TaskEntry("ylecun/mnist", 10, 28, note="70,000 handwritten digits"),
+    "fashion-mnist": TaskEntry("zalando-datasets/fashion_mnist", 10, 28, note="70,000 pieces of clothing"),
+    "cifar10": TaskEntry("uoft-cs/cifar10", 10, 32, image=("img",), note="60,000 small photographs"),
+    "cifar100": TaskEntry(
+        "uoft-cs/cifar100",
+        100,
+        32,
+        image=("img",),
+        label=("fine_label", "coarse_label"),
+        note="60,000 small photographs; cifar100:coarse_label has 20 classes",
+    ),
+    "svhn": TaskEntry("ufldl-stanford/svhn", 10, 32, config="cropped_digits", note="99,289 house numbers"),
+    "tiny-imagenet": TaskEntry("zh-plus/tiny-imagenet", 200, 64, note="110,000 photographs"),
+    "imagenet-1k": TaskEntry(
+        "ILSVRC/imagenet-1k", 1000, None, note="1.33 million photographs; ask for access on the hub"
+    ),
+    "food101": TaskEntry("ethz/food101", 101, None, note="101,000 dishes"),
+    "beans": TaskEntry(
+        "AI-Lab-Makerere/beans", 3, 500, label=("labels",), note="1,295 bean leaves, three states of health"
+    ),
+    "pets": TaskEntry("timm/oxford-iiit-pet", 37, None, note="7,349 cats and dogs by breed"),
+}
+"""Short name → data set. Sizes and class counts are those of the complete data set."""

@@ -1,0 +1,285 @@
+"""From stored bytes to pixels: one decoder, and the three places where images may lie.
+
+Pixels are uint8 throughout, H×W for grayscale and H×W×3 for colour.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from layerprobe.errors import BrokenFileError
+
+MAX_PIXELS = 1 << 26
+"""Images of more pixels are refused unread: a few bytes of PNG can claim gigabytes."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What may be opened. Other formats Pillow knows start external programs or hold no photographs."""
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+def decode_image(data: Any, place: str) -> np.ndarray:
+    """Decode one stored image.
+
+    Palettes become colour, transparency is dropped, 16-bit grayscale is scaled to 8 bits, and the
+    orientation noted by a camera is applied, as the Hugging Face `datasets` library does.
+
+    Parameters
+    ----------
+    data : bytes or buffer, an image file of one of `FORMATS`.
+    place : where it lies, for the error message.
+
+    Returns
+    -------
+    uint8 array, H×W or H×W×3, read-only.
+
+    Raises
+    ------
+    BrokenFileError : not an image, truncated, or larger than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BrokenFileError(_too_large(place, f"{width}×{height} pixels"))
+            image.load()
+            upright = ImageOps.exif_transpose(image) if _may_be_turned(image) else image
+            pixels = _plain(upright, place)
+    except Image.DecompressionBombError as error:
+        raise BrokenFileError(_too_large(place, str(error))) from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        reason = (
+            "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        )
+        raise BrokenFileError(f"cannot read the image {place}: {reason}") from error
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _may_be_turned(image: Image.Image) -> bool:
+    return image.format == "TIFF" or "exif" in image.info or "Raw profile type exif" in image.info
+
+
+def _too_large(place: str, found: str) -> str:
+    return f"the image {place} is refused: {found}; more than {MAX_PIXELS:,} pixels are not decoded"
+
+
+def _plain(image: Image.Image, place: str) -> np.ndarray:
+    if image.mode in ("L", "RGB"):
+        return np.asarray(image)
+    if image.mode in ("1", "LA", "La"):
+        return np.asarray(image.convert("L"))
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise BrokenFileError(f"cannot read the image {place}: integer pixels outside 0 to 65535")
+        return np.rint(values / 257).astype(np.uint8)
+    if image.mode == "F":
+        raise BrokenFileError(f"cannot read the image {place}: floating-point pixels have no stated range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return np.asarray(image.convert("RGB"))
+
+
+class ImageStore(Protocol):
+    """Images by row number.
+
+    `stored` is what the row's identity rests on, `pixels` what it shows, `place` where it lies (for
+    messages), and `name` the file name that came with it, which tells equal images apart; may be "".
+    `stored_size` is the sum over all rows in bytes, without reading them.
+    """
+
+    def __len__(self) -> int: ...
+
+    def stored(self, row: int) -> Any: ...
+
+    def pixels(self, row: int) -> np.ndarray: ...
+
+    def place(self, row: int) -> str: ...
+
+    def name(self, row: int) -> str: ...
+
+    def stored_size(self) -> int: ...
+
+
+class ArrayImages:
+    """Images that are pixels already: n×H×W or n×H×W×3 in one array, or a list where sizes differ."""
+
+    def __init__(self, arrays: np.ndarray | Sequence[np.ndarray], origin: str) -> None:
+        self._arrays = arrays
+        self._origin = origin
+        for array in [arrays] if isinstance(arrays, np.ndarray) else arrays:
+            array.flags.writeable = False
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def stored(self, row: int) -> bytes:
+        array = self._arrays[row]
+        return repr(array.shape).encode() + array.tobytes()
+
+    def pixels(self, row: int) -> np.ndarray:
+        return self._arrays[row]
+
+    def place(self, row: int) -> str:
+        return f"{self._origin}, row {row}"
+
+    def name(self, row: int) -> str:
+        return ""
+
+    def stored_size(self) -> int:
+        return sum(array.nbytes for array in self._arrays)
+
+    def take(self, rows: np.ndarray) -> ArrayImages:
+        """The chosen rows in a store of their own, so that the others' memory is given back."""
+        if isinstance(self._arrays, np.ndarray):
+            return ArrayImages(self._arrays[rows], self._origin)
+        return ArrayImages([self._arrays[row] for row in rows], self._origin)
+
+
+class FileImages:
+    """One image file a row, read when asked for; `names` are the paths within the data set."""
+
+    def __init__(self, paths: Sequence[Path], names: Sequence[str]) -> None:
+        self._paths = paths
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def stored(self, row: int) -> bytes:
+        return _read(self._paths[row])
+
+    def pixels(self, row: int) -> np.ndarray:
+        return decode_image(self.stored(row), self.place(row))
+
+    def place(self, row: int) -> str:
+        return str(self._paths[row])
+
+    def name(self, row: int) -> str:
+        return self._names[row]
+
+    def stored_size(self) -> int:
+        return sum(path.stat().st_size for path in self._paths)
+
+
+class ArrowImages:
+    """A column of image files, in memory or memory-mapped: binary, or struct<bytes, path>.
+
+    Parameters
+    ----------
+    column : pyarrow ChunkedArray.
+    pieces : (name, number of rows) of the files that make up the column, for messages.
+    follow_paths : read a row without bytes from the file that its path names. Only where the paths
+        were made on this machine: a downloaded table must not choose which local files are read.
+    """
+
+    def __init__(self, column: Any, pieces: Sequence[tuple[str, int]], *, follow_paths: bool = False) -> None:
+        self._follow_paths = follow_paths
+        self._bytes: list[Any] = []
+        self._paths: list[Any] = []
+        starts = [0]
+        for chunk in column.chunks:
+            is_struct = hasattr(chunk, "field")
+            self._bytes.append(chunk.field("bytes") if is_struct else chunk)
+            self._paths.append(
+                chunk.field("path") if is_struct and chunk.type.get_field_index("path") >= 0 else None
+            )
+            starts.append(starts[-1] + len(chunk))
+        self._starts = starts
+        self._pieces = list(pieces)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def stored(self, row: int) -> Any:
+        chunk = bisect.bisect_right(self._starts, row) - 1
+        offset = row - self._starts[chunk]
+        buffer = self._bytes[chunk][offset].as_buffer()
+        if buffer is not None:
+            return buffer
+        path = self._path(row)
+        if not path or not self._follow_paths:
+            raise BrokenFileError(f"no image bytes in {self.place(row)}")
+        return _read(Path(path))
+
+    def name(self, row: int) -> str:
+        return self._path(row).replace("\\", "/").rsplit("/", 1)[-1]
+
+    def stored_size(self) -> int:
+        return sum(chunk.nbytes for chunk in self._bytes)
+
+    def _path(self, row: int) -> str:
+        chunk = bisect.bisect_right(self._starts, row) - 1
+        paths = self._paths[chunk]
+        return "" if paths is None else paths[row - self._starts[chunk]].as_py() or ""
+
+    def pixels(self, row: int) -> np.ndarray:
+        return decode_image(self.stored(row), self.place(row))
+
+    def place(self, row: int) -> str:
+        for piece, n_rows in self._pieces:
+            if row < n_rows:
+                return f"{piece}, row {row}"
+            row -= n_rows
+        return f"row {row}"
+
+
+class JoinedImages:
+    """Several stores, counted through."""
+
+    def __init__(self, stores: Sequence[ImageStore]) -> None:
+        self._stores = stores
+        self._starts = [0]
+        for store in stores:
+            self._starts.append(self._starts[-1] + len(store))
+
+    def _find(self, row: int) -> tuple[ImageStore, int]:
+        part = bisect.bisect_right(self._starts, row) - 1
+        return self._stores[part], row - self._starts[part]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def stored(self, row: int) -> Any:
+        store, local = self._find(row)
+        return store.stored(local)
+
+    def pixels(self, row: int) -> np.ndarray:
+        store, local = self._find(row)
+        return store.pixels(local)
+
+    def place(self, row: int) -> str:
+        store, local = self._find(row)
+        return store.place(local)
+
+    def name(self, row: int) -> str:
+        store, local = self._find(row)
+        return store.name(local)
+
+    def stored_size(self) -> int:
+        return sum(store.stored_size() for store in self._stores)
+
+
+def decode_all(store: ImageStore, rows: Iterable[int]) -> list[np.ndarray]:
+    """Pixels of the given rows; a suspiciously large image is refused before Pillow warns of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return [store.pixels(int(row)) for row in rows]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BrokenFileError(f"cannot read the image {path}: {error.strerror}") from error
