@@ -203,7 +203,7 @@ class Backbone(nn.Module):
 
     def _language(self, tokens: Tensor, attention: str | None) -> Tensor:
         mask = None if attention is None else _mask(attention, tokens)
-        extra = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
+        extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
         if mask is not None:
             extra["attention_mask"] = mask
         return self._run(inputs_embeds=tokens, **extra)

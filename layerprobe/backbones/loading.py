@@ -68,7 +68,7 @@ def load_backbone(
         full = _build(source, config, init, seed, torch_dtype, trust_remote_code)
     model = image_or_text_tower(full)
     head = full if model is not full and hasattr(full, "classifier") else None
-    model.to(target).eval()  # type: ignore[attr-defined]
+    model.to(target).eval()
     if head is not None:
         head.to(target).eval()
     settings: dict[str, Any] = {
@@ -186,7 +186,7 @@ def image_or_text_tower(model: nn.Module) -> nn.Module:
         if isinstance(tower, nn.Module):
             return tower
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model.get_encoder()  # type: ignore[operator,no-any-return]
+        return model.get_encoder()  # type: ignore[operator]
     return base
 
 

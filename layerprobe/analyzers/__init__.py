@@ -1,0 +1,1 @@
+"""One file a question. Each joins backbones, tasks, hooks and metrics and returns a record."""
