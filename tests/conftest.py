@@ -28,3 +28,31 @@ def shared_data() -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's layerprobe cache."""
     monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Hugging Face hub cache, in this process and its children, with the network switched off.
+
+    Fill it with `hub_cache.put_model` and `hub_cache.put_dataset` (tests/hub_cache.py).
+    """
+    import datasets
+    import huggingface_hub.constants
+
+    home = tmp_path / "huggingface"
+    hub = home / "hub"
+    hub.mkdir(parents=True)
+    for variable, value in {
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(hub),
+        "HF_DATASETS_CACHE": str(home / "datasets"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    # Both libraries read the environment when they are imported, which may have happened already.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return hub

@@ -13,6 +13,7 @@ import numpy as np
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.columns import ColumnChoice
+from layerprobe.tasks.hub import read_hub
 from layerprobe.tasks.images import JoinedImages
 from layerprobe.tasks.scan import scan
 from layerprobe.tasks.sources import Source, read_digits, read_folder
@@ -43,7 +44,8 @@ def load_task(
     Parameters
     ----------
     name : alias (see `layerprobe ls tasks`), hub data set id, or local folder: parquet files in the
-        hub's schema, IDX files as of MNIST, or class folders. "NAME:COLUMN" chooses the label column.
+        hub's schema, IDX files as of MNIST, or class folders. An alias wins over a folder of the same
+        name; write ./NAME for the folder. "NAME:COLUMN" chooses the label column.
     data_dir : folder that holds the task's files, instead of the hub.
     limit : at most this many training images, stratified; smaller limits give subsets of larger ones.
         The others shrink in proportion, see `layerprobe.tasks.splits.limited_sizes`.
@@ -104,7 +106,15 @@ def _find_source(
         return read_folder(path, choice), base, None
     if entry is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise UnknownNameError(f"unknown task '{base}'.{did_you_mean(base, TASKS)} See: layerprobe ls tasks")
-    raise UnknownNameError(f"unknown task '{base}'.{did_you_mean(base, TASKS)} See: layerprobe ls tasks")
+    source, commit = read_hub(
+        base,
+        entry.task_id if entry else base,
+        choice,
+        config=entry.config if entry else None,
+        revision=revision,
+        offline=offline,
+    )
+    return source, entry.task_id if entry else base, commit
 
 
 def _make_task(

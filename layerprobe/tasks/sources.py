@@ -115,7 +115,7 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
         pieces = [(path.name, part.num_rows) for path, part in zip(files, tables, strict=True)]
         splits.append(SourceSplit(word, ArrowImages(table.column(columns.image), pieces)))
         values.append(column_values(table.column(columns.label)))
-    return _labelled(splits, values, columns.class_names, str(root))
+    return labelled(splits, values, columns.class_names, str(root))
 
 
 def _read_schema(path: Path) -> Any:
@@ -199,7 +199,7 @@ def read_idx_folder(images: Sequence[Path]) -> Source:
             )
         splits[word] = SourceSplit(word, ArrayImages(pixels, path.name))
         values.append(labels.astype(np.int64))
-    return _labelled(list(splits.values()), values, None, str(images[0].parent))
+    return labelled(list(splits.values()), values, None, str(images[0].parent))
 
 
 def _labels_beside(path: Path) -> Path:
@@ -246,12 +246,12 @@ def read_class_folders(root: Path) -> Source:
             f"no images in {root}: looked for parquet files, IDX files (…-images-idx3-ubyte, also .gz) "
             "and class folders (train/CLASS/x.png or CLASS/x.png)"
         )
-    source = _labelled(splits, values, None, str(root))
+    source = labelled(splits, values, None, str(root))
     source.remarks += remarks if any(by_split.values()) else [r for r in remarks if "is no split" not in r]
     return source
 
 
-def _labelled(
+def labelled(
     splits: list[SourceSplit], values: list[np.ndarray], names: list[str] | None, place: str
 ) -> Source:
     """Number the labels, and leave out splits whose labels are withheld (as in ImageNet's test set)."""
