@@ -69,7 +69,7 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: in
         if size > max_bytes:
             raise BrokenFileError(f"{what} {source} has {size:,} bytes; more than {max_bytes:,} are not read")
         return json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
         raise BrokenFileError(f"cannot read {what} {source}: {reason}") from error
 

@@ -87,7 +87,7 @@ def _wrong_fields(raw: dict[str, Any]) -> list[str]:
         mistakes.append("'counts' must hold whole numbers from 0")
     if isinstance(raw.get("found"), dict) and not _is_shallow(raw["found"]):
         mistakes.append(
-            f"'found' is nested deeper than {MAX_DEPTH} levels or holds a number that is not finite"
+            f"'found' is nested deeper than {MAX_DEPTH} levels or holds a non-finite number"
         )
     return mistakes
 
