@@ -1,0 +1,1 @@
+"""Freeze search: which blocks to train, valued by the real chain."""

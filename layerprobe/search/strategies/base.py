@@ -1,0 +1,125 @@
+"""The small interface that every strategy has, and the finals that all of them share."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+
+from layerprobe.errors import UsageError
+from layerprobe.search.bench import Bench, accuracy_of
+from layerprobe.search.space import Mask, Trial
+from layerprobe.search.verdict import Finalist, pooled_stderr
+
+
+class Strategy(Protocol):
+    """Spends the bench's budget on trials; what it learnt lies in the bench afterwards."""
+
+    name: str
+
+    def explore(self, bench: Bench) -> None:
+        """Value trials until the bench has nothing left or the strategy is done."""
+        ...
+
+    def shortlist(self, bench: Bench, n: int) -> list[Mask]:
+        """The `n` plans worth repeating, most wanted first."""
+        ...
+
+    def judge(self, bench: Bench, finalists: list[Finalist]) -> list[Finalist]:
+        """The finalists with `shrunk` filled in, by a strategy that models plans jointly; else unchanged."""
+        ...
+
+
+def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
+    """Explore, then repeat the shortlist on common seeds; returns the finalists.
+
+    About half of the budget is held back for the finals, and never less than one plan's repeats.
+
+    Raises
+    ------
+    UsageError : the budget does not pay for one plan.
+    """
+    most = len(bench.lrs) * bench.price([Trial(bench.space.all, bench.middle_lr, 0, bench.fidelity)])
+    dearest = bench.seeds * bench.price([Trial(bench.space.all, bench.middle_lr)])
+    if bench.budget < dearest + most - 1e-9:
+        raise UsageError(
+            f"budget {bench.budget:g} is too small: one plan needs {dearest + most:.3g} full trainings "
+            f"({len(bench.lrs)} learning rates at {bench.fidelity:g} of the steps, then {bench.seeds} seeds)"
+        )
+    count = finalist_count(bench, dearest)
+    bench.held_back = min(count * dearest, bench.budget - most)
+    strategy.explore(bench)
+    bench.held_back = 0.0
+    return finals(bench, strategy, strategy.shortlist(bench, count))
+
+
+def finalist_count(bench: Bench, price: float) -> int:
+    """How many finalists half of the budget pays for: at least one, at most six."""
+    return int(np.clip(0.5 * bench.budget / price, 1, 6))
+
+
+def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist]:
+    """Value each plan at its own learning rate, full length, on common seeds, while the budget lasts.
+
+    A plan that cannot be paid on all seeds is left out. What is left then buys further common seeds, up to
+    twice as many, for the contenders: the plans within two standard errors of the best.
+    """
+    rates = {mask: bench.best_lr(mask) for mask in dict.fromkeys(masks)}
+    entered: list[Mask] = []
+    for mask, lr in rates.items():
+        wanted = [Trial(mask, lr, repeat) for repeat in range(bench.seeds)]
+        if bench.price(wanted) <= bench.left + 1e-9:
+            bench.value(wanted)
+            entered.append(mask)
+    finalists = strategy.judge(bench, _read(bench, entered, rates, bench.seeds))
+    for repeat in range(bench.seeds, 2 * bench.seeds):
+        finalists = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
+        best = max((finalist.estimate for finalist in finalists), default=-math.inf)
+        bar = best - 2 * pooled_stderr(finalists)
+        entered = [finalist.mask for finalist in finalists if finalist.estimate >= bar]
+        wanted = [Trial(mask, rates[mask], repeat) for mask in entered]
+        if len(entered) < 2 or bench.price(wanted) > bench.left + 1e-9:
+            break
+        bench.value(wanted)
+        finalists = strategy.judge(bench, _read(bench, entered, rates, repeat + 1))
+    return finalists
+
+
+def _read(bench: Bench, masks: list[Mask], rates: dict[Mask, float], seeds: int) -> list[Finalist]:
+    return [
+        Finalist(
+            mask,
+            rates[mask],
+            tuple(accuracy_of(bench.history[Trial(mask, rates[mask], repeat)]) for repeat in range(seeds)),
+        )
+        for mask in masks
+    ]
+
+
+def frontier(bench: Bench, n: int, *, estimate: dict[Mask, float] | None = None) -> list[Mask]:
+    """Shortlist for the finals.
+
+    For 'accuracy': the best plans. For 'frugal': the best plan first, then for each smaller number of
+    trained blocks the best plan of that size, nearest to the best accuracy first; plans that train more
+    than the best one cannot be the frugal answer and come last.
+    """
+    values = (
+        estimate if estimate is not None else {mask: bench.estimate(mask) for mask in bench.valued_masks()}
+    )
+    ranked = sorted(
+        (mask for mask in values if math.isfinite(values[mask])),
+        key=lambda mask: (-values[mask], bench.space.params(mask), mask),
+    )
+    if not ranked:
+        return []
+    if bench.objective == "accuracy":
+        return ranked[:n]
+    best = ranked[0]
+    champions: dict[int, Mask] = {}
+    for mask in ranked:
+        if bench.space.params(mask) < bench.space.params(best):
+            champions.setdefault(sum(mask), mask)
+    smaller = sorted(champions.values(), key=lambda mask: (-values[mask], bench.space.params(mask)))
+    rest = [mask for mask in ranked if mask != best and mask not in smaller]
+    return [best, *smaller, *rest][:n]

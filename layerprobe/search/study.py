@@ -1,0 +1,429 @@
+"""Where trials live: an optuna study in a database that several processes and machines may share.
+
+Every process that joins a search runs the same deterministic strategy and asks for the same trials, so no
+one coordinates. The study is the ledger: a trial that is finished is looked up, a waiting one is claimed
+by whoever comes first, and one whose process died goes back into the queue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.search.bench import Outcome
+from layerprobe.search.space import Trial
+
+STUDY = "layerprobe freeze-search"
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 60
+POLL_SECONDS = 0.25
+
+LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+
+Work = Callable[[Trial], Outcome]
+
+
+class Ledger:
+    """The trials of one search in one database.
+
+    Made by `Ledger.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
+    numbered by the database in the order of their creation, and among live trials with one key the lowest
+    number owns it; the others are closed as duplicates. So two processes that enqueue the same trial at the
+    same moment still train it once.
+    """
+
+    def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
+        self._storage = storage
+        self._study = study
+        self._study_id = storage.get_study_id_from_name(STUDY)
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Ledger:
+        """Create or join the search in a database.
+
+        Parameters
+        ----------
+        url : path of an SQLite file, or a SQLAlchemy URL such as `postgresql://user@host/base`.
+        arguments : everything that the answer depends on; a database holds one search with one set.
+
+        Raises
+        ------
+        NotAvailableError : the database cannot be reached, or its driver is not installed.
+        UsageError : the database holds a search with other arguments.
+        """
+        target = storage_url(url)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            storage, study = _connect(target)
+        except ImportError as error:
+            raise NotAvailableError(
+                f"storage {hide_password(target)} needs a driver that is not installed ({error.name}); "
+                "for PostgreSQL: pip install 'layerprobe[postgres]'"
+            ) from error
+        except LayerprobeError:
+            raise
+        except Exception as error:
+            raise NotAvailableError(
+                f"storage {hide_password(target)} cannot be used: {_first_line(error)}"
+            ) from error
+        wanted = json.loads(json.dumps(dict(arguments)))
+        known = study.user_attrs.get("arguments")
+        if known is None:
+            if study.trials:
+                raise UsageError(
+                    f"storage {hide_password(target)} holds a study that layerprobe did not make"
+                )
+            study.set_user_attr("arguments", wanted)
+        elif known != wanted:
+            raise UsageError(
+                f"{hide_password(target)} holds another search ({_difference(known, wanted)}); "
+                "choose another output folder or storage, or repeat the same arguments"
+            )
+        return cls(storage, study)
+
+    def value(self, trials: Sequence[Trial], work: Work) -> dict[Trial, Outcome]:
+        """Answers to all `trials`: looked up where finished, trained here, or awaited from other processes.
+
+        `work` runs in this process, one trial at a time, while a heartbeat is kept. A LayerprobeError from
+        it is an answer (a run that cannot be valued, with its reason); any other exception puts the trial
+        back and is raised.
+        """
+        wanted = {trial.key: trial for trial in trials}
+        while True:
+            owners = self._owners()
+            done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
+            if len(done) == len(wanted):
+                return {trial: done[trial.key] for trial in trials}
+            missing = [trial for key, trial in wanted.items() if key not in owners]
+            for trial in missing:
+                self._enqueue(trial)
+            if missing:
+                continue
+            claimed = self._claim(owners, list(wanted))
+            if claimed is not None:
+                self._run(claimed, wanted[claimed.user_attrs["key"]], work)
+            else:
+                self.revive()
+                time.sleep(POLL_SECONDS)
+
+    def help(self, work: Work, keep_on: Callable[[], bool]) -> None:
+        """Train waiting trials of this search until `keep_on` says no; for worker processes."""
+        while keep_on():
+            owners = self._owners()
+            claimed = self._claim(owners, list(owners))
+            if claimed is not None:
+                self._run(claimed, trial_from(claimed.user_attrs), work)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def records(self) -> list[tuple[Trial, Outcome, dict[str, Any]]]:
+        """Finished trials in the order of their numbers: trial, outcome, and when and where it ran."""
+        rows = []
+        for frozen in sorted(self._trials(), key=lambda t: t.number):
+            outcome = _finished(frozen)
+            if outcome is not None:
+                where = {
+                    "number": frozen.number,
+                    "worker": frozen.user_attrs.get("worker"),
+                    "finished": frozen.datetime_complete.isoformat(timespec="seconds")
+                    if frozen.datetime_complete
+                    else None,
+                }
+                rows.append((trial_from(frozen.user_attrs), outcome, where))
+        return rows
+
+    def running(self) -> int:
+        """How many trials are marked as running."""
+        return sum(frozen.state == TrialState.RUNNING for frozen in self._trials())
+
+    def revive(self) -> None:
+        """Put trials of dead processes back into the queue: stale heartbeats, and dead processes on this host."""
+        with _quiet():
+            optuna.storages.fail_stale_trials(self._study)
+        for frozen in self._trials():
+            if frozen.state == TrialState.RUNNING and _is_dead(frozen.user_attrs.get("worker", "")):
+                self._close(frozen, TrialState.FAIL)
+
+    def close(self) -> None:
+        """Let go of the database connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _owners(self) -> dict[str, FrozenTrial]:
+        owners: dict[str, FrozenTrial] = {}
+        for frozen in self._trials():
+            key = frozen.user_attrs.get("key")
+            if key is None or not (frozen.state in LIVE or _finished(frozen) is not None):
+                continue
+            if key not in owners or frozen.number < owners[key].number:
+                owners[key] = frozen
+        return owners
+
+    def _enqueue(self, trial: Trial) -> None:
+        params, distributions = _parameters(trial)
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params=params,
+                distributions=distributions,
+                user_attrs={
+                    "key": trial.key,
+                    "mask": list(trial.mask),
+                    "lr": trial.lr,
+                    "repeat": trial.repeat,
+                    "fidelity": trial.fidelity,
+                    "norms": trial.norms,
+                },
+            )
+        )
+
+    def _claim(self, owners: Mapping[str, FrozenTrial], keys: Sequence[str]) -> FrozenTrial | None:
+        for key in keys:
+            frozen = owners.get(key)
+            if frozen is None or frozen.state != TrialState.WAITING:
+                continue
+            trial_id = frozen._trial_id
+            # Name and heartbeat go in first: a process that dies right after claiming must be found out.
+            self._set_attr(trial_id, "worker", this_worker())
+            self._storage.record_heartbeat(trial_id)
+            try:
+                if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
+                    self._set_attr(trial_id, "worker", this_worker())
+                    return frozen
+            except optuna.exceptions.UpdateFinishedTrialError:
+                continue
+        return None
+
+    def _close_duplicates(self, owner: FrozenTrial, key: str) -> None:
+        for frozen in self._trials():
+            if (
+                frozen.user_attrs.get("key") == key
+                and frozen.state == TrialState.WAITING
+                and frozen.number > owner.number
+            ):
+                self._close(frozen, TrialState.FAIL)
+
+    def _run(self, frozen: FrozenTrial, trial: Trial, work: Work) -> None:
+        trial_id = frozen._trial_id
+        try:
+            with self._heartbeat(trial_id):
+                began = time.perf_counter()
+                try:
+                    outcome = work(trial)
+                except LayerprobeError as error:
+                    outcome = Outcome(None, None, time.perf_counter() - began, reason=str(error))
+        except BaseException:
+            self._close(frozen, TrialState.FAIL)
+            raise
+        self._set_attr(trial_id, "outcome", _outcome_to_json(outcome))
+        if outcome.accuracy is None:
+            self._close(frozen, TrialState.FAIL)
+        else:
+            self._close(frozen, TrialState.COMPLETE, [outcome.accuracy])
+        self._close_duplicates(frozen, trial.key)
+
+    def _close(self, frozen: FrozenTrial, state: TrialState, values: list[float] | None = None) -> None:
+        # Finished already: somebody took this process for dead and queued the trial again; theirs stands.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(frozen._trial_id, state=state, values=values)
+
+    def _set_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, key, value)
+
+    @contextmanager
+    def _heartbeat(self, trial_id: int) -> Iterator[None]:
+        stop = threading.Event()
+
+        def beat() -> None:
+            while True:
+                # A missed beat is what the grace period is for; a lost database shows at the next write.
+                with suppress(Exception):
+                    self._storage.record_heartbeat(trial_id)
+                if stop.wait(HEARTBEAT_SECONDS):
+                    self._storage.remove_session()
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def storage_url(url: str | os.PathLike[str]) -> str:
+    """A SQLAlchemy URL: paths become SQLite files, postgresql:// takes the psycopg 3 driver."""
+    text = os.fspath(url)
+    if "://" not in text:
+        return f"sqlite:///{Path(text).absolute()}"
+    for prefix in ("postgresql://", "postgres://"):
+        if text.startswith(prefix):
+            return "postgresql+psycopg://" + text.removeprefix(prefix)
+    return text
+
+
+def hide_password(url: str) -> str:
+    """The URL as it may be shown: an SQLite file's path, anything else without its password."""
+    if url.startswith("sqlite:///"):
+        return url.removeprefix("sqlite:///")
+    head, _, tail = url.partition("://")
+    user, at, host = tail.rpartition("@")
+    return f"{head}://{user.partition(':')[0]}{at}{host}"
+
+
+def trial_from(attrs: Mapping[str, Any]) -> Trial:
+    """The trial that a database row describes."""
+    return Trial(
+        tuple(bool(flag) for flag in attrs["mask"]),
+        float(attrs["lr"]),
+        int(attrs["repeat"]),
+        float(attrs["fidelity"]),
+        bool(attrs["norms"]),
+    )
+
+
+def this_worker() -> str:
+    """host:pid:start of this process; together they name a process that can be looked for."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def _is_dead(worker: str) -> bool:
+    """Whether a worker was a process on this host that no longer runs; unknown workers count as alive."""
+    host, _, rest = worker.rpartition(":")[0].rpartition(":")
+    if host != socket.gethostname() or not rest.isdigit():
+        return False
+    started = worker.rpartition(":")[2]
+    return _start_time(int(rest)) != started
+
+
+def _start_time(pid: int) -> str:
+    """Kernel start time of a process, '' where none runs, so that a reused pid is not taken for it."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+        return "running"
+    fields = text.rpartition(")")[2].split()
+    # A zombie has ended, though its parent has not yet asked how.
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def _finished(frozen: FrozenTrial | None) -> Outcome | None:
+    """The outcome of a trial that ended with one: complete, or failed for a stated reason."""
+    if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
+        return None
+    stored = frozen.user_attrs.get("outcome")
+    return None if stored is None else Outcome(**stored)
+
+
+def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "accuracy": outcome.accuracy,
+        "test": outcome.test,
+        "seconds": outcome.seconds,
+        "reason": outcome.reason,
+        "facts": outcome.facts,
+    }
+
+
+def _parameters(trial: Trial) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
+    distributions: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution([False, True]) for name in params
+    }
+    params |= {"lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat}
+    distributions |= {
+        "lr": FloatDistribution(1e-9, 1e3, log=True),
+        "fidelity": FloatDistribution(0.0, 1.0),
+        "repeat": IntDistribution(0, 1 << 30),
+    }
+    return params, distributions
+
+
+def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    for attempt in range(5):
+        try:
+            with _quiet():
+                storage = optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=engine,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    grace_period=GRACE_SECONDS,
+                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+                )
+                study = optuna.create_study(
+                    study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True
+                )
+            others = [name for name in optuna.get_all_study_names(storage) if name != STUDY]
+            if others:
+                raise UsageError(
+                    f"storage {hide_password(url)} already holds another optuna study ('{others[0]}'); "
+                    "give each search its own database"
+                )
+            return storage, study
+        except (ImportError, LayerprobeError):
+            raise
+        except Exception:
+            # Two processes that create the tables of a new database at once get in each other's way once.
+            if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError("unreachable")
+
+
+def _unreachable(url: str) -> bool:
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(url)
+        with engine.connect():
+            return False
+    except Exception:
+        return True
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    for key in [*wanted, *known]:
+        if known.get(key) != wanted.get(key):
+            return f"{key} {known.get(key)!r} there, {wanted.get(key)!r} here"
+    return "arguments differ"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield

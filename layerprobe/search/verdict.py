@@ -1,0 +1,175 @@
+"""How a search ends: which finalist is chosen, how sure that is, and the sentence that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerprobe.errors import UsageError
+from layerprobe.metrics.uncertainty import paired_seed_interval
+from layerprobe.search.space import Mask, Space, describe_mask
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A plan valued at full length on the common seeds.
+
+    Attributes
+    ----------
+    mask : the plan. lr : its learning rate. accuracies : validation accuracy per common seed, in seed order.
+    shrunk, stderr : estimate of the accuracy that also uses what related plans reached, with its standard
+        error, where the strategy has one.
+    """
+
+    mask: Mask
+    lr: float
+    accuracies: tuple[float, ...]
+    shrunk: float | None = None
+    stderr: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.accuracies))
+
+    @property
+    def estimate(self) -> float:
+        """What the choice goes by: the shrunk estimate, else the mean over seeds."""
+        return self.mean if self.shrunk is None else self.shrunk
+
+
+def pooled_stderr(finalists: Sequence[Finalist]) -> float:
+    """Standard error of one finalist's mean, with the spread over seeds pooled over all finalists.
+
+    A handful of seeds says little about the spread of one plan; the plans together say more. Failed runs
+    (−inf) are left out of the pool. Zero when nothing could be pooled.
+    """
+    groups = [np.asarray(f.accuracies) for f in finalists if len(f.accuracies) > 1 and math.isfinite(f.mean)]
+    freedom = sum(len(group) - 1 for group in groups)
+    if freedom == 0:
+        return 0.0
+    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
+    return math.sqrt(variance / min(len(group) for group in groups))
+
+
+def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "frugal") -> Finalist:
+    """The answer among finalists: the one-standard-error rule, or the best alone.
+
+    'frugal' takes, among plans whose estimate is at most one standard error below the best, the one with the
+    fewest trainable parameters; ties go to the better estimate. 'accuracy' takes the best; ties go to fewer
+    parameters. The estimate is the mean over seeds or, where the strategy models plans jointly, the shrunk
+    one: the best of several noisy means is too high by chance, and the bar with it.
+
+    Parameters
+    ----------
+    finalists : plans with the same number of common seeds.
+    space : tells parameters per plan.
+
+    Raises
+    ------
+    UsageError : no finalist, or all their runs failed.
+
+    References
+    ----------
+    Breiman, Friedman, Olshen, Stone, Classification and Regression Trees, 1984, section 3.4.3.
+    """
+    usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
+    if not usable:
+        raise UsageError("no plan could be valued: every run failed; see the reasons in trials.csv")
+    best = max(usable, key=lambda f: (f.estimate, -space.params(f.mask)))
+    if objective == "accuracy":
+        return best
+    bar = best.estimate - max(pooled_stderr(usable), best.stderr)
+    near = [f for f in usable if f.estimate >= bar - 1e-12]
+    return min(near, key=lambda f: (space.params(f.mask), -f.estimate))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan against another arm on the report's seeds, in test accuracy (share of images, in [0, 1])."""
+
+    difference: float
+    low: float
+    high: float
+    probability: float
+    n: int
+
+
+def compare(plan: Sequence[float], other: Sequence[float]) -> Comparison:
+    """Paired difference plan − other over common seeds, with t interval and P(plan is better)."""
+    paired = paired_seed_interval(plan, other)
+    return Comparison(paired.difference, paired.low, paired.high, paired.probability, len(plan))
+
+
+def verdict_kind(mask: Mask, against_all: Comparison | None) -> str:
+    """One of 'train everything', 'better', 'worse', 'no difference found', 'not compared'."""
+    if all(mask):
+        return "train everything"
+    if against_all is None:
+        return "not compared"
+    if against_all.low > 0:
+        return "better"
+    if against_all.high < 0:
+        return "worse"
+    return "no difference found"
+
+
+def verdict_sentence(
+    mask: Mask,
+    space: Space,
+    against_all: Comparison | None,
+    *,
+    objective: str = "frugal",
+    test_mean: float | None = None,
+) -> str:
+    """The answer in plain words, also when it is "train everything" or "no difference found"."""
+    share = space.params(mask) / max(1, sum(space.block_params))
+    kind = verdict_kind(mask, against_all)
+    accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
+    if kind == "train everything":
+        why = (
+            "no smaller plan that was valued came within one standard error of the best"
+            if objective == "frugal"
+            else "no smaller plan that was valued reached a higher validation accuracy"
+        )
+        return f"Train everything: {why}.{accuracy}"
+    what = (
+        f"Train {describe_mask(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
+    )
+    if not any(mask):
+        what = "Train the stem and head alone and freeze all blocks."
+    if against_all is None:
+        return f"{what}{accuracy} Training everything was not run for comparison."
+    low, high = 100 * against_all.low, 100 * against_all.high
+    difference = 100 * against_all.difference
+    interval = (
+        f"{difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {against_all.n} unseen seeds)"
+    )
+    sure = f"probability that the plan is better: {against_all.probability:.2f}"
+    if kind == "better":
+        return f"{what}{accuracy} It beats training everything by {interval}; {sure}."
+    if kind == "worse":
+        return f"{what}{accuracy} On unseen seeds it loses to training everything: {interval}; {sure}."
+    return f"{what}{accuracy} No difference found to training everything: {interval}; {sure}."
+
+
+def pareto_front(points: Mapping[Mask, tuple[float, float]]) -> list[Mask]:
+    """Plans that no other plan beats in both accuracy (higher) and cost (lower).
+
+    Parameters
+    ----------
+    points : plan → (accuracy, cost).
+
+    Returns
+    -------
+    list of plans, cheapest first. Among equal points the first one stays.
+    """
+    front: list[Mask] = []
+    best = -math.inf
+    for mask, (accuracy, _) in sorted(points.items(), key=lambda item: (item[1][1], -item[1][0])):
+        if accuracy > best:
+            front.append(mask)
+            best = accuracy
+    return front

@@ -1,0 +1,229 @@
+"""Strategies on made-up accuracy landscapes, where the right answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of, structured_masks
+from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
+from layerprobe.search.strategies.base import frontier
+from layerprobe.search.strategies.racing import candidate_pool, coarse_to_fine, spread_of_sizes
+from layerprobe.search.surrogate import PlanModel
+from layerprobe.search.verdict import choose
+
+LRS = (1e-4, 3e-4, 1e-3)
+
+
+class Landscape:
+    """Accuracy = base + what each trained block adds, a best learning rate, shorter runs lower, seed noise."""
+
+    def __init__(self, gains: list[float], *, noise: float = 0.0, best_lr: float = 3e-4) -> None:
+        self.gains, self.noise, self.best_lr = np.array(gains), noise, best_lr
+        self.trained: list[Trial] = []
+
+    def truth(self, trial: Trial) -> float:
+        gain = float(self.gains @ np.array(trial.mask, dtype=float))
+        off = math.log10(trial.lr / self.best_lr)
+        return 0.4 + gain - 0.05 * off**2 - 0.1 * (1 - trial.fidelity)
+
+    def __call__(self, trials: list[Trial]) -> dict[Trial, Outcome]:
+        self.trained += trials
+        out = {}
+        for trial in trials:
+            seed = [trial.repeat, *map(int, trial.mask), int(trial.fidelity * 8), round(1e6 * trial.lr)]
+            draw = np.random.default_rng(seed).standard_normal()
+            out[trial] = Outcome(float(self.truth(trial) + self.noise * draw))
+        return out
+
+
+def make_bench(landscape, *, n_blocks: int = 5, budget: float = 36.0, **more) -> Bench:
+    constraints = more.pop("constraints", Constraints())
+    space = Space((1000,) * n_blocks, constraints)
+    return Bench(space, landscape, LRS, seeds=3, budget=budget, **more)
+
+
+def answer(name: str, landscape, **more) -> tuple[Mask, Bench]:
+    bench = make_bench(landscape, **more)
+    finalists = run_strategy(make_strategy(name), bench)
+    return choose(finalists, bench.space, objective=bench.objective).mask, bench
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if n not in ("prefix", "suffix")])
+def test_one_decisive_block_is_found_and_nothing_else_trained(name: str) -> None:
+    budget = 200.0 if name == "exhaustive" else 60.0
+    mask, bench = answer(name, Landscape([0.0, 0.0, 0.3, 0.0, 0.0]), budget=budget)
+    assert mask == mask_of([2], 5)
+    assert bench.spent <= budget + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "gains", "blocks"),
+    [("prefix", [0.1, 0.1, 0, 0, 0], [0, 1]), ("suffix", [0, 0, 0, 0.1, 0.1], [3, 4])],
+)
+def test_families_find_their_own_kind(name: str, gains: list[float], blocks: list[int]) -> None:
+    mask, _ = answer(name, Landscape(gains), budget=60.0)
+    assert mask == mask_of(blocks, 5)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_every_strategy_stays_within_its_budget_and_counts_each_trial_once(name: str) -> None:
+    landscape = Landscape([0.05, 0.1, 0.0, 0.05, 0.02], noise=0.01)
+    budget = 200.0 if name == "exhaustive" else 20.0
+    _, bench = answer(name, landscape, budget=budget)
+    assert len(landscape.trained) == len(set(landscape.trained)) == len(bench.history)
+    assert bench.spent == pytest.approx(sum(bench.space.cost(trial) for trial in landscape.trained))
+    assert bench.spent <= budget + 1e-9
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_replaying_a_strategy_trains_the_same_trials_in_the_same_order(name: str) -> None:
+    budget = 200.0 if name == "exhaustive" else 24.0
+    first, second = (Landscape([0.05, 0.1, 0.0, 0.05, 0.02], noise=0.02) for _ in range(2))
+    masks = [answer(name, landscape, budget=budget, seed=7)[0] for landscape in (first, second)]
+    assert masks[0] == masks[1]
+    assert first.trained == second.trained
+
+
+@pytest.mark.parametrize("name", ["racing", "random", "tpe", "nsga2", "greedy", "contiguous"])
+def test_constraints_hold_for_every_plan_that_is_trained(name: str) -> None:
+    limits = Constraints(min_frozen=2, max_trainable_params=3000, must_freeze=(0,), must_train=(4,))
+    landscape = Landscape([0.3, 0.1, 0.1, 0.0, 0.0], noise=0.01)
+    mask, bench = answer(name, landscape, budget=30.0, constraints=limits)
+    assert all(bench.space.allows(trial.mask) for trial in landscape.trained)
+    assert mask[4] and not mask[0] and sum(mask) <= 3
+
+
+def test_all_blocks_are_the_answer_when_each_of_them_counts() -> None:
+    mask, _ = answer("racing", Landscape([0.1] * 5, noise=0.003))
+    assert mask == (True,) * 5
+
+
+def test_next_to_nothing_is_trained_when_nothing_helps() -> None:
+    assert answer("racing", Landscape([0.0] * 5))[0] == (False,) * 5
+    sizes = [sum(answer("racing", Landscape([0.0] * 5, noise=0.01), seed=seed)[0]) for seed in range(4)]
+    assert max(sizes) <= 1
+
+
+def test_accuracy_objective_takes_the_best_plan_and_not_the_smallest() -> None:
+    gains = [0.2, 0.001, 0.001, 0.001, 0.001]
+    frugal, _ = answer("racing", Landscape(gains, noise=0.02), budget=60.0)
+    eager, _ = answer("racing", Landscape(gains), budget=60.0, objective="accuracy")
+    assert sum(frugal) <= 2
+    assert sum(eager) > sum(frugal)
+
+
+def test_each_plan_gets_its_own_learning_rate() -> None:
+    class Split(Landscape):
+        def truth(self, trial: Trial) -> float:
+            self.best_lr = 1e-4 if sum(trial.mask) > 2 else 1e-3
+            return super().truth(trial)
+
+    bench = make_bench(Split([0.1] * 5), budget=60.0)
+    finalists = run_strategy(make_strategy("racing"), bench)
+    rates = {sum(finalist.mask): finalist.lr for finalist in finalists}
+    assert rates[5] == 1e-4
+    assert all(lr == 1e-3 for size, lr in rates.items() if size <= 1)
+
+
+def test_racing_uses_good_scores_and_survives_misleading_ones() -> None:
+    gains = [0.0] * 11 + [0.25]
+    good = np.array(gains) * 4
+    found = {}
+    for label, value in {"good": good, "misleading": good[::-1].copy()}.items():
+        scores = {"score": (value, np.full(12, 0.1))}
+        found[label], _ = answer(
+            "racing", Landscape(gains, noise=0.01), n_blocks=12, budget=40.0, scores=scores
+        )
+    assert found["good"][11] and sum(found["good"]) <= 3
+    assert found["misleading"][11] and sum(found["misleading"]) <= 6
+
+
+def test_failed_runs_are_no_candidates() -> None:
+    class Broken(Landscape):
+        def __call__(self, trials):
+            ok = super().__call__([t for t in trials if not t.mask[1]])
+            return {t: ok.get(t, Outcome(None, reason="diverged")) for t in trials}
+
+    mask, _ = answer("racing", Broken([0.05, 0.5, 0.0, 0.0, 0.0], noise=0.002))
+    assert not mask[1]
+
+
+def test_a_budget_too_small_for_one_plan_is_one_clear_line() -> None:
+    with pytest.raises(UsageError, match=r"budget 2 is too small: one plan needs .* full trainings"):
+        run_strategy(make_strategy("racing"), make_bench(Landscape([0.0] * 5), budget=2.0))
+
+
+def test_exhaustive_says_what_it_would_need() -> None:
+    with pytest.raises(UsageError, match=r"exhaustive search needs .* full trainings, the budget is 20"):
+        run_strategy(make_strategy("exhaustive"), make_bench(Landscape([0.0] * 5), budget=20.0))
+
+
+def test_unknown_strategy_names_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'greedy'"):
+        make_strategy("gredy")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"must_freeze": (1,), "must_train": (1,)}, "block 1 is in both must-freeze and must-train"),
+        ({"min_frozen": 4, "must_train": (0, 1)}, "2 blocks must train, but min-frozen 4"),
+        ({"min_frozen": 9}, "min-frozen is 9, but the backbone has 5 blocks"),
+        ({"max_trainable_params": 10, "must_train": (0,)}, "more than max-trainable-params 10"),
+    ],
+)
+def test_contradicting_constraints_are_named(limits: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Space((1000,) * 5, Constraints(**limits))
+
+
+def test_space_counts_what_combinatorics_says() -> None:
+    assert len(list(Space((1,) * 6).masks())) == 64
+    limited = Space((1,) * 6, Constraints(min_frozen=4))
+    assert len(list(limited.masks())) == 1 + 6 + 15
+    assert len(structured_masks(Space((1,) * 6), "contiguous")) == 1 + 6 * 7 // 2
+
+
+def test_cost_is_one_for_everything_and_two_thirds_for_nothing() -> None:
+    space = Space((3, 1))
+    assert space.cost(Trial((True, True), 1e-3)) == 1.0
+    assert space.cost(Trial((False, False), 1e-3)) == pytest.approx(2 / 3)
+    assert space.cost(Trial((True, False), 1e-3, fidelity=0.5)) == pytest.approx(0.5 * 2.75 / 3)
+
+
+def test_model_recovers_additive_gains_from_few_noisy_runs() -> None:
+    landscape = Landscape([0.1, 0.0, 0.2, 0.0, 0.05], noise=0.01)
+    rng = np.random.default_rng(0)
+    masks = [tuple(bool(b) for b in rng.integers(0, 2, 5)) for _ in range(12)]
+    trials = [Trial(mask, lr, 0, 0.25) for mask in dict.fromkeys(masks) for lr in LRS]
+    trials += [Trial((True,) * 5, 3e-4), Trial((False,) * 5, 3e-4)]
+    values = [outcome.accuracy for outcome in landscape(trials).values()]
+    wanted = [Trial(mask, 3e-4) for mask in Space((1,) * 5).masks()]
+    mean, deviation = PlanModel(5, LRS).fit(trials, values).predict(wanted)
+    truth = np.array([landscape.truth(trial) for trial in wanted])
+    assert np.corrcoef(mean, truth)[0, 1] > 0.95
+    assert np.abs(mean - truth).mean() < 0.03
+    assert np.mean(np.abs(mean - truth) <= 3 * deviation + 0.01) > 0.9
+
+
+def test_frontier_puts_the_best_first_and_keeps_one_plan_per_size() -> None:
+    bench = make_bench(Landscape([0.1, 0.05, 0.0, 0.0, 0.0]))
+    values = {
+        mask_of(blocks, 5): value for blocks, value in (((0,), 0.5), ((1,), 0.45), ((0, 1), 0.55), ((), 0.4))
+    }
+    assert frontier(bench, 3, estimate=values) == [mask_of([0, 1], 5), mask_of([0], 5), mask_of([], 5)]
+
+
+def test_large_backbones_get_a_limited_pool_over_all_sizes() -> None:
+    space = Space((1,) * 24)
+    rng = np.random.default_rng(0)
+    pool = candidate_pool(space, {}, rng)
+    assert len(pool) == len(set(pool)) == 256
+    spread = spread_of_sizes(pool, 8, {}, rng)
+    assert {sum(mask) for mask in spread[:3]} == {24, 0, 12}
+    assert sorted(coarse_to_fine(list(range(10)))) == list(range(10))
