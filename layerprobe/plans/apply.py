@@ -131,7 +131,9 @@ def apply_plan(
                 f"{name} and {other} are one tensor in this model (tied), but the plan freezes only one"
             )
     tied = {name: wanted[id(every[name])][0] for name in match.outside if id(every[name]) in wanted}
-    states = _outside_states(outside, [name for name in match.outside if name not in tied], tied, trained)
+    first: dict[int, str] = {}
+    twins = {name: first.setdefault(id(every[name]), name) for name in match.outside if name not in tied}
+    states = _outside_states(outside, twins, tied, trained)
     for full, name in ours.items():
         every[full].requires_grad_(name in trained)
     for name, word in states.items():
@@ -269,14 +271,19 @@ def _match(
 
 
 def _outside_states(
-    outside: str | Mapping[str, str], names: list[str], tied: Mapping[str, str], trained: frozenset[str]
+    outside: str | Mapping[str, str],
+    twins: Mapping[str, str],
+    tied: Mapping[str, str],
+    trained: frozenset[str],
 ) -> dict[str, str]:
-    """Name -> state of every parameter around the base model, or a PlanError that says what to choose."""
+    """Name -> state of every tensor around the base model, or a PlanError that says what to choose.
+
+    `twins` maps every name of such a tensor to its first one.
+    """
+    names = list(dict.fromkeys(twins.values()))
     if isinstance(outside, str):
         if outside not in (ERROR, FROZEN, TRAINABLE):
-            raise PlanError(
-                f"outside='{outside}': choose '{FROZEN}', '{TRAINABLE}' or a mapping of names to these"
-            )
+            raise PlanError(f"outside='{outside}': choose '{FROZEN}', '{TRAINABLE}' or a mapping of names")
         if outside == ERROR and names:
             raise PlanError(
                 f"{len(names)} parameters lie outside the plan's model ({few(names)}); say what becomes of "
@@ -287,19 +294,18 @@ def _outside_states(
     for key, state in outside.items():
         if state not in (FROZEN, TRAINABLE):
             raise PlanError(f"outside: '{state}' is no state for {key}; choose '{FROZEN}' or '{TRAINABLE}'")
-        under = [name for name in names if name == key or name.startswith(key + ".")]
-        same = [name for name in tied if name == key or name.startswith(key + ".")]
-        if not under and not same:
-            raise PlanError(
-                f"outside: this model has nothing named {key} around the plan's model ({few(names)})"
-            )
-        for name in same:
-            if (tied[name] in trained) != (state == TRAINABLE):
+        under = [name for name in (*twins, *tied) if name == key or name.startswith(key + ".")]
+        if not under:
+            raise PlanError(f"outside: nothing around the plan's model is named {key} (there: {few(names)})")
+        for name in under:
+            if name in tied and (tied[name] in trained) != (state == TRAINABLE):
                 raise PlanError(
                     f"{name} cannot be {state}: it is the same tensor as {tied[name]} (tied), which the "
                     f"plan keeps {TRAINABLE if tied[name] in trained else FROZEN}"
                 )
-        states.update(dict.fromkeys(under, state))
+            if name in twins and states.setdefault(twins[name], state) != state:
+                also = "" if twins[name] == name else f", which is the same tensor as {name}"
+                raise PlanError(f"outside: two things are said about {twins[name]}{also}")
     if left := [name for name in names if name not in states]:
         raise PlanError(f"outside: nothing is said about {few(left)}; add them to the mapping")
     return {name: states[name] for name in names}

@@ -86,9 +86,7 @@ def _wrong_fields(raw: dict[str, Any]) -> list[str]:
     if isinstance(raw.get("counts"), dict) and not all(_is_count(value) for value in raw["counts"].values()):
         mistakes.append("'counts' must hold whole numbers from 0")
     if isinstance(raw.get("found"), dict) and not _is_shallow(raw["found"]):
-        mistakes.append(
-            f"'found' is nested deeper than {MAX_DEPTH} levels or holds a non-finite number"
-        )
+        mistakes.append(f"'found' is nested deeper than {MAX_DEPTH} levels or holds a non-finite number")
     return mistakes
 
 

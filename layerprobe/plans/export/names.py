@@ -55,7 +55,7 @@ class ExportNames:
 
     def comment(self, target: str) -> str:
         """Comment lines that say what the file is; the text of a plan cannot end the comment."""
-        summary = json.dumps(self.plan.summary(), ensure_ascii=False)[1:-1]
+        summary = json.dumps(self.plan.summary())[1:-1]
         return f"# freeze plan for {target}, made by layerprobe\n# {summary}\n"
 
 

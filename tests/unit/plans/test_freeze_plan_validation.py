@@ -46,7 +46,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no schema": (lambda r: r.pop("schema"), "it has no 'schema'"),
     "missing key": (lambda r: r.pop("frozen"), "'frozen' is missing"),
     "unknown key": (lambda r: r.update(extra=1), "unknown keys: 'extra'"),
-    "names not a list": (lambda r: r.update(trainable="all"), "'trainable' must be a list of names, not 'all'"),
+    "names not a list": (
+        lambda r: r.update(trainable="all"),
+        "'trainable' must be a list of names, not 'all'",
+    ),
     "a name that is a number": (lambda r: r["trainable"].append(3), "holds what is no parameter name: 3"),
     "a name with a line break": (
         lambda r: r["trainable"].append("a\nb"),
@@ -67,21 +70,33 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda r: r["states"].update(norms="trainable"),
         "'states' and the names disagree about 'norms'",
     ),
-    "unknown state": (lambda r: r["states"].update(head="warm"), "states.head must be 'frozen' or 'trainable'"),
+    "unknown state": (
+        lambda r: r["states"].update(head="warm"),
+        "states.head must be 'frozen' or 'trainable'",
+    ),
     "a state too many": (lambda r: r["states"].update(tail="frozen"), "disagree about 'tail'"),
     "a state too few": (lambda r: r["states"].pop("norms"), "'states' lacks norms"),
-    "wrong counts": (lambda r: r["counts"].update(blocks=99), "'counts' is not what the parameters add up to"),
+    "wrong counts": (
+        lambda r: r["counts"].update(blocks=99),
+        "'counts' is not what the parameters add up to",
+    ),
     "negative counts": (lambda r: r["counts"].update(blocks=-1), "'counts' must hold whole numbers from 0"),
     "wrong hash": (lambda r: r.update(weights_hash="sha256:0"), "'weights_hash' is not the hash"),
     "unknown group": (lambda r: r["parameters"][NAME].update(group="tail"), f"is wrong for '{NAME}'"),
-    "negative shape": (lambda r: r["parameters"][NAME].update(shape=[-1]), f"the shape is wrong for '{NAME}'"),
+    "negative shape": (
+        lambda r: r["parameters"][NAME].update(shape=[-1]),
+        f"the shape is wrong for '{NAME}'",
+    ),
     "shape of truth": (lambda r: r["parameters"][NAME].update(shape=[True]), "the shape is wrong"),
     "astronomic shape": (
         lambda r: r["parameters"][NAME].update(shape=[2**62, 2**62]),
         "the shape is wrong",
     ),
     "odd dtype": (lambda r: r["parameters"][NAME].update(dtype="os.system"), "the dtype is wrong"),
-    "parameter without shape": (lambda r: r["parameters"][NAME].pop("shape"), "need exactly group, shape and dtype"),
+    "parameter without shape": (
+        lambda r: r["parameters"][NAME].pop("shape"),
+        "need exactly group, shape and dtype",
+    ),
     "a hole in the blocks": (
         lambda r: [p.update(group="block.7") for p in r["parameters"].values() if p["group"] == "block.2"],
         "belong to 3 blocks up to block.7",
@@ -107,7 +122,14 @@ def test_all_mistakes_are_listed_together() -> None:
         raw["parameters"][NAME].update(shape="large")
 
     text = reason(broken(change))
-    for part in ("'model_id' must be", "'blocks' must be", "unknown keys", "'counts' is missing", "twice", "shape"):
+    for part in (
+        "'model_id' must be",
+        "'blocks' must be",
+        "unknown keys",
+        "'counts' is missing",
+        "twice",
+        "shape",
+    ):
         assert part in text
 
 
