@@ -11,7 +11,7 @@ from typing import Any
 from layerprobe.errors import LayerprobeError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.tasks.columns import ColumnChoice, choose_columns, column_values
 from layerprobe.tasks.images import ArrowImages
-from layerprobe.tasks.sources import SPLIT_WORDS, Source, SourceSplit, labelled, read_folder
+from layerprobe.tasks.sources import SPLIT_WORDS, Source, SourceSplit, fingerprint, labelled, read_folder
 
 BUILDERS = ("parquet", "arrow", "imagefolder", "cache")
 """Readers of the `datasets` library that may run. None of them executes code from the repository."""
@@ -98,7 +98,8 @@ def _load(
         raise _Unreachable from error
     except (DatasetsError, ValueError, OSError) as error:
         raise UsageError(f"cannot load '{hub_id}' from the hub: {_first_line(error)}") from error
-    return from_datasets(splits, choice, hub_id, follow_paths=reader == "imagefolder"), _commit(builder)
+    source = from_datasets(splits, choice, hub_id, follow_paths=reader == "imagefolder")
+    return source, _commit(builder) or revision
 
 
 def _from_snapshot(
@@ -179,6 +180,9 @@ def from_datasets(
         values.append(column_values(table.column(columns.label)))
     source = labelled(parts, values, columns.class_names, place)
     source.remarks += remarks
+    files = {name: [Path(file["filename"]) for file in splits[name].cache_files] for name in known or splits}
+    if all(files.values()):
+        source.fingerprint = fingerprint(files, columns.image)
     return source
 
 

@@ -271,6 +271,34 @@ class JoinedImages:
         return sum(store.stored_size() for store in self._stores)
 
 
+class RememberedImages:
+    """Images that stay decoded once they have been asked for. Only for what fits into memory."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self._store = store
+        self._known: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def stored(self, row: int) -> Any:
+        return self._store.stored(row)
+
+    def pixels(self, row: int) -> np.ndarray:
+        if row not in self._known:
+            self._known[row] = self._store.pixels(row)
+        return self._known[row]
+
+    def place(self, row: int) -> str:
+        return self._store.place(row)
+
+    def name(self, row: int) -> str:
+        return self._store.name(row)
+
+    def stored_size(self) -> int:
+        return self._store.stored_size()
+
+
 def decode_all(store: ImageStore, rows: Iterable[int]) -> list[np.ndarray]:
     """Pixels of the given rows; a suspiciously large image is refused before Pillow warns of it."""
     with warnings.catch_warnings():

@@ -6,7 +6,6 @@ import hashlib
 import operator
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,8 @@ from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.columns import ColumnChoice
 from layerprobe.tasks.hub import read_hub
-from layerprobe.tasks.images import JoinedImages
-from layerprobe.tasks.scan import scan
+from layerprobe.tasks.images import ImageStore, JoinedImages, RememberedImages
+from layerprobe.tasks.scan import KEEP_BYTES, scan
 from layerprobe.tasks.sources import Source, read_digits, read_folder
 from layerprobe.tasks.splits import (
     SPLITS,
@@ -78,6 +77,8 @@ def load_task(
     entry = TASKS.get(base)
     choice = ColumnChoice(entry.image if entry else (), entry.label if entry else (), column)
     source, task_id, commit = _find_source(base, entry, choice, data_dir, revision, offline)
+    if commit is None and revision is not None:
+        raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
     return _make_task(name, task_id, commit, source, limit, seed)
 
 
@@ -100,7 +101,7 @@ def _find_source(
     if data_dir is not None:
         return read_folder(Path(data_dir).expanduser(), choice), str(data_dir), None
     if entry is not None and entry.origin == "package":
-        return read_digits(), entry.task_id, None
+        return read_digits(choice), entry.task_id, None
     path = Path(base).expanduser()
     if entry is None and (path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1):
         return read_folder(path, choice), base, None
@@ -131,7 +132,7 @@ def _make_task(
         )
     official = [part.name for part in parts for _ in range(len(part.labels))]
     images = JoinedImages([part.images for part in parts])
-    found = scan(images, official, name=name)
+    found = scan(images, official, name=name, fingerprint=source.fingerprint)
     shared = {row: images.name(row) for row in _rows_with_shared_digest(found.digests)}
     ids = sample_ids(found.digests, official, labels, shared)
     side, rule = assign(official, labels, found.groups, ids, seed)
@@ -146,7 +147,7 @@ def _make_task(
     kept = limited_sizes(sizes, n_present, limit)
     rows = {split: order[: kept[split]] for split, order in rows.items()}
 
-    store: Any = images
+    store: ImageStore = RememberedImages(images) if found.decoded_bytes <= KEEP_BYTES else images
     chosen = np.concatenate([rows[split] for split in SPLITS])
     where = dict(rows)
     if found.pixels is not None:

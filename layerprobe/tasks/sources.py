@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,10 @@ SPLIT_WORDS = {
 }
 """How files and folders call their splits, and how layerprobe does."""
 
-IN_MEMORY_BYTES = 2 << 30
+FINGERPRINT_VERSION = 1
+"""Raised whenever ids or the comparison of images change their meaning."""
+
+IN_MEMORY_BYTES = 1 << 30
 """Parquet files up to this size together are read into memory; larger ones are memory-mapped as Arrow."""
 
 
@@ -46,16 +50,30 @@ class SourceSplit:
 class Source:
     """Everything one data set offers, before layerprobe decides what is trained on.
 
-    `classes` are the names of the labels 0, 1, …; `remarks` end up in the task's report.
+    `classes` are the names of the labels 0, 1, …; `remarks` end up in the task's report; `fingerprint`
+    changes whenever the images or their order may have changed (None: cannot tell).
     """
 
     splits: list[SourceSplit]
     classes: list[str]
     remarks: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
 
 
-def read_digits() -> Source:
+def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
+    """Of files in their order, by path, size and times; `what` is read from them (a column, say)."""
+    digest = hashlib.blake2b(f"{FINGERPRINT_VERSION} {what}".encode(), digest_size=16)
+    for name, paths in parts.items():
+        for path in paths:
+            facts = path.stat()
+            stamp = f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+            digest.update(f"{name} {path.resolve()} {stamp}\n".encode())
+    return digest.hexdigest()
+
+
+def read_digits(choice: ColumnChoice) -> Source:
     """The 1,797 handwritten digits that come with scikit-learn, 8×8, their 0 to 16 scaled to 0 to 255."""
+    _only_one_label("digits", choice)
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -79,9 +97,15 @@ def read_folder(folder: Path, choice: ColumnChoice) -> Source:
         raise NotAvailableError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
     if parquet := sorted(path for path in folder.rglob("*.parquet") if path.is_file()):
         return read_parquet(parquet, folder, choice)
+    _only_one_label(str(folder), choice)
     if idx := sorted(path for path in folder.iterdir() if re.search(r"images[-.]idx3-ubyte", path.name)):
         return read_idx_folder(idx)
     return read_class_folders(folder)
+
+
+def _only_one_label(place: str, choice: ColumnChoice) -> None:
+    if choice.wanted_label is not None:
+        raise UsageError(f"{place} has no label columns, so '{choice.wanted_label}' cannot be chosen")
 
 
 def split_word(name: str) -> str | None:
@@ -115,7 +139,9 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
         pieces = [(path.name, part.num_rows) for path, part in zip(files, tables, strict=True)]
         splits.append(SourceSplit(word, ArrowImages(table.column(columns.image), pieces)))
         values.append(column_values(table.column(columns.label)))
-    return labelled(splits, values, columns.class_names, str(root))
+    source = labelled(splits, values, columns.class_names, str(root))
+    source.fingerprint = fingerprint(by_split, columns.image)
+    return source
 
 
 def _read_schema(path: Path) -> Any:
@@ -220,7 +246,7 @@ def read_class_folders(root: Path) -> Source:
     else:
         parts = [("all", root)]
     remarks = [f"{path.name}/ is no split and was left out" for path, word in by_split.items() if not word]
-    splits, values = [], []
+    splits, values, files = [], [], {}
     for word, part in parts:
         paths: list[Path] = []
         classes: list[str] = []
@@ -240,6 +266,7 @@ def read_class_folders(root: Path) -> Source:
         if paths:
             names = [path.relative_to(part).as_posix() for path in paths]
             splits.append(SourceSplit(word, FileImages(paths, names)))
+            files[word] = paths
             values.append(np.array(classes, dtype=object))
     if not splits:
         raise UsageError(
@@ -247,6 +274,7 @@ def read_class_folders(root: Path) -> Source:
             "and class folders (train/CLASS/x.png or CLASS/x.png)"
         )
     source = labelled(splits, values, None, str(root))
+    source.fingerprint = fingerprint(files)
     source.remarks += remarks if any(by_split.values()) else [r for r in remarks if "is no split" not in r]
     return source
 
