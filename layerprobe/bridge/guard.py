@@ -28,7 +28,7 @@ class Guard:
         if backbone.stem is not None:
             backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
         classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
-        self._model_before = plan.fingerprint(backbone.model)
+        self.before = plan.fingerprint(backbone.model)
         self._others_before = {name: digest(tensor) for name, tensor in self._others().items()}
 
     def verify(self, *, after: str) -> Verification:
@@ -38,7 +38,7 @@ class Guard:
         ------
         PlanError : a frozen tensor changed; names it and says after what.
         """
-        found = self.plan.verify(self._classifier.backbone.model, self._model_before)
+        found = self.plan.verify(self._classifier.backbone.model, self.before)
         now = self._others()
         changed = [name for name, before in self._others_before.items() if digest(now[name]) != before]
         if changed:

@@ -119,7 +119,7 @@ def training_steps(
     start: int = 0,
     flip: bool = False,
     prefix: Prefix | None = None,
-    prepare_step: Callable[[int], None] | None = None,
+    prepare_step: Callable[[int], Prefix | None] | None = None,
 ) -> Iterator[Step]:
     """Train `model` (a prepared `Classifier`) on `labels`, one optimizer step per item handed out.
 
@@ -132,7 +132,7 @@ def training_steps(
     labels : int64, one per image of `pixels`.
     start : the first step to take; those before it were taken by an earlier run.
     prefix : kept outputs of a frozen prefix, see `Prefix`.
-    prepare_step : called with the step's index before it begins.
+    prepare_step : called with the step's index before it begins; hands back the prefix to use.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def training_steps(
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if config.batch_size < world:
         raise UsageError(f"batch size {config.batch_size} is smaller than the number of processes, {world}")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = Order(len(pixels), pixels.shape, config, flip=flip)
     share = np.linspace(0, config.batch_size, world + 1).round().astype(int)
     guess = float(np.log(labels.max() + 1)) if len(labels) else 0.0
@@ -151,7 +151,7 @@ def training_steps(
     for step in range(start, n_steps):
         began = time.perf_counter()
         if prepare_step is not None:
-            prepare_step(step)
+            prefix = prepare_step(step)
         lr = config.rate(step, n_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
