@@ -9,6 +9,12 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "permutation_null": "similarity_null",
+    "pairwise_cka": "similarity_pairs",
+    "linear_cka": "similarity",
+    "debiased_linear_cka": "similarity",
+    "debiased_hsic": "similarity",
+    "BiasedEstimateWarning": "similarity",
     "gbc": "transferability",
     "h_score": "transferability",
     "half_sample_errors": "transferability",
