@@ -74,7 +74,6 @@ def _load(
     hub_id: str, choice: ColumnChoice, config: str | None, revision: str | None
 ) -> tuple[Source, str | None]:
     import datasets
-    import httpx
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     try:
@@ -94,10 +93,15 @@ def _load(
         if "Revision" in str(error):
             raise UnknownNameError(f"'{hub_id}' has no revision '{revision}'") from error
         raise UnknownNameError(f"the hub has no data set '{hub_id}' (or it is private)") from error
-    except (ConnectionError, httpx.HTTPError) as error:
+    except ConnectionError as error:
         raise _Unreachable from error
     except (DatasetsError, ValueError, OSError) as error:
         raise UsageError(f"cannot load '{hub_id}' from the hub: {_first_line(error)}") from error
+    except Exception as error:
+        # The hub client's transport errors; which package they come from differs between its versions.
+        if type(error).__module__.startswith("httpx"):
+            raise _Unreachable from error
+        raise
     source = from_datasets(splits, choice, hub_id, follow_paths=reader == "imagefolder")
     return source, _commit(builder) or revision
 
