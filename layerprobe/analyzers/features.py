@@ -124,6 +124,46 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         )
 
 
+@dataclass(eq=False)
+class FeatureTable(Record):
+    """Several splits of one backbone as one record: what the `features` command returns."""
+
+    command: ClassVar[str] = "features"
+
+    splits: list[Features]
+
+    def __post_init__(self) -> None:
+        self.provenance = self.splits[0].provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        return pd.concat([part.to_frame() for part in self.splits], ignore_index=True)
+
+    def summary(self) -> str:
+        first = self.splits[0]
+        counts = ", ".join(f"{len(part.ids):,} {part.split}" for part in self.splits)
+        return (
+            f"{len(first)} layers of {first.model} on {first.task} ({counts} images, {first.pooling} pooling) "
+            "are in the feature store."
+        )
+
+    def overview(self) -> list[dict[str, Any]]:
+        """One row a layer of the first split, for a terminal."""
+        wide = self.splits[0].to_frame().pivot(index=["block", "site"], columns="metric", values="value")
+        return [
+            {
+                "layer": str(layer),
+                "features": self.splits[0][layer].shape[-1],
+                **{
+                    metric: float(
+                        wide.loc[(layer.block if layer.block is not None else pd.NA, layer.site), metric]
+                    )
+                    for metric in wide.columns
+                },
+            }
+            for layer in self.splits[0].layers
+        ]
+
+
 def extract_features(
     backbone: Backbone,
     task: Task,

@@ -92,7 +92,11 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         view.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         view.add_row(*(_cell(row.get(column)) for column in columns))
-    console = Console(soft_wrap=True)
+    console = Console()
+    # A table that is cut off hides numbers; better to let a narrow terminal wrap its lines.
+    console.width = max(
+        console.width, console.measure(view, options=console.options.update(width=1000)).maximum
+    )
     console.print(view)
 
 
