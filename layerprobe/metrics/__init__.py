@@ -9,6 +9,15 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "OutlierRules": "outliers",
+    "TensorOutliers": "outliers",
+    "outlier_statistics": "outliers",
+    "outlier_ratio": "outliers",
+    "merge_outliers": "outliers",
+    "ratio_of_ratios": "outlier_comparison",
+    "hedges_g": "outlier_comparison",
+    "cliffs_delta": "outlier_comparison",
+    "group_test": "outlier_comparison",
     "permutation_null": "similarity_null",
     "pairwise_cka": "similarity_pairs",
     "linear_cka": "similarity",

@@ -1,0 +1,144 @@
+"""The distribution of a tensor's entries as sorted segments, refined only where a question needs it.
+
+A segment covers the values `low` to `high` and holds `count` entries. Of 8- and 16-bit tensors every segment
+is a single value and all answers follow at once. Of large float32 tensors the segments are bins; a
+threshold or an order statistic that falls inside a bin makes that bin exact by one more pass over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+Refiner = Callable[[np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+"""From segment indices to (values ascending, counts) of each, all from one pass over the data."""
+
+Test = Callable[[np.ndarray], np.ndarray]
+"""A predicate on float64 values that changes at most once from −∞ to ∞."""
+
+
+class Distribution:
+    """Sorted segments of finite values with counts > 0.
+
+    Parameters
+    ----------
+    low, high : float64 arrays, ascending; equal where a segment is one value.
+    count : int64 array.
+    refiner : needed when any segment is wider than one value.
+    """
+
+    def __init__(
+        self, low: np.ndarray, high: np.ndarray, count: np.ndarray, refiner: Refiner | None = None
+    ) -> None:
+        self.low = low
+        self.high = high
+        self.count = count
+        self.cumulative = np.cumsum(count)
+        self.n = int(self.cumulative[-1]) if count.size else 0
+        self.exact = refiner is None
+        self._refiner = refiner
+        self._wide = low < high
+        self._fine: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    @classmethod
+    def of_sorted(cls, values: np.ndarray) -> Distribution:
+        """From ascending finite float64 values."""
+        first = np.ones(values.size, dtype=bool)
+        first[1:] = values[1:] != values[:-1]
+        starts = np.flatnonzero(first)
+        distinct = values[starts]
+        counts = np.diff(np.append(starts, values.size)).astype(np.int64)
+        return cls(distinct, distinct, counts)
+
+    def refine(self, segments: Iterable[int]) -> None:
+        """Make these segments exact, all in one pass; those that are exact already cost nothing."""
+        wanted = np.array(
+            sorted({int(i) for i in segments if self._wide[i]} - self._fine.keys()), dtype=np.int64
+        )
+        if wanted.size and self._refiner is not None:
+            self._fine.update(zip(wanted.tolist(), self._refiner(wanted), strict=True))
+
+    def count_where(self, test: Test) -> int:
+        """How many entries satisfy a predicate that is monotone in the value."""
+        if self.exact:
+            return int(self.count[test(self.low)].sum())
+        at_low, at_high = test(self.low), test(self.high)
+        unsure = np.flatnonzero(at_low != at_high)
+        self.refine(unsure)
+        total = int(self.count[at_low & at_high].sum())
+        for index in unsure.tolist():
+            values, counts = self._fine[index]
+            total += int(counts[test(values)].sum())
+        return total
+
+    def order(self, rank: int) -> float:
+        """The `rank`-th smallest entry, from 0."""
+        index = self.segment_of(rank)
+        if not self._wide[index]:
+            return float(self.low[index])
+        self.refine([index])
+        values, counts = self._fine[index]
+        inside = rank - int(self.cumulative[index] - self.count[index])
+        return float(values[np.searchsorted(np.cumsum(counts), inside, side="right")])
+
+    def segment_of(self, rank: int) -> int:
+        """Index of the segment that holds the `rank`-th smallest entry."""
+        return int(np.searchsorted(self.cumulative, rank, side="right"))
+
+    def quantile(self, q: float) -> float:
+        """Quantile by numpy's default ("linear") convention, down to its rounding."""
+        position = q * (self.n - 1)
+        below = int(np.floor(position))
+        share = position - below
+        a = self.order(below)
+        b = self.order(min(below + 1, self.n - 1))
+        return b - (b - a) * (1 - share) if share >= 0.5 else a + (b - a) * share
+
+    def median(self) -> float:
+        """The middle entry, or the mean of the two middle ones."""
+        return (self.order((self.n - 1) // 2) + self.order(self.n // 2)) / 2
+
+    def median_distance(self, center: float) -> float:
+        """Median of |value − center|."""
+        near, far = self.distances(center, center)
+        if self.exact:
+            order = np.argsort(near)
+            cumulative = np.cumsum(self.count[order])
+            first, second = np.searchsorted(cumulative, [(self.n - 1) // 2, self.n // 2], side="right")
+            return float(near[order[first]] + near[order[second]]) / 2
+        least, most = self.distance_bracket(near, far)
+        inside = (far >= least) & (near <= most)
+        self.refine(np.flatnonzero(inside & self._wide))
+        below = int(self.count[far < least].sum())
+        parts = [(near[inside & ~self._wide], self.count[inside & ~self._wide])]
+        for index in np.flatnonzero(inside & self._wide).tolist():
+            values, counts = self._fine[index]
+            parts.append((np.abs(values - center), counts))
+        distance = np.concatenate([part[0] for part in parts])
+        counts = np.concatenate([part[1] for part in parts])
+        order = np.argsort(distance)
+        cumulative = np.cumsum(counts[order])
+        ranks = [(self.n - 1) // 2 - below, self.n // 2 - below]
+        first, second = np.searchsorted(cumulative, ranks, side="right")
+        return float(distance[order[first]] + distance[order[second]]) / 2
+
+    def distances(self, center_low: float, center_high: float) -> tuple[np.ndarray, np.ndarray]:
+        """Least and greatest possible |value − center| per segment, center anywhere in the interval."""
+        near = np.maximum(np.maximum(self.low - center_high, center_low - self.high), 0.0)
+        far = np.maximum(self.high - center_low, center_high - self.low)
+        return near, far
+
+    def distance_bracket(self, near: np.ndarray, far: np.ndarray) -> tuple[float, float]:
+        """An interval that holds the two middle distances."""
+        least = _weighted_order(near, self.count, (self.n - 1) // 2)
+        return least, _weighted_order(far, self.count, self.n // 2)
+
+    def between(self, least: float, most: float) -> np.ndarray:
+        """Indices of the wide segments that meet the interval."""
+        return np.flatnonzero(self._wide & (self.high >= least) & (self.low <= most))
+
+
+def _weighted_order(values: np.ndarray, counts: np.ndarray, rank: int) -> float:
+    order = np.argsort(values)
+    return float(values[order[np.searchsorted(np.cumsum(counts[order]), rank, side="right")]])
