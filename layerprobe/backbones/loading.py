@@ -244,16 +244,25 @@ def choose_dtype(name: str | None) -> torch.dtype:
     return DTYPES[name]
 
 
-def count_parameters(source: ModelSource, *, trust_remote_code: bool = False) -> int:
-    """Parameters of the whole checkpoint's architecture, counted without taking memory."""
+def load_skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> nn.Module:
+    """The checkpoint's architecture on the meta device: every name and shape, no weights and no memory."""
     from transformers import AutoModel
 
     with _quiet_transformers():
         config = load_config(source, trust_remote_code=trust_remote_code)
         architecture = _architecture(config)
         with torch.device("meta"):
-            model = AutoModel.from_config(config) if architecture is AutoModel else architecture(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+            model: nn.Module = (
+                AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+                if architecture is AutoModel
+                else architecture(config)
+            )
+    return model
+
+
+def count_parameters(source: ModelSource, *, trust_remote_code: bool = False) -> int:
+    """Parameters of the whole checkpoint's architecture, counted without taking memory."""
+    return sum(p.numel() for p in load_skeleton(source, trust_remote_code=trust_remote_code).parameters())
 
 
 def estimate_memory(
