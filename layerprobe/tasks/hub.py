@@ -184,6 +184,7 @@ def from_datasets(
         values.append(column_values(table.column(columns.label)))
     source = labelled(parts, values, columns.class_names, place)
     source.remarks += remarks
+    source.label_column = columns.label
     files = {name: [Path(file["filename"]) for file in splits[name].cache_files] for name in known or splits}
     if all(files.values()):
         source.fingerprint = fingerprint(files, columns.image)

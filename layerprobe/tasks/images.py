@@ -94,16 +94,16 @@ def _plain(image: Image.Image, place: str) -> np.ndarray:
 class ImageStore(Protocol):
     """Images by row number.
 
-    `stored` is what the row's identity rests on, `pixels` what it shows, `place` where it lies (for
-    messages), and `name` the file name that came with it, which tells equal images apart; may be "".
-    `stored_size` is the sum over all rows in bytes, without reading them.
+    `stored` is what the row's identity rests on; `pixels` what it shows, decoded from `stored` where the
+    caller has it already; `place` where it lies, for messages; `name` the file name that came with it,
+    which tells equal images apart and may be ""; `stored_size` the bytes of all rows, without reading them.
     """
 
     def __len__(self) -> int: ...
 
     def stored(self, row: int) -> Any: ...
 
-    def pixels(self, row: int) -> np.ndarray: ...
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray: ...
 
     def place(self, row: int) -> str: ...
 
@@ -128,7 +128,7 @@ class ArrayImages:
         array = self._arrays[row]
         return repr(array.shape).encode() + array.tobytes()
 
-    def pixels(self, row: int) -> np.ndarray:
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
         return self._arrays[row]
 
     def place(self, row: int) -> str:
@@ -160,8 +160,8 @@ class FileImages:
     def stored(self, row: int) -> bytes:
         return _read(self._paths[row])
 
-    def pixels(self, row: int) -> np.ndarray:
-        return decode_image(self.stored(row), self.place(row))
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
+        return decode_image(self.stored(row) if stored is None else stored, self.place(row))
 
     def place(self, row: int) -> str:
         return str(self._paths[row])
@@ -224,8 +224,8 @@ class ArrowImages:
         paths = self._paths[chunk]
         return "" if paths is None else paths[row - self._starts[chunk]].as_py() or ""
 
-    def pixels(self, row: int) -> np.ndarray:
-        return decode_image(self.stored(row), self.place(row))
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
+        return decode_image(self.stored(row) if stored is None else stored, self.place(row))
 
     def place(self, row: int) -> str:
         for piece, n_rows in self._pieces:
@@ -255,9 +255,9 @@ class JoinedImages:
         store, local = self._find(row)
         return store.stored(local)
 
-    def pixels(self, row: int) -> np.ndarray:
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
         store, local = self._find(row)
-        return store.pixels(local)
+        return store.pixels(local, stored)
 
     def place(self, row: int) -> str:
         store, local = self._find(row)
@@ -284,9 +284,9 @@ class RememberedImages:
     def stored(self, row: int) -> Any:
         return self._store.stored(row)
 
-    def pixels(self, row: int) -> np.ndarray:
+    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
         if row not in self._known:
-            self._known[row] = self._store.pixels(row)
+            self._known[row] = self._store.pixels(row, stored)
         return self._known[row]
 
     def place(self, row: int) -> str:

@@ -144,6 +144,9 @@ def _make_task(
         sizes[split], n_present[split] = len(inside), len(np.unique(labels[inside]))
         if not len(inside):
             raise UsageError(f"{name} has too few images ({len(labels):,}) to make a {split} split")
+    for split in ("validation", "test"):
+        if not np.isin(labels[rows[split]], labels[rows["train"]]).any():
+            raise UsageError(f"none of the classes in the {split} images of {name} occurs in train")
     kept = limited_sizes(sizes, n_present, limit)
     rows = {split: order[: kept[split]] for split, order in rows.items()}
 
@@ -151,6 +154,8 @@ def _make_task(
     chosen = np.concatenate([rows[split] for split in SPLITS])
     where = dict(rows)
     if found.pixels is not None:
+        store = found.pixels
+    if found.pixels is not None and len(chosen) < len(labels) // 2:
         store = found.pixels.take(chosen)
         ends = np.cumsum([len(rows[split]) for split in SPLITS])
         where = {
@@ -164,6 +169,7 @@ def _make_task(
         "rule": rule,
         "seed": seed,
         "limit": limit,
+        "label_column": source.label_column,
         "official": {part.name: len(part.labels) for part in parts},
         "counts_before_limit": sizes,
         "counts": kept,

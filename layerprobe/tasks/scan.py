@@ -97,8 +97,9 @@ def _look(images: ImageStore, official: Sequence[str], name: str) -> Scan:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for row in progress_bar(range(n_images), unit="image", desc=f"reading {name}"):
-            digests.append(_hex(images.stored(row)))
-            pixels = images.pixels(row)
+            stored = images.stored(row)
+            digests.append(_hex(stored))
+            pixels = images.pixels(row, stored)
             picture = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
             picture.update(np.ascontiguousarray(pixels).data)
             pictures.append(picture.digest())

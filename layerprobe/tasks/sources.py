@@ -58,6 +58,7 @@ class Source:
     classes: list[str]
     remarks: list[str] = field(default_factory=list)
     fingerprint: str | None = None
+    label_column: str | None = None
 
 
 def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
@@ -124,11 +125,21 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
     for path in paths:
         word = split_word(path.stem) or split_word(path.relative_to(root).parent.as_posix()) or "all"
         by_split.setdefault(word, []).append(path)
+    remarks = []
+    if "all" in by_split and len(by_split) > 1:
+        unnamed = by_split.pop("all")
+        which = f"{unnamed[0].name}{' and others' if len(unnamed) > 1 else ''}, of no named split,"
+        if "train" in by_split:
+            remarks.append(f"{which} left out")
+        else:
+            by_split["train"] = unnamed
+            remarks.append(f"{which} taken as train")
     for files in by_split.values():
         _check_one_data_set(files, root)
         _check_shards(files)
-    columns = choose_columns(_read_schema(paths[0]), choice, str(root))
-    in_memory = sum(path.stat().st_size for path in paths) <= IN_MEMORY_BYTES
+    used = [path for files in by_split.values() for path in files]
+    columns = choose_columns(_read_schema(used[0]), choice, str(root))
+    in_memory = sum(path.stat().st_size for path in used) <= IN_MEMORY_BYTES
     splits, values = [], []
     for word, files in by_split.items():
         tables = [_read_columns(path, columns, in_memory=in_memory) for path in files]
@@ -141,6 +152,8 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
         values.append(column_values(table.column(columns.label)))
     source = labelled(splits, values, columns.class_names, str(root))
     source.fingerprint = fingerprint(by_split, columns.image)
+    source.label_column = columns.label
+    source.remarks += remarks
     return source
 
 

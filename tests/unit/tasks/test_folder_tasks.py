@@ -66,6 +66,8 @@ def test_label_columns_can_be_chosen(tmp_path: Path) -> None:
     task = load_task(f"{tmp_path}:coarse_label")
     assert task.classes == ["mammal", "bird"]
     assert load_task(str(tmp_path), label="coarse_label").split_hash == task.split_hash
+    assert load_task("cifar100:coarse_label", data_dir=tmp_path).split_hash == task.split_hash
+    assert task.report["label_column"] == "coarse_label"
     fine = load_task(str(tmp_path))
     assert fine.classes == ["cat", "dog", "emu"]
     assert samples(fine).keys() == samples(task).keys()
@@ -203,6 +205,22 @@ def test_large_sets_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pyte
     }
 
 
+def test_files_that_name_no_split(tmp_path: Path) -> None:
+    hub_like(tmp_path)
+    extra = write_parquet(
+        tmp_path / "extra.parquet", [png(picture(i)) for i in range(300, 330)], {"x": [0] * 30}
+    )
+    task = load_task(str(tmp_path))
+    assert task.report["official"] == {"test": 40, "train": 120}
+    assert task.report["remarks"] == ["extra.parquet, of no named split, left out"]
+    extra.unlink()
+    for path in tmp_path.glob("train*"):
+        path.rename(path.with_name(path.name.replace("train", "part")))
+    task = load_task(str(tmp_path))
+    assert task.report["official"] == {"test": 40, "train": 120}
+    assert "taken as train" in task.report["remarks"][0]
+
+
 def test_class_folders_with_and_without_splits(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "whole", {"cat": 20, "dog": 20})
     task = load_task(str(tmp_path / "whole"))
@@ -311,6 +329,13 @@ def test_a_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> Non
 def test_one_class_is_no_task(tmp_path: Path) -> None:
     write_class_folders(tmp_path, {"cat": 5})
     with pytest.raises(UsageError, match=r"all 5 images of .* are of one class \('cat'\)"):
+        load_task(str(tmp_path))
+
+
+def test_splits_without_a_common_class(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "train", {"cat": 20, "dog": 20})
+    write_class_folders(tmp_path / "val", {"images": 9}, first=100)
+    with pytest.raises(UsageError, match=r"none of the classes in the test images of .* occurs in train"):
         load_task(str(tmp_path))
 
 
