@@ -59,11 +59,7 @@ def match_names(
     PlanError : a name is missing, a block of the model is not in the plan, or two prefixes fit.
     """
     present = dict.fromkeys(names)
-    allowed = tuple(without)
-    lacking = frozenset(n for n in plan.parameters if _is_under(n, allowed))
-    for module in allowed:
-        if not any(_is_under(n, (module,)) for n in plan.parameters):
-            raise PlanError(f"without={module!r}: the plan has no such module")
+    lacking = names_within(plan, without)
     wanted = plan.parameters.keys() - lacking
     found = wanted | {n for n in lacking if (prefix or "") + n in present}
     if prefix is None:
@@ -178,8 +174,15 @@ def _mismatch(plan: FreezePlan, names: Iterable[str], missing: list[str], extra:
     return f"{plan.source} was made for {plan.model_id}: " + " ".join(parts)
 
 
-def _is_under(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
+def names_within(plan: FreezePlan, modules: Iterable[str]) -> frozenset[str]:
+    """The plan's names in `modules` (`pooler`); PlanError for a module that holds none."""
+    found: set[str] = set()
+    for module in modules:
+        inside = [n for n in plan.parameters if n == module or n.startswith(module + ".")]
+        if not inside:
+            raise PlanError(f"without={module!r}: the plan has no such module")
+        found.update(inside)
+    return frozenset(found)
 
 
 def _size(shape: Iterable[int]) -> str:

@@ -21,6 +21,7 @@ from layerprobe.files import read_json, write_text
 from layerprobe.layers import format_blocks
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
     from layerprobe.plans.apply import Applied, Fingerprint, Verification
@@ -287,6 +288,12 @@ class FreezePlan:
         from layerprobe.plans.export import export_plan
 
         return export_plan(self, target, **options)
+
+    def to_frame(self, *, name: str | None = None) -> pd.DataFrame:
+        """What is trained in each block and around them; see `layerprobe.plans.table.plan_frame`."""
+        from layerprobe.plans.table import plan_frame
+
+        return plan_frame(self, name=name)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""

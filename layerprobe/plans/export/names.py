@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from layerprobe.errors import PlanError
-from layerprobe.plans.matching import block_modules
+from layerprobe.plans.matching import block_modules, names_within
 from layerprobe.plans.plan import TRAINABLE, FreezePlan, few
 
 
@@ -65,8 +65,8 @@ def export_names(
     """Spell the plan's names with `prefix`, drop the modules in `without`, add those outside."""
     if prefix and not prefix.endswith("."):
         prefix += "."
-    absent = tuple(without)
-    kept = [n for n in plan.parameters if not any(n == m or n.startswith(m + ".") for m in absent)]
+    absent = names_within(plan, without)
+    kept = [n for n in plan.parameters if n not in absent]
     if clash := [name for name in outside if name in {prefix + n for n in kept}]:
         raise PlanError(f"outside: {few(clash)} belongs to the plan itself")
     trained = set(plan.trainable)
