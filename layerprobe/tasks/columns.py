@@ -44,7 +44,12 @@ def choose_columns(schema: Any, choice: ColumnChoice, place: str) -> Columns:
     features = _hub_features(schema)
     image = _choose_image(schema, features, choice, place)
     label = _choose_label(schema, features, choice, image, place)
-    return Columns(image, label, _class_names(features.get(label)))
+    return Columns(image, label, class_names(schema, label))
+
+
+def class_names(schema: Any, label: str) -> list[str] | None:
+    """The class names noted for a label column; None where there are none."""
+    return _class_names(_hub_features(schema).get(label))
 
 
 def _choose_image(schema: Any, features: dict[str, Any], choice: ColumnChoice, place: str) -> str:
@@ -129,7 +134,10 @@ def column_values(column: Any) -> np.ndarray:
         column = column.cast(column.type.value_type)
     if types.is_integer(column.type) or types.is_boolean(column.type):
         return column.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64)
-    return np.array(column.to_pylist(), dtype=object)
+    try:
+        return np.array(column.to_pylist(), dtype=object)
+    except UnicodeDecodeError as error:
+        raise BrokenFileError(f"a text label is not valid UTF-8: {error}") from error
 
 
 def number_labels(

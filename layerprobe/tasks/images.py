@@ -222,7 +222,8 @@ class ArrowImages:
     def _path(self, row: int) -> str:
         chunk = bisect.bisect_right(self._starts, row) - 1
         paths = self._paths[chunk]
-        return "" if paths is None else paths[row - self._starts[chunk]].as_py() or ""
+        name = None if paths is None else paths[row - self._starts[chunk]].as_buffer()
+        return "" if name is None else name.to_pybytes().decode(errors="replace")
 
     def pixels(self, row: int, stored: Any = None) -> np.ndarray:
         return decode_image(self.stored(row) if stored is None else stored, self.place(row))

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
-from layerprobe.tasks.columns import ColumnChoice, Columns, choose_columns, column_values, number_labels
+from layerprobe.tasks.columns import (
+    ColumnChoice,
+    Columns,
+    choose_columns,
+    class_names,
+    column_values,
+    number_labels,
+)
 from layerprobe.tasks.idx import read_idx
 from layerprobe.tasks.images import SUFFIXES, ArrayImages, ArrowImages, FileImages, ImageStore
 
@@ -163,7 +170,7 @@ def _read_schema(path: Path) -> Any:
 
     try:
         return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _broken_parquet(path, error) from error
 
 
@@ -173,23 +180,35 @@ def _read_columns(path: Path, columns: Columns, *, in_memory: bool) -> Any:
     import pyarrow.parquet as pq
 
     wanted = [columns.image, columns.label]
-    missing = set(wanted) - set(_read_schema(path).names)
-    if missing:
+    schema = _read_schema(path)
+    if missing := set(wanted) - set(schema.names):
         raise BrokenFileError(
             f"{path} has no column {', '.join(sorted(missing))}, unlike the files beside it"
         )
+    noted = class_names(schema, columns.label)
+    if None not in (noted, columns.class_names) and noted != columns.class_names:
+        raise BrokenFileError(
+            f"{path} names the classes of '{columns.label}' otherwise than the files beside it"
+        )
+    if not in_memory:
+        return _map_columns(path, wanted)
     try:
-        if in_memory:
-            # One file at a time: the data-set reader would take folder names for columns.
-            table = pq.ParquetFile(path).read(columns=wanted)
-        else:
-            import datasets
-
-            mapped = datasets.load_dataset("parquet", data_files=str(path), split="train", columns=wanted)
-            table = mapped.with_format("arrow").data.table
-        return table.select(wanted).replace_schema_metadata(None)
-    except (pa.ArrowException, OSError) as error:
+        # One file at a time: the data-set reader would take folder names for columns.
+        return pq.ParquetFile(path).read(columns=wanted).select(wanted).replace_schema_metadata(None)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise _broken_parquet(path, error) from error
+
+
+def _map_columns(path: Path, wanted: list[str]) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        mapped = datasets.load_dataset("parquet", data_files=str(path), split="train", columns=wanted)
+    except (DatasetsError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise _broken_parquet(path, cause) from error
+    return mapped.data.table.select(wanted).replace_schema_metadata(None)
 
 
 def _broken_parquet(path: Path, error: Exception) -> BrokenFileError:

@@ -416,6 +416,24 @@ def test_labels_outside_their_names(tmp_path: Path) -> None:
         load_task(str(tmp_path))
 
 
+def test_files_that_disagree(tmp_path: Path) -> None:
+    files = [png(picture(i)) for i in range(4)]
+    write_parquet(tmp_path / "test.parquet", files, {"label": [0, 1] * 2}, class_names={"label": ["a", "b"]})
+    write_parquet(tmp_path / "train.parquet", files, {"label": [0, 1] * 2}, class_names={"label": ["b", "a"]})
+    with pytest.raises(BrokenFileError, match=r"train\.parquet names the classes of 'label' otherwise"):
+        load_task(str(tmp_path))
+    write_parquet(tmp_path / "train.parquet", files, {"target": [0, 1] * 2})
+    with pytest.raises(
+        BrokenFileError, match=r"train\.parquet has no column label, unlike the files beside it"
+    ):
+        load_task(str(tmp_path))
+    write_parquet(tmp_path / "train-1.parquet", files, {"label": ["x", "y"] * 2})
+    write_parquet(tmp_path / "train.parquet", files, {"label": [0, 1] * 2})
+    (tmp_path / "test.parquet").unlink()
+    with pytest.raises(BrokenFileError, match=r"the files of split train in .* differ in schema"):
+        load_task(str(tmp_path))
+
+
 def test_two_data_sets_in_one_folder(tmp_path: Path) -> None:
     hub_like(tmp_path / "red")
     hub_like(tmp_path / "blue")
