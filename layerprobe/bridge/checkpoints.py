@@ -82,7 +82,8 @@ def save_checkpoint(
         aside.mkdir(parents=True)
         backbone = classifier.backbone
         own = None if weights is None else _part(weights, "backbone.model.")
-        backbone.model.save_pretrained(aside / "backbone", state_dict=own)
+        with _no_bars():
+            backbone.model.save_pretrained(aside / "backbone", state_dict=own)
         if backbone.stem is not None:
             stem = backbone.stem.state_dict() if weights is None else _part(weights, "backbone.stem.")
             save_file(_plain(stem), aside / "stem.safetensors")
@@ -151,9 +152,10 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
     backbone = classifier.backbone
     model = backbone.model
     try:
-        saved = type(model).from_pretrained(
-            checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
-        )
+        with _no_bars():
+            saved = type(model).from_pretrained(
+                checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
+            )
         _copy(dict(saved.named_parameters()) | dict(saved.named_buffers()), model)
         if backbone.stem is not None:
             _copy(load_file(checkpoint.folder / "stem.safetensors"), backbone.stem)
@@ -242,6 +244,20 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which know nothing of the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

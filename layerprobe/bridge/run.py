@@ -27,6 +27,7 @@ class BridgeRun(Record):
     history : one row per optimizer step: step, epoch, loss, accuracy, lr, grad_norm, images_per_second.
     rows : final figures and, per block, how far the weights moved (`layerprobe.bridge.drift`).
     folder : where checkpoints and the final model are, or None.
+    is_main : False on all but one of several processes; those have nothing to print or save.
     """
 
     command: ClassVar[str] = "bridge"
@@ -38,6 +39,7 @@ class BridgeRun(Record):
     rows: list[dict[str, Any]]
     about: dict[str, Any]
     folder: Path | None = None
+    is_main: bool = True
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
@@ -52,6 +54,24 @@ class BridgeRun(Record):
     def value(self, metric: str) -> float:
         """A figure of the whole run, such as `random_label_accuracy`."""
         return next(row["value"] for row in self.rows if row["metric"] == metric and row["block"] is None)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per block for a terminal."""
+        frame = self.to_frame()
+        wide = frame[frame["block"].notna()].pivot(index="block", columns="metric", values="value")
+        states = self.plan.block_states
+        return [
+            {
+                "block": int(block),
+                "plan": states[int(block)],
+                "weight change": row["weight_change"],
+                "update rank": row["update_rank"],
+                "σ₁ after/before": row["spectral_norm_ratio"],
+                "outliers > 6σ before": row["outlier_ratio_6sigma_before"],
+                "after": row["outlier_ratio_6sigma_after"],
+            }
+            for block, row in wide.iterrows()
+        ]
 
     def summary(self) -> str:
         k = self.config.random_classes

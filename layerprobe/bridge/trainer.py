@@ -273,6 +273,7 @@ class _Training:
             rows=rows,
             about=self.about,
             folder=self.folder,
+            is_main=self.is_main,
             provenance=facts,
         )
         if self.folder is not None and self.is_main:
