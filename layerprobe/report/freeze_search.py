@@ -1,0 +1,195 @@
+"""The page of a freeze search: the answer first, then the evidence, then how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerprobe.errors import BrokenFileError
+from layerprobe.files import read_json
+from layerprobe.plans import FreezePlan
+from layerprobe.report.page import cell, figure, folded, interval, percent, strip, table, text
+from layerprobe.report.records import repeat_section
+from layerprobe.tables import read_frame, strict_rows
+
+SCHEMA = "layerprobe.search/v1"
+
+ARM_NAMES = {
+    "plan": "the chosen plan",
+    "all": "all blocks trained",
+    "none": "no block (stem and head only)",
+    "norms": "norms only",
+    "first-five": "first five blocks",
+    "last-five": "last five blocks",
+    "first-half": "first half",
+    "last-half": "last half",
+    "rgn-half": "blocks of large gradient-to-weight ratio",
+}
+
+FIGURE_CAPTIONS = {
+    "pareto": "Validation accuracy against trainable parameters, every plan that was trained in full. "
+    "Selection looked at these numbers, so they flatter; the test table above does not.",
+    "baselines": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
+    "arms": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
+    "layers": "What is known about each block: scores, and the gain measured when it was trained.",
+    "plans": "Which blocks each plan trains, ranked by accuracy.",
+}
+
+
+def search_sections(folder: Path) -> tuple[str, list[str]]:
+    """Title and sections of the page for a folder that holds `search.json` and its tables.
+
+    Raises
+    ------
+    BrokenFileError : a file of the run is missing or of another schema.
+    """
+    found = read_json(folder / "search.json", what="search")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise BrokenFileError(f"{folder / 'search.json'} is not of the schema {SCHEMA}")
+    plan = FreezePlan.load(folder / "plan.json")
+    try:
+        baselines = _rows(folder / "baselines.csv")
+        layers = _rows(folder / "layers.csv")
+        trials = _rows(folder / "trials.csv")
+        sections = [
+            f"<h1>Which blocks of {text(found['model'])} to train for {text(found['task'])}</h1>",
+            f'<p class="answer">{text(found["answer"])}</p>',
+            strip(plan.blocks),
+            _facts(found, plan),
+            "<h2>Against the baselines, on unseen seeds</h2>",
+            _baselines(baselines, found),
+            "<h2>Block by block</h2>",
+            _layers(layers),
+            "<h2>Figures</h2>",
+            *_figures(folder),
+            "<h2>Trials</h2>",
+            _trials(trials, found),
+            "<h2>What to do with the plan</h2>",
+            _next_steps(folder, found),
+            repeat_section(found.get("provenance") or {}),
+        ]
+    except KeyError as error:
+        raise BrokenFileError(f"the run in {folder} lacks the entry {error}; run the search again") from error
+    return f"layerprobe: {found['model']} on {found['task']}", sections
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return strict_rows(read_frame(path))
+    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise BrokenFileError(f"cannot read {path}: {error}") from error
+
+
+def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
+    trained, total = sum(plan.blocks), len(plan.blocks)
+    counts = plan.counts
+    share = counts["trainable_parameters"] / max(
+        1, counts["trainable_parameters"] + counts["frozen_parameters"]
+    )
+    return (
+        f"<p>The plan trains {trained} of {total} blocks, {cell(counts['trainable_parameters'])} parameters of the "
+        f"backbone ({percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
+        f"after a random-label bridge and fine-tuning under each plan "
+        f"({text(found['strategy'])} strategy, {text(found['trainings'])} trainings, "
+        f"{cell(round(float(found['spent']), 2))} of {cell(float(found['budget']))} full trainings spent); the rule is "
+        + (
+            "<em>fewest trainable parameters within one standard error of the best</em>."
+            if found["objective"] == "frugal"
+            else "<em>highest validation accuracy</em>."
+        )
+        + f" Chance is {percent(float(found['chance']))} %.</p>"
+    )
+
+
+def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
+    shown = [
+        {
+            "arm": ARM_NAMES.get(row["arm"], row["arm"]),
+            "trained parameters": row["trainable_parameters"],
+            "learning rate": cell(row["lr"]),
+            "test accuracy, %": percent(row["test_accuracy"]),
+            "95 % interval": interval(row["low"], row["high"]),
+            "plan minus this, points": percent(_negated(row, "minus_plan"), sign=True),
+            "95 % interval of the difference": interval(
+                _negated(row, "minus_plan_high"), _negated(row, "minus_plan_low"), sign=True
+            ),
+            "P(plan better)": cell(_complement(row.get("p_better_than_plan"))),
+        }
+        for row in rows
+    ]
+    return (
+        table(shown, mark=ARM_NAMES["plan"])
+        + f'<p class="soft">Each arm has its own learning rate, chosen on validation. Mean over {text(found["seeds"])} '
+        "seeds that selected nothing; Student t intervals over seeds; differences are paired by seed. They do not "
+        "include the sampling of test images, nor the chance in which plan the search chose.</p>"
+    )
+
+
+def _negated(row: Mapping[str, Any], column: str) -> float | None:
+    value = row.get(column)
+    return None if value is None else -float(value)
+
+
+def _complement(value: float | None) -> float | None:
+    return None if value is None else round(1 - float(value), 3)
+
+
+def _layers(rows: list[dict[str, Any]]) -> str:
+    names = {"train_gain": "gain from training it, points", "train_gain_stderr": "± s.e."}
+    shown = []
+    for row in rows:
+        line: dict[str, Any] = {
+            "block": row["block"],
+            "in the plan": "trained" if row["in_plan"] else "frozen",
+        }
+        for column, value in row.items():
+            if column in names:
+                line[names[column]] = percent(value, sign=column == "train_gain")
+            elif column not in ("block", "in_plan", "site"):
+                line[column.removeprefix("transfer_")] = value
+        shown.append(line)
+    return (
+        table(shown)
+        + '<p class="soft">The gain is a least-squares estimate over all trials of the search (other blocks equal). '
+        "The other columns are transfer scores of two kinds that are never mixed: readable (what the block's output "
+        "says about the task already) and trainable (what gradients say training it would change). "
+        "They propose plans; training decides.</p>"
+    )
+
+
+def _figures(folder: Path) -> list[str]:
+    figures = [
+        figure(path, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " ")))
+        for path in [*sorted(folder.glob("*.png")), *sorted((folder / "bridge").glob("*.png"))]
+    ]
+    return figures or ['<p class="soft">none were drawn</p>']
+
+
+def _trials(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
+    columns = [
+        "number", "plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds", "reason",
+    ]  # fmt: skip
+    failed = sum(row["validation_accuracy"] is None for row in rows)
+    note = f"{len(rows)} trainings in {cell(round(float(found['train_seconds'])))} seconds of training"
+    note += f"; {failed} failed." if failed else "."
+    return f"<p>{note}</p>" + folded("every training", table(rows, columns=columns))
+
+
+def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:
+    model, task, run = found["model"], found["task"], folder.name
+    lines = [
+        f"layerprobe plan show {run}/plan.json",
+        f"layerprobe bridge --model {model} --task {task} --plan {run}/plan.json -o BRIDGE",
+        f"layerprobe evaluate --model BRIDGE --task {task}",
+        f"layerprobe plan export {run}/plan.json --to regex",
+    ]
+    kept = (
+        f"<p>The bridge-trained backbone of this plan is in <code>{text(run)}/bridge/backbone</code> and loads with "
+        "<code>AutoModel.from_pretrained</code>.</p>"
+        if (folder / "bridge").is_dir()
+        else ""
+    )
+    return kept + f"<pre>{text(chr(10).join(lines))}</pre>"

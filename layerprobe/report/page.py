@@ -1,0 +1,137 @@
+"""Small pieces of HTML. Everything that comes from a file is escaped: a run folder may be somebody else's."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import BrokenFileError
+
+MAX_FIGURE_BYTES = 20 << 20
+
+STYLE = """
+:root { color-scheme: light; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; }
+.answer { font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; margin: 1.2rem 0; }
+.soft { color: var(--soft); font-size: .9rem; }
+.strip { display: flex; gap: 3px; margin: 1rem 0 .2rem; }
+.strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; background: var(--frozen); }
+.strip span.on { background: var(--train); color: #fff; font-weight: 600; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } td.t, th.t { text-align: left; } tr.mark td { background: #fdf0e6; font-weight: 600; }
+figure { margin: 1.2rem 0; } figure img { max-width: 100%; } figcaption { color: var(--soft); font-size: .88rem; }
+pre { background: #f6f8fa; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
+details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A whole document; nothing in it is loaded from elsewhere."""
+    body = "\n".join(sections)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def text(value: Any) -> str:
+    """Escaped text."""
+    return html.escape(str(value))
+
+
+def table(
+    rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None, mark: str | None = None
+) -> str:
+    """An HTML table; numbers to the right. A row whose first cell equals `mark` is highlighted."""
+    if not rows:
+        return '<p class="soft">none</p>'
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    left = {n for n in names if any(isinstance(row.get(n), str) for row in rows)}
+    head = "".join(f"<th{_left(n in left)}>{text(n)}</th>" for n in names)
+    lines = []
+    for row in rows:
+        marked = ' class="mark"' if mark is not None and row.get(names[0]) == mark else ""
+        cells = "".join(f"<td{_left(n in left)}>{text(cell(row.get(n)))}</td>" for n in names)
+        lines.append(f"<tr{marked}>{cells}</tr>")
+    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+
+
+def _left(yes: bool) -> str:
+    return ' class="t"' if yes else ""
+
+
+def cell(value: Any) -> str:
+    """A number as people read it; a dash for what is undefined."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{int(value):,}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def percent(value: float | None, *, sign: bool = False) -> str:
+    """A share as per cent with one decimal."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
+    """`low to high` in per cent, or a dash."""
+    if low is None or high is None:
+        return "–"
+    return f"{percent(low, sign=sign)} to {percent(high, sign=sign)}"
+
+
+def figure(path: Path, caption: str) -> str:
+    """A PNG file, embedded.
+
+    Raises
+    ------
+    BrokenFileError : larger than 20 MiB, or no PNG.
+    """
+    size = path.stat().st_size
+    if size > MAX_FIGURE_BYTES:
+        raise BrokenFileError(
+            f"figure {path} has {size:,} bytes; more than {MAX_FIGURE_BYTES:,} are not embedded"
+        )
+    data = path.read_bytes()
+    if not data.startswith(b"\x89PNG"):
+        raise BrokenFileError(f"{path} is no PNG file")
+    code = base64.b64encode(data).decode("ascii")
+    return (
+        f'<figure><img alt="{text(caption)}" src="data:image/png;base64,{code}">'
+        f"<figcaption>{text(caption)}</figcaption></figure>"
+    )
+
+
+def strip(flags: Sequence[bool]) -> str:
+    """The blocks of a plan from input to output, trained ones filled."""
+    cells = "".join(
+        f'<span class="on" title="block {i}: trained">{i}</span>'
+        if on
+        else f'<span title="block {i}: frozen">{i}</span>'
+        for i, on in enumerate(flags)
+    )
+    return (
+        f'<div class="strip">{cells}</div><p class="soft">blocks from input to output; '
+        "filled = trained, pale = frozen</p>"
+    )
+
+
+def folded(title: str, inner: str) -> str:
+    """Something for those who want to look closer."""
+    return f"<details><summary>{text(title)}</summary>{inner}</details>"
