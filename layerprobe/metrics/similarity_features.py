@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerprobe.metrics.similarity_gram import FLOAT64_UP_TO
 from layerprobe.metrics.similarity_pairs import FloatArray, Progress, Terms
-from layerprobe.metrics.similarity_rows import CentredRows
+from layerprobe.metrics.similarity_rows import FLOAT64_UP_TO, CentredRows
 
 PIECE_ROWS = 8192
 PIECE_BYTES = 24 << 20

@@ -10,12 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from layerprobe.metrics.similarity_pairs import TILE_COLUMNS, FloatArray, Progress, Terms
-from layerprobe.metrics.similarity_rows import CentredRows
+from layerprobe.metrics.similarity_rows import FLOAT64_UP_TO, CentredRows
 
 PANEL_BYTES = 80 << 20
 """Memory for the rows of all layers that one strip of tiles keeps at hand."""
 MAX_GROUPS = 64
-FLOAT64_UP_TO = 512
 
 
 def gram_terms(

@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from layerprobe.errors import UsageError
 
-SCAN_ROWS = 512
-"""Rows per piece of the first pass: a piece of a usual width stays in the second-level cache."""
+SCAN_ROWS = 256
+FILL_ROWS = 128
+"""Rows per piece: pieces of a usual width stay in the second-level cache from one operation to the next."""
+FLOAT64_UP_TO = 512
+"""Up to this many images everything runs in float64: it costs nothing, and small samples cancel most."""
 
 
 class CentredRows:
@@ -51,21 +55,27 @@ class CentredRows:
         self._wide = self.array.dtype.kind != "f" or self.array.dtype.itemsize > 4
         mean, squares = self._scan()
         size = float(np.linalg.norm(mean))
-        eps = np.finfo(np.float64 if self._wide else np.float32).eps
+        # Rounding of the values themselves (float32) or of the mean over all of them (float64).
+        rounding = 64 * np.finfo(np.float64).eps if self._wide else 4 * np.finfo(np.float32).eps
         spread = float(np.sqrt(squares / self.n))
-        self.constant = spread <= 4 * float(eps) * size or spread == 0.0
+        self.constant = spread <= float(rounding) * size or spread == 0.0
         exponent = 0 if self.constant else -round(float(np.log2(spread)))
         self.scale = float(2.0**exponent)
         self._mean = mean
-        self._shift = (-mean * self.scale).astype(np.float32)
-        rest = -mean * self.scale - self._shift
+        shift = (-mean * self.scale).astype(np.float32)
+        rest = (-mean * self.scale - shift).astype(np.float32)
+        self._shift = torch.from_numpy(shift)
         # What float32 loses of the mean matters only when the offset is thousands of deviations.
-        self._rest = rest.astype(np.float32) if float(np.linalg.norm(rest)) > 1e-5 else None
+        self._rest = torch.from_numpy(rest) if float(np.linalg.norm(rest)) > 1e-5 else None
 
     def fill(self, index: NDArray[np.intp], out: NDArray[Any]) -> None:
         """Write the rows `index` (in the order of `rows`), centred and scaled, into `out` (float32 or 64)."""
         if self.rows is not None:
             index = self.rows[index]
+        for start in range(0, len(index), FILL_ROWS):
+            self._fill(index[start : start + FILL_ROWS], out[start : start + FILL_ROWS])
+
+    def _fill(self, index: NDArray[np.intp], out: NDArray[Any]) -> None:
         if self._wide or out.dtype == np.float64:
             np.subtract(self.array[index], self._mean, out=out, casting="same_kind", dtype=np.float64)
             np.multiply(out, self.scale, out=out)
@@ -74,15 +84,14 @@ class CentredRows:
             np.take(self.array, index, axis=0, out=out, mode="clip")
         else:
             out[...] = self.array[index]
-        if self.scale != 1.0:
-            np.multiply(out, np.float32(self.scale), out=out)
-        np.add(out, self._shift, out=out)
+        rows = torch.from_numpy(out)
+        torch.add(self._shift, rows, alpha=self.scale, out=rows)
         if self._rest is not None:
-            np.add(out, self._rest, out=out)
+            rows += self._rest
 
     def _scan(self) -> tuple[NDArray[np.float64], float]:
         """Column means, and the sum of squared deviations from them, in one pass where float32 allows."""
-        if not self._wide and self.n > SCAN_ROWS:
+        if not self._wide and self.n > FLOAT64_UP_TO:
             with np.errstate(over="ignore", invalid="ignore"):
                 mean, squares = self._scan_with_pivot()
             if np.isfinite(mean).all() and np.isfinite(squares) and squares > 0.0:
@@ -98,19 +107,22 @@ class CentredRows:
         return mean, squares
 
     def _scan_with_pivot(self) -> tuple[NDArray[np.float64], float]:
-        """Deviations from the mean of the first rows are small numbers, and float32 sums of them exact enough."""
+        """Deviations from the mean of the first rows are small numbers, and float32 sums of them exact enough.
+
+        The squares are those of the first rows, scaled up: they only choose a power of two.
+        """
         pivot = self.array[:SCAN_ROWS].mean(axis=0, dtype=np.float64).astype(np.float32)
-        piece = np.empty((min(self.n, SCAN_ROWS), self.d), dtype=np.float32)
+        piece = np.empty((SCAN_ROWS, self.d), dtype=np.float32)
         total, squares = np.zeros(self.d), 0.0
         for start in range(0, self.n, SCAN_ROWS):
             rows = self.array[start : start + SCAN_ROWS]
             part = piece[: len(rows)]
             np.subtract(rows, pivot, out=part)
             total += part.sum(axis=0)
-            flat = part.reshape(-1)
-            squares += float(np.dot(flat, flat))
-        drift = total / self.n
-        return pivot + drift, squares - self.n * float(drift @ drift)
+            if start == 0:
+                flat = part.reshape(-1)
+                squares = float(np.dot(flat, flat)) * self.n / len(rows)
+        return pivot + total / self.n, squares
 
     def _refuse_non_finite(self) -> None:
         bad, first = 0, -1

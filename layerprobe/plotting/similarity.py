@@ -44,19 +44,20 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     ax.set_facecolor("#d9d9d9")
     chance = _grid(frame, "pvalue_max", rows, columns) > SIGNIFICANT
     half = (_grid(frame, "high", rows, columns) - _grid(frame, "low", rows, columns)) / 2
-    same = _same_model(frame)
+    same = rows == columns and bool(np.all(np.abs(np.diag(values)[~np.isnan(np.diag(values))] - 1.0) < 1e-9))
     for i in range(len(rows)):
         candidates = np.where([same and rows[i] == column for column in columns], np.nan, values[i])
         best = int(np.nanargmax(candidates)) if np.isfinite(candidates).any() else -1
         for j in range(len(columns)):
             ink = _ink(image, values[i, j])
             if intervals and np.isfinite(values[i, j]):
-                text = f"{values[i, j]:.2f}\n±{half[i, j]:.2f}"
+                text = f"{values[i, j]:.2f}\n±{half[i, j]:.2f}".replace("-0.00", "0.00")
+                text = f"({text})" if chance[i, j] else text
                 ax.text(j, i, text, ha="center", va="center", color=ink, fontsize=6.5, linespacing=1.0)
-            if chance[i, j]:
-                size = 0.42 if intervals else 0.22
-                ax.plot([j - size, j + size], [i - size, i + size], color=ink, linewidth=0.6, alpha=0.7)
-                ax.plot([j - size, j + size], [i + size, i - size], color=ink, linewidth=0.6, alpha=0.7)
+            elif chance[i, j]:
+                for slope in (-0.22, 0.22):
+                    ends = ([j - 0.22, j + 0.22], [i - slope, i + slope])
+                    ax.plot(*ends, color=ink, linewidth=0.6, alpha=0.7)
             if j == best and not chance[i, j]:
                 ax.add_patch(
                     Rectangle(
@@ -73,8 +74,9 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     bar = ax.figure.colorbar(image, ax=ax)
     bar.set_label("debiased linear CKA")
     notes = ["framed: closest layer of the row"]
+    mark = "in brackets" if intervals else "crossed"
     if chance.any():
-        notes.append(f"crossed: no more than chance (corrected p > {SIGNIFICANT:g})")
+        notes.append(f"{mark}: no more than chance (corrected p > {SIGNIFICANT:g})")
     if intervals:
         notes.append("±: half-width of the 95 % interval")
     ax.annotate(
@@ -184,11 +186,6 @@ def _only(frame: pd.DataFrame, column: str, otherwise: str) -> str:
     """The single value of a column, or `otherwise` when there is none or more than one."""
     names = [] if column not in frame else [str(name) for name in frame[column].dropna().unique()]
     return names[0] if len(names) == 1 else otherwise
-
-
-def _same_model(frame: pd.DataFrame) -> bool:
-    model, other = _only(frame, "model", "A"), _only(frame, "model_y", "A")
-    return model == other and _only(frame, "revision", "") == _only(frame, "revision_y", "")
 
 
 def _ink(image: Any, value: float) -> str:
