@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -56,3 +59,31 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     return hub
+
+
+class CommandResult(NamedTuple):
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_cli(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., CommandResult]:
+    """Run `layerprobe ...` in this process, as the console script does."""
+
+    def run(*arguments: object) -> CommandResult:
+        from layerprobe.cli.main import main
+
+        monkeypatch.setattr(sys, "argv", ["layerprobe", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leave:
+            main()
+        code = leave.value.code
+        out, err = capfd.readouterr()
+        return CommandResult(code if isinstance(code, int) else int(code is not None), out, err)
+
+    return run

@@ -25,8 +25,8 @@ _PCA_IMAGES = 1000
 class HasImages(Protocol):
     """What `Backbone.prepare` needs to know of a task."""
 
-    image_size: int | None
-    channels: int
+    @property
+    def image_size(self) -> int | None: ...
 
     @property
     def train(self) -> Any: ...

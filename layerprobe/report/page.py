@@ -14,20 +14,38 @@ from layerprobe.errors import BrokenFileError
 MAX_FIGURE_BYTES = 20 << 20
 
 STYLE = """
-:root { color-scheme: light; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin-top: 2.4rem; }
-.answer { font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; margin: 1.2rem 0; }
+:root {
+  color-scheme: light;
+  --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef;
+}
+body {
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
+  max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem;
+}
+h1 { font-size: 1.5rem; margin-bottom: .3rem; }
+h2 { font-size: 1.15rem; margin-top: 2.4rem; }
+.answer {
+  font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; margin: 1.2rem 0;
+}
 .soft { color: var(--soft); font-size: .9rem; }
 .strip { display: flex; gap: 3px; margin: 1rem 0 .2rem; }
-.strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; background: var(--frozen); }
+.strip span {
+  flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px;
+  background: var(--frozen);
+}
 .strip span.on { background: var(--train); color: #fff; font-weight: 600; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; } td.t, th.t { text-align: left; } tr.mark td { background: #fdf0e6; font-weight: 600; }
-figure { margin: 1.2rem 0; } figure img { max-width: 100%; } figcaption { color: var(--soft); font-size: .88rem; }
+th { color: var(--soft); font-weight: 600; }
+td.t, th.t { text-align: left; }
+tr.mark td { background: #fdf0e6; font-weight: 600; }
+figure { margin: 1.2rem 0; }
+figure img { max-width: 100%; }
+figcaption { color: var(--soft); font-size: .88rem; }
 pre { background: #f6f8fa; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
+details { margin: .6rem 0; }
+summary { cursor: pointer; color: var(--soft); }
 """
 
 

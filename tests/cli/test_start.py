@@ -1,0 +1,45 @@
+"""The program starts at once and explains itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+COMMANDS = [
+    "outliers", "compare", "features", "cka", "probe", "transfer", "attribute", "freeze-search", "bridge",
+    "evaluate", "plan", "report", "ls", "env",
+]  # fmt: skip
+
+
+def test_help_answers_within_a_second_of_processor_time() -> None:
+    """CPU time, best of three: the wall clock of a busy machine says nothing about the program."""
+    best = float("inf")
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-m", "layerprobe", "--help"], capture_output=True, text=True, check=True
+        )
+        after = os.times()
+        best = min(
+            best, after.children_user + after.children_system - before.children_user - before.children_system
+        )
+        assert all(command in done.stdout for command in COMMANDS)
+    assert best < 1.0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(run_cli: Callable, command: str) -> None:
+    result = run_cli(command, "--help")
+    assert result.code == 0
+    if command not in ("plan", "ls"):
+        assert f"layerprobe {command}" in result.out
+
+
+def test_version(run_cli: Callable) -> None:
+    import layerprobe
+
+    assert run_cli("--version").out == f"layerprobe {layerprobe.__version__}\n"
