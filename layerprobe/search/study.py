@@ -157,6 +157,15 @@ class Ledger:
             if frozen.state == TrialState.RUNNING and _is_dead(frozen.user_attrs.get("worker", "")):
                 self._close(frozen, TrialState.FAIL)
 
+    def get(self, name: str) -> Any:
+        """A fact kept with the search by `put`, or None."""
+        return self._study.user_attrs.get(f"fact:{name}")
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a fact (strict JSON) with the search; the first one stays, so that all processes agree."""
+        if self.get(name) is None:
+            self._study.set_user_attr(f"fact:{name}", json.loads(json.dumps(value, allow_nan=False)))
+
     def close(self) -> None:
         """Let go of the database connections."""
         self._storage.remove_session()

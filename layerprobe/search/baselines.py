@@ -1,0 +1,162 @@
+"""The arms that stand beside the plan in every report, and their test accuracy on unseen seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from layerprobe.metrics.uncertainty import mean_interval
+from layerprobe.plans import standard_blocks
+from layerprobe.search.bench import Bench, Outcome, ValueBatch, accuracy_of
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
+from layerprobe.search.verdict import Comparison, compare
+
+PLAN = "plan"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the report: a name and what it trains."""
+
+    name: str
+    mask: Mask
+    norms: bool = False
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm on the report's seeds.
+
+    Attributes
+    ----------
+    test : test accuracy per seed, None where a run failed. mean, low, high, stderr : t interval over seeds.
+    against_all : paired difference to training everything, None for that arm itself or after failures.
+    """
+
+    arm: Arm
+    lr: float
+    params: int
+    cost: float
+    seconds: float
+    test: tuple[float | None, ...]
+    mean: float | None
+    low: float | None
+    high: float | None
+    stderr: float | None
+    against_all: Comparison | None
+    against_plan: Comparison | None
+    reason: str | None = None
+
+
+def standard_arms(
+    space: Space, *, seed: int = 0, scores: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
+) -> list[Arm]:
+    """Baselines: all, none, norms only, first and last five, halves, a random plan, and the blocks that a
+    relative-gradient-norm rule would train (where that score is known).
+
+    The last one is a plan in the spirit of auto-RGN (Lee et al. 2023, arXiv 2210.11466), which scales
+    learning rates by the gradient-to-weight ratio: here the blocks with at least half of the largest ratio.
+    """
+    n = space.n_blocks
+    arms = [
+        Arm(name, mask_of(blocks, n)) for name, blocks in standard_blocks(n, random_seeds=(seed,)).items()
+    ]
+    arms.insert(2, Arm("norms", space.none, norms=True))
+    if scores and "rgn" in scores and np.isfinite(scores["rgn"][0]).all():
+        ratio = scores["rgn"][0]
+        arms.append(Arm("rgn-half", tuple(bool(flag) for flag in ratio >= 0.5 * ratio.max())))
+    return arms
+
+
+def arms_cost(arms: Sequence[Arm], space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> float:
+    """What reporting on `arms` costs at most, in full trainings."""
+    return sum(
+        space.cost(Trial(arm.mask, lrs[0], norms=arm.norms)) * (len(lrs) * fidelity + seeds) for arm in arms
+    )
+
+
+def report_arms(
+    plan: Mask, plan_lr: float, arms: Sequence[Arm], bench: Bench, value_batch: ValueBatch
+) -> list[ArmResult]:
+    """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
+
+    Each arm has its own learning rate, chosen on validation with the search's first seed: from what the
+    search already valued, else on the short rung over the whole grid.
+    """
+    everyone = [Arm(PLAN, plan), *arms]
+    unknown = [
+        arm for arm in arms if arm.norms or not any(t.mask == arm.mask for t in bench.history if not t.norms)
+    ]
+    short = {
+        arm.name: [Trial(arm.mask, lr, 0, bench.fidelity, arm.norms) for lr in bench.lrs] for arm in unknown
+    }
+    known = dict(value_batch([trial for trials in short.values() for trial in trials]))
+    rates = {PLAN: plan_lr}
+    for arm in arms:
+        if arm.name in short:
+            rates[arm.name] = max(
+                short[arm.name], key=lambda trial: (accuracy_of(known[trial]), -trial.lr)
+            ).lr
+        else:
+            rates[arm.name] = plan_lr if arm.mask == plan else bench.best_lr(arm.mask)
+    # Seed by seed, so that an interrupted report has complete rows to compare.
+    runs = {
+        arm.name: [
+            Trial(arm.mask, rates[arm.name], REPORT_REPEAT + seed, 1.0, arm.norms)
+            for seed in range(bench.seeds)
+        ]
+        for arm in everyone
+    }
+    order = [runs[arm.name][seed] for seed in range(bench.seeds) for arm in everyone]
+    found = value_batch(list(dict.fromkeys(order)))
+    test = {arm.name: tuple(found[trial].test for trial in runs[arm.name]) for arm in everyone}
+    return [_result(arm, rates[arm.name], runs[arm.name], found, test, bench.space) for arm in everyone]
+
+
+def _result(
+    arm: Arm,
+    lr: float,
+    trials: Sequence[Trial],
+    found: Mapping[Trial, Outcome],
+    test: Mapping[str, tuple[float | None, ...]],
+    space: Space,
+) -> ArmResult:
+    values = test[arm.name]
+    finite = [value for value in values if value is not None]
+    interval = mean_interval(finite) if len(finite) > 1 else None
+    reasons = [found[trial].reason for trial in trials if found[trial].reason]
+    params = next(
+        (
+            int(found[trial].facts["trainable_parameters"])
+            for trial in trials
+            if "trainable_parameters" in found[trial].facts
+        ),
+        space.params(arm.mask),
+    )
+    return ArmResult(
+        arm=arm,
+        lr=lr,
+        params=params,
+        cost=space.cost(trials[0]),
+        seconds=float(np.mean([found[trial].seconds for trial in trials])),
+        test=values,
+        mean=float(np.mean(finite)) if finite else None,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        stderr=interval.stderr if interval else None,
+        against_all=None if arm.name == ALL else paired(values, test.get(ALL)),
+        against_plan=None if arm.name == PLAN else paired(values, test.get(PLAN)),
+        reason=reasons[0] if reasons else None,
+    )
+
+
+def paired(a: Sequence[float | None], b: Sequence[float | None] | None) -> Comparison | None:
+    """Paired comparison over the seeds on which both arms have a value; None with fewer than two."""
+    both = [(x, y) for x, y in zip(a, b or (), strict=False) if x is not None and y is not None]
+    if len(both) < 2 or not all(math.isfinite(x) and math.isfinite(y) for x, y in both):
+        return None
+    return compare([x for x, _ in both], [y for _, y in both])

@@ -1,0 +1,472 @@
+"""`freeze_search`: from a backbone and a task to a freeze plan with its evidence."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time as clock
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.files import output_folder
+from layerprobe.progress import note
+from layerprobe.provenance import provenance
+from layerprobe.search import result as frames
+from layerprobe.search.baselines import ALL, PLAN, Arm, arms_cost, report_arms, standard_arms
+from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.scores import by_block, layer_scores, proposals
+from layerprobe.search.space import Constraints, Space, Trial, blocks_of, describe_mask, strip
+from layerprobe.search.strategies import make_strategy, run_strategy
+from layerprobe.search.study import Ledger, hide_password, storage_url
+from layerprobe.search.valuing import Chain, ChainEvaluator
+from layerprobe.search.verdict import Finalist, choose, pooled_stderr, verdict_kind, verdict_sentence
+from layerprobe.search.workers import helpers
+
+DEFAULT_LRS = (1e-4, 3e-4, 1e-3)
+DEFAULT_BUDGET = 20.0
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "budget": 9.0,
+        "bridge_steps": 30,
+        "finetune_steps": 60,
+        "batch_size": 32,
+        "lrs": (3e-4, 1e-3),
+        "baselines": ("all", "none", "norms", "first-half", "last-half"),
+        "keep_bridge": True,
+    },
+}
+"""Settings that a preset replaces where the caller left the default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that the answer depends on, beside backbone and task. See `freeze_search`."""
+
+    budget: float | None = None
+    time: float | None = None
+    strategy: str = "racing"
+    objective: str = "frugal"
+    seeds: int = 3
+    lrs: tuple[float, ...] = DEFAULT_LRS
+    fidelity: float = 0.25
+    bridge_steps: int = 100
+    finetune_steps: int = 100
+    batch_size: int = 64
+    random_classes: int = 10
+    precision: str = "float32"
+    use_scores: bool = True
+    baselines: tuple[str, ...] | None = None
+    min_frozen: int = 0
+    max_trainable_params: int | None = None
+    must_freeze: tuple[int, ...] = ()
+    must_train: tuple[int, ...] = ()
+    keep_bridge: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        make_strategy(self.strategy)
+        if self.budget is not None and self.time is not None:
+            raise UsageError("state a budget (in full trainings) or a time (in seconds), not both")
+        for name in ("budget", "time"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be positive, got {value}")
+        if self.baselines is not None and not {ALL} <= set(self.baselines):
+            raise UsageError("baselines must contain 'all': every report compares with training everything")
+
+    @property
+    def chain(self) -> Chain:
+        """The training that every plan gets."""
+        return Chain(
+            bridge_steps=self.bridge_steps,
+            finetune_steps=self.finetune_steps,
+            batch_size=self.batch_size,
+            random_classes=self.random_classes,
+            precision=self.precision,
+        )
+
+    @property
+    def constraints(self) -> Constraints:
+        """What a plan must obey."""
+        return Constraints(self.min_frozen, self.max_trainable_params, self.must_freeze, self.must_train)
+
+
+def make_settings(preset: str | None, **given: Any) -> Settings:
+    """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order."""
+    if preset is not None and preset not in PRESETS:
+        raise UnknownNameError(
+            f"unknown preset '{preset}'.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}"
+        )
+    chosen = {name: value for name, value in given.items() if value is not None}
+    base = dict(PRESETS[preset]) if preset is not None else {}
+    if "time" in chosen and "budget" not in chosen:
+        base.pop("budget", None)
+    merged = {**base, **chosen}
+    for name in ("lrs", "must_freeze", "must_train", "baselines"):
+        if name in merged:
+            merged[name] = tuple(merged[name])
+    if merged.get("budget") is None and merged.get("time") is None:
+        merged["budget"] = DEFAULT_BUDGET
+    return Settings(**merged)
+
+
+def freeze_search(
+    backbone: Any,
+    task: Any,
+    *,
+    preset: str | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    output: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+    **settings: Any,
+) -> frames.SearchResult:
+    """Find which blocks to train, by valuing plans with the real chain under a stated budget.
+
+    A plan's value is its validation accuracy after random-label bridge and fine-tuning under it, with its
+    own learning rate and common seeds. Validation selects; test accuracy is measured once, for the final
+    plan and the baselines, on seeds that selected nothing.
+
+    Parameters
+    ----------
+    backbone, task : from `load_backbone` and `load_task`.
+    preset : 'quickstart' for a first look on a small task.
+    storage : database that several processes and machines share; default: study.db in `output`.
+    workers : processes on this machine; their order does not matter to the answer.
+    output : run folder. The same arguments again continue there; finished trainings are looked up.
+    quiet : no progress on stderr.
+    budget : what the search itself may spend, in full trainings of everything (default 20); baselines and
+        the final test come on top and are stated.
+    time : seconds for search and report together, instead of a budget; converted once, by the measured
+        duration of the first training.
+    strategy : racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
+    objective : 'frugal' (fewest parameters within one standard error of the best) or 'accuracy'.
+    seeds : common seeds of finalists, and unseen seeds of the report, ≥ 2.
+    lrs : learning rates to choose from, for each plan separately.
+    fidelity : length of the short rung, as a share of the full training.
+    bridge_steps, finetune_steps, batch_size, random_classes, precision : the training; see `Chain`.
+    use_scores : let trainable transfer scores propose plans (False: plans are proposed blindly).
+    baselines : names of the baselines to report; default all of `standard_arms`.
+    min_frozen, max_trainable_params, must_freeze, must_train : constraints on the plan.
+    keep_bridge : bridge-train the chosen plan in the end and save it into `output`/bridge.
+    seed : of everything random.
+
+    Returns
+    -------
+    SearchResult with `.plan`, `.table`, `.trials`, `.baselines`.
+
+    Raises
+    ------
+    UsageError : budget too small for one plan, contradicting constraints, a run folder or storage that holds
+        another search. NotAvailableError : the storage cannot be reached.
+    """
+    chosen = make_settings(preset, **settings)
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, got {workers}")
+    if chosen.keep_bridge and output is None:
+        raise UsageError("keeping the bridge-trained model needs an output folder")
+    folder = output_folder(output) if output is not None else None
+    backbone.prepare(task)
+    evaluator = ChainEvaluator(backbone, task, chosen.chain, chosen.seed)
+    space = Space(evaluator.block_params(), chosen.constraints)
+    identity = identify(backbone, task, chosen)
+    with _storage(storage, folder) as url:
+        ledger = Ledger.open(url, identity)
+        try:
+            search = _Search(backbone, task, chosen, evaluator, space, ledger, quiet)
+            with helpers(workers - 1, url, identity, evaluator):
+                found = search.run(workers)
+        finally:
+            ledger.close()
+    found.provenance = provenance(
+        "freeze-search",
+        {**asdict(chosen), "preset": preset, "workers": workers},
+        backbone=backbone.describe(),
+        task=task.describe(),
+        storage=hide_password(url) if storage is not None or folder is not None else None,
+    )
+    if folder is not None:
+        found.folder = folder
+        found.save(folder)
+        if chosen.keep_bridge:
+            keep_bridge(backbone, task, found, chosen, folder, quiet=quiet)
+    return found
+
+
+def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:
+    """What makes two searches the same: model, data, settings; not where or by how many it is run."""
+    about = backbone.describe()
+    return {
+        "model": backbone.source.model_id,
+        "revision": backbone.source.revision,
+        "backbone": {key: about[key] for key in sorted(about) if key not in ("device", "name")},
+        "task": task.task_id,
+        "split_hash": task.split_hash,
+        **{key: value for key, value in asdict(settings).items() if key != "keep_bridge"},
+    }
+
+
+class _Search:
+    """One process's walk through a search: scores, strategy, baselines, verdict."""
+
+    def __init__(
+        self,
+        backbone: Any,
+        task: Any,
+        settings: Settings,
+        evaluator: Callable[[Trial], Outcome],
+        space: Space,
+        ledger: Ledger,
+        quiet: bool,
+    ) -> None:
+        self.backbone, self.task, self.settings = backbone, task, settings
+        self.evaluator, self.space, self.ledger, self.quiet = evaluator, space, ledger, quiet
+        self.began = clock.monotonic()
+        self.trained_seconds = 0.0
+
+    def run(self, workers: int) -> frames.SearchResult:
+        settings, space = self.settings, self.space
+        score_frame = self.scores()
+        guides = proposals(score_frame, space.n_blocks) if settings.use_scores else {}
+        arms = standard_arms(space, seed=settings.seed, scores=guides)
+        if settings.baselines is not None:
+            arms = [arm for arm in arms if arm.name in settings.baselines]
+        budget, arms = self.budget(arms, workers)
+        bench = Bench(
+            space,
+            self.value,
+            settings.lrs,
+            settings.seeds,
+            budget,
+            guides,
+            settings.seed,
+            settings.fidelity,
+            settings.objective,
+            watch=self.watch,
+        )
+        self.say(
+            f"{settings.strategy} over {space.n_blocks} blocks: budget {budget:.3g} full trainings of "
+            f"{settings.bridge_steps} bridge + {settings.finetune_steps} fine-tuning steps"
+        )
+        finalists = run_strategy(make_strategy(settings.strategy), bench)
+        winner = choose(finalists, space, objective=settings.objective)
+        self.say(
+            f"chosen on validation: {describe_mask(winner.mask)}; now {len(arms)} baselines on unseen seeds"
+        )
+        results = report_arms(winner.mask, winner.lr, arms, bench, self.value)
+        return self.conclude(bench, finalists, winner, results, score_frame)
+
+    def scores(self) -> pd.DataFrame:
+        """Transfer scores, computed by whoever comes first and kept with the search."""
+        if (stored := self.ledger.get("scores")) is not None:
+            return pd.DataFrame(stored)
+        self.say("transfer scores of every block")
+        frame = layer_scores(self.backbone, self.task, seed=self.settings.seed, quiet=self.quiet)
+        columns = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
+        self.ledger.put("scores", frames.strict_rows(frame[columns]))
+        return pd.DataFrame(self.ledger.get("scores"))
+
+    def budget(self, arms: Sequence[Arm], workers: int) -> tuple[float, list[Arm]]:
+        """The search's budget in full trainings, and the baselines that the time allows."""
+        s = self.settings
+        if s.budget is not None:
+            return s.budget, list(arms)
+        assert s.time is not None
+        pilot = Trial(self.space.all, sorted(s.lrs)[len(s.lrs) // 2], 0, s.fidelity)
+        seconds = self.value([pilot])[pilot].seconds / s.fidelity
+        total = 0.9 * s.time * workers / max(seconds, 1e-9)
+        kept = list(arms)
+        least = s.seeds + len(s.lrs) * s.fidelity
+        plan_cost = float(s.seeds)
+        while len(kept) > 1 and total - plan_cost - arms_cost(
+            kept, self.space, s.lrs, s.seeds, s.fidelity
+        ) < (2 * least):
+            kept.pop()
+        budget = total - plan_cost - arms_cost(kept, self.space, s.lrs, s.seeds, s.fidelity)
+        if budget < least:
+            needed = (least + plan_cost + arms_cost(kept, self.space, s.lrs, s.seeds, s.fidelity)) * seconds
+            raise UsageError(
+                f"time {s.time:g} s is too small for one plan and its baseline: one training takes "
+                f"{seconds:.3g} s here, so allow at least {needed / (0.9 * workers):.0f} s or shorten the steps"
+            )
+        return budget, kept
+
+    def value(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
+        """Answers to trials, from the ledger or by training."""
+        return self.ledger.value(trials, self.evaluator)
+
+    def watch(self, bench: Bench) -> None:
+        """One line of progress: best so far, budget left, expected end."""
+        known = [mask for mask in bench.valued_masks() if bench.full(mask)] or bench.valued_masks()
+        best = max(known, key=bench.estimate)
+        elapsed = clock.monotonic() - self.began
+        rest = elapsed * max(0.0, bench.budget - bench.spent) / max(bench.spent, 1e-9)
+        short = "" if bench.full(best) else " (short runs)"
+        self.say(
+            f"{len(bench.history)} trainings, {bench.spent:.1f} of {bench.budget:.3g} spent; best so far "
+            f"{100 * bench.estimate(best):.1f} % with {describe_mask(best)}{short}; "
+            f"about {rest / 60:.1f} min of search left"
+        )
+
+    def conclude(
+        self,
+        bench: Bench,
+        finalists: Sequence[Finalist],
+        winner: Finalist,
+        results: Sequence[Any],
+        score_frame: pd.DataFrame,
+    ) -> frames.SearchResult:
+        space, settings = self.space, self.settings
+        by_name = {result.arm.name: result for result in results}
+        plan_result = by_name[PLAN]
+        versus = plan_result.against_all
+        answer = verdict_sentence(
+            winner.mask, space, versus, objective=settings.objective, test_mean=plan_result.mean
+        )
+        kind = verdict_kind(winner.mask, versus)
+        records = self.ledger.records()
+        report_cost = sum({t.key: space.cost(t) for t, _, _ in records if t not in bench.history}.values())
+        facts = {
+            "model": self.backbone.name,
+            "revision": self.backbone.source.revision,
+            "task": self.task.name,
+            "split_hash": self.task.split_hash,
+            "n_blocks": space.n_blocks,
+            "plan": {
+                "strip": strip(winner.mask),
+                "blocks": blocks_of(winner.mask),
+                "words": describe_mask(winner.mask),
+                "lr": winner.lr,
+                "validation_accuracy": winner.mean,
+                "validation_per_seed": list(winner.accuracies),
+                "test_accuracy": plan_result.mean,
+                "test_low": plan_result.low,
+                "test_high": plan_result.high,
+                "trainable_parameters": plan_result.params,
+            },
+            "against_all": asdict(versus) if versus else None,
+            "standard_error": pooled_stderr(finalists),
+            "objective": settings.objective,
+            "strategy": settings.strategy,
+            "budget": bench.budget,
+            "spent": bench.spent,
+            "report_cost": report_cost,
+            "trainings": len(records),
+            "train_seconds": sum(outcome.seconds for _, outcome, _ in records),
+            "seeds": settings.seeds,
+            "seed": settings.seed,
+            "chance": 1.0 / self.task.n_classes,
+            "score_columns": sorted(score_frame["metric"].unique()) if len(score_frame) else [],
+        }
+        baselines = frames.arm_frame(results)
+        finals = pd.DataFrame(
+            [
+                {
+                    "plan": strip(f.mask),
+                    "blocks": describe_mask(f.mask),
+                    "trained_blocks": sum(f.mask),
+                    "trainable_parameters": space.params(f.mask),
+                    "lr": f.lr,
+                    "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
+                    "estimate": f.estimate if np.isfinite(f.estimate) else None,
+                    "n_seeds": len(f.accuracies),
+                    "chosen": f.mask == winner.mask,
+                }
+                for f in finalists
+            ]
+        )
+        plan = self.evaluator.plan(winner.mask).with_found(  # type: ignore[attr-defined]
+            method="freeze-search",
+            answer=answer,
+            kind=kind,
+            task=self.task.name,
+            task_id=self.task.task_id,
+            split_hash=self.task.split_hash,
+            settings=frames.strict_value(asdict(settings)),
+            budget=bench.budget,
+            spent=bench.spent,
+            lr=winner.lr,
+            validation_accuracy=winner.mean,
+            test_accuracy={
+                "mean": plan_result.mean,
+                "low": plan_result.low,
+                "high": plan_result.high,
+                "interval": "95 % t over unseen seeds",
+                "n_seeds": settings.seeds,
+            },
+            against_all=facts["against_all"],
+            runners_up=frames.strict_rows(finals[~finals["chosen"]]),
+            scores=frames.strict_rows(by_block(score_frame, space.n_blocks).reset_index(names="block")),
+            versions=_versions(),
+        )
+        return frames.SearchResult(
+            plan=plan,
+            answer=answer,
+            kind=kind,
+            table=frames.layer_frame(bench, winner.mask, by_block(score_frame, space.n_blocks)),
+            trials=frames.trial_frame(records, space),
+            baselines=baselines,
+            pareto=frames.pareto_frame(bench, winner.mask),
+            finalists=finals,
+            facts=facts,
+        )
+
+    def say(self, message: str) -> None:
+        if not self.quiet:
+            note(message)
+
+
+def keep_bridge(
+    backbone: Any, task: Any, found: frames.SearchResult, settings: Settings, folder: Path, *, quiet: bool
+) -> None:
+    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is."""
+    from layerprobe.bridge import bridge_train
+    from layerprobe.bridge.checkpoints import find_checkpoint
+
+    if not settings.bridge_steps:
+        return
+    target = folder / "bridge"
+    checkpoint = find_checkpoint(target) if target.is_dir() else None
+    if checkpoint is not None and checkpoint.state["finished"]:
+        return
+    if not quiet:
+        note(f"bridge training under the chosen plan, {settings.bridge_steps} steps")
+    config = settings.chain.bridge_config(
+        lr=found.facts["plan"]["lr"], steps=settings.bridge_steps, seed=settings.seed
+    )
+    run = bridge_train(
+        backbone,
+        task,
+        plan=found.plan,
+        config=config,
+        output=target,
+        resume=checkpoint is not None,
+        quiet=quiet,
+    )
+    run.save(target)
+
+
+def _versions() -> dict[str, str | None]:
+    from layerprobe.provenance import versions
+
+    return versions()
+
+
+@contextmanager
+def _storage(storage: str | os.PathLike[str] | None, folder: Path | None) -> Any:
+    """The database's URL: as given, study.db in the run folder, or a temporary file."""
+    if storage is not None:
+        yield storage_url(storage)
+    elif folder is not None:
+        yield storage_url(folder / "study.db")
+    else:
+        with tempfile.TemporaryDirectory(prefix="layerprobe-") as scratch:
+            yield storage_url(Path(scratch) / "study.db")

@@ -1,0 +1,75 @@
+"""More processes on this machine: each trains waiting trials until the search that started them is over."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from layerprobe.search.study import Ledger, Work
+
+
+@contextmanager
+def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> Iterator[None]:
+    """Run `count` helper processes beside the caller; `work` is sent to each of them (pickled).
+
+    They stop when the block ends, and by themselves when the caller is gone.
+    """
+    if count < 1:
+        yield
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    processes = [
+        context.Process(
+            target=_help,
+            args=(url, dict(arguments), work, stop, os.getpid(), _threads(count + 1)),
+            daemon=True,
+        )
+        for _ in range(count)
+    ]
+    with _threads_of(_threads(count + 1)):
+        for process in processes:
+            process.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for process in processes:
+                process.join(timeout=2)
+                if process.is_alive():
+                    # Everything asked for is answered; what a helper still trains, nobody waits for.
+                    process.terminate()
+                    process.join()
+
+
+def _help(url: str, arguments: dict[str, Any], work: Work, stop: Any, parent: int, threads: int) -> None:
+    # Being told to end is like Ctrl-C: the running trial goes back into the queue.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
+    except KeyboardInterrupt:
+        return
+
+
+def _threads(processes: int) -> int:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, usable // processes)
+
+
+@contextmanager
+def _threads_of(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

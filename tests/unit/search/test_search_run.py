@@ -1,0 +1,189 @@
+"""`freeze_search` end to end on a tiny random transformer and a tiny task, really trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import layerprobe as lp
+from layerprobe.errors import PlanError, UnknownNameError, UsageError
+from layerprobe.search import run as run_module
+from layerprobe.search.run import PRESETS, make_settings
+
+FAST = {
+    "budget": 5.0,
+    "bridge_steps": 2,
+    "finetune_steps": 4,
+    "batch_size": 8,
+    "lrs": (1e-3, 3e-3),
+    "fidelity": 0.5,
+    "seeds": 2,
+    "quiet": True,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A two-block Llama of width 16, made from a configuration."""
+    from transformers import LlamaConfig, LlamaModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    return folder
+
+
+def parts(tiny_model: Path):
+    task = lp.load_task("digits", limit=120)
+    return lp.load_backbone(str(tiny_model), patch_size=4), task
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    backbone, task = parts(tiny_model)
+    return lp.freeze_search(backbone, task, output=folder, **FAST), folder
+
+
+def test_the_run_folder_holds_what_a_report_needs(finished) -> None:
+    result, folder = finished
+    search = json.loads((folder / "search.json").read_text())
+    assert search["schema"] == "layerprobe.search/v1" and search["answer"] == result.answer
+    assert search["provenance"]["arguments"]["budget"] == 5.0
+    layers = pd.read_csv(folder / "layers.csv")
+    assert list(layers["block"]) == [0, 1, 2]
+    assert {"in_plan", "train_gain", "transfer_rgn", "transfer_logme"} <= set(layers.columns)
+    assert list(layers["in_plan"].astype(bool)) == list(result.plan.blocks)
+    for name in ("trials", "baselines", "pareto", "finalists"):
+        assert len(pd.read_csv(folder / f"{name}.csv"))
+    assert (folder / "study.db").exists()
+
+
+def test_the_plan_file_carries_its_evidence_and_fits_the_model(finished, tiny_model: Path) -> None:
+    result, folder = finished
+    plan = lp.FreezePlan.load(folder / "plan.json")
+    assert plan == result.plan
+    assert plan.found["spent"] <= 5.0 and plan.found["split_hash"] == result.facts["split_hash"]
+    assert plan.found["test_accuracy"]["n_seeds"] == 2
+    backbone, _ = parts(tiny_model)
+    plan.apply(backbone.model)
+
+
+def test_selection_never_saw_the_test_split_and_the_report_uses_other_seeds(finished) -> None:
+    trials = finished[0].trials
+    selecting = trials[trials["repeat"] < 1000]
+    reporting = trials[trials["repeat"] >= 1000]
+    assert selecting["test_accuracy"].isna().all() and len(selecting)
+    assert reporting["test_accuracy"].notna().all() and len(reporting)
+
+
+def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> None:
+    baselines = finished[0].baselines.set_index("arm")
+    assert {"plan", "all", "none", "norms", "first-half", "last-half", "random-0"} <= set(baselines.index)
+    per_seed = {arm: [float(v) for v in baselines.loc[arm, "test_per_seed"].split()] for arm in baselines.index}
+    difference = sum(a - b for a, b in zip(per_seed["none"], per_seed["all"], strict=True)) / 2
+    assert baselines.loc["none", "minus_all"] == pytest.approx(difference, abs=1e-6)
+    assert baselines.loc["all", "trainable_parameters"] > baselines.loc["norms", "trainable_parameters"] > 0
+
+
+def test_the_frame_is_tidy_and_the_summary_says_the_plan(finished) -> None:
+    result, _ = finished
+    frame = result.to_frame()
+    assert {"test_accuracy", "train_gain", "in_plan"} <= set(frame["metric"])
+    assert frame.loc[frame["value"].isna(), "reason"].notna().all()
+    assert "Plan: " in result.summary() and result.answer in result.summary()
+
+
+def test_a_second_call_trains_nothing_and_says_the_same(finished, tiny_model: Path, monkeypatch) -> None:
+    result, folder = finished
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("layerprobe.search.valuing.value_plan", forbidden)
+    monkeypatch.setattr(run_module, "layer_scores", forbidden)
+    backbone, task = parts(tiny_model)
+    again = lp.freeze_search(backbone, task, output=folder, **FAST)
+    assert again.answer == result.answer and again.plan.blocks == result.plan.blocks
+    pd.testing.assert_frame_equal(again.trials, result.trials)
+
+
+def test_two_processes_find_the_same_plan_from_the_same_trials(finished, tiny_model: Path, tmp_path: Path) -> None:
+    result, _ = finished
+    backbone, task = parts(tiny_model)
+    both = lp.freeze_search(backbone, task, output=tmp_path, workers=2, **FAST)
+    key = ["plan", "lr", "repeat", "fidelity"]
+    one, two = (f.trials.sort_values(key, ignore_index=True)[[*key, "validation_accuracy"]] for f in (result, both))
+    pd.testing.assert_frame_equal(one[key], two[key])
+    assert both.plan.blocks == result.plan.blocks
+
+
+def test_other_arguments_in_the_same_folder_are_refused(finished, tiny_model: Path) -> None:
+    backbone, task = parts(tiny_model)
+    with pytest.raises(UsageError, match=r"holds another search \(budget 5.0 there, 6.0 here\)"):
+        lp.freeze_search(backbone, task, output=finished[1], **{**FAST, "budget": 6.0})
+
+
+def test_the_backbone_comes_back_as_it_was(tiny_model: Path) -> None:
+    backbone, task = parts(tiny_model)
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    lp.freeze_search(backbone, task, **FAST)
+    assert all((p == before[name]).all() for name, p in backbone.model.named_parameters())
+
+
+def test_time_is_turned_into_a_budget_and_too_little_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    backbone, task = parts(tiny_model)
+    fast = {key: value for key, value in FAST.items() if key != "budget"}
+    with pytest.raises(UsageError, match=r"time 0.001 s is too small for one plan"):
+        lp.freeze_search(backbone, task, time=0.001, **fast)
+    found = lp.freeze_search(backbone, task, time=20, output=tmp_path, **{**fast, "baselines": ("all", "none")})
+    assert found.facts["spent"] <= found.facts["budget"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget": 1.0}, "budget 1 is too small: one plan needs"),
+        ({"budget": 9.0, "must_train": (7,)}, "block 7 does not exist"),
+        ({"must_train": (0,), "must_freeze": (0,)}, "both must-freeze and must-train"),
+        ({"strategy": "racin"}, "Did you mean 'racing'"),
+        ({"time": 5.0}, "not both"),
+        ({"seeds": 1}, "at least 2 common seeds"),
+        ({"keep_bridge": True}, "needs an output folder"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(tiny_model: Path, settings: dict, message: str) -> None:
+    backbone, task = parts(tiny_model)
+    with pytest.raises((UsageError, PlanError), match=message):
+        lp.freeze_search(backbone, task, **{**FAST, **settings})
+
+
+def test_presets_give_way_to_what_is_asked_for() -> None:
+    assert make_settings("quickstart").budget == PRESETS["quickstart"]["budget"]
+    assert make_settings("quickstart", budget=50.0).budget == 50.0
+    assert make_settings("quickstart", time=60.0).budget is None
+    with pytest.raises(UnknownNameError, match="Did you mean 'quickstart'"):
+        make_settings("quickstat")
+
+
+def test_the_chosen_plan_is_bridge_trained_on_request(tiny_model: Path, tmp_path: Path) -> None:
+    backbone, task = parts(tiny_model)
+    result = lp.freeze_search(backbone, task, output=tmp_path, keep_bridge=True, **FAST)
+    trained = lp.load_backbone(str(tmp_path / "bridge"))
+    before = dict(lp.load_backbone(str(tiny_model)).model.named_parameters())
+    for name, parameter in trained.model.named_parameters():
+        if name in result.plan.frozen:
+            assert (parameter == before[name]).all()
+    again, _ = parts(tiny_model)
+    lp.freeze_search(again, task, output=tmp_path, keep_bridge=True, **FAST)
