@@ -8,7 +8,7 @@ import pandas as pd
 
 from layerprobe.bridge.loop import Step
 from layerprobe.errors import BrokenFileError
-from layerprobe.tables import read_frame, write_frame
+from layerprobe.tables import write_frame
 
 COLUMNS = ("step", "epoch", "loss", "accuracy", "lr", "grad_norm", "images_per_second")
 
@@ -27,7 +27,8 @@ class History:
         self._rows: list[tuple[float, ...]] = []
         if keep and self._path is not None and self._path.exists():
             try:
-                earlier = read_frame(self._path)[list(COLUMNS)]
+                # The default parser of floats is off by a last bit now and then.
+                earlier = pd.read_csv(self._path, float_precision="round_trip")[list(COLUMNS)]
             except (ValueError, KeyError, OSError) as error:
                 raise BrokenFileError(f"cannot read {self._path}: {error}") from error
             earlier = earlier[earlier["step"] <= keep]

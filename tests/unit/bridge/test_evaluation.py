@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from layerprobe.bridge import BridgeConfig, FineTuneConfig, block_plan, bridge_train, evaluate, evaluate_arms
@@ -129,8 +131,7 @@ def test_arms_share_seeds_and_finished_trainings_are_kept(make_backbone, task, t
     asked = {(row["arm"], row["versus"]) for row in record.differences()}
     assert asked >= {("language", "random"), ("full-bridge", "language"), ("bridge", "full-bridge")}
 
-    import layerprobe.bridge.evaluate as module
-
+    module = sys.modules["layerprobe.bridge.evaluate"]
     monkeypatch.setattr(module, "value_plan", None)  # nothing may be trained again
     again = evaluate_arms(load, task, arms, **options)
     assert [t.test_accuracy for t in again.trials] == [t.test_accuracy for t in record.trials]

@@ -1,0 +1,100 @@
+"""Run by test_bridge_processes.py: bridge training in one or several forked processes, killed or left alone.
+
+Forking after the imports makes a start cost milliseconds, so many kills fit into one test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port: int) -> None:
+    """One process of a run; writes the digests of its weights to OUTPUT.rank<r>.json at the end."""
+    if world > 1:
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+            **settings.get("environment", {}),
+        )
+    torch.set_num_threads(1)
+    task = load_task("digits", limit=settings["images"], offline=True)
+    backbone = load_backbone(settings["model"], device="cpu", patch_size=4).prepare(task)
+    plan = block_plan(backbone, settings["blocks"])
+    config = BridgeConfig(**settings["config"])
+    run = bridge_train(backbone, task, plan=plan, config=config, output=output, resume=True)
+    answer = {
+        "digests": {n: digest(p) for n, p in backbone.named_parameters()},
+        "labels": run.labels.tolist(),
+        "loss": run.history["loss"].tolist(),
+        "verified": run.provenance["verified"],
+    }
+    Path(f"{output}.rank{rank}.json").write_text(json.dumps(answer))
+
+
+def start(settings: dict[str, Any], output: str, world: int) -> list[int]:
+    """Fork the processes of a run; their ids."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(settings, output, rank=rank, world=world, port=port)
+                os._exit(0)
+            except BaseException as error:
+                sys.stderr.write(f"rank {rank}: {type(error).__name__}: {error}\n")
+                sys.stderr.flush()
+                os._exit(1)
+        children.append(child)
+    return children
+
+
+def wait(children: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    output, world, kills = settings["output"], settings["processes"], settings.get("kills", 0)
+    draw = random.Random(0)
+    began = time.monotonic()
+    killed = 0
+    if kills:
+        assert wait(start(settings, output + "-whole", world)) == [0] * world
+        longest = time.monotonic() - began
+        for _ in range(kills):
+            children = start(settings, output, world)
+            time.sleep(draw.uniform(0.3, 0.75) * longest)
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            codes = wait(children)
+            killed += any(code == -signal.SIGKILL for code in codes)
+            if all(code == 0 for code in codes):
+                break  # finished before the kill
+    codes = wait(start(settings, output, world)) if not Path(f"{output}.rank0.json").exists() else [0] * world
+    sys.stdout.write(json.dumps({"codes": codes, "killed": killed}) + "\n")
+
+
+if __name__ == "__main__":
+    import torch
+
+    from layerprobe.backbones import load_backbone
+    from layerprobe.bridge import BridgeConfig, block_plan, bridge_train
+    from layerprobe.bridge.classifier import digest
+    from layerprobe.tasks import load_task
+
+    main()
