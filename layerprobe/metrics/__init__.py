@@ -42,6 +42,11 @@ _PUBLIC = {
     "paired_bootstrap": "uncertainty",
     "paired_seed_interval": "uncertainty",
     "wilson_interval": "uncertainty",
+    "C_GRID": "probing",
+    "LogisticProbe": "probing",
+    "ProbeResult": "probing",
+    "fit_logistic_path": "probing",
+    "select_probe": "probing",
 }
 
 __all__ = sorted(_PUBLIC)
