@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from layerprobe.files import write_json
 from layerprobe.tables import envelope, write_frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Record(ABC):

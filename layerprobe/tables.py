@@ -6,13 +6,16 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from layerprobe.errors import UsageError
 from layerprobe.files import write_aside
+
+if TYPE_CHECKING:
+    # Loaded by the functions that need it: a command that only prints a short table stays small.
+    import pandas as pd
 
 COLUMNS: dict[str, str] = {
     "model": "alias, hub id or folder of the backbone",
@@ -39,6 +42,8 @@ def tidy(rows: Iterable[Mapping[str, Any]], **constants: Any) -> pd.DataFrame:
     >>> tidy([{"metric": "kurtosis", "value": 3.0}], model="gpt2")[["model", "metric", "value"]].values.tolist()
     [['gpt2', 'kurtosis', 3.0]]
     """
+    import pandas as pd
+
     frame = pd.DataFrame([{**constants, **row} for row in rows])
     for column in COLUMNS:
         if column not in frame:
@@ -68,6 +73,8 @@ def strict_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def strict_value(value: Any) -> Any:
     """`value` with numpy scalars, arrays, paths and non-finite floats turned into strict JSON."""
+    import pandas as pd
+
     if value is None or value is pd.NA or value is pd.NaT:
         return None
     if isinstance(value, np.generic):
@@ -109,5 +116,7 @@ def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
 
 def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
     """Read a table that `write_frame` wrote."""
+    import pandas as pd
+
     source = Path(path)
     return pd.read_parquet(source) if source.suffix == ".parquet" else pd.read_csv(source)

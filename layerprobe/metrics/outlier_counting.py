@@ -13,6 +13,7 @@ import numpy as np
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, did_you_mean
 from layerprobe.metrics.outlier_moments import Moments
+from layerprobe.metrics.outlier_top import block_maxima
 
 ENGINES = ("auto", "numba", "torch")
 
@@ -22,8 +23,8 @@ class Engine(Protocol):
 
     name: str
 
-    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> int:
-        """Add the histogram of a uint8 or uint16 chunk; return its largest code with the sign bit cleared.
+    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Add the histogram of a uint8 or uint16 chunk; return the `block_maxima` of its codes, sign cleared.
 
         `counts` (int64, one per code) is in the engine's own order until `in_code_order`.
         """
@@ -33,10 +34,10 @@ class Engine(Protocol):
         """The finished counts, indexed by code."""
         ...
 
-    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[int, Moments, float]:
+    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
         """Add the histogram of a float32 chunk by upper 16 bits.
 
-        Returns the largest bit pattern with the sign cleared, the moments of the finite entries, and the
+        Returns the `block_maxima` of the bit patterns with the sign cleared, the moments of the finite entries, and the
         sum of their magnitudes.
         """
         ...
@@ -81,36 +82,46 @@ class TorchEngine:
         import torch
 
         self._torch: Any = torch
-        self._rotated = np.empty(0, np.uint16)
-        self._sign = np.empty(0, np.uint16)
+        self._folded = np.empty(0, np.int16)
+        self._folded_counts = np.zeros(1 << 15, np.int64)
         self._aside: list[np.ndarray] = []
         self._aside_size = 0
 
-    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> int:
+    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
         if chunk.dtype == np.uint8:
             return self._bytes(chunk, counts)
-        if self._rotated.size < chunk.size:
-            self._rotated, self._sign = np.empty(chunk.size, np.uint16), np.empty(chunk.size, np.uint16)
-        # Codes are rotated left by one bit: the sign comes last. The top bit is then set only where
-        # |w| >= 2, and without it the codes are non-negative int16, which bincount takes as they are.
-        rotated, sign = self._rotated[: chunk.size], self._sign[: chunk.size]
-        np.left_shift(chunk, 1, out=rotated)
-        np.right_shift(chunk, 15, out=sign)
-        np.bitwise_or(rotated, sign, out=rotated)
-        largest = int(rotated.max())
-        if largest < 0x8000:
-            codes = rotated.view(np.int16)
-        else:
-            codes = rotated.astype(np.int32)
-        found = self._torch.bincount(self._torch.from_numpy(codes)).numpy()
-        counts[: found.size] += found
-        return largest >> 1
+        signed = chunk.view(np.int16)
+        # As unsigned the greatest negative entry comes first, as signed the greatest positive one.
+        maxima = np.maximum(
+            block_maxima(chunk) & np.uint16(0x7FFF), np.maximum(block_maxima(signed), 0).view(np.uint16)
+        )
+        if maxima.max() < 0x4000:
+            # All |w| < 2, so that the absolute value of the signed code tells all codes apart: positive ones
+            # stay below 0x4000, negative ones come to lie above. bincount takes int16 as it is.
+            if self._folded.size < chunk.size:
+                self._folded = np.empty(chunk.size, np.int16)
+            folded = np.abs(signed, out=self._folded[: chunk.size])
+            try:
+                found = self._torch.bincount(self._torch.from_numpy(folded)).numpy()
+            except RuntimeError:
+                # Minus zero has no absolute value in int16; bincount refuses it as negative.
+                pass
+            else:
+                self._folded_counts[: found.size] += found
+                return maxima
+        counts += self._torch.bincount(
+            self._torch.from_numpy(chunk.astype(np.int32)), minlength=1 << 16
+        ).numpy()
+        return maxima
 
     def in_code_order(self, counts: np.ndarray) -> np.ndarray:
-        # Even rotated codes are the positive half, odd ones the negative half.
-        return counts if counts.size == 256 else np.concatenate([counts[0::2], counts[1::2]])
+        if counts.size == 1 << 16:
+            counts[:0x4000] += self._folded_counts[:0x4000]
+            counts[0x8001:0xC000] += self._folded_counts[:0x4000:-1]
+            self._folded_counts[:] = 0
+        return counts
 
-    def _bytes(self, chunk: np.ndarray, counts: np.ndarray) -> int:
+    def _bytes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
         even = chunk[: chunk.size & ~1].view(np.uint16).astype(np.int32)
         pairs = (
             self._torch.bincount(self._torch.from_numpy(even), minlength=1 << 16).numpy().reshape(256, 256)
@@ -119,24 +130,23 @@ class TorchEngine:
         if chunk.size & 1:
             found[chunk[-1]] += 1
         counts += found
-        return int((np.flatnonzero(found) & 0x7F).max())
+        return block_maxima(chunk, 0x7F)
 
-    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[int, Moments, float]:
-        largest, moments, magnitude = 0, Moments(), 0.0
+    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
+        maxima = block_maxima(chunk.view(np.uint32), 0x7FFFFFFF)
+        finite = maxima.max() < 0x7F800000
+        moments, magnitude = Moments(), 0.0
         for start in range(0, chunk.size, 1 << 16):
             piece = chunk[start : start + (1 << 16)]
-            bits = piece.view(np.int32)
-            upper = (bits >> 16) & 0xFFFF
+            upper = (piece.view(np.int32) >> 16) & 0xFFFF
             found = self._torch.bincount(self._torch.from_numpy(upper)).numpy()
             counts[: found.size] += found
-            top = int((bits & 0x7FFFFFFF).max())
-            largest = max(largest, top)
             values = piece.astype(np.float64)
-            if top >= 0x7F800000:
+            if not finite:
                 values = values[np.isfinite(values)]
             magnitude += float(np.abs(values).sum())
             moments = moments.merge(Moments.of_values(values))
-        return largest, moments, magnitude
+        return maxima, moments, magnitude
 
     def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
         bits = chunk.view(np.uint32)

@@ -6,8 +6,7 @@ import numba
 import numpy as np
 
 from layerprobe.metrics.outlier_moments import Moments
-
-_BLOCK = 4096
+from layerprobe.metrics.outlier_top import BLOCK
 
 
 class NumbaEngine:
@@ -15,16 +14,27 @@ class NumbaEngine:
 
     name = "numba"
 
-    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> int:
-        mask = 0x7F if chunk.dtype == np.uint8 else 0x7FFF
-        return int(_count_codes(chunk, counts, chunk.dtype.type(mask)))
+    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        maxima = np.empty(-(-chunk.size // BLOCK), chunk.dtype)
+        if chunk.dtype == np.uint8:
+            _count(chunk, counts)
+            _block_maxima(chunk, np.uint8(0x7F), maxima)
+            return maxima
+        fours = chunk.size // 4 * 4 if chunk.__array_interface__["data"][0] % 8 == 0 else 0
+        if fours:
+            _count_fours(chunk[:fours].view(np.uint64), counts)
+        if fours < chunk.size:
+            _count(chunk[fours:], counts)
+        _block_maxima(chunk, np.uint16(0x7FFF), maxima)
+        return maxima
 
     def in_code_order(self, counts: np.ndarray) -> np.ndarray:
         return counts
 
-    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[int, Moments, float]:
-        largest, n, mean, m2, m3, m4, magnitude = _count_float32(chunk, chunk.view(np.uint32), counts)
-        return int(largest), Moments(int(n), mean, m2, m3, m4), magnitude
+    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
+        maxima = np.empty(-(-chunk.size // BLOCK), np.uint32)
+        n, mean, m2, m3, m4, magnitude = _count_float32(chunk, chunk.view(np.uint32), counts, maxima)
+        return maxima, Moments(int(n), mean, m2, m3, m4), magnitude
 
     def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
         _count_low(chunk.view(np.uint32), slot, low)
@@ -34,16 +44,36 @@ class NumbaEngine:
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_codes(chunk, counts, mask):
-    largest = mask & chunk[0]
-    for start in range(0, chunk.size, _BLOCK):
-        stop = min(start + _BLOCK, chunk.size)
-        # A loop of its own, because the compiler turns it into vector instructions.
-        for i in range(start, stop):
-            largest = max(largest, chunk[i] & mask)
-        for i in range(start, stop):
-            counts[chunk[i]] += 1
+def _count(chunk, counts):
+    for i in range(chunk.size):
+        counts[chunk[i]] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_fours(words, counts):
+    # Four codes come with one load.
+    for i in range(words.size):
+        word = words[i]
+        counts[word & np.uint64(0xFFFF)] += 1
+        counts[(word >> np.uint64(16)) & np.uint64(0xFFFF)] += 1
+        counts[(word >> np.uint64(32)) & np.uint64(0xFFFF)] += 1
+        counts[word >> np.uint64(48)] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _largest(bits, mask):
+    # Kept in the narrow type throughout: only then does the compiler use its widest vectors.
+    largest = bits.dtype.type(0)
+    for i in range(bits.size):
+        magnitude = bits.dtype.type(bits[i] & mask)
+        largest = magnitude if magnitude > largest else largest
     return largest
+
+
+@numba.njit(nogil=True, cache=True)
+def _block_maxima(bits, mask, maxima):
+    for block in range(maxima.size):
+        maxima[block] = _largest(bits[block * BLOCK : (block + 1) * BLOCK], mask)
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
@@ -68,23 +98,14 @@ def _plain_sums(values):
 
 
 @numba.njit(nogil=True, cache=True)
-def _largest_bits(bits):
-    largest = np.uint32(0)
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-    return largest
-
-
-@numba.njit(nogil=True, cache=True)
-def _count_float32(chunk, bits, counts):
-    largest = np.uint32(0)
+def _count_float32(chunk, bits, counts, maxima):
     n = 0
     mean = m2 = m3 = m4 = magnitude = 0.0
-    for start in range(0, chunk.size, _BLOCK):
-        stop = min(start + _BLOCK, chunk.size)
+    for start in range(0, chunk.size, BLOCK):
+        stop = min(start + BLOCK, chunk.size)
         values = chunk[start:stop]
-        top = _largest_bits(bits[start:stop])
-        largest = max(largest, top)
+        top = _largest(bits[start:stop], np.uint32(0x7FFFFFFF))
+        maxima[start // BLOCK] = top
         if top >= np.uint32(0x7F800000):
             values = values[np.isfinite(values)]
         for i in range(start, stop):
@@ -111,7 +132,7 @@ def _count_float32(chunk, bits, counts):
         m3 += s3 + delta * step * step * fa * fb * (fa - fb) + 3 * step * (fa * s2 - fb * m2)
         m2 += s2 + delta * step * fa * fb
         mean += step * fb
-    return largest, n, mean, m2, m3, m4, magnitude
+    return n, mean, m2, m3, m4, magnitude
 
 
 @numba.njit(nogil=True, cache=True)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from layerprobe.metrics.outlier_codes import CODE_DTYPES, code_table
 
-_STRIPE = 1024
+BLOCK = 4096
+"""Engines report the greatest magnitude of every block of so many entries; only few blocks are then looked at."""
+
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+def block_maxima(bits: np.ndarray, mask: int | None = None) -> np.ndarray:
+    """The greatest of `bits & mask` in each block of `BLOCK` entries; the last block may be shorter."""
+    magnitude = bits if mask is None else bits & bits.dtype.type(mask)
+    whole = bits.size // BLOCK
+    maxima = magnitude[: whole * BLOCK].reshape(whole, BLOCK).max(axis=1)
+    return maxima if whole * BLOCK == bits.size else np.append(maxima, magnitude[whole * BLOCK :].max())
 
 
 class TopEntries:
@@ -21,57 +33,64 @@ class TopEntries:
         self._dtype = dtype
         if dtype in CODE_DTYPES:
             table = code_table(dtype)
-            self._mask = table.n_codes // 2 - 1
-            self._limit = int((table.codes & self._mask).max())
+            self.mask = table.n_codes // 2 - 1
+            self._limit = int((table.codes & self.mask).max())
         else:
-            self._mask = 0x7FFFFFFF if dtype == "float32" else 0x7FFFFFFFFFFFFFFF
+            self.mask = 0x7FFFFFFF if dtype == "float32" else 0x7FFFFFFFFFFFFFFF
             self._limit = 0x7F7FFFFF if dtype == "float32" else 0x7FEFFFFFFFFFFFFF
-        self._worst = -1
+        self._magnitude = np.empty(0, np.uint64)
         self._value = np.empty(0, np.float64)
         self._index = np.empty(0, np.int64)
 
-    def update(self, chunk: np.ndarray, start: int, largest: int | None = None) -> None:
-        """Take a raw chunk whose first entry has the flat index `start`.
-
-        `largest` is the chunk's greatest bit pattern with the sign cleared, where it is known: a chunk that
-        cannot contribute is then left at once.
-        """
-        if self.k == 0 or chunk.size == 0 or (largest is not None and largest <= self._worst):
+    def update(self, chunk: np.ndarray, start: int, maxima: np.ndarray | None = None) -> None:
+        """Take a raw chunk whose first entry has the flat index `start`; `maxima` as of `block_maxima`."""
+        if self.k == 0 or chunk.size == 0:
             return
         bits = chunk.view(_UNSIGNED[chunk.itemsize])
-        magnitude = bits & bits.dtype.type(self._mask)
-        if largest is None or largest > self._limit:
-            magnitude[magnitude > self._limit] = 0
-        bound = self._worst + 1
-        stripes = magnitude.size // _STRIPE
-        if stripes >= 2 * self.k:
-            # The k-th best stripe maximum bounds the k-th best entry from below and is cheap to have.
-            best = magnitude[: stripes * _STRIPE].reshape(stripes, _STRIPE).max(axis=1)
-            bound = max(bound, int(np.partition(best, stripes - self.k)[stripes - self.k]))
-        picked = np.flatnonzero(magnitude >= bound)
-        if picked.size > self.k:
+        if maxima is None:
+            maxima = block_maxima(bits, self.mask)
+        worst = int(self._magnitude[-1]) if self._magnitude.size == self.k else -1
+        blocks = np.flatnonzero(maxima > worst)
+        if not blocks.size:
+            return
+        usable = maxima[blocks]
+        if blocks.size > self.k and int(usable.max()) <= self._limit:
+            # The k-th best of the maxima bounds the k-th best entry from below.
+            bound = np.partition(usable, blocks.size - self.k)[blocks.size - self.k]
+            blocks = blocks[usable >= bound]
+        for block in blocks.tolist():
+            first = block * BLOCK
+            self._update_block(bits[first : first + BLOCK], chunk[first : first + BLOCK], start + first)
+
+    def _update_block(self, bits: np.ndarray, entries: np.ndarray, start: int) -> None:
+        worst = int(self._magnitude[-1]) if self._magnitude.size == self.k else -1
+        magnitude = bits & bits.dtype.type(self.mask)
+        picked = np.flatnonzero((magnitude > worst) & (magnitude <= self._limit))
+        if not picked.size:
+            return
+        if picked.size > 4 * self.k:
             kth = np.partition(magnitude[picked], picked.size - self.k)[picked.size - self.k]
-            above = picked[magnitude[picked] > kth]
-            picked = np.concatenate([above, picked[magnitude[picked] == kth][: self.k]])
-        value = self._decode(chunk[picked])
-        finite = np.isfinite(value)
-        value = np.concatenate([self._value, value[finite]])
+            picked = picked[magnitude[picked] >= kth]
+        values = self._decode(entries[picked])
+        finite = np.isfinite(values)
+        magnitudes = np.concatenate([self._magnitude, magnitude[picked][finite].astype(np.uint64)])
+        values = np.concatenate([self._value, values[finite]])
         index = np.concatenate([self._index, picked[finite] + start])
-        order = np.lexsort((index, -np.abs(value)))[: self.k]
-        self._value, self._index = value[order], index[order]
-        if order.size == self.k:
-            at = int(self._index[-1]) - start
-            # The last of the kept entries may come from an earlier chunk; its pattern is then unchanged.
-            self._worst = int(magnitude[at]) if at >= 0 else self._worst
+        # By falling magnitude, then by place: the sort is stable and the kept entries come first.
+        order = np.argsort(~magnitudes, kind="stable")[: self.k]
+        self._magnitude, self._value, self._index = magnitudes[order], values[order], index[order]
 
     def entries(self) -> list[tuple[float, int]]:
         """(value, flat index) by falling magnitude."""
         return list(zip(self._value.tolist(), self._index.tolist(), strict=True))
 
     def _decode(self, entries: np.ndarray) -> np.ndarray:
-        if self._dtype not in CODE_DTYPES:
-            return entries.astype(np.float64)
-        table = code_table(self._dtype)
-        values = np.full(table.n_codes, np.nan)
-        values[table.codes] = table.low
-        return values[entries]
+        return _values(self._dtype)[entries] if self._dtype in CODE_DTYPES else entries.astype(np.float64)
+
+
+@cache
+def _values(dtype: str) -> np.ndarray:
+    table = code_table(dtype)
+    values = np.full(table.n_codes, np.nan)
+    values[table.codes] = table.low
+    return values

@@ -222,7 +222,7 @@ def _from_sorting(
     start = 0
     for chunk in passes():
         raw[start : start + chunk.size] = chunk
-        top.update(chunk, start, None)
+        top.update(chunk, start)
         start += chunk.size
     nan, inf = int(np.isnan(raw).sum()), int(np.isinf(raw).sum())
     if nan or inf:
@@ -254,11 +254,11 @@ def _from_bins(
     top = TopEntries(rules.top, "float32")
     moments, magnitude, start, nan = Moments(), 0.0, 0, 0
     for chunk in passes():
-        largest, part, absolute = engine.float32(chunk, counts)
+        maxima, part, absolute = engine.float32(chunk, counts)
         if part.n < chunk.size:
             nan += int(np.isnan(chunk).sum())
         moments, magnitude = moments.merge(part), magnitude + absolute
-        top.update(chunk, start, largest)
+        top.update(chunk, start, maxima)
         start += chunk.size
     finite = counts[table.codes]
     present = np.flatnonzero(finite)
@@ -283,7 +283,7 @@ def _from_bins(
 
 
 def _refined_bins(passes: Passes, codes: np.ndarray, engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
-    slot = np.full(1 << 16, -1, np.int16)
+    slot = np.full(1 << 16, -1, np.int8)
     slot[codes] = np.arange(codes.size)
     low = np.zeros((codes.size, 1 << 16), np.uint32)
     for chunk in passes():
