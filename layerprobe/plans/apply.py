@@ -99,7 +99,8 @@ def apply_plan(
 
     The model may be the base model itself or hold it: with a task head, in DistributedDataParallel, compiled.
     `from_pretrained` makes every parameter trainable, so apply before the optimizer is built, and again when
-    training is resumed.
+    training is resumed. DistributedDataParallel and FSDP look at `requires_grad` when they wrap a model: apply
+    before them (the Trainer wraps late enough).
 
     Parameters
     ----------

@@ -97,16 +97,20 @@ def check_shapes(plan: FreezePlan, shapes: Mapping[str, tuple[int, ...]], name: 
 
 
 def block_modules(plan: FreezePlan) -> list[str]:
-    """Dotted module name of every block, `h.0`, `h.1`, …: the longest start its parameters share."""
-    names: list[list[str]] = [[] for _ in range(plan.n_blocks)]
+    """Dotted module name of every block, `h.0`, `h.1`, …, read off the names of its parameters."""
+    members: list[list[list[str]]] = [[] for _ in range(plan.n_blocks)]
     for parameter_name, parameter in plan.parameters.items():
         if parameter.block is not None:
-            names[parameter.block].append(parameter_name.rpartition(".")[0])
+            members[parameter.block].append(parameter_name.split(".")[:-1])
+    shared = [_common_start(names) for names in members]
+    container = _common_start(shared)
     modules = []
-    for index, members in enumerate(names):
-        segments = _common_start([member.split(".") for member in members])
-        # A block of one parameter shares more than its own name: stop at its index.
-        if str(index) in segments:
+    for index, segments in enumerate(shared):
+        # Blocks in one list differ first at their index. A lone block, or blocks of several lists, share
+        # more than that: there the last segment that is the index ends the module's name.
+        if len(shared) > 1 and segments[len(container) : len(container) + 1] == [str(index)]:
+            segments = segments[: len(container) + 1]
+        elif str(index) in segments:
             segments = segments[: len(segments) - segments[::-1].index(str(index))]
         modules.append(".".join(segments))
     return modules

@@ -7,6 +7,8 @@ Its rule (huggingface/peft, src/peft/utils/other.py, `_set_trainable`): a module
 when its name *ends* with an entry, so a bare `norm` takes `input_layernorm` along. The names of whole plain modules
 (`model.layers.3.mlp.up_proj`) are therefore written in full. No adapter is placed beside them: PEFT reserves
 `target_modules: dummy-target-modules` for that.
+
+An embedding that a head is tied to becomes a copy of its own: the head keeps the old, frozen tensor.
 """
 
 from __future__ import annotations

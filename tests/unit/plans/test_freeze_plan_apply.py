@@ -178,6 +178,28 @@ def test_distributed_data_parallel_is_seen_through(tmp_path: Path) -> None:
     assert trained_names(model) == {"transformer." + n for n in plan.trainable} | {"score.weight"}
 
 
+def test_fully_sharded_blocks_are_verified_by_their_shards(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plan = example_plan("gpt2", BLOCKS)
+    model, _ = wrapped_model("gpt2-classifier")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        plan.apply(model, outside="trainable")
+        mesh = init_device_mesh("cpu", (1,))
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        one_step(model, "gpt2", labels=torch.tensor([0, 1, 0, 1]))
+        proof = plan.verify(model)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert proof.frozen == len(plan.frozen) and proof.changed == plan.trainable
+
+
 def test_two_copies_of_the_model_need_a_prefix() -> None:
     plan = example_plan("gpt2", [1], n_blocks=2)
     pair = nn.ModuleDict({"student": bare_model("gpt2", 2), "teacher": bare_model("gpt2", 2)})
