@@ -16,7 +16,7 @@ from layerprobe.bridge.config import BridgeConfig, FineTuneConfig
 from layerprobe.bridge.data import TaskTensors, task_facts
 from layerprobe.bridge.evaluation import Evaluation, Trial
 from layerprobe.bridge.guard import all_trainable, block_plan
-from layerprobe.bridge.probe import own_head_accuracies, probe_accuracies
+from layerprobe.bridge.probe import judge_own_head, judge_probe
 from layerprobe.bridge.value import value_plan
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import output_folder, read_json, write_json
@@ -90,15 +90,15 @@ def evaluate(
         config = config.replace(shots=FEW_SHOTS)
     about = {**backbone.describe(), **task_facts(task)}
     if mode in ("probe", "own-head"):
-        judge = probe_accuracies if mode == "probe" else own_head_accuracies
+        judge = judge_probe if mode == "probe" else judge_own_head
         validation, test = judge(backbone, task)
         trial = Trial(
             arm="model",
             lr=None,
             seed=seeds[0],
-            validation_accuracy=float(validation.mean()),
+            validation_accuracy=validation,
             test_accuracy=float(test.mean()),
-            n_validation=len(validation),
+            n_validation=len(task.splits["validation"]),
             n_test=len(test),
             trainable_parameters=0,
             train_flops=0.0,

@@ -9,9 +9,7 @@ import torch
 
 from layerprobe.bridge.data import Pixels
 from layerprobe.errors import UsageError
-
-PROBE_C = tuple(float(10.0**power) for power in range(-5, 4))
-"""Inverse L2 strengths to choose from on validation."""
+from layerprobe.metrics.probing import select_probe
 
 
 @torch.no_grad()
@@ -28,33 +26,25 @@ def output_features(backbone: Any, split: Any, *, batch_size: int = 256) -> np.n
     return np.concatenate(parts)
 
 
-def probe_accuracies(backbone: Any, task: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Which validation and which test images a linear probe on the frozen output classifies right.
+def judge_probe(backbone: Any, task: Any) -> tuple[float, np.ndarray]:
+    """Validation accuracy, and which test images a linear probe on the frozen output classifies right.
 
-    Multinomial logistic regression with L2 on features standardised by the training split, its strength
-    chosen on validation; the test images are judged once, at that strength.
+    `layerprobe.metrics.probing.select_probe`: logistic regression with its C chosen on validation.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    features = {
-        name: output_features(backbone, task.splits[name]) for name in ("train", "validation", "test")
-    }
-    best: tuple[float, Any, np.ndarray] | None = None
-    for strength in PROBE_C:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-        probe.fit(features["train"], task.splits["train"].labels)
-        right = probe.predict(features["validation"]) == task.splits["validation"].labels
-        if best is None or right.mean() > best[0]:
-            best = (float(right.mean()), probe, right)
-    assert best is not None
-    return best[2], best[1].predict(features["test"]) == task.splits["test"].labels
+    train, validation, test = (
+        (output_features(backbone, task.splits[name]), np.asarray(task.splits[name].labels))
+        for name in ("train", "validation", "test")
+    )
+    found = select_probe(train, validation, test, task.n_classes)
+    best = list(found.Cs).index(found.best_C)
+    return float(found.val_accuracy[best]), found.correct
 
 
 @torch.no_grad()
-def own_head_accuracies(backbone: Any, task: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Which images the checkpoint's own classifier gets right; classes are matched by name, else by index.
+def judge_own_head(backbone: Any, task: Any) -> tuple[float, np.ndarray]:
+    """Validation accuracy of the checkpoint's own classifier, and which test images it gets right.
+
+    Classes are matched by name, else by index.
 
     Raises
     ------
@@ -70,7 +60,7 @@ def own_head_accuracies(backbone: Any, task: Any) -> tuple[np.ndarray, np.ndarra
             guesses.append(backbone.own_logits(pixels[rows]).argmax(1).cpu().numpy())
         mapping = _class_map(backbone, task)
         found.append(mapping[np.concatenate(guesses)] == split.labels)
-    return found[0], found[1]
+    return float(found[0].mean()), found[1]
 
 
 def _class_map(backbone: Any, task: Any) -> np.ndarray:
