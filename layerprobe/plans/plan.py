@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -403,7 +404,7 @@ def group_states(table: Mapping[str, Parameter], trained: set[str]) -> dict[str,
 
 
 def is_group(group: str) -> bool:
-    return group in GROUPS or (group.startswith("block.") and group[6:].isdecimal())
+    return group in GROUPS or re.fullmatch(r"block\.(0|[1-9][0-9]{0,5})", group) is not None
 
 
 def few(names: Iterable[str], n: int = 3) -> str:

@@ -111,7 +111,7 @@ def _wrong_parameters(parameters: dict[str, Any]) -> list[str]:
     if wrong := [name for name in parameters if not _is_name(name)]:
         mistakes.append(f"'parameters' holds what is no parameter name: {few(map(_show, wrong))}")
     checks = {
-        "group": lambda value: isinstance(value, str) and len(value) < 20 and is_group(value),
+        "group": lambda value: isinstance(value, str) and is_group(value),
         "shape": lambda value: (
             isinstance(value, list)
             and len(value) <= MAX_DIMENSIONS

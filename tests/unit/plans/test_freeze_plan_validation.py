@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "negative counts": (lambda r: r["counts"].update(blocks=-1), "'counts' must hold whole numbers from 0"),
     "wrong hash": (lambda r: r.update(weights_hash="sha256:0"), "'weights_hash' is not the hash"),
     "unknown group": (lambda r: r["parameters"][NAME].update(group="tail"), f"is wrong for '{NAME}'"),
+    "a block spelt otherwise": (
+        lambda r: r["parameters"][NAME].update(group="block.01"),
+        f"is wrong for '{NAME}'",
+    ),
+    "a block in other digits": (
+        lambda r: r["parameters"][NAME].update(group="block.\u0661"),
+        f"is wrong for '{NAME}'",
+    ),
     "negative shape": (
         lambda r: r["parameters"][NAME].update(shape=[-1]),
         f"the shape is wrong for '{NAME}'",
@@ -112,6 +121,57 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_each_mistake_is_named(what: str) -> None:
     change, message = MISTAKES[what]
     assert message in reason(broken(change))
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    3,
+    1e308,
+    "",
+    "x",
+    "\n",
+    [],
+    {},
+    [[]],
+    {"a": []},
+    ["h.1.w", "h.1.w"],
+    float("nan"),
+    2**70,
+]
+
+
+def every_place(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to all values inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(p for key, item in items for p in every_place(item, (*path, key)))]
+
+
+def test_any_value_in_any_place_is_read_or_refused_but_never_a_crash() -> None:
+    chance = random.Random(0)
+    places = every_place(VALID)
+    refused = 0
+    for _ in range(1500):
+        raw = copy.deepcopy(VALID)
+        for _ in range(chance.choice([1, 1, 2, 3])):
+            path = chance.choice(places)
+            try:
+                target = raw
+                for key in path[:-1]:
+                    target = target[key]
+                if path:
+                    target[path[-1]] = copy.deepcopy(chance.choice(ODD))
+            except (KeyError, IndexError, TypeError):
+                continue
+        try:
+            plan = FreezePlan.from_dict(raw)
+        except BrokenFileError as error:
+            assert "\n" not in str(error) and len(str(error)) < 5000
+            refused += 1
+        else:
+            assert plan.trainable == tuple(VALID["trainable"])
+    assert refused > 1000
 
 
 def test_all_mistakes_are_listed_together() -> None:
