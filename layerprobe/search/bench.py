@@ -55,6 +55,7 @@ class Bench:
     seed : seed of the strategy's own random choices.
     fidelity : the shortest rung, as a share of the full number of steps.
     objective : 'frugal' (fewest parameters within one standard error of the best) or 'accuracy'.
+    max_repeats : how many common seeds there are at most; default twice `seeds`.
     """
 
     space: Space
@@ -66,6 +67,7 @@ class Bench:
     seed: int = 0
     fidelity: float = 0.25
     objective: str = "frugal"
+    max_repeats: int | None = None
     watch: Callable[[Bench], None] | None = None
     spent: float = 0.0
     held_back: float = 0.0

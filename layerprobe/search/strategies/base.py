@@ -73,7 +73,7 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
             bench.value(wanted)
             entered.append(mask)
     finalists = strategy.judge(bench, _read(bench, entered, rates, bench.seeds))
-    for repeat in range(bench.seeds, 2 * bench.seeds):
+    for repeat in range(bench.seeds, bench.max_repeats or 2 * bench.seeds):
         finalists = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
         best = max((finalist.estimate for finalist in finalists), default=-math.inf)
         bar = best - 2 * pooled_stderr(finalists)

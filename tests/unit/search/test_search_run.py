@@ -91,7 +91,9 @@ def test_selection_never_saw_the_test_split_and_the_report_uses_other_seeds(fini
 def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> None:
     baselines = finished[0].baselines.set_index("arm")
     assert {"plan", "all", "none", "norms", "first-half", "last-half", "random-0"} <= set(baselines.index)
-    per_seed = {arm: [float(v) for v in baselines.loc[arm, "test_per_seed"].split()] for arm in baselines.index}
+    per_seed = {
+        arm: [float(v) for v in baselines.loc[arm, "test_per_seed"].split()] for arm in baselines.index
+    }
     difference = sum(a - b for a, b in zip(per_seed["none"], per_seed["all"], strict=True)) / 2
     assert baselines.loc["none", "minus_all"] == pytest.approx(difference, abs=1e-6)
     assert baselines.loc["all", "trainable_parameters"] > baselines.loc["norms", "trainable_parameters"] > 0
@@ -119,12 +121,16 @@ def test_a_second_call_trains_nothing_and_says_the_same(finished, tiny_model: Pa
     pd.testing.assert_frame_equal(again.trials, result.trials)
 
 
-def test_two_processes_find_the_same_plan_from_the_same_trials(finished, tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_find_the_same_plan_from_the_same_trials(
+    finished, tiny_model: Path, tmp_path: Path
+) -> None:
     result, _ = finished
     backbone, task = parts(tiny_model)
     both = lp.freeze_search(backbone, task, output=tmp_path, workers=2, **FAST)
     key = ["plan", "lr", "repeat", "fidelity"]
-    one, two = (f.trials.sort_values(key, ignore_index=True)[[*key, "validation_accuracy"]] for f in (result, both))
+    one, two = (
+        f.trials.sort_values(key, ignore_index=True)[[*key, "validation_accuracy"]] for f in (result, both)
+    )
     pd.testing.assert_frame_equal(one[key], two[key])
     assert both.plan.blocks == result.plan.blocks
 
@@ -147,7 +153,9 @@ def test_time_is_turned_into_a_budget_and_too_little_is_said(tiny_model: Path, t
     fast = {key: value for key, value in FAST.items() if key != "budget"}
     with pytest.raises(UsageError, match=r"time 0.001 s is too small for one plan"):
         lp.freeze_search(backbone, task, time=0.001, **fast)
-    found = lp.freeze_search(backbone, task, time=20, output=tmp_path, **{**fast, "baselines": ("all", "none")})
+    found = lp.freeze_search(
+        backbone, task, time=20, output=tmp_path, **{**fast, "baselines": ("all", "none")}
+    )
     assert found.facts["spent"] <= found.facts["budget"]
 
 
@@ -163,7 +171,9 @@ def test_time_is_turned_into_a_budget_and_too_little_is_said(tiny_model: Path, t
         ({"keep_bridge": True}, "needs an output folder"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_is_trained(tiny_model: Path, settings: dict, message: str) -> None:
+def test_mistakes_are_one_line_before_anything_is_trained(
+    tiny_model: Path, settings: dict, message: str
+) -> None:
     backbone, task = parts(tiny_model)
     with pytest.raises((UsageError, PlanError), match=message):
         lp.freeze_search(backbone, task, **{**FAST, **settings})

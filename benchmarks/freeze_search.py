@@ -1,0 +1,273 @@
+"""Quality of the freeze search on tables of every plan: made once by training, replayed in seconds.
+
+    python benchmarks/freeze_search.py make-table --model MODEL --task TASK --name NAME --workers 2
+    python benchmarks/freeze_search.py replay results/freeze_search/tables/*
+
+`make-table` trains every mask at every learning rate: a short rung and 3 seeds for the search to look at, and
+3 unseen seeds with test accuracy, at each mask's own rate, to judge by. It is resumable: finished trainings are
+kept in an SQLite file beside the table and never repeated. `--dry-run` states the cost.
+
+`replay` runs strategies on stored tables and prints the measures of PROTOCOL.md section 6. The default
+strategy has no setting that was tuned on these tables; where that changes, `--leave-one-out` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.errors import LayerprobeError
+from layerprobe.files import write_json
+from layerprobe.provenance import machine, versions
+from layerprobe.search.replay import (
+    ExhaustiveTable,
+    Truth,
+    judging_trials,
+    replay,
+    score_agreement,
+    selection_trials,
+    upper_third_test,
+)
+from layerprobe.search.space import REPORT_REPEAT, Space, Trial, strip
+from layerprobe.tables import write_frame
+
+TABLES = Path("results/freeze_search/tables")
+LRS = (3e-4, 1e-3, 3e-3)
+FIDELITY = 0.25
+SHARE = 0.2
+"""The share of the exhaustive cost at which strategies are judged."""
+
+
+def make_table(arguments: argparse.Namespace) -> None:
+    """Train every plan of one pair; continue where an earlier call stopped."""
+    import torch
+
+    from layerprobe.backbones import load_backbone
+    from layerprobe.search.run import Settings, identify
+    from layerprobe.search.scores import layer_scores, proposals
+    from layerprobe.search.study import Ledger
+    from layerprobe.search.valuing import ChainEvaluator
+    from layerprobe.search.workers import helpers
+    from layerprobe.tasks import load_task
+
+    if arguments.workers > 1:
+        torch.set_num_threads(1)
+    task = load_task(arguments.task, limit=arguments.limit, seed=0)
+    backbone = load_backbone(
+        arguments.model, patch_size=arguments.patch_size, stem=arguments.stem, seed=0, device=arguments.device
+    ).prepare(task)
+    settings = Settings(
+        lrs=tuple(arguments.lrs),
+        seeds=arguments.seeds,
+        fidelity=FIDELITY,
+        bridge_steps=arguments.bridge_steps,
+        finetune_steps=arguments.finetune_steps,
+        batch_size=arguments.batch_size,
+        budget=1.0,
+        strategy="exhaustive",
+    )
+    evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
+    space = Space(evaluator.block_params())
+    selection = selection_trials(space, settings.lrs, settings.seeds, FIDELITY)
+    cost = sum(space.cost(trial) for trial in selection)
+    judging = sum(settings.seeds * space.cost(Trial(mask, 1.0)) for mask in space.masks())
+    print(
+        f"{space.count_upper()} plans, {len(selection)} trainings to select by and "
+        f"{space.count_upper() * settings.seeds} to judge by: {cost + judging:.0f} full trainings of "
+        f"{settings.bridge_steps} + {settings.finetune_steps} steps",
+        file=sys.stderr,
+    )
+    if arguments.dry_run:
+        return
+    folder = TABLES / arguments.name
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = {**identify(backbone, task, settings), "exhaustive_table": True}
+    url = str(folder / "study.db")
+    ledger = Ledger.open(url, identity)
+    began = time.time()
+
+    def value(trials: list[Trial]) -> dict:
+        answers = {}
+        # In pieces, so that progress shows; a piece is a barrier between the processes.
+        for start in range(0, len(trials), 16):
+            answers |= ledger.value(trials[start : start + 16], evaluator)
+            print(f"{start + 16} of {len(trials)}, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+        return answers
+
+    if ledger.get("scores") is None:
+        scores = layer_scores(backbone, task, seed=0, quiet=True)
+        from layerprobe.tables import strict_rows
+
+        ledger.put(
+            "scores", strict_rows(scores[["block", "site", "metric", "value", "stderr", "n", "reason"]])
+        )
+    scores = pd.DataFrame(ledger.get("scores"))
+    with helpers(arguments.workers - 1, url, identity, evaluator):
+        found = value(selection)
+        table = ExhaustiveTable(arguments.name, space, settings.lrs, settings.seeds, FIDELITY, dict(found))
+        found |= value(judging_trials(space, table.own_lr, settings.seeds))
+    rows = [
+        {
+            "plan": strip(trial.mask),
+            "lr": trial.lr,
+            "repeat": trial.repeat,
+            "fidelity": trial.fidelity,
+            "validation_accuracy": outcome.accuracy,
+            "test_accuracy": outcome.test,
+            "seconds": round(outcome.seconds, 3),
+        }
+        for trial, outcome in found.items()
+    ]
+    pd.DataFrame(rows).to_csv(
+        folder / "table.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
+    )
+    write_json(
+        folder / "table.json",
+        {
+            "name": arguments.name,
+            "model": backbone.source.name.split("/")[-1],
+            "task": task.name.split("/")[-1],
+            "split_hash": task.split_hash,
+            "counts": {name: len(split) for name, split in task.splits.items()},
+            "patch_size": arguments.patch_size,
+            "stem": arguments.stem,
+            "block_params": list(space.block_params),
+            "lrs": list(settings.lrs),
+            "seeds": settings.seeds,
+            "fidelity": FIDELITY,
+            "bridge_steps": settings.bridge_steps,
+            "finetune_steps": settings.finetune_steps,
+            "batch_size": settings.batch_size,
+            "first_unseen_repeat": REPORT_REPEAT,
+            "train_seconds": round(sum(outcome.seconds for outcome in found.values())),
+            "scores": {
+                name: [value.tolist(), np.nan_to_num(stderr).tolist()]
+                for name, (value, stderr) in proposals(scores, space.n_blocks).items()
+            },
+            "versions": versions(),
+            "machine": machine(),
+        },
+    )
+    ledger.close()
+    print(folder)
+
+
+def replay_tables(arguments: argparse.Namespace) -> None:
+    """Replay strategies on stored tables and print the measures."""
+    tables = [ExhaustiveTable.load(folder) for folder in arguments.tables]
+    truths = {table.name: Truth.of(table) for table in tables}
+    rows = []
+    for table in tables:
+        cost = table.exhaustive_cost()
+        for strategy in arguments.strategies:
+            for share in arguments.shares:
+                for seed in range(arguments.runs):
+                    try:
+                        rows.append(
+                            {"share": share}
+                            | replay(table, truths[table.name], strategy, share * cost, seed=seed)
+                        )
+                    except LayerprobeError:
+                        # Not enough for this strategy (exhaustive below its own cost): no row.
+                        break
+        rows += [
+            {"share": SHARE}
+            | replay(table, truths[table.name], "racing", SHARE * cost, seed=seed, use_scores=False)
+            | {"strategy": "racing without scores"}
+            for seed in range(arguments.runs)
+        ]
+    frame = pd.DataFrame(rows)
+    agreement = pd.DataFrame([row for table in tables for row in score_agreement(table, truths[table.name])])
+    summary = summarise(frame)
+    for table in tables:
+        truth = truths[table.name]
+        print(
+            f"{table.name}: optimum {strip(truth.optimum)} (test {100 * truth.test[truth.optimum]:.1f} %), "
+            f"all-trainable {100 * truth.test[table.space.all]:.1f} %, none "
+            f"{100 * truth.test[table.space.none]:.1f} %, standard error {100 * truth.stderr:.2f}, "
+            f"smallest sufficient plan: {truth.sufficient} blocks"
+        )
+    with pd.option_context("display.width", 200, "display.max_columns", 30, "display.max_rows", 200):
+        print(summary.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
+        print(agreement.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
+    if arguments.output is not None:
+        output = Path(arguments.output)
+        write_frame(frame, output / "replays.csv")
+        write_frame(summary, output / "summary.csv")
+        write_frame(agreement, output / "scores.csv")
+        write_json(
+            output / "about.json",
+            {"tables": [table.name for table in tables], "versions": versions(), "machine": machine()},
+        )
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a strategy and share of the exhaustive cost, averaged over pairs and seeds."""
+    rows = []
+    for (strategy, share), part in frame.groupby(["strategy", "share"], sort=False):
+        hits, cases, p = upper_third_test(list(zip(part["place"], part["of"], strict=True)))
+        rows.append(
+            {
+                "strategy": strategy,
+                "share": share,
+                "cost_share": part["cost_share"].mean(),
+                "regret": part["regret"].mean(),
+                "worst_pair_regret": part.groupby("pair")["regret"].mean().max(),
+                "within_1se": (part["regret"] <= part["stderr"]).mean(),
+                "below_all_by_1se": (part["below_all"] > part["stderr"]).mean(),
+                "excess_blocks": part["excess_blocks"].mean(),
+                "at_most_one_more": (part["excess_blocks"] <= 1).mean(),
+                "upper_third": f"{hits}/{cases}",
+                "p": p,
+                "runs": len(part),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    make = commands.add_parser("make-table", help="train every plan of one (model, task) pair")
+    make.add_argument("--model", required=True)
+    make.add_argument("--task", required=True)
+    make.add_argument("--name", required=True, help="folder under results/freeze_search/tables")
+    make.add_argument("--limit", type=int, default=2000)
+    make.add_argument("--patch-size", type=int, default=8)
+    make.add_argument("--stem", default="pca")
+    make.add_argument("--bridge-steps", type=int, default=40)
+    make.add_argument("--finetune-steps", type=int, default=80)
+    make.add_argument("--batch-size", type=int, default=32)
+    make.add_argument("--seeds", type=int, default=3)
+    make.add_argument("--lrs", type=float, nargs="+", default=LRS)
+    make.add_argument("--workers", type=int, default=1)
+    make.add_argument("--device", default="cpu")
+    make.add_argument("--dry-run", action="store_true")
+    make.set_defaults(run=make_table)
+    again = commands.add_parser("replay", help="compare strategies on stored tables")
+    again.add_argument("tables", nargs="+", type=Path)
+    again.add_argument(
+        "--strategies", nargs="+", default=["racing", "random", "greedy", "tpe", "nsga2", "prefix", "suffix"]
+    )
+    again.add_argument("--shares", type=float, nargs="+", default=[0.1, SHARE, 0.4, 0.8])
+    again.add_argument("--runs", type=int, default=10, help="seeds of each strategy")
+    again.add_argument("--output", "-o", default=None)
+    again.set_defaults(run=replay_tables)
+    arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except LayerprobeError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished trainings are kept")
+
+
+if __name__ == "__main__":
+    main()

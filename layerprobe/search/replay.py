@@ -1,0 +1,304 @@
+"""Searches replayed on stored tables of every plan, and how good a search was (PROTOCOL.md, section 6).
+
+A table holds, for every mask: a short rung on repeat 0 and full-length runs on the selection repeats at
+every learning rate, and full-length runs on unseen repeats, with test accuracy, at the mask's own rate.
+Replaying costs no training, so strategies are compared in seconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.files import read_json
+from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip
+from layerprobe.search.strategies import make_strategy, run_strategy
+from layerprobe.search.verdict import choose
+
+COLUMNS = ("plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds")
+
+
+@dataclass
+class ExhaustiveTable:
+    """Every plan of one (model, task) pair, really trained.
+
+    Attributes
+    ----------
+    name : of the pair. space : its plans. lrs, seeds, fidelity : how it was made; `seeds` selection repeats.
+    outcomes : trial → outcome. scores : per-block scores, name → (value, standard error).
+    """
+
+    name: str
+    space: Space
+    lrs: tuple[float, ...]
+    seeds: int
+    fidelity: float
+    outcomes: dict[Trial, Outcome]
+    scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def masks(self) -> list[Mask]:
+        return list(self.space.masks())
+
+    def own_lr(self, mask: Mask) -> float:
+        """The mask's learning rate, chosen on validation with repeat 0."""
+        return max(self.lrs, key=lambda lr: (self._accuracy(Trial(mask, lr)), -lr))
+
+    def validation(self, mask: Mask) -> np.ndarray:
+        """Validation accuracy per selection repeat, at the mask's own rate."""
+        lr = self.own_lr(mask)
+        return np.array([self._accuracy(Trial(mask, lr, repeat)) for repeat in range(self.seeds)])
+
+    def test(self, mask: Mask) -> np.ndarray:
+        """Test accuracy per unseen repeat, at the mask's own rate."""
+        lr = self.own_lr(mask)
+        found: list[float | None] = []
+        while (trial := Trial(mask, lr, REPORT_REPEAT + len(found))) in self.outcomes:
+            found.append(self.outcomes[trial].test)
+        return np.array(found, dtype=float)
+
+    def exhaustive_cost(self) -> float:
+        """Full trainings of an exhaustive search by the same rules: every rate once, then the other seeds."""
+        per_mask = len(self.lrs) + self.seeds - 1
+        return sum(per_mask * self.space.cost(Trial(mask, self.lrs[0])) for mask in self.masks)
+
+    def value(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
+        """Answers from the table; UsageError for a trial that it does not hold."""
+        missing = [trial for trial in trials if trial not in self.outcomes]
+        if missing:
+            raise UsageError(f"table {self.name} does not hold {missing[0].key} ({len(missing)} missing)")
+        return {trial: self.outcomes[trial] for trial in trials}
+
+    def bench(self, budget: float, *, seed: int, use_scores: bool = True) -> Bench:
+        """A bench that replays this table."""
+        return Bench(
+            self.space,
+            self.value,
+            self.lrs,
+            self.seeds,
+            budget,
+            self.scores if use_scores else {},
+            seed,
+            self.fidelity,
+            max_repeats=self.seeds,
+        )
+
+    def _accuracy(self, trial: Trial) -> float:
+        accuracy = self.outcomes[trial].accuracy
+        return -math.inf if accuracy is None else accuracy
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ExhaustiveTable:
+        """Read `table.csv.gz` and `table.json` of a folder.
+
+        Raises
+        ------
+        BrokenFileError : missing, damaged, or incomplete.
+        """
+        source = Path(folder)
+        about = read_json(source / "table.json", what="exhaustive table")
+        try:
+            frame = pd.read_csv(source / "table.csv.gz")
+            table = cls(
+                about["name"],
+                Space(tuple(about["block_params"])),
+                tuple(about["lrs"]),
+                int(about["seeds"]),
+                float(about["fidelity"]),
+                {
+                    Trial(parse_strip(r.plan), float(r.lr), int(r.repeat), float(r.fidelity)): Outcome(
+                        None if math.isnan(r.validation_accuracy) else float(r.validation_accuracy),
+                        None if math.isnan(r.test_accuracy) else float(r.test_accuracy),
+                        float(r.seconds),
+                    )
+                    for r in frame[list(COLUMNS)].itertuples(index=False)
+                },
+                {
+                    name: (np.array(value, dtype=float), np.array(stderr, dtype=float))
+                    for name, (value, stderr) in about["scores"].items()
+                },
+            )
+        except (OSError, EOFError, KeyError, ValueError, TypeError) as error:
+            raise BrokenFileError(f"cannot read the exhaustive table in {source}: {error}") from error
+        missing = [
+            t.key
+            for t in selection_trials(table.space, table.lrs, table.seeds, table.fidelity)
+            if t not in table.outcomes
+        ]
+        if missing:
+            raise BrokenFileError(f"the table in {source} lacks {len(missing)} trials (first: {missing[0]})")
+        return table
+
+
+def selection_trials(space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> list[Trial]:
+    """What a table trains before it knows each mask's own rate: short rung, then every rate on every repeat."""
+    masks = list(space.masks())
+    short = [Trial(mask, lr, 0, fidelity) for mask in masks for lr in lrs]
+    return short + [Trial(mask, lr, repeat) for repeat in range(seeds) for mask in masks for lr in lrs]
+
+
+def judging_trials(space: Space, own_lr: Callable[[Mask], float], seeds: int) -> list[Trial]:
+    """What a table trains to judge by: unseen repeats with test accuracy, at each mask's own rate."""
+    return [
+        Trial(mask, own_lr(mask), REPORT_REPEAT + seed) for seed in range(seeds) for mask in space.masks()
+    ]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a table says is right. Accuracies are shares; `stderr` is that of one plan's mean test accuracy."""
+
+    validation: dict[Mask, float]
+    test: dict[Mask, float]
+    optimum: Mask
+    stderr: float
+    sufficient: int
+    """Smallest number of trained blocks whose best plan is within one standard error of the optimum."""
+
+    @classmethod
+    def of(cls, table: ExhaustiveTable) -> Truth:
+        validation = {mask: float(table.validation(mask).mean()) for mask in table.masks}
+        test = {mask: float(np.nanmean(table.test(mask))) for mask in table.masks}
+        optimum = max(validation, key=lambda mask: (validation[mask], -table.space.params(mask)))
+        bar = validation[optimum] - _pooled([table.validation(mask) for mask in table.masks])
+        sufficient = min(sum(mask) for mask, value in validation.items() if value >= bar)
+        return cls(validation, test, optimum, _pooled([table.test(mask) for mask in table.masks]), sufficient)
+
+
+def replay(
+    table: ExhaustiveTable,
+    truth: Truth,
+    strategy: str,
+    budget: float,
+    *,
+    seed: int,
+    use_scores: bool = True,
+) -> dict[str, Any]:
+    """Run one strategy on a table and measure what it found.
+
+    Returns
+    -------
+    dict: strategy, pair, seed, budget, plan, `regret` and `below_all` in accuracy points (positive = worse
+    than the exhaustive optimum, than training everything; on test, unseen seeds), `stderr` in points,
+    `cost_share` of the exhaustive cost, `excess_blocks` beyond the smallest sufficient plan, `place` and
+    `of` within plans of its size by test accuracy.
+    """
+    bench = table.bench(budget, seed=seed, use_scores=use_scores)
+    finalists = run_strategy(make_strategy(strategy), bench)
+    answer = choose(finalists, table.space).mask
+    size = sum(answer)
+    peers = [mask for mask in table.masks if sum(mask) == size]
+    better = sum(truth.test[mask] > truth.test[answer] for mask in peers)
+    return {
+        "pair": table.name,
+        "strategy": strategy,
+        "seed": seed,
+        "budget": budget,
+        "plan": "".join("#" if flag else "." for flag in answer),
+        "regret": 100 * (truth.test[truth.optimum] - truth.test[answer]),
+        "below_all": 100 * (truth.test[table.space.all] - truth.test[answer]),
+        "stderr": 100 * truth.stderr,
+        "spent": bench.spent,
+        "cost_share": bench.spent / table.exhaustive_cost(),
+        "excess_blocks": size - truth.sufficient,
+        "place": better + 1,
+        "of": len(peers),
+    }
+
+
+def upper_third_test(places: Sequence[tuple[int, int]]) -> tuple[int, int, float]:
+    """Hits in the upper third of plans of equal size, against chance, exactly.
+
+    Parameters
+    ----------
+    places : (place from 1, number of plans of that size); sizes with fewer than three plans say nothing
+        and are left out.
+
+    Returns
+    -------
+    hits, cases, and the probability of at least so many hits by chance (Poisson binomial, exact; cases are
+    taken as independent).
+    """
+    cases = [(place, of) for place, of in places if of >= 3]
+    hits = sum(place <= of // 3 for place, of in cases)
+    distribution = np.array([1.0])
+    for _, of in cases:
+        chance = (of // 3) / of
+        distribution = np.convolve(distribution, [1 - chance, chance])
+    return hits, len(cases), float(distribution[hits:].sum()) if cases else 1.0
+
+
+def score_agreement(table: ExhaustiveTable, truth: Truth) -> list[dict[str, Any]]:
+    """Kendall τ of every score with the truth: overall, and within equal numbers of trained blocks.
+
+    A plan's score is the sum over its trained blocks. `count` is the baseline that merely counts them;
+    `noise ceiling` is one unseen seed's truth against the mean of the others.
+    """
+    masks = table.masks
+    test = np.array([truth.test[mask] for mask in masks])
+    sizes = np.array([sum(mask) for mask in masks])
+    flags = np.array(masks, dtype=float)
+    predictors: dict[str, list[np.ndarray]] = {"count": [sizes.astype(float)]}
+    predictors |= {name: [flags @ value] for name, (value, _) in table.scores.items()}
+    rows = [
+        {
+            "pair": table.name,
+            "score": name,
+            "tau": _tau(values[0], test),
+            "tau_within": _within(values[0], test, sizes),
+        }
+        for name, values in predictors.items()
+    ]
+    per_seed = np.array([table.test(mask) for mask in masks])
+    if per_seed.shape[1] > 1:
+        overall, within = [], []
+        for seed in range(per_seed.shape[1]):
+            others = np.delete(per_seed, seed, axis=1).mean(axis=1)
+            overall.append(_tau(per_seed[:, seed], others))
+            within.append(_within(per_seed[:, seed], others, sizes))
+        rows.append(
+            {
+                "pair": table.name,
+                "score": "noise ceiling",
+                "tau": float(np.mean(overall)),
+                "tau_within": float(np.nanmean(within)),
+            }
+        )
+    return rows
+
+
+def _within(predicted: np.ndarray, truth: np.ndarray, sizes: np.ndarray) -> float:
+    """Kendall τ over pairs of plans with equally many trained blocks: (concordant − discordant) / pairs."""
+    concordant = discordant = 0
+    for i, j in itertools.combinations(range(len(sizes)), 2):
+        if sizes[i] == sizes[j]:
+            sign = np.sign(predicted[i] - predicted[j]) * np.sign(truth[i] - truth[j])
+            concordant += sign > 0
+            discordant += sign < 0
+    pairs = concordant + discordant
+    return float(concordant - discordant) / pairs if pairs else math.nan
+
+
+def _tau(a: np.ndarray, b: np.ndarray) -> float:
+    return float(stats.kendalltau(a, b).statistic)
+
+
+def _pooled(groups: Sequence[np.ndarray]) -> float:
+    """Standard error of one group's mean, with the spread pooled over groups; 0 with one value each."""
+    usable = [group[np.isfinite(group)] for group in groups]
+    usable = [group for group in usable if len(group) > 1]
+    if not usable:
+        return 0.0
+    variance = sum(float(((g - g.mean()) ** 2).sum()) for g in usable) / sum(len(g) - 1 for g in usable)
+    return math.sqrt(variance / min(len(group) for group in usable))

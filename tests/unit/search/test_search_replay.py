@@ -1,0 +1,134 @@
+"""Replays on a made-up table, and the measures of a search against independent counts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.search.bench import Outcome
+from layerprobe.search.replay import (
+    ExhaustiveTable,
+    Truth,
+    judging_trials,
+    replay,
+    score_agreement,
+    selection_trials,
+    upper_third_test,
+)
+from layerprobe.search.space import REPORT_REPEAT, Space, Trial, mask_of, strip
+
+LRS = (1e-3, 3e-3)
+GAINS = np.array([0.0, 0.15, 0.0, 0.03])
+
+
+def accuracy(trial: Trial, noise: float) -> float:
+    seed = [trial.repeat, *map(int, trial.mask), round(1e4 * trial.lr), int(4 * trial.fidelity)]
+    value = 0.3 + float(GAINS @ np.array(trial.mask, float)) - 0.05 * (trial.lr == 3e-3)
+    return value - 0.1 * (1 - trial.fidelity) + noise * np.random.default_rng(seed).standard_normal()
+
+
+def make_table(noise: float = 0.005) -> ExhaustiveTable:
+    space = Space((100,) * 4)
+    table = ExhaustiveTable("made-up", space, LRS, 3, 0.25, {})
+    for trial in selection_trials(space, LRS, 3, 0.25):
+        table.outcomes[trial] = Outcome(accuracy(trial, noise), seconds=1.0)
+    for trial in judging_trials(space, table.own_lr, 3):
+        table.outcomes[trial] = Outcome(accuracy(trial, noise), test=accuracy(trial, noise))
+    table.scores = {"good": (GAINS, np.full(4, 0.01)), "wrong": (-GAINS, np.full(4, 0.01))}
+    return table
+
+
+def test_the_truth_of_a_table_is_what_its_rows_say() -> None:
+    table = make_table(noise=0.0)
+    truth = Truth.of(table)
+    assert truth.optimum == mask_of([1, 3], 4) and truth.sufficient == 2
+    assert truth.test[mask_of([1], 4)] == pytest.approx(0.45)
+    assert table.own_lr(mask_of([1], 4)) == 1e-3
+    assert len(table.test(mask_of([1], 4))) == 3
+
+
+def test_exhaustive_cost_counts_every_rate_once_and_the_other_seeds() -> None:
+    table = make_table()
+    expected = sum((2 + 2) * (2 + sum(mask) / 4) / 3 for mask in itertools.product([0, 1], repeat=4))
+    assert table.exhaustive_cost() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("strategy", ["racing", "random", "tpe", "nsga2", "greedy"])
+def test_replays_are_cheap_and_find_the_block_that_matters(strategy: str) -> None:
+    table = make_table()
+    truth = Truth.of(table)
+    found = replay(table, truth, strategy, 0.6 * table.exhaustive_cost(), seed=0)
+    assert found["plan"][1] == "#" and found["regret"] < 6
+    assert found["spent"] <= 0.6 * table.exhaustive_cost()
+
+
+def test_measures_of_a_replay_agree_with_plain_counting() -> None:
+    table = make_table()
+    truth = Truth.of(table)
+    found = replay(table, truth, "racing", 30.0, seed=1)
+    answer = tuple(mark == "#" for mark in found["plan"])
+    peers = [mask for mask in table.masks if sum(mask) == sum(answer)]
+    tests = sorted((truth.test[mask] for mask in peers), reverse=True)
+    assert found["place"] == tests.index(truth.test[answer]) + 1 and found["of"] == len(peers)
+    assert found["regret"] == pytest.approx(100 * (truth.test[truth.optimum] - truth.test[answer]))
+    assert found["excess_blocks"] == sum(answer) - truth.sufficient
+
+
+def test_upper_third_against_enumeration() -> None:
+    places = [(1, 4), (2, 6), (3, 6), (1, 1), (5, 10)]
+    hits, cases, p = upper_third_test(places)
+    chances = [1 / 4, 2 / 6, 2 / 6, 3 / 10]
+    expected = sum(
+        np.prod([c if hit else 1 - c for c, hit in zip(chances, pattern, strict=True)])
+        for pattern in itertools.product([0, 1], repeat=4)
+        if sum(pattern) >= 2
+    )
+    assert (hits, cases) == (2, 4)
+    assert p == pytest.approx(expected)
+
+
+def test_scores_are_judged_within_equal_sizes_beside_count_and_ceiling() -> None:
+    table = make_table(noise=0.002)
+    rows = {row["score"]: row for row in score_agreement(table, Truth.of(table))}
+    assert set(rows) == {"count", "good", "wrong", "noise ceiling"}
+    assert np.isnan(rows["count"]["tau_within"]), "a count says nothing within equal counts"
+    assert rows["good"]["tau_within"] > 0.8 and rows["wrong"]["tau_within"] < -0.8
+    assert rows["noise ceiling"]["tau"] > 0.6
+
+
+def test_tables_come_back_from_disk_and_holes_are_named(tmp_path: Path) -> None:
+    table = make_table()
+    rows = [
+        {
+            "plan": strip(t.mask),
+            "lr": t.lr,
+            "repeat": t.repeat,
+            "fidelity": t.fidelity,
+            "validation_accuracy": o.accuracy,
+            "test_accuracy": o.test,
+            "seconds": o.seconds,
+        }
+        for t, o in table.outcomes.items()
+    ]
+    about = {"name": "made-up", "block_params": [100] * 4, "lrs": list(LRS), "seeds": 3, "fidelity": 0.25}
+    about["scores"] = {name: [v.tolist(), s.tolist()] for name, (v, s) in table.scores.items()}
+    (tmp_path / "table.json").write_text(json.dumps(about))
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "table.csv.gz", index=False)
+    back = ExhaustiveTable.load(tmp_path)
+    assert back.outcomes == table.outcomes and back.space == table.space
+    frame[frame["repeat"] != 2].to_csv(tmp_path / "table.csv.gz", index=False)
+    with pytest.raises(BrokenFileError, match=r"lacks 32 trials"):
+        ExhaustiveTable.load(tmp_path)
+
+
+def test_a_trial_outside_the_table_is_refused() -> None:
+    with pytest.raises(UsageError, match="does not hold"):
+        make_table().value([Trial(mask_of([1], 4), 7.0)])
+    assert REPORT_REPEAT > 100
