@@ -1,0 +1,135 @@
+"""The classifier that turns a backbone's features into logits where an analysis needs a prediction.
+
+Gradients and attributions ask "of what?": of a linear probe on the pooled final features, of the head that the
+checkpoint itself brought, or of one the caller hands over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layerprobe.backbones.backbone import Backbone
+from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.metrics.probing import fit_logistic_path
+from layerprobe.tasks import ImageSplit, Task
+
+HEADS = ("probe", "own")
+
+
+@dataclass
+class Classifier:
+    """Pixels B×C×H×W → logits B×K, with a note of where the head comes from."""
+
+    backbone: Backbone
+    logits: Callable[[Tensor], Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.logits(pixels)
+
+
+def make_classifier(
+    backbone: Backbone,
+    task: Task,
+    head: str | nn.Module = "probe",
+    *,
+    n_train: int = 2000,
+    batch_size: int = 128,
+) -> Classifier:
+    """The backbone with a head for `task`.
+
+    Parameters
+    ----------
+    head : "probe" fits a linear probe to the pooled final features of the first `n_train` training images, its C
+        chosen on validation; "own" takes the image classifier that the checkpoint brought; a module maps
+        pooled features B×D to logits B×K (for example the head of a bridge run).
+
+    Raises
+    ------
+    UsageError : "own" where there is none, or it has another number of classes than the task.
+    UnknownNameError : another word.
+    """
+    backbone.prepare(task)
+    if isinstance(head, nn.Module):
+        return Classifier(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
+    if head not in HEADS:
+        raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
+    if head == "own":
+        with torch.no_grad():
+            outputs = backbone.own_logits(backbone.preprocess(task.train.images([0]))).shape[1]
+        if outputs != task.n_classes:
+            raise UsageError(
+                f"the classifier of {backbone.name} has {outputs} outputs, {task.name} has {task.n_classes} "
+                "classes; use --head probe"
+            )
+        return Classifier(backbone, backbone.own_logits, {"head": "own"})
+    layer, facts = fit_probe_head(backbone, task, n_train=n_train, batch_size=batch_size)
+    return Classifier(backbone, lambda pixels: layer(backbone.features(pixels).to(layer.weight.dtype)), facts)
+
+
+def fit_probe_head(
+    backbone: Backbone, task: Task, *, n_train: int = 2000, batch_size: int = 128
+) -> tuple[nn.Linear, dict[str, Any]]:
+    """A linear layer on the pooled final features (after the model's final norm), and how it was found.
+
+    Multinomial logistic regression on standardised features; C by validation accuracy from the default grid of
+    `metrics.probing`, the smallest on a tie. The standardisation is folded into the layer.
+
+    Raises
+    ------
+    UsageError : fewer than two classes among the training images.
+    """
+    train = task.train.subset(range(min(n_train, len(task.train))))
+    classes, labels = np.unique(train.labels, return_inverse=True)
+    if len(classes) < 2:
+        raise UsageError(f"a probe needs two classes; the first {len(train)} training images have one")
+    X, X_val = (final_features(backbone, split, batch_size=batch_size) for split in (train, task.validation))
+    probes = fit_logistic_path(X, labels)
+    scores = [float(np.mean(classes[probe.predict(X_val)] == task.validation.labels)) for probe in probes]
+    chosen = int(np.argmax(scores))
+    probe = probes[chosen]
+    layer = nn.Linear(X.shape[1], task.n_classes).requires_grad_(False)
+    folded = probe.coef / probe.scale
+    bias = probe.intercept - folded @ probe.mean
+    # A class without training images is never predicted.
+    layer.weight.zero_()
+    layer.bias.fill_(float(bias.min()) - 30.0)
+    layer.weight[torch.from_numpy(classes)] = torch.from_numpy(folded).float()
+    layer.bias[torch.from_numpy(classes)] = torch.from_numpy(bias).float()
+    facts = {"head": "probe", "C": probe.C, "validation_accuracy": scores[chosen], "n_train": len(train)}
+    return layer.to(backbone.device), facts
+
+
+@torch.inference_mode()
+def final_features(backbone: Backbone, split: ImageSplit, *, batch_size: int = 128) -> np.ndarray:
+    """Pooled final features of a split, n×d in float64."""
+    with evaluating(backbone):
+        rows = []
+        for start in range(0, len(split), batch_size):
+            pixels = backbone.preprocess(split.images(range(start, min(start + batch_size, len(split)))))
+            rows.append(backbone.features(pixels).double().cpu().numpy())
+    features = np.concatenate(rows)
+    if not np.isfinite(features).all():
+        raise UsageError(
+            f"{backbone.name}: final features hold non-finite values; try --dtype bfloat16 or float32"
+        )
+    return features
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on leaving every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
