@@ -89,7 +89,7 @@ def load_backbone(
     backbone = Backbone(model, model.config, source, init=init, seed=seed, with_head=head, **settings)
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source)
-    return backbone
+    return backbone.eval()
 
 
 _RUN_KEYS = {
