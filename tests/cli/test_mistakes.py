@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import save
+from families import build, save
 from PIL import Image
 
-from layerprobe.plans import FreezePlan
+from layerprobe.backbones.layout import find_layout
+from layerprobe.plans import FreezePlan, parameter_table
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,14 @@ def test_broken_safetensors(run_cli: Callable, tmp_path: Path, llama: Path, dama
 
 
 def test_plan_for_another_model(run_cli: Callable, tmp_path: Path, llama: Path) -> None:
-    shapes = {f"layers.{i}.w": ((4, 4), "float32") for i in range(32)}
-    plan = FreezePlan.from_blocks(
-        shapes, {name: f"block.{i}" for i, name in enumerate(shapes)}, [0], model_id="llama-7b", revision="r"
-    )
+    model = build("llama", num_hidden_layers=5).base_model
+    groups = find_layout(model, model.config).parameter_groups
+    plan = FreezePlan.from_blocks(parameter_table(model), groups, [0], model_id="llama-7b", revision="r")
     plan.save(tmp_path / "plan.json")
     result = run_cli("bridge", "--model", llama, "--task", "digits", "--plan", tmp_path / "plan.json", "--steps", 1,
                      "--patch-size", 2, "-o", tmp_path / "run")  # fmt: skip
     assert_one_line(
-        result, 2, "plan.json was made for 32 blocks (llama-7b); this backbone has 3", "freeze-search"
+        result, 2, "plan.json was made for 5 blocks (llama-7b); this backbone has 3", "freeze-search"
     )
 
 
