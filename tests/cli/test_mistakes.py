@@ -81,7 +81,7 @@ def test_plan_for_another_model(run_cli: Callable, tmp_path: Path, llama: Path) 
     result = run_cli("bridge", "--model", llama, "--task", "digits", "--plan", tmp_path / "plan.json", "--steps", 1,
                      "--patch-size", 2, "-o", tmp_path / "run")  # fmt: skip
     assert_one_line(
-        result, 2, "plan.json was made for 5 blocks (llama-7b); this backbone has 3", "freeze-search"
+        result, 2, "plan.json was made for 5 blocks (llama-7b); this model has 3", "freeze-search"
     )
 
 
