@@ -1,0 +1,159 @@
+"""The commands bridge and evaluate: what they print, what they write, and their one-line errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from layerprobe.cli.main import Program
+
+
+@pytest.fixture(scope="module")
+def program() -> typer.Typer:
+    from layerprobe.cli import bridge, evaluate
+
+    app = typer.Typer(cls=Program, pretty_exceptions_enable=False)
+    app.command("bridge")(bridge.bridge)
+    app.command("evaluate")(evaluate.evaluate)
+    return app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    import torch
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=40, bos_token_id=0, eos_token_id=0
+    )
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    with torch.random.fork_rng():
+        transformers.GPT2Model(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run_folder(program, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(folder)])
+    assert found.exit_code == 0, found.stderr
+    assert "of the random labels are recalled (a guess: 10.0% of 10)" in found.stdout
+    return folder
+
+
+def common(command: str, model: str) -> list[str]:
+    small = ["--batch-size", "16", "--limit", "60", "--patch-size", "4", "--device", "cpu", "--offline", "-q"]
+    return [command, "--model", model, "--task", "digits", *small]
+
+
+def test_a_run_folder_holds_table_plan_curve_and_model(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names >= {
+        "bridge.csv", "bridge.json", "history.csv", "labels.csv", "plan.json", "curve.png", "drift.png", "final",
+        "layerprobe_run.json",
+    }  # fmt: skip
+    about = json.loads((run_folder / "layerprobe_run.json").read_text())
+    assert about["schema"] == "layerprobe.bridge-run/v1"
+    assert about["finished"] is True
+
+
+def test_the_run_folder_serves_as_model_and_brings_its_plan(program, run_folder):
+    arguments = [
+        *common("evaluate", str(run_folder)),
+        "--steps",
+        "3",
+        "--lrs",
+        "1e-3",
+        "--seeds",
+        "2",
+        "--json",
+    ]
+    found = CliRunner().invoke(program, arguments)
+    assert found.exit_code == 0, found.stderr
+    body = json.loads(found.stdout)
+    assert body["schema"] == "layerprobe.evaluate/v1"
+    assert body["provenance"]["backbone"]["origin"] == "bridge"
+    assert body["provenance"]["plan"] is not None
+    mean = next(row for row in body["rows"] if row["metric"] == "test_accuracy_mean")
+    assert mean["interval"] == "t 95% over 2 seeds"
+    assert mean["low"] <= mean["value"] <= mean["high"]
+
+
+def test_arms_in_one_table(program, run_folder, model, tmp_path):
+    plan = ["--plan", str(run_folder / "plan.json"), "--arms", "language,bridge,random", "--seeds", "2"]
+    arguments = [
+        *common("evaluate", model),
+        *plan,
+        "--steps",
+        "2",
+        "--lrs",
+        "1e-3",
+        "-o",
+        str(tmp_path / "arms"),
+    ]
+    found = CliRunner().invoke(program, arguments)
+    assert found.exit_code == 0, found.stderr
+    assert "language − random" in found.stdout
+    names = {path.name for path in (tmp_path / "arms").iterdir()}
+    assert names == {
+        "accuracy_cost.png",
+        "accuracy_parameters.png",
+        "evaluate.csv",
+        "evaluate.json",
+        "trials.json",
+    }
+
+
+def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
+    arguments = [
+        *common("evaluate", model),
+        "--arms",
+        "language,random",
+        "--seeds",
+        "3",
+        "--dry-run",
+        "--json",
+    ]
+    found = CliRunner().invoke(program, arguments)
+    assert found.exit_code == 0, found.stderr
+    body = json.loads(found.stdout)
+    assert body["dry_run"] is True
+    assert body["trainings"] == 2 * (3 + 3 - 1)
+    assert "MiB" in body["memory"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["bridge", "--random-classes", "1000"], "1000 random classes are more than the"),
+        (["bridge", "--random-classes", "1"], "random_classes must be at least 2, not 1"),
+        (["bridge", "--lr", "-1"], "lr must be a positive number, not -1.0"),
+        (["bridge", "--lrs", "fast"], "'fast' is no list of learning rates"),
+        (["bridge", "--plan", "nowhere.json"], "cannot read freeze plan nowhere.json"),
+        (["bridge", "--precision", "float8"], "precision is one of float32, bfloat16, not 'float8'"),
+        (["bridge", "--device", "cuda:77"], "cuda:77"),
+        (["evaluate", "--seeds", "none"], "'none' is no number of seeds"),
+        (["evaluate", "--arms", "langage"], "unknown arm 'langage'. Did you mean 'language'?"),
+        (["evaluate", "--arms", "bridge"], "the arm 'bridge' trains a freeze plan; give one with --plan"),
+        (["evaluate", "--mode", "guess"], "unknown mode 'guess'"),
+        (["evaluate", "--mode", "own-head"], "brings no image classifier of its own"),
+        (["evaluate", "--mode", "probe", "--arms", "language"], "--arms compares trainings"),
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(program, model, arguments, line):
+    command, *rest = arguments
+    found = CliRunner().invoke(program, [*common(command, model), *rest])
+    assert found.exit_code in (1, 2)
+    assert found.stdout == ""
+    assert found.stderr.startswith("error: ")
+    assert line in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
+    found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(run_folder)])
+    assert found.exit_code == 2
+    assert "holds a finished run of 4 steps; choose another folder" in found.stderr
