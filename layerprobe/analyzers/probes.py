@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 
+from layerprobe.analyzers.probe_extras import ExtraSetting, check_extras, measure_extra
 from layerprobe.errors import UsageError
 from layerprobe.layers import LayerRef
 from layerprobe.metrics.probing import C_GRID, ProbeResult, check_grid, select_probe
@@ -266,6 +267,7 @@ def linear_probes(
     tol: float = 1e-4,
     seed: int = 0,
     device: str = "cpu",
+    extras: Sequence[str] = (),
     quiet: bool = False,
 ) -> LinearProbes:
     """Probe every layer with multinomial logistic regression; see `layerprobe.metrics.probing.select_probe`.
@@ -277,7 +279,9 @@ def linear_probes(
     y_train, y_val, y_test : labels where the features carry none; any integers or strings.
     Cs : inverse regularisation strengths. refit : "train+validation" or "train".
     tol : relative suboptimality at which a fit counts as converged.
-    seed : of the bootstrap. device : a torch device with float64.
+    seed : of the bootstrap, and of the extras. device : a torch device with float64.
+    extras : further measurements per layer, from `layerprobe.analyzers.probe_extras.EXTRAS`: "labels" (random
+        labels: control accuracy and selectivity), "knn", "ridge", "mdl" (online code length), "few-shot".
 
     Returns
     -------
@@ -293,6 +297,8 @@ def linear_probes(
     )
     train, validation, test = splits
     grid = check_grid(Cs)
+    check_extras(extras)
+    extra_rows: list[dict[str, Any]] = []
     results: list[ProbeResult | None] = []
     reasons: list[str | None] = []
     for layer in progress_bar(list(train.arrays), unit="layer", desc="probes", quiet=quiet):
@@ -302,13 +308,18 @@ def linear_probes(
             results.append(None)
             continue
         pairs = [(part.arrays[layer], part.labels) for part in (train, validation, test)]
-        results.append(
-            select_probe(
-                pairs[0], pairs[1], pairs[2], len(classes), Cs=grid, refit=refit, tol=tol, device=device
-            )
+        result = select_probe(
+            pairs[0], pairs[1], pairs[2], len(classes), Cs=grid, refit=refit, tol=tol, device=device
         )
+        results.append(result)
+        setting = ExtraSetting(len(classes), train.ids, grid, seed, tol, device)
+        for kind in extras:
+            for row in measure_extra(kind, pairs, result, setting):
+                extra_rows.append({**place_of(layer), **row})
+    constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
     majority = int(np.bincount(train.labels).argmax())
     arguments = {"Cs": grid.tolist(), "refit": refit, "tol": tol, "seed": seed, "device": device}
+    arguments["extras"] = list(extras)
     return LinearProbes(
         layers=list(train.arrays),
         results=results,
@@ -319,6 +330,7 @@ def linear_probes(
         majority=float(np.mean(test.labels == majority)),
         facts=facts,
         seed=seed,
+        extra_rows=[{**constants, **row} for row in extra_rows],
         provenance=provenance("probe", arguments, **_origin(features_train), **_absent(splits, classes)),
     )
 
