@@ -355,7 +355,7 @@ class _Rows:
 
 def _cells(report: OutlierReport) -> dict[tuple[str, str], list[Any]]:
     """(part, depth) → one pooled `TensorOutliers` per block; weights outside the blocks are one unit."""
-    rows = report.counted()
+    rows = report.separated()
     stacks = sorted({row.place.stack or "" for row in rows if row.place.block is not None})
     n_blocks = {
         stack: 1 + max(row.place.block or 0 for row in rows if (row.place.stack or "") == stack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import queue
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, places
+from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, fused_parts, places
 from layerprobe.errors import UsageError
+from layerprobe.metrics.outlier_codes import decoded
 from layerprobe.metrics.outlier_counting import Engine, make_engine
-from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, needs_engine, summarize
+from layerprobe.metrics.outlier_rules import OutlierRules, TensorOutliers
+from layerprobe.metrics.outlier_summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 
 
@@ -23,7 +26,8 @@ from layerprobe.progress import progress_bar
 class ScannedTensor:
     """One tensor's identity and numbers. `found` is None where it was skipped, and `skip` says why.
 
-    `tied_to` names the tensor that is the same weight; a tied tensor enters no roll-up.
+    `tied_to` names the tensor that is the same weight, `part_of` the fused matrix that this is a part of; neither
+    enters the roll-ups of the model a second time.
     """
 
     name: str
@@ -33,6 +37,7 @@ class ScannedTensor:
     found: TensorOutliers | None = None
     skip: str | None = None
     tied_to: str | None = None
+    part_of: str | None = None
 
 
 def scan(
@@ -41,9 +46,12 @@ def scan(
     rules: OutlierRules,
     engine: str = "auto",
     threads: int | None = None,
+    axes: bool = False,
     quiet: bool = False,
 ) -> list[ScannedTensor]:
     """The statistics of every tensor, in file order. Memory does not grow with the model.
+
+    Fused matrices are followed by their parts. `axes` also measures rows and columns.
 
     Raises
     ------
@@ -52,23 +60,23 @@ def scan(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
+    rows: list[ScannedTensor] = []
+    work: list[tuple[StoredTensor, ScannedTensor]] = []
     located = places({tensor.name: tensor.shape for tensor in checkpoint.tensors})
-    rows = [
-        ScannedTensor(
-            tensor.name,
-            tensor.dtype,
-            tensor.shape,
-            located[tensor.name],
-            skip=tensor.skip or ("a buffer, not a weight" if located[tensor.name].kind == "buffer" else None),
-            tied_to=tensor.alias_of,
+    for tensor in checkpoint.tensors:
+        place = located[tensor.name]
+        skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
+        row = ScannedTensor(
+            tensor.name, tensor.dtype, tensor.shape, place, skip=skip, tied_to=tensor.alias_of
         )
-        for tensor in checkpoint.tensors
-    ]
-    work = [
-        (tensor, row)
-        for tensor, row in zip(checkpoint.tensors, rows, strict=True)
-        if row.skip is None and row.tied_to is None
-    ]
+        rows.append(row)
+        if skip is not None or tensor.alias_of is not None:
+            continue
+        work.append((tensor, row))
+        for kind, part in fused_parts(tensor, place):
+            own = dataclasses.replace(place, kind=kind)
+            rows.append(ScannedTensor(part.name, part.dtype, part.shape, own, part_of=tensor.name))
+            work.append((part, rows[-1]))
     # The largest first, so that no thread is left alone with a big one at the end.
     work.sort(key=lambda pair: -pair[0].nbytes)
     n_threads = max(1, min(threads or _usable_cores(), len(work) or 1))
@@ -83,7 +91,12 @@ def scan(
             try:
                 own_engine, buffer = bench
                 row.found = summarize(
-                    lambda: tensor.chunks(buffer), tensor.dtype, tensor.size, rules=rules, engine=own_engine
+                    lambda: tensor.chunks(buffer),
+                    tensor.dtype,
+                    tensor.shape,
+                    rules=rules,
+                    engine=own_engine,
+                    axes=axes,
                 )
             finally:
                 benches.put(bench)
@@ -99,6 +112,20 @@ def scan(
         if row.tied_to is not None and row.found is None:
             row.found = by_name[row.tied_to].found if row.tied_to in by_name else None
     return rows
+
+
+def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, dict[str, np.ndarray]]:
+    """The one-dimensional norm tensors inside blocks, as float64: "weight" and "bias" → name → values."""
+    stored = {tensor.name: tensor for tensor in checkpoint.tensors}
+    found: dict[str, dict[str, np.ndarray]] = {"weight": {}, "bias": {}}
+    for row in rows:
+        if row.place.kind != "norm" or row.place.block is None or row.found is None or len(row.shape) != 1:
+            continue
+        role = "bias" if row.name.endswith(("bias", "beta")) else "weight"
+        chunks = [chunk.copy() for chunk in stored[row.name].chunks(bytearray(CHUNK_BYTES))]
+        if chunks:
+            found[role][row.name] = decoded(np.concatenate(chunks), row.dtype)
+    return found
 
 
 def _all_or_first_error(pool: ThreadPoolExecutor, futures: list[Future[int]]) -> Iterator[int]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from layerprobe.analyzers.outlier_scan import ScannedTensor, scan
-from layerprobe.backbones.sources import RUN_FILE, resolve_model
-from layerprobe.checkpoints import GROUPS, KINDS, open_checkpoint
+from layerprobe.analyzers.outlier_scan import ScannedTensor, read_norms, scan
+from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
+from layerprobe.checkpoints import GROUPS, KINDS, Checkpoint, open_checkpoint
+from layerprobe.metrics.outlier_axes import norm_dimension_votes
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
@@ -21,13 +22,17 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+AXES_BELOW = 512 << 20
+"""Rows and columns are measured without being asked for in checkpoints of up to so many bytes."""
+
 
 @dataclass
 class OutlierReport(Record):
     """What `outlier_report` returns: per tensor and rolled up by kind, block, group and model.
 
-    `tensors` are the measured (or skipped) tensors in file order; `to_frame` is the long table, `plot` the
-    figure. In roll-ups each entry is judged within its own tensor, and the counts are added.
+    `tensors` are the measured (or skipped) tensors in file order. `norm_votes` has, for "weight" and "bias" of the
+    norms inside blocks, the dimensions that stand out in at least two tensors and how many tensors voted.
+    In roll-ups each entry is judged within its own tensor, and the counts are added.
     """
 
     command: ClassVar[str] = "outliers"
@@ -36,6 +41,7 @@ class OutlierReport(Record):
     revision: str
     tensors: list[ScannedTensor]
     rules: OutlierRules
+    norm_votes: dict[str, tuple[list[tuple[int, int]], int]]
     provenance: dict[str, Any]
     _frame: Any = field(default=None, repr=False, compare=False)
 
@@ -51,8 +57,18 @@ class OutlierReport(Record):
         )
 
     def counted(self) -> list[ScannedTensor]:
-        """The tensors that enter roll-ups."""
-        return [row for row in self.tensors if row.found is not None and row.tied_to is None]
+        """The tensors that enter roll-ups: neither skipped nor tied, fused matrices whole."""
+        return [
+            row
+            for row in self.tensors
+            if row.found is not None and row.tied_to is None and row.part_of is None
+        ]
+
+    def separated(self) -> list[ScannedTensor]:
+        """The same weights with fused matrices replaced by their parts, for comparison with other layouts."""
+        fused = {row.part_of for row in self.tensors if row.part_of is not None}
+        parts = [row for row in self.tensors if row.part_of is not None]
+        return [row for row in self.counted() if row.name not in fused] + parts
 
     @property
     def n_blocks(self) -> int:
@@ -64,9 +80,9 @@ class OutlierReport(Record):
     def to_frame(self) -> pd.DataFrame:
         """The long table: the common columns, then `level`, `group`, `kind`, `stack`, `tensor`, `entry`.
 
-        `level` is tensor, kind (one module kind within one block, or outside the blocks), block (all its
-        entries), block_group (its matrices apart from its norms and biases), group or model. `entry` holds
-        the coordinates of a `top_entry` row.
+        `level` is tensor, part (of a fused matrix), kind (one module kind within one block, or outside the
+        blocks), block (all its entries), block_group (its matrices apart from its norms and biases), group
+        or model. `entry` holds the coordinates of a `top_entry` row, or the lines that stand out.
         """
         if self._frame is None:
             self._frame = tidy(self._rows(), model=self.model, revision=self.revision)
@@ -75,7 +91,7 @@ class OutlierReport(Record):
     def _rows(self) -> Iterator[dict[str, Any]]:
         for row in self.tensors:
             about = {
-                "level": "tensor",
+                "level": "tensor" if row.part_of is None else "part",
                 "block": row.place.block,
                 "group": row.place.group,
                 "kind": row.place.kind,
@@ -95,7 +111,9 @@ class OutlierReport(Record):
                     "n": row.found.n,
                     "entry": str(entry),
                 }
-        for (stack, block, kind), part in self._grouped("stack", "block", "kind"):
+            yield from self._axes(row, about)
+        everything = [*self.counted(), *(row for row in self.tensors if row.part_of is not None)]
+        for (stack, block, kind), part in self._grouped("stack", "block", "kind", rows=everything):
             about = {"level": "kind", "block": block, "kind": kind, "stack": stack}
             yield from self._metrics(part, about, self.rules.sigmas)
         for (stack, block), part in self._grouped("stack", "block"):
@@ -110,10 +128,38 @@ class OutlierReport(Record):
         for (group,), part in self._grouped("group"):
             yield from self._metrics(part, {"level": "group", "group": group}, self.rules.all_sigmas)
         yield from self._metrics(self.pool(), {"level": "model"}, self.rules.all_sigmas)
+        for role, (votes, voters) in self.norm_votes.items():
+            for dimension, count in votes[:20]:
+                about = {
+                    "level": "model",
+                    "metric": f"norm_{role}_dimension_votes",
+                    "entry": f"[{dimension}]",
+                }
+                yield {**about, "value": count, "n": voters}
 
-    def _grouped(self, *keys: str) -> Iterator[tuple[tuple[Any, ...], TensorOutliers]]:
+    def _axes(self, row: ScannedTensor, about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        assert row.found is not None
+        for axis, found in row.found.axes.items():
+            # What is a column of a linear layer is a row of a transposed Conv1D: named by what it carries.
+            line = {"row": "column", "column": "row"}[axis] if row.place.transposed else axis
+            if isinstance(found, str):
+                yield {**about, "metric": f"{line}_outlier_count_4z", "value": None, "reason": found}
+                continue
+            lines = str(found.lines) if found.lines else None
+            yield {
+                **about,
+                "metric": f"{line}_outlier_count_4z",
+                "value": found.count,
+                "n": found.n,
+                "entry": lines,
+            }
+            yield {**about, "metric": f"{line}_max_z", "value": found.max_z, "n": found.n}
+
+    def _grouped(
+        self, *keys: str, rows: list[ScannedTensor] | None = None
+    ) -> Iterator[tuple[tuple[Any, ...], TensorOutliers]]:
         members: dict[tuple[Any, ...], list[TensorOutliers]] = {}
-        for row in self.counted():
+        for row in self.counted() if rows is None else rows:
             assert row.found is not None
             members.setdefault(tuple(getattr(row.place, key) for key in keys), []).append(row.found)
         for key in sorted(members, key=lambda key: [_rank(part) for part in key]):
@@ -217,7 +263,7 @@ class OutlierReport(Record):
         if whole.nan + whole.inf:
             text += f". {whole.nan + whole.inf:,} entries are NaN or infinite and were left out"
         if skipped := sum(row.found is None for row in self.tensors):
-            text += f". {skipped} tensors are no floating-point weights and were skipped"
+            text += f". Skipped, being no floating-point weights: {skipped} of {len(self.tensors)} tensors"
         return text + "."
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
@@ -236,6 +282,7 @@ def outlier_report(
     exclude: Iterable[str] | None = None,
     threads: int | None = None,
     engine: str = "auto",
+    axes: bool | None = None,
     offline: bool = False,
     quiet: bool = False,
 ) -> OutlierReport:
@@ -248,6 +295,8 @@ def outlier_report(
     include, exclude : shell patterns on tensor names, for example "*.mlp.*".
     threads : tensors read at once; default: the usable cores, at most 8.
     engine : "auto", "numba" or "torch"; the numbers are the same.
+    axes : also find rows and columns whose spread stands out, which takes several times longer; default: for
+        checkpoints up to 512 MiB.
 
     Raises
     ------
@@ -261,9 +310,11 @@ def outlier_report(
     """
     rules = rules or OutlierRules()
     include, exclude = list(include or []), list(exclude or [])
-    name, model_id, found_revision, folder = _locate(model, revision, offline)
-    checkpoint = open_checkpoint(folder).select(include, exclude)
-    tensors = scan(checkpoint, rules=rules, engine=engine, threads=threads, quiet=quiet)
+    name, model_id, checkpoint, found_revision = _open(model, revision, offline)
+    checkpoint = checkpoint.select(include, exclude)
+    axes = checkpoint.nbytes <= AXES_BELOW if axes is None else axes
+    tensors = scan(checkpoint, rules=rules, engine=engine, threads=threads, axes=axes, quiet=quiet)
+    votes = {role: norm_dimension_votes(norms) for role, norms in read_norms(checkpoint, tensors).items()}
     facts = provenance(
         "outliers",
         {
@@ -273,6 +324,7 @@ def outlier_report(
             "exclude": exclude,
             "threads": threads,
             "engine": engine,
+            "axes": axes,
         },
         model_id=model_id,
         model_revision=found_revision,
@@ -282,7 +334,7 @@ def outlier_report(
         tied={row.name: row.tied_to for row in tensors if row.tied_to},
         skipped={row.name: row.skip for row in tensors if row.found is None},
     )
-    return OutlierReport(name, found_revision, tensors, rules, facts)
+    return OutlierReport(name, found_revision, tensors, rules, votes, facts)
 
 
 def checkpoint_facts(
@@ -294,15 +346,15 @@ def checkpoint_facts(
     exclude: Iterable[str] | None = None,
 ) -> dict[str, Any]:
     """What a report would read, from the headers alone: folder, files, tensors, bytes, dtypes."""
-    name, model_id, _, folder = _locate(model, revision, offline)
-    checkpoint = open_checkpoint(folder).select(list(include or []), list(exclude or []))
+    name, model_id, checkpoint, _ = _open(model, revision, offline)
+    checkpoint = checkpoint.select(list(include or []), list(exclude or []))
     dtypes: dict[str, int] = {}
     for tensor in checkpoint.tensors:
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
     return {
         "model": name,
         "model_id": model_id,
-        "folder": str(folder),
+        "folder": str(checkpoint.folder),
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "skipped": sum(tensor.skip is not None for tensor in checkpoint.tensors),
@@ -324,6 +376,10 @@ def definitions(rules: OutlierRules) -> dict[str, str]:
         "tail_index": f"Hill estimate from the largest {rules.tail:g} of |w|; smaller is heavier; large float32 "
         "tensors: from bins of relative width below 0.8 %",
         "top_entry_r": "entry of r-th largest |w|; `entry` holds its coordinates",
+        "row_outlier_count_4z, column_*": "lines whose std (n - 1) has a z-score above 4 among the lines of the "
+        "matrix; columns are input dimensions (of transposed Conv1D matrices, too)",
+        "norm_*_dimension_votes": "in how many of n norm tensors inside blocks dimension `entry` lies more than 3 std "
+        "from the tensor's mean",
         "outlier_ppm_*": "outlier_ratio_* times 1e6",
         "roll-ups": "each entry is judged within its own tensor and counts are added; moments are those of all "
         "entries together; tied weights count once",
@@ -341,14 +397,17 @@ def gaussian_tail(k: float) -> float:
     return erfc(k / sqrt(2))
 
 
-def _locate(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, str, Path]:
+def _open(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, Checkpoint, str]:
+    """Name, model id, checkpoint and revision."""
     path = Path(model).expanduser()
-    bare_folder = path.is_dir() and not (path / "config.json").is_file() and not (path / RUN_FILE).is_file()
-    if path.is_file() or bare_folder:
-        # Weights without a configuration are enough here, unlike for everything that builds a model.
-        return str(model), path.name, "local", path
+    if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
+        # Weights without a configuration are enough here, unlike for everything that builds a model; and
+        # the checkpoint's own check of a broken folder names the tensor.
+        checkpoint = open_checkpoint(path)
+        found = weights_hash(path) if (path / "config.json").is_file() else "local"
+        return str(model), path.resolve().name, checkpoint, found
     source = resolve_model(str(model), revision=revision, offline=offline)
-    return source.name, source.model_id, source.revision, source.folder
+    return source.name, source.model_id, open_checkpoint(source.folder), source.revision
 
 
 def _ratio(part: TensorOutliers, k: float) -> float | None:

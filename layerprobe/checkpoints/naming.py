@@ -31,7 +31,7 @@ _BIAS = re.compile(r"(?:^|[._])(?:bias|\w*_bias)$")
 _RULES = tuple(
     (kind, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.weight)?$", re.I))
     for kind, pattern in (
-        ("norm", r"\w*norm\w*(?:\.(?:gamma|beta|scale|bias))?|ln|ln_?\d|ln_\w+|\w+_ln"),
+        ("norm", r"(?:\w*norm\w*|ln|ln_?\d|ln_\w+|\w+_ln)(?:\.(?:gamma|beta|scale|bias))?"),
         ("router", r"router|(?:mlp|block_sparse_moe|feed_forward)\.gate|router\.(?:classifier|layer)"),
         ("qkv", r"c_attn|qkv|qkv_proj|query_key_value|wqkv|attn_qkv|in_proj|in_proj_weight"),
         ("gate_up", r"gate_up_proj|gate_and_up_proj"),

@@ -33,7 +33,8 @@ class StoredTensor:
     """A tensor in a file. `dtype` is torch's name ("bfloat16"), or the file's own where torch has none.
 
     `skip` says why the tensor cannot be measured (integers, packed codes); None for a weight.
-    `alias_of` names the tensor whose storage this one shares, where the file itself says so.
+    `alias_of` names the tensor whose storage this one shares, where the file itself says so. `columns` is
+    (width of the stored rows, first, last + 1) for a part of a matrix that is some of its columns.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StoredTensor:
     nbytes: int
     skip: str | None = None
     alias_of: str | None = None
+    columns: tuple[int, int, int] | None = None
     source: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -67,20 +69,36 @@ class StoredTensor:
         if self.source is not None:
             yield from _slices(self.source, room // dtype.itemsize)
             return
-        position, left = self.offset, self.nbytes
         try:
             descriptor = os.open(self.file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise self._broken(error.strerror or str(error)) from error
         try:
-            while left:
-                target = view[: min(room, left)]
-                self._fill(descriptor, target, position)
-                yield np.frombuffer(target, dtype=dtype)
-                position += len(target)
-                left -= len(target)
+            if self.columns is None:
+                yield from self._stretch(descriptor, view[:room], dtype, self.nbytes)
+            else:
+                width, start, stop = self.columns
+                rows = max(1, room // (width * dtype.itemsize))
+                view = (
+                    view
+                    if rows * width * dtype.itemsize <= room
+                    else memoryview(bytearray(width * dtype.itemsize))
+                )
+                room = rows * width * dtype.itemsize
+                for chunk in self._stretch(
+                    descriptor, view[:room], dtype, self.shape[0] * width * dtype.itemsize
+                ):
+                    yield np.ascontiguousarray(chunk.reshape(-1, width)[:, start:stop]).reshape(-1)
         finally:
             os.close(descriptor)
+
+    def _stretch(
+        self, descriptor: int, view: memoryview, dtype: np.dtype[Any], nbytes: int
+    ) -> Iterator[np.ndarray]:
+        for done in range(0, nbytes, len(view) or 1):
+            target = view[: min(len(view), nbytes - done)]
+            self._fill(descriptor, target, self.offset + done)
+            yield np.frombuffer(target, dtype=dtype)
 
     def _fill(self, descriptor: int, target: memoryview, position: int) -> None:
         done = 0

@@ -35,6 +35,16 @@ def outliers(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="No tensors that fit this pattern; may be repeated.")
     ] = None,
+    axes: Annotated[
+        bool | None,
+        typer.Option(
+            "--axes/--no-axes",
+            help="Rows and columns that stand out; default: for checkpoints up to 512 MiB.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Without medians, quantiles, Tukey fences and tail index.")
+    ] = False,
     engine: Engine = "auto",
     threads: Threads = None,
     revision: options.Revision = None,
@@ -74,6 +84,7 @@ def outliers(
         absolute=parse_floats(absolute, "--absolute"),
         mean_multiples=parse_floats(mean_multiples, "--mean-multiples"),
         top=top,
+        order=not quick,
     )
     report = outlier_report(
         model,
@@ -82,6 +93,7 @@ def outliers(
         include=include,
         exclude=exclude,
         threads=threads,
+        axes=axes,
         engine=engine,
         offline=offline,
         quiet=quiet,

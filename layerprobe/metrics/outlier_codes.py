@@ -33,7 +33,7 @@ class CodeTable:
 @cache
 def code_table(dtype: str) -> CodeTable:
     """The table of one of `CODE_DTYPES`; KeyError for another name."""
-    values = _VALUES[dtype]()
+    values = code_values(dtype)
     finite = np.isfinite(values)
     codes = np.flatnonzero(finite)
     codes = codes[np.argsort(values[codes], kind="stable")]
@@ -55,6 +55,19 @@ def float32_bins() -> CodeTable:
     kept = kept[np.lexsort((high[kept], low[kept]))]
     nothing = np.zeros(1 << 16, dtype=bool)
     return CodeTable(1 << 16, kept, low[kept], high[kept], nothing, ~finite)
+
+
+def decoded(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Raw codes (or float32 and float64 values) as a new float64 array; NaN and infinities stay."""
+    if dtype not in CODE_DTYPES:
+        return raw.astype(np.float64)
+    return code_values(dtype)[raw]
+
+
+@cache
+def code_values(dtype: str) -> np.ndarray:
+    """The float64 value of every code of one of `CODE_DTYPES`."""
+    return _VALUES[dtype]()
 
 
 def _float16() -> np.ndarray:

@@ -7,15 +7,17 @@ An engine holds scratch buffers and belongs to one thread.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any, Protocol
 
 import numpy as np
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, did_you_mean
-from layerprobe.metrics.outlier_moments import Moments
+from layerprobe.metrics.outlier_moments import Moments, chunk_moments
 from layerprobe.metrics.outlier_top import block_maxima
 
 ENGINES = ("auto", "numba", "torch")
+_UPPER = 1 if sys.byteorder == "little" else 0
 
 
 class Engine(Protocol):
@@ -133,20 +135,10 @@ class TorchEngine:
         return block_maxima(chunk, 0x7F)
 
     def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
+        # The upper halves are codes like those of bfloat16, and are counted like them.
+        self.codes(np.ascontiguousarray(chunk.view(np.uint16)[_UPPER::2]), counts)
         maxima = block_maxima(chunk.view(np.uint32), 0x7FFFFFFF)
-        finite = maxima.max() < 0x7F800000
-        moments, magnitude = Moments(), 0.0
-        for start in range(0, chunk.size, 1 << 16):
-            piece = chunk[start : start + (1 << 16)]
-            upper = (piece.view(np.int32) >> 16) & 0xFFFF
-            found = self._torch.bincount(self._torch.from_numpy(upper)).numpy()
-            counts[: found.size] += found
-            values = piece.astype(np.float64)
-            if not finite:
-                values = values[np.isfinite(values)]
-            magnitude += float(np.abs(values).sum())
-            moments = moments.merge(Moments.of_values(values))
-        return maxima, moments, magnitude
+        return maxima, *chunk_moments(chunk, bool(maxima.max() < 0x7F800000))
 
     def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
         bits = chunk.view(np.uint32)

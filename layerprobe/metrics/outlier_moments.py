@@ -96,3 +96,15 @@ class Moments:
     def kurtosis(self) -> float:
         """m₄/m₂²: 3 for a Gaussian, not the excess; NaN for a constant sample."""
         return self.n * self.m4 / (self.m2 * self.m2) if self.m2 * self.m2 > 0 else math.nan
+
+
+def chunk_moments(chunk: np.ndarray, all_finite: bool) -> tuple[Moments, float]:
+    """Moments and Σ|w| of the finite entries of a float32 chunk, in pieces that stay in the cache."""
+    moments, magnitude = Moments(), 0.0
+    for start in range(0, chunk.size, 1 << 15):
+        values = chunk[start : start + (1 << 15)].astype(np.float64)
+        if not all_finite:
+            values = values[np.isfinite(values)]
+        magnitude += float(np.abs(values).sum())
+        moments = moments.merge(Moments.of_values(values))
+    return moments, magnitude

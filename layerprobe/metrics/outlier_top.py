@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 
-from layerprobe.metrics.outlier_codes import CODE_DTYPES, code_table
+from layerprobe.metrics.outlier_codes import CODE_DTYPES, code_table, decoded
 
 BLOCK = 4096
 """Engines report the greatest magnitude of every block of so many entries; only few blocks are then looked at."""
@@ -71,7 +69,7 @@ class TopEntries:
         if picked.size > 4 * self.k:
             kth = np.partition(magnitude[picked], picked.size - self.k)[picked.size - self.k]
             picked = picked[magnitude[picked] >= kth]
-        values = self._decode(entries[picked])
+        values = decoded(entries[picked], self._dtype)
         finite = np.isfinite(values)
         magnitudes = np.concatenate([self._magnitude, magnitude[picked][finite].astype(np.uint64)])
         values = np.concatenate([self._value, values[finite]])
@@ -83,14 +81,3 @@ class TopEntries:
     def entries(self) -> list[tuple[float, int]]:
         """(value, flat index) by falling magnitude."""
         return list(zip(self._value.tolist(), self._index.tolist(), strict=True))
-
-    def _decode(self, entries: np.ndarray) -> np.ndarray:
-        return _values(self._dtype)[entries] if self._dtype in CODE_DTYPES else entries.astype(np.float64)
-
-
-@cache
-def _values(dtype: str) -> np.ndarray:
-    table = code_table(dtype)
-    values = np.full(table.n_codes, np.nan)
-    values[table.codes] = table.low
-    return values

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.metrics import outliers as module
+from layerprobe.metrics import outlier_summary as module
 from layerprobe.metrics.outlier_counting import make_engine
 from layerprobe.metrics.outliers import (
     OutlierRules,
@@ -129,7 +129,7 @@ def test_large_float32_takes_two_passes(engine: str) -> None:
         calls.append(1)
         yield from np.split(x, 4)
 
-    module.summarize(passes, "float32", x.size, engine=make_engine(engine))
+    module.summarize(passes, "float32", x.shape, engine=make_engine(engine))
     assert len(calls) == 2
 
 

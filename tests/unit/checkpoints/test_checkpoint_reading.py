@@ -1,0 +1,194 @@
+"""Checkpoints read as files: every container gives the same bytes, and names find their place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from layerprobe.checkpoints import StoredTensor, fused_parts, open_checkpoint, places
+from layerprobe.errors import UsageError
+
+
+def whole(tensor: StoredTensor, size: int = 64) -> np.ndarray:
+    return np.concatenate([chunk.copy() for chunk in tensor.chunks(bytearray(size))] or [np.empty(0)])
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed_tokens.weight": torch.randn(11, 6, generator=generator),
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(6, 6, generator=generator).bfloat16(),
+        "model.layers.1.self_attn.q_proj.weight": torch.randn(6, 6, generator=generator).half(),
+        "model.norm.weight": torch.randn(6, generator=generator).double(),
+    }
+
+
+@pytest.mark.parametrize("container", ["single", "sharded", "bin", "nested pth", "old torch format"])
+def test_every_container_gives_the_same_values(
+    container: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    names = list(weights)
+    if container == "single":
+        save_file(weights, tmp_path / "model.safetensors")
+    elif container == "sharded":
+        for i, part in enumerate((names[:2], names[2:])):
+            save_file({name: weights[name] for name in part}, tmp_path / f"m-{i}.safetensors")
+        table = {name: f"m-{0 if name in names[:2] else 1}.safetensors" for name in names}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    elif container == "bin":
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    elif container == "nested pth":
+        torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "checkpoint.pth")
+    else:
+        torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(tmp_path)
+    prefix = "state_dict." if container == "nested pth" else ""
+    assert {tensor.name for tensor in checkpoint.tensors} == {prefix + name for name in names}
+    for tensor in checkpoint.tensors:
+        expected = weights[tensor.name.removeprefix(prefix)]
+        raw = expected.view(torch.uint16) if expected.element_size() == 2 else expected
+        assert tensor.shape == tuple(expected.shape)
+        assert np.array_equal(whole(tensor), raw.numpy().ravel())
+
+
+def test_two_names_over_one_storage_are_one_weight(tmp_path: Path) -> None:
+    shared = torch.randn(5, 4)
+    torch.save({"wte.weight": shared, "lm_head.weight": shared}, tmp_path / "pytorch_model.bin")
+    tensors = {tensor.name: tensor for tensor in open_checkpoint(tmp_path).tensors}
+    assert tensors["lm_head.weight"].alias_of == "wte.weight"
+    assert tensors["wte.weight"].alias_of is None
+
+
+def test_a_view_in_a_torch_file_is_read_in_its_own_order(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    torch.save({"w": base.T, "part": base[1:]}, tmp_path / "pytorch_model.bin")
+    tensors = {tensor.name: tensor for tensor in open_checkpoint(tmp_path).tensors}
+    assert np.array_equal(whole(tensors["w"]), base.T.numpy().ravel())
+    assert np.array_equal(whole(tensors["part"]), base[1:].numpy().ravel())
+
+
+def test_patterns_select_by_name(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.select(["*.q_proj.*"]).tensors) == 2
+    assert len(checkpoint.select(["*.q_proj.*"], ["*layers.1*"]).tensors) == 1
+    with pytest.raises(UsageError, match=r"names look like: model\."):
+        checkpoint.select(["nothing"])
+
+
+NAMES = {
+    "model.layers.7.self_attn.q_proj.weight": (7, "q", "blocks"),
+    "model.layers.7.self_attn.o_proj.weight": (7, "o", "blocks"),
+    "model.layers.7.mlp.gate_proj.weight": (7, "gate", "blocks"),
+    "model.layers.7.mlp.down_proj.weight": (7, "down", "blocks"),
+    "model.layers.7.input_layernorm.weight": (7, "norm", "norms_biases"),
+    "model.layers.7.self_attn.q_norm.weight": (7, "norm", "norms_biases"),
+    "model.layers.7.mlp.experts.3.w2.weight": (7, "down", "blocks"),
+    "model.layers.7.mlp.gate.weight": (7, "router", "blocks"),
+    "model.layers.7.mlp.gate_up_proj.weight": (7, "gate_up", "blocks"),
+    "model.norm.weight": (None, "norm", "norms_biases"),
+    "lm_head.weight": (None, "head", "head"),
+    "model.embed_tokens.weight": (None, "embedding", "embeddings"),
+    "h.11.attn.c_attn.weight": (11, "qkv", "blocks"),
+    "h.11.attn.c_proj.weight": (11, "o", "blocks"),
+    "h.11.mlp.c_proj.weight": (11, "down", "blocks"),
+    "h.11.mlp.c_proj.bias": (11, "bias", "norms_biases"),
+    "h.11.ln_1.bias": (11, "norm", "norms_biases"),
+    "transformer.ln_f.weight": (None, "norm", "norms_biases"),
+    "wte.weight": (None, "embedding", "embeddings"),
+    "wpe.weight": (None, "embedding", "embeddings"),
+    "encoder.layer.2.attention.self.query.weight": (2, "q", "blocks"),
+    "encoder.layer.2.attention.output.dense.weight": (2, "o", "blocks"),
+    "encoder.layer.2.attention.output.LayerNorm.weight": (2, "norm", "norms_biases"),
+    "encoder.layer.2.intermediate.dense.weight": (2, "fc", "blocks"),
+    "encoder.layer.2.output.dense.weight": (2, "down", "blocks"),
+    "pooler.dense.weight": (None, "other", "other"),
+    "vit.encoder.layer.0.attention.attention.value.weight": (0, "v", "blocks"),
+    "vit.embeddings.cls_token": (None, "embedding", "embeddings"),
+    "vit.embeddings.patch_embeddings.projection.weight": (None, "embedding", "embeddings"),
+    "vit.embeddings.patch_embeddings.projection.bias": (None, "bias", "norms_biases"),
+    "classifier.weight": (None, "head", "head"),
+    "blocks.4.attn.qkv.weight": (4, "qkv", "blocks"),
+    "blocks.4.attn.proj.weight": (4, "o", "blocks"),
+    "blocks.4.mlp.fc1.weight": (4, "fc", "blocks"),
+    "blocks.4.mlp.fc2.weight": (4, "down", "blocks"),
+    "encoder.block.3.layer.0.SelfAttention.q.weight": (3, "q", "blocks"),
+    "encoder.block.3.layer.1.DenseReluDense.wi_0.weight": (3, "gate", "blocks"),
+    "encoder.block.3.layer.1.DenseReluDense.wo.weight": (3, "down", "blocks"),
+    "gpt_neox.layers.5.attention.query_key_value.weight": (5, "qkv", "blocks"),
+    "gpt_neox.layers.5.attention.dense.weight": (5, "o", "blocks"),
+    "gpt_neox.layers.5.mlp.dense_h_to_4h.weight": (5, "fc", "blocks"),
+    "vision_model.encoder.layers.1.self_attn.out_proj.weight": (1, "o", "blocks"),
+    "vision_model.pre_layrnorm.weight": (None, "norm", "norms_biases"),
+    "something.entirely.else": (None, "other", "other"),
+}
+
+
+def test_names_of_many_families_find_block_kind_and_group() -> None:
+    shapes = {name: (4,) if "norm" in name.lower() or name.endswith("bias") else (4, 4) for name in NAMES}
+    found = places(shapes)
+    assert {name: (found[name].block, found[name].kind, found[name].group) for name in NAMES} == NAMES
+
+
+def test_causal_masks_and_rotary_tables_are_buffers_but_attention_biases_are_not() -> None:
+    found = places(
+        {
+            "h.0.attn.bias": (1, 1, 8, 8),
+            "h.0.attn.masked_bias": (),
+            "layers.0.self_attn.rotary_emb.inv_freq": (8,),
+            "h.0.attn.c_proj.bias": (8,),
+        }
+    )
+    assert [place.kind for place in found.values()] == ["buffer", "buffer", "buffer", "bias"]
+
+
+def test_nested_stages_are_counted_through_and_stacks_are_kept_apart() -> None:
+    found = places(
+        {
+            **{f"encoder.layers.0.blocks.{i}.mlp.fc1.weight": (4, 4) for i in range(2)},
+            **{f"encoder.layers.1.blocks.{i}.mlp.fc1.weight": (4, 4) for i in range(3)},
+            "encoder.layers.0.downsample.reduction.weight": (4, 4),
+            "decoder.block.0.layer.0.SelfAttention.q.weight": (4, 4),
+        }
+    )
+    assert [place.block for place in found.values()] == [0, 1, 2, 3, 4, None, 0]
+    assert {place.stack for place in found.values()} == {"encoder", "decoder", None}
+
+
+@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("layout", ["conv1d", "linear", "grouped", "gate_up"])
+def test_fused_matrices_are_cut_into_their_parts(layout: str, container: str, tmp_path: Path) -> None:
+    d = 6
+    q, k, v = torch.randn(d, d), torch.randn(d, d), torch.randn(d, d)
+    name = {"conv1d": "h.0.attn.c_attn.weight", "gate_up": "layers.0.mlp.gate_up_proj.weight"}.get(
+        layout, "layers.0.self_attn.qkv_proj.weight"
+    )
+    if layout == "grouped":
+        k, v = k[:2], v[:2]
+    expected = {"gate": q, "up": k} if layout == "gate_up" else {"q": q, "k": k, "v": v}
+    fused = torch.cat(list(expected.values()))
+    if layout == "conv1d":
+        fused, expected = fused.T.contiguous(), {kind: part.T for kind, part in expected.items()}
+    weights = {name: fused}
+    save_file(weights, tmp_path / container) if "safe" in container else torch.save(
+        weights, tmp_path / container
+    )
+    tensor = open_checkpoint(tmp_path).tensors[0]
+    parts = dict(fused_parts(tensor, places({name: tensor.shape})[name]))
+    assert list(parts) == list(expected)
+    for kind, part in parts.items():
+        assert part.name == f"{name}[{kind}]"
+        for buffer in (40, 200, 4096):
+            assert np.array_equal(whole(part, buffer), expected[kind].contiguous().numpy().ravel())
+
+
+def test_interleaved_heads_are_left_whole() -> None:
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    tensor = StoredTensor(name, "float32", (18, 6), Path("x"), 0, 432)
+    assert fused_parts(tensor, places({name: (18, 6)})[name]) == []
