@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerprobe.metrics.similarity_pairs import TILE_COLUMNS, FloatArray, Progress, Terms
+from layerprobe.metrics.similarity_pairs import DIAGONAL_ROWS, FloatArray, Progress, Terms
 from layerprobe.metrics.similarity_rows import FLOAT64_UP_TO, CentredRows
 
 PANEL_BYTES = 80 << 20
 """Memory for the rows of all layers that one strip of tiles keeps at hand."""
+TILE_ROWS = 512
+"""Rows per tile beside the diagonal; the tile of all layers takes about two thirds of the panel's memory."""
 MAX_GROUPS = 64
 
 
@@ -41,39 +43,47 @@ def gram_terms(
     own = None if ys is None else np.zeros((groups, groups, len(layers)))
     diagonals = np.zeros((len(layers), padded))
     strip = strip_rows(padded, sum(layer.d for layer in layers) * np.dtype(dtype).itemsize)
-    rows = [np.empty((strip, layer.d), dtype) for layer in layers]
-    columns = [np.empty((min(TILE_COLUMNS, padded), layer.d), dtype) for layer in layers]
-    buffer = torch.empty(
-        len(layers) * strip * columns[0].shape[0], dtype=getattr(torch, np.dtype(dtype).name), device=device
-    )
-    work = padded * (padded + TILE_COLUMNS) / 2
-    for top in range(0, padded, strip):
-        bottom = min(top + strip, padded)
-        left = _load(layers, order, top, bottom, rows, device)
-        for start in range(top, padded, TILE_COLUMNS):
-            stop = min(start + TILE_COLUMNS, padded)
-            on_diagonal = start < bottom
-            if on_diagonal:
-                height, right = stop - top, [part[start - top : stop - top] for part in left]
-            else:
-                height, right = bottom - top, _load(layers, order, start, stop, columns, device)
-            width = stop - start
+    panels = [np.empty((strip, layer.d), dtype) for layer in layers]
+    chunk = np.empty((min(TILE_ROWS, padded), max(layer.d for layer in layers)), dtype)
+    buffer = torch.from_numpy(np.empty(len(layers) * len(chunk) * strip, dtype)).to(device)
+    work = padded * (padded + DIAGONAL_ROWS) / 2
+    for left in range(0, padded, strip):
+        right = min(left + strip, padded)
+        columns = [
+            _load(x, order, left, right, panel, device) for x, panel in zip(layers, panels, strict=True)
+        ]
+        start = left
+        while start < padded:
+            on_diagonal = start < right
+            stop = min(start + DIAGONAL_ROWS, right) if on_diagonal else min(start + TILE_ROWS, padded)
+            height, width = stop - start, (stop if on_diagonal else right) - left
             tile = buffer[: len(layers) * height * width].view(len(layers), height, width)
-            for index, (x, y) in enumerate(zip(left, right, strict=True)):
-                torch.mm(x[:height], y.T, out=tile[index])
+            for index, (layer, panel) in enumerate(zip(layers, columns, strict=True)):
+                if on_diagonal:
+                    rows = panel[start - left : stop - left]
+                else:
+                    rows = _load(
+                        layer,
+                        order,
+                        start,
+                        stop,
+                        chunk.reshape(-1)[: height * layer.d].reshape(height, -1),
+                        device,
+                    )
+                torch.mm(rows, panel[:width].T, out=tile[index])
             if on_diagonal:
-                diagonal = tile[:, start - top :].diagonal(dim1=1, dim2=2)
+                diagonal = tile[:, :, start - left :].diagonal(dim1=1, dim2=2)
                 diagonals[:, start:stop] = diagonal.cpu().numpy()
                 diagonal.zero_()
-            split = (start - top if on_diagonal else height) // unit
-            row_groups = group_of_unit[top // unit : (top + height) // unit]
-            column_groups = group_of_unit[start // unit : stop // unit]
-            _add_blocks(
-                cross, _products(tile, a, unit, self_comparison=ys is None), row_groups, column_groups, split
-            )
-            if own is not None:
-                _add_blocks(own, _squares(tile, unit), row_groups, column_groups, split)
+            mirrored = (start - left if on_diagonal else width) // unit
+            row_groups = group_of_unit[start // unit : stop // unit]
+            column_groups = group_of_unit[left // unit : (left + width) // unit]
+            products, squares = _block_sums(tile, a, unit, own=own is not None)
+            _add_blocks(cross, products, row_groups, column_groups, mirrored)
+            if own is not None and squares is not None:
+                _add_blocks(own, squares, row_groups, column_groups, mirrored)
             progress(height * width / work)
+            start = stop
     return _terms(n, unit, group_of_unit, diagonals, cross, own, a)
 
 
@@ -88,53 +98,58 @@ def group_ids(units: int) -> NDArray[np.intp]:
 
 
 def strip_rows(padded: int, bytes_per_row: int) -> int:
-    """Rows per strip: a multiple of the tile width, equal strips, within `PANEL_BYTES`."""
-    most = max(TILE_COLUMNS, PANEL_BYTES // bytes_per_row // TILE_COLUMNS * TILE_COLUMNS)
+    """Rows per strip: a multiple of the diagonal's rows, equal strips, within `PANEL_BYTES`."""
+    most = max(DIAGONAL_ROWS, PANEL_BYTES // bytes_per_row // DIAGONAL_ROWS * DIAGONAL_ROWS)
     strips = math.ceil(padded / most)
-    return min(padded, math.ceil(padded / strips / TILE_COLUMNS) * TILE_COLUMNS)
+    return min(padded, math.ceil(padded / strips / DIAGONAL_ROWS) * DIAGONAL_ROWS)
 
 
 def _load(
-    layers: list[CentredRows],
+    layer: CentredRows,
     order: NDArray[np.intp],
     start: int,
     stop: int,
-    into: list[NDArray[Any]],
+    into: NDArray[Any],
     device: str,
-) -> list[torch.Tensor]:
-    """Centred rows `start` to `stop` of every layer; beyond the last image rows are zero and add nothing."""
+) -> torch.Tensor:
+    """Centred rows `start` to `stop` of a layer; beyond the last image rows are zero and add nothing."""
     index = order[start:stop]
-    loaded = []
-    for layer, panel in zip(layers, into, strict=True):
-        layer.fill(index, panel[: len(index)])
-        panel[len(index) : stop - start] = 0.0
-        loaded.append(torch.from_numpy(panel[: stop - start]).to(device))
-    return loaded
+    layer.fill(index, into[: len(index)])
+    into[len(index) : stop - start] = 0.0
+    return torch.from_numpy(into[: stop - start]).to(device)
 
 
-def _products(tile: torch.Tensor, a: int, unit: int, *, self_comparison: bool) -> FloatArray:
-    """Per pair of units, the sum of products of every Gram block of X with every one of Y: (u, u', a, b)."""
+def _block_sums(tile: torch.Tensor, a: int, unit: int, *, own: bool) -> tuple[FloatArray, FloatArray | None]:
+    """Per pair of units, sums of products of every Gram block of X with every one of Y, and sums of squares.
+
+    (u, u', a, b), and (u, u', layers) if `own`; otherwise X is Y. A few rows at a time, so that what one
+    operation reads the next still finds in the cache. Float32 sums run over at most 16 × `unit` terms.
+    """
     count, height, width = tile.shape
-    runs = tile.view(count, height * width // unit, unit).transpose(0, 1)
-    x, y = (runs, runs) if self_comparison else (runs[:, :a], runs[:, a:])
-    products = torch.bmm(x, y.transpose(1, 2))
-    blocks = products.view(height // unit, unit, width // unit, x.shape[1], y.shape[1])
-    return blocks.sum(dim=1, dtype=torch.float64).cpu().numpy()
-
-
-def _squares(tile: torch.Tensor, unit: int) -> FloatArray:
-    """Per pair of units, the sum of squares of every Gram block: (u, u', layers)."""
-    count, height, width = tile.shape
-    norms = torch.linalg.vector_norm(tile.view(count, height // unit, unit, width // unit, unit), dim=-1)
-    return norms.square_().sum(dim=2, dtype=torch.float64).permute(1, 2, 0).cpu().numpy()
+    b = count - a if own else a
+    products = np.zeros((height // unit, width // unit, a, b))
+    squares = np.zeros((height // unit, width // unit, count)) if own else None
+    step = min(16, unit)
+    for start in range(0, height, step):
+        runs = tile[:, start : start + step].view(count, step * width // unit, unit)
+        by_run = runs.transpose(0, 1)
+        x, y = (by_run[:, :a], by_run[:, a:]) if own else (by_run, by_run)
+        found = torch.bmm(x, y.transpose(1, 2)).view(step, width // unit, a, b).sum(dim=0)
+        products[start // unit] += found.cpu().numpy()
+        if squares is not None:
+            norms = (
+                torch.linalg.vector_norm(runs, dim=-1).square_().view(count, step, width // unit).sum(dim=1)
+            )
+            squares[start // unit] += norms.T.cpu().numpy()
+    return products, squares
 
 
 def _add_blocks(
-    total: FloatArray, blocks: FloatArray, rows: NDArray[np.intp], columns: NDArray[np.intp], split: int
+    total: FloatArray, blocks: FloatArray, rows: NDArray[np.intp], columns: NDArray[np.intp], mirrored: int
 ) -> None:
-    """Add unit blocks to their groups; those above `split` stand for their mirror images, too."""
+    """Add unit blocks to their groups; the first `mirrored` columns stand for their mirror images, too."""
     np.add.at(total, (rows[:, None], columns[None, :]), blocks)
-    np.add.at(total, (columns[:, None], rows[None, :split]), blocks[:split].swapaxes(0, 1))
+    np.add.at(total, (columns[:mirrored, None], rows[None, :]), blocks[:, :mirrored].swapaxes(0, 1))
 
 
 def _terms(

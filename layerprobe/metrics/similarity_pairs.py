@@ -22,9 +22,9 @@ from layerprobe.metrics.similarity_rows import CentredRows, centred_layers
 FloatArray = NDArray[np.float64]
 Progress = Callable[[float], None]
 
-TILE_COLUMNS = 256
-"""Columns per tile of the Gram form: wide enough for full speed of the matrix product, narrow enough to
-waste little along the diagonal of the half-square."""
+DIAGONAL_ROWS = 256
+"""Rows per tile of the Gram form along the diagonal, where half a tile is wasted: the fewer the less waste,
+the more the faster the matrix product."""
 METHODS = ("auto", "gram", "features")
 
 
@@ -159,7 +159,7 @@ def gram_cost(xs: list[CentredRows], ys: list[CentredRows] | None) -> float:
     """Multiplications of the Gram form."""
     n = xs[0].n
     layers = xs if ys is None else xs + ys
-    return n * (n + TILE_COLUMNS) / 2 * (sum(layer.d for layer in layers) + len(xs) * len(ys or xs))
+    return n * (n + DIAGONAL_ROWS) / 2 * (sum(layer.d for layer in layers) + len(xs) * len(ys or xs))
 
 
 def feature_cost(xs: list[CentredRows], ys: list[CentredRows] | None) -> float:
