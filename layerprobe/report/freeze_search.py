@@ -32,10 +32,8 @@ ARM_NAMES = {
 FIGURE_CAPTIONS = {
     "pareto": "Validation accuracy against trainable parameters, every plan that was trained in full. "
     "Selection looked at these numbers, so they flatter; the test table above does not.",
-    "baselines": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
-    "arms": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
-    "layers": "What is known about each block: scores, and the gain measured when it was trained.",
-    "plans": "Which blocks each plan trains, ranked by accuracy.",
+    "ranking": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
+    "plans": "The finalists of the search: which blocks each of them trains.",
 }
 
 
