@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layerprobe.bridge.classifier import Classifier
+from layerprobe.bridge.sharding import full, placed_like
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
 
@@ -174,11 +175,11 @@ def _copy(source: dict[str, Tensor], target: nn.Module) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, classifier: Classifier) -> dict[str, Tensor]:
-    """AdamW's state as "<parameter name>/<moment>" → tensor; parameters not stepped yet have none."""
+    """AdamW's state as "<parameter name>/<moment>" → whole tensor; parameters not stepped yet have none."""
     found: dict[str, Tensor] = {}
     for name, parameter in trained_names(classifier, optimizer).items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = torch.as_tensor(value)
+            found[f"{name}/{key}"] = full(torch.as_tensor(value)).cpu()
     return found
 
 
@@ -195,12 +196,12 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, cla
     except (OSError, SafetensorError) as error:
         raise BrokenFileError(f"cannot read the optimizer's state {path}: {error}") from error
     parameters = trained_names(classifier, optimizer)
-    for full, value in tensors.items():
-        name, _, key = full.rpartition("/")
+    for key_name, value in tensors.items():
+        name, _, key = key_name.rpartition("/")
         if name not in parameters:
             raise BrokenFileError(f"{path} holds the state of {name}, which is not trained in this run")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device) if key != "step" else value
+        optimizer.state[parameter][key] = placed_like(value, parameter) if key != "step" else value
 
 
 def trained_names(classifier: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:

@@ -127,7 +127,10 @@ def digest(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().cpu().contiguous().flatten()
+    local = tensor.detach()
+    if hasattr(local, "to_local"):  # sharded: the part that lies here
+        local = local.to_local()
+    flat = local.cpu().contiguous().flatten()
     return flat.view(torch.uint8) if flat.numel() else flat.to(torch.uint8)
 
 

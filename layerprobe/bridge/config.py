@@ -136,6 +136,7 @@ class BridgeConfig(TrainConfig):
     stem_steps : train stem and head alone for this many first steps, then the plan's blocks with them.
     checkpoint_every : optimizer steps between checkpoints; None makes ten over the run.
     keep : checkpoints kept, the newest.
+    shard : spread the parameters over the processes (FSDP) instead of copying them to each (DDP).
     trackers : names of accelerate's trackers, such as "tensorboard" or "wandb".
     """
 
@@ -146,6 +147,7 @@ class BridgeConfig(TrainConfig):
     stem_steps: int = 0
     checkpoint_every: int | None = None
     keep: int = 2
+    shard: bool = False
     trackers: tuple[str, ...] = ()
 
     def _mistakes(self) -> list[str]:
@@ -158,6 +160,10 @@ class BridgeConfig(TrainConfig):
             found.append(f"stem_steps must not be negative, not {self.stem_steps}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:
             found.append(f"checkpoint_every must be at least 1, not {self.checkpoint_every}")
+        if self.shard and self.stem_steps:
+            found.append("stem_steps cannot go with shard: what trains must not change once it is sharded")
+        if self.shard and len(self.lrs) > 1:
+            found.append("lrs cannot go with shard: choose the rate with one process first")
         if self.keep < 1:
             found.append(f"keep must be at least 1, not {self.keep}")
         return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerprobe.bridge.sharding import full
 from layerprobe.metrics.outliers import outlier_ratio
 
 SPECTRUM_LIMIT = 1 << 22
@@ -32,7 +33,7 @@ def drift_rows(backbone: Any, before: Mapping[str, Tensor]) -> list[dict[str, An
     for name, parameter in backbone.model.named_parameters():
         group = backbone.layout.parameter_groups.get(name, "other")
         block = int(group[6:]) if group.startswith("block.") else None
-        groups.setdefault(block, []).append((name, parameter.detach().cpu()))
+        groups.setdefault(block, []).append((name, full(parameter.detach()).cpu()))
     rows: list[dict[str, Any]] = []
     for block in sorted(groups, key=lambda b: (b is None, b)):
         rows += [

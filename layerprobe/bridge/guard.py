@@ -29,6 +29,12 @@ class Guard:
             backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
         classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
         self.before = plan.fingerprint(backbone.model)
+        self._held = self.before
+        self._others_before = {name: digest(tensor) for name, tensor in self._others().items()}
+
+    def look_again(self) -> None:
+        """Take the digests anew, after the model was sharded: from now on, of the part that lies here."""
+        self._held = self.plan.fingerprint(self._classifier.backbone.model)
         self._others_before = {name: digest(tensor) for name, tensor in self._others().items()}
 
     def verify(self, *, after: str) -> Verification:
@@ -38,7 +44,7 @@ class Guard:
         ------
         PlanError : a frozen tensor changed; names it and says after what.
         """
-        found = self.plan.verify(self._classifier.backbone.model, self.before)
+        found = self.plan.verify(self._classifier.backbone.model, self._held)
         now = self._others()
         changed = [name for name, before in self._others_before.items() if digest(now[name]) != before]
         if changed:

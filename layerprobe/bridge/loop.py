@@ -25,6 +25,7 @@ from layerprobe.bridge.classifier import (
 )
 from layerprobe.bridge.config import TrainConfig, derive_seed
 from layerprobe.bridge.data import Batch, Order, Pixels, view
+from layerprobe.bridge.sharding import full, gradients_stay_here
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 
 DIVERGED_WINDOW = 50
@@ -165,7 +166,7 @@ def training_steps(
             last = number == len(pieces) - 1
             with contextlib.ExitStack() as stack:
                 if not last:
-                    stack.enter_context(accelerator.no_sync(model))
+                    stack.enter_context(gradients_stay_here(accelerator, model))
                 if prefix is not None:
                     stack.enter_context(prefix.used(piece.indices))
                 # Dropout alone draws from torch's generator.
@@ -180,7 +181,7 @@ def training_steps(
         norm = _clip(accelerator, parameters, config.clip_norm)
         total = cast(Tensor, accelerator.reduce(seen, "sum")) if world > 1 else seen
         mean_loss, accuracy = (total / config.batch_size).tolist()
-        norm = float(norm)
+        norm = float(full(norm))
         if not (np.isfinite(mean_loss) and np.isfinite(norm)):
             raise DivergedError(
                 f"step {step + 1} of {n_steps}: loss {mean_loss}, gradient norm {norm} at learning rate "

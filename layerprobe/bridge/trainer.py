@@ -36,6 +36,7 @@ from layerprobe.bridge.loop import (
     training_steps,
 )
 from layerprobe.bridge.run import BridgeRun
+from layerprobe.bridge.sharding import full, shard
 from layerprobe.bridge.value import run_stage
 from layerprobe.errors import UsageError
 from layerprobe.files import output_folder
@@ -133,13 +134,17 @@ class _Training:
         # Digests before any training: a continued run is held to these too.
         self.guard = Guard(plan, self.classifier)
         self.before = initial_weights(backbone)
-        self.optimizer = make_optimizer(self.classifier, config)
         self.start = 0
         if found is not None:
             self._refuse_other_run(found)
             checkpoints.load_weights(found, self.classifier)
-            checkpoints.load_optimizer(found, self.optimizer, self.classifier)
             self.start = found.step
+        if config.shard:
+            shard(self.classifier, self.accelerator.device)
+            self.guard.look_again()
+        self.optimizer = make_optimizer(self.classifier, config)
+        if found is not None:
+            checkpoints.load_optimizer(found, self.optimizer, self.classifier)
         self.history = History(folder if self.is_main else None, keep=self.start)
         self.phase: str | None = None
         self.prefix: Prefix | None = None
@@ -152,7 +157,7 @@ class _Training:
         if config.gradient_checkpointing:
             _checkpoint_gradients(self.backbone.model, True)
         self._enter(self.start)
-        model, optimizer = self.accelerator.prepare(self.classifier, self.optimizer)
+        model, optimizer = self._prepared()
         if config.compile:
             model = torch.compile(model)
         self._first_files()
@@ -193,6 +198,12 @@ class _Training:
                     raise KeyboardInterrupt
         return self._finish(done)
 
+    def _prepared(self) -> tuple[Any, Any]:
+        if self.config.shard:
+            return self.classifier, self.accelerator.prepare(self.optimizer)
+        model, optimizer = self.accelerator.prepare(self.classifier, self.optimizer)
+        return model, optimizer
+
     def _enter(self, step: int) -> Prefix | None:
         """Set what trains at `step`: all of the plan, or stem first and then the plan without the stem."""
         stems = self.config.stem_steps
@@ -208,8 +219,9 @@ class _Training:
             stem.requires_grad_(self.plan.states["stem"] == TRAINABLE and phase != "blocks")
         set_training(self.classifier)
         self.optimizer.zero_grad()
-        device = self.accelerator.device
-        self.prefix = make_prefix(self.classifier, self.pixels, self.config, device=device)
+        if not self.config.shard:
+            device = self.accelerator.device
+            self.prefix = make_prefix(self.classifier, self.pixels, self.config, device=device)
         return self.prefix
 
     def _tell(self, step: Step, bar: Any) -> None:
@@ -334,6 +346,10 @@ class _Training:
 
     def _save(self, done: int, *, final: bool = False) -> None:
         self._verify(done)
+        weights = moments = None
+        if self.config.shard and self.folder is not None:  # gathered by all processes, written by one
+            weights = {name: full(tensor).cpu() for name, tensor in self.classifier.state_dict().items()}
+            moments = checkpoints.optimizer_tensors(self.optimizer, self.classifier)
         if self.folder is not None and self.is_main:
             self.history.write()
             state = {
@@ -357,6 +373,8 @@ class _Training:
                 about={**self.about, "config": self.config.to_dict(), "plan": "plan.json"},
                 keep=self.config.keep,
                 final=final,
+                weights=weights,
+                moments=None if final else moments,
             )
         self.accelerator.wait_for_everyone()
 

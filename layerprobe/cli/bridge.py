@@ -63,6 +63,10 @@ def bridge(
         int | None, typer.Option("--checkpoint-every", help="Steps; default: ten checkpoints a run.")
     ] = None,
     keep: Annotated[int, typer.Option("--keep", help="Checkpoints kept.")] = 2,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Spread the model over the processes (FSDP); a copy on each otherwise."),
+    ] = False,
     trackers: Annotated[
         str | None, typer.Option("--trackers", help="Comma-separated, such as tensorboard,wandb.")
     ] = None,
@@ -138,6 +142,7 @@ def bridge(
         compile=compile_model,
         checkpoint_every=checkpoint_every,
         keep=keep,
+        shard=shard,
         trackers=tuple(name.strip() for name in trackers.split(",")) if trackers else (),
         seed=seed,
     )

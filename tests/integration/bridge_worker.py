@@ -35,7 +35,7 @@ def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port:
     config = BridgeConfig(**settings["config"])
     run = bridge_train(backbone, task, plan=plan, config=config, output=output, resume=True)
     answer = {
-        "digests": {n: digest(p) for n, p in backbone.named_parameters()},
+        "digests": {n: digest(full(p)) for n, p in backbone.named_parameters()},
         "labels": run.labels.tolist(),
         "loss": run.history["loss"].tolist(),
         "verified": run.provenance["verified"],
@@ -67,25 +67,39 @@ def wait(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def step_reached(output: str) -> int:
+    """Step of the newest checkpoint, 0 before the first."""
+    try:
+        return int(json.loads((Path(output) / "layerprobe_run.json").read_text())["step"])
+    except FileNotFoundError:
+        return 0
+
+
+def kill_somewhere_after(step: int, children: list[int], output: str, draw: random.Random) -> bool:
+    """SIGKILL all processes at a random moment after a checkpoint at `step` or later; whether one was alive."""
+    while step_reached(output) < step:
+        if any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+            break  # ended by itself
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0, 0.15))
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return -signal.SIGKILL in wait(children)
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     output, world, kills = settings["output"], settings["processes"], settings.get("kills", 0)
     draw = random.Random(0)
-    began = time.monotonic()
     killed = 0
     if kills:
-        assert wait(start(settings, output + "-whole", world)) == [0] * world
-        longest = time.monotonic() - began
-        for _ in range(kills):
-            children = start(settings, output, world)
-            time.sleep(draw.uniform(0.3, 0.75) * longest)
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-            codes = wait(children)
-            killed += any(code == -signal.SIGKILL for code in codes)
-            if all(code == 0 for code in codes):
-                break  # finished before the kill
-    codes = wait(start(settings, output, world)) if not Path(f"{output}.rank0.json").exists() else [0] * world
+        codes = wait(start(settings, output + "-whole", world))
+        assert codes == [0] * world
+        total = settings["config"]["steps"]
+        for number in range(kills):
+            target = int(total * (number + draw.random()) / (kills + 1))
+            killed += kill_somewhere_after(target, start(settings, output, world), output, draw)
+    codes = wait(start(settings, output, world))
     sys.stdout.write(json.dumps({"codes": codes, "killed": killed}) + "\n")
 
 
@@ -95,6 +109,7 @@ if __name__ == "__main__":
     from layerprobe.backbones import load_backbone
     from layerprobe.bridge import BridgeConfig, block_plan, bridge_train
     from layerprobe.bridge.classifier import digest
+    from layerprobe.bridge.sharding import full
     from layerprobe.tasks import load_task
 
     main()
