@@ -67,11 +67,12 @@ def freeze_search(
         ),
     ] = None,
     workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes on this machine.", rich_help_panel=_SEARCH)
-    ] = 1,
+        int | None,
+        typer.Option("--workers", min=1, help="Processes on this machine.", rich_help_panel=_SEARCH),
+    ] = None,
     no_scores: Annotated[
         bool,
-        typer.Option("--no-scores", help="Propose plans without transfer scores.", rich_help_panel=_SEARCH),
+        typer.Option("--no-scores", help="Compute no transfer scores.", rich_help_panel=_SEARCH),
     ] = False,
     keep_bridge: Annotated[
         bool,
@@ -116,7 +117,9 @@ def freeze_search(
     ] = None,
     revision: options.Revision = None,
     init: options.Init = "pretrained",
-    stem: options.Stem = "random",
+    stem: Annotated[
+        str | None, typer.Option("--stem", help="How an image stem starts: random (default) or pca.")
+    ] = None,
     patch_size: options.Patch = None,
     image_size: options.ImageSize = None,
     attention: options.Attention = None,
@@ -160,21 +163,22 @@ def freeze_search(
         "max_trainable_params": max_trainable_params,
         "seed": seed,
     }
+    from layerprobe.search.run import PRESET_LOADING, make_settings
+
+    make_settings(preset, **given)
+    usual = PRESET_LOADING.get(preset or "", {})
+    processes = workers or usual.get("workers", 1)
     loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "offline": offline}
     if dry_run:
         from layerprobe.search.estimate import search_facts
 
         facts = search_facts(
-            model, preset, given, workers=workers, trust_remote_code=trust_remote_code, **loading
+            model, preset, given, workers=processes, trust_remote_code=trust_remote_code, **loading
         )
         out.dry_run(
             {**facts, "task": task, "output": str(output) if output else "none: pass -o to keep the plan"}
         )
         return
-
-    from layerprobe.search.run import make_settings
-
-    make_settings(preset, **given)
 
     from layerprobe.backbones import load_backbone
     from layerprobe.layers import parse_blocks
@@ -186,8 +190,8 @@ def freeze_search(
         model,
         init=init,
         seed=seed,
-        stem=stem,
-        patch_size=patch_size,
+        stem=stem or usual.get("stem", "random"),
+        patch_size=patch_size or usual.get("patch_size"),
         image_size=image_size,
         attention=attention,
         pooling=pooling,
@@ -198,7 +202,14 @@ def freeze_search(
         if text is not None:
             given[name] = tuple(parse_blocks(text, backbone.n_blocks, model=backbone.name))
     found = search(
-        backbone, images, preset=preset, storage=storage, workers=workers, output=output, quiet=quiet, **given
+        backbone,
+        images,
+        preset=preset,
+        storage=storage,
+        workers=processes,
+        output=output,
+        quiet=quiet,
+        **given,
     )
     out.finish(found, table=arm_rows(found), figures=figures(found))
     if output is not None:

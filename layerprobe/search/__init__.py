@@ -1,8 +1,28 @@
-"""Freeze search: which blocks to train, valued by the real chain."""
+"""Freeze search: which blocks to train, valued by the real chain.
 
-from layerprobe.search.result import SearchResult
-from layerprobe.search.run import freeze_search
-from layerprobe.search.space import Constraints, Space, Trial
-from layerprobe.search.strategies import STRATEGIES
+Names are bound lazily: strategies and the ledger of trials load no torch.
+"""
 
-__all__ = ["STRATEGIES", "Constraints", "SearchResult", "Space", "Trial", "freeze_search"]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "freeze_search": "layerprobe.search.run",
+    "SearchResult": "layerprobe.search.result",
+    "STRATEGIES": "layerprobe.search.strategies",
+    "Constraints": "layerprobe.search.space",
+    "Space": "layerprobe.search.space",
+    "Trial": "layerprobe.search.space",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'layerprobe.search' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

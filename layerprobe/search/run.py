@@ -24,26 +24,34 @@ from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.scores import by_block, layer_scores, proposals
 from layerprobe.search.space import Constraints, Space, Trial, blocks_of, describe_mask, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
+from layerprobe.search.strategies.base import check_budget
 from layerprobe.search.study import Ledger, hide_password, storage_url
+from layerprobe.search.surrogate import Scores
 from layerprobe.search.valuing import Chain, ChainEvaluator
 from layerprobe.search.verdict import Finalist, choose, pooled_stderr, verdict_kind, verdict_sentence
 from layerprobe.search.workers import helpers
+
+SCORE_COLUMNS = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
 
 DEFAULT_LRS = (1e-4, 3e-4, 1e-3)
 DEFAULT_BUDGET = 20.0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 9.0,
-        "bridge_steps": 30,
-        "finetune_steps": 60,
+        "budget": 10.0,
+        "bridge_steps": 20,
+        "finetune_steps": 100,
         "batch_size": 32,
         "lrs": (3e-4, 1e-3),
+        "fidelity": 0.5,
         "baselines": ("all", "none", "norms", "first-half", "last-half"),
         "keep_bridge": True,
     },
 }
 """Settings that a preset replaces where the caller left the default."""
+
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
+"""The same for the command line: how the backbone meets the images, and how many processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +161,7 @@ def freeze_search(
     lrs : learning rates to choose from, for each plan separately.
     fidelity : length of the short rung, as a share of the full training.
     bridge_steps, finetune_steps, batch_size, random_classes, precision : the training; see `Chain`.
-    use_scores : let trainable transfer scores propose plans (False: plans are proposed blindly).
+    use_scores : compute transfer scores, and let the trainable ones propose plans; False: neither.
     baselines : names of the baselines to report; default all of `standard_arms`.
     min_frozen, max_trainable_params, must_freeze, must_train : constraints on the plan.
     keep_bridge : bridge-train the chosen plan in the end and save it into `output`/bridge.
@@ -234,24 +242,15 @@ class _Search:
 
     def run(self, workers: int) -> frames.SearchResult:
         settings, space = self.settings, self.space
-        score_frame = self.scores()
+        if settings.budget is not None:
+            check_budget(self.bench(settings.budget, {}))
+        score_frame = self.scores() if settings.use_scores else pd.DataFrame(columns=SCORE_COLUMNS)
         guides = proposals(score_frame, space.n_blocks) if settings.use_scores else {}
         arms = standard_arms(space, seed=settings.seed, scores=guides)
         if settings.baselines is not None:
             arms = [arm for arm in arms if arm.name in settings.baselines]
         budget, arms = self.budget(arms, workers)
-        bench = Bench(
-            space,
-            self.value,
-            settings.lrs,
-            settings.seeds,
-            budget,
-            guides,
-            settings.seed,
-            settings.fidelity,
-            settings.objective,
-            watch=self.watch,
-        )
+        bench = self.bench(budget, guides)
         self.say(
             f"{settings.strategy} over {space.n_blocks} blocks: budget {budget:.3g} full trainings of "
             f"{settings.bridge_steps} bridge + {settings.finetune_steps} fine-tuning steps"
@@ -264,14 +263,29 @@ class _Search:
         results = report_arms(winner.mask, winner.lr, arms, bench, self.value)
         return self.conclude(bench, finalists, winner, results, score_frame)
 
+    def bench(self, budget: float, guides: Scores) -> Bench:
+        """What the strategy sees."""
+        s = self.settings
+        return Bench(
+            self.space,
+            self.value,
+            s.lrs,
+            s.seeds,
+            budget,
+            guides,
+            s.seed,
+            s.fidelity,
+            s.objective,
+            watch=self.watch,
+        )
+
     def scores(self) -> pd.DataFrame:
         """Transfer scores, computed by whoever comes first and kept with the search."""
         if (stored := self.ledger.get("scores")) is not None:
             return pd.DataFrame(stored)
         self.say("transfer scores of every block")
         frame = layer_scores(self.backbone, self.task, seed=self.settings.seed, quiet=self.quiet)
-        columns = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
-        self.ledger.put("scores", frames.strict_rows(frame[columns]))
+        self.ledger.put("scores", frames.strict_rows(frame[SCORE_COLUMNS]))
         return pd.DataFrame(self.ledger.get("scores"))
 
     def budget(self, arms: Sequence[Arm], workers: int) -> tuple[float, list[Arm]]:

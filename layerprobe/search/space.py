@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from layerprobe.errors import UsageError
+from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.layers import format_blocks
 
 Mask = tuple[bool, ...]
@@ -116,6 +116,11 @@ class Space:
         n, c = self.n_blocks, self.constraints
         if n < 1:
             raise UsageError("a search needs a backbone with at least one block")
+        absent = [index for index in (*c.must_freeze, *c.must_train) if not 0 <= index < n]
+        if absent:
+            raise UnknownNameError(
+                f"block {absent[0]} does not exist: the backbone has {n} blocks (0 to {n - 1})"
+            )
         both = sorted(set(c.must_freeze) & set(c.must_train))
         if both:
             raise UsageError(

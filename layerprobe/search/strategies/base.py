@@ -40,18 +40,24 @@ def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
     ------
     UsageError : the budget does not pay for one plan.
     """
-    most = len(bench.lrs) * bench.price([Trial(bench.space.all, bench.middle_lr, 0, bench.fidelity)])
-    dearest = bench.seeds * bench.price([Trial(bench.space.all, bench.middle_lr)])
-    if bench.budget < dearest + most - 1e-9:
-        raise UsageError(
-            f"budget {bench.budget:g} is too small: one plan needs {dearest + most:.3g} full trainings "
-            f"({len(bench.lrs)} learning rates at {bench.fidelity:g} of the steps, then {bench.seeds} seeds)"
-        )
+    rung, dearest = check_budget(bench)
     count = finalist_count(bench, dearest)
-    bench.held_back = min(count * dearest, bench.budget - most)
+    bench.held_back = min(count * dearest, bench.budget - rung)
     strategy.explore(bench)
     bench.held_back = 0.0
     return finals(bench, strategy, strategy.shortlist(bench, count))
+
+
+def check_budget(bench: Bench) -> tuple[float, float]:
+    """Price of one plan's short rung, and of its full-length seeds; UsageError when both do not fit."""
+    rung = len(bench.lrs) * bench.space.cost(Trial(bench.space.all, bench.middle_lr, 0, bench.fidelity))
+    seeds = bench.seeds * bench.space.cost(Trial(bench.space.all, bench.middle_lr))
+    if bench.budget < rung + seeds - 1e-9:
+        raise UsageError(
+            f"budget {bench.budget:g} is too small: one plan needs {rung + seeds:.3g} full trainings "
+            f"({len(bench.lrs)} learning rates at {bench.fidelity:g} of the steps, then {bench.seeds} seeds)"
+        )
+    return rung, seeds
 
 
 def finalist_count(bench: Bench, price: float) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import layerprobe as lp
+from layerprobe.bridge import Outcome
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.search import run as run_module
 from layerprobe.search.run import PRESETS, make_settings
 
 FAST = {
     "budget": 5.0,
-    "bridge_steps": 2,
-    "finetune_steps": 4,
+    "bridge_steps": 1,
+    "finetune_steps": 2,
     "batch_size": 8,
     "lrs": (1e-3, 3e-3),
     "fidelity": 0.5,
@@ -44,16 +46,38 @@ def tiny_model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def made_up(monkeypatch):
+    """Replaces training by a formula, one second a full training, and leaves transfer scores out."""
+
+    def value_plan(backbone, tensors, plan, *, lr, seed, bridge_steps, finetune_steps, test, **_):
+        gain = 0.1 * plan.blocks[1] + 0.01 * sum(plan.blocks) - (0.2 if lr > 2e-3 else 0.0)
+        accuracy = 0.5 + gain + 1e-3 * np.random.default_rng(seed).standard_normal()
+        steps = bridge_steps + finetune_steps
+        return Outcome(
+            validation_accuracy=accuracy, test_accuracy=accuracy if test else None, bridge_accuracy=0.2,
+            train_seconds=steps / 3, train_flops=1e9 * steps, steps=steps,
+            trainable_parameters=plan.counts["trainable_parameters"], n_validation=20, n_test=20, lr=lr, seed=seed,
+        )  # fmt: skip
+
+    monkeypatch.setattr("layerprobe.search.valuing.value_plan", value_plan)
+    return {**FAST, "use_scores": False}
+
+
 def parts(tiny_model: Path):
-    task = lp.load_task("digits", limit=120)
+    task = lp.load_task("digits", limit=60)
     return lp.load_backbone(str(tiny_model), patch_size=4), task
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory):
+    """A search that was really trained; the backbone comes back as it was."""
     folder = tmp_path_factory.mktemp("run")
     backbone, task = parts(tiny_model)
-    return lp.freeze_search(backbone, task, output=folder, **FAST), folder
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    result = lp.freeze_search(backbone, task, output=folder, **FAST)
+    assert all((p == before[name]).all() for name, p in backbone.model.named_parameters())
+    return result, folder
 
 
 def test_the_run_folder_holds_what_a_report_needs(finished) -> None:
@@ -141,29 +165,42 @@ def test_other_arguments_in_the_same_folder_are_refused(finished, tiny_model: Pa
         lp.freeze_search(backbone, task, output=finished[1], **{**FAST, "budget": 6.0})
 
 
-def test_the_backbone_comes_back_as_it_was(tiny_model: Path) -> None:
+def test_time_is_turned_into_a_budget_by_the_first_training(
+    tiny_model: Path, made_up, tmp_path: Path
+) -> None:
     backbone, task = parts(tiny_model)
-    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
-    lp.freeze_search(backbone, task, **FAST)
-    assert all((p == before[name]).all() for name, p in backbone.model.named_parameters())
+    fast = {key: value for key, value in made_up.items() if key != "budget"}
+    with pytest.raises(
+        UsageError, match=r"time 5 s is too small for one plan .* one training takes 1.33 s here"
+    ):
+        lp.freeze_search(backbone, task, time=5, **fast)
+    found = lp.freeze_search(backbone, task, time=60, output=tmp_path, **fast)
+    total = found.facts["spent"] + found.facts["report_cost"]
+    assert 0.4 * 60 < total < 60, "search and report together stay within the time"
+    with pytest.raises(UsageError, match=r"time 60.* there, 61.* here"):
+        lp.freeze_search(backbone, task, time=61, output=tmp_path, **fast)
 
 
-def test_time_is_turned_into_a_budget_and_too_little_is_said(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_block_that_helps_is_found_and_the_sentence_says_so(
+    tiny_model: Path, made_up, tmp_path: Path
+) -> None:
     backbone, task = parts(tiny_model)
-    fast = {key: value for key, value in FAST.items() if key != "budget"}
-    with pytest.raises(UsageError, match=r"time 0.001 s is too small for one plan"):
-        lp.freeze_search(backbone, task, time=0.001, **fast)
     found = lp.freeze_search(
-        backbone, task, time=20, output=tmp_path, **{**fast, "baselines": ("all", "none")}
+        backbone, task, output=tmp_path, **{**made_up, "budget": 16.0, "must_freeze": (0,)}
     )
-    assert found.facts["spent"] <= found.facts["budget"]
+    assert found.plan.blocks[1] and not found.plan.blocks[0]
+    assert found.facts["plan"]["lr"] == 1e-3
+    assert found.answer.startswith("Train block")
+    nothing = lp.freeze_search(backbone, task, **{**made_up, "budget": 16.0, "must_freeze": (0, 1, 2)})
+    assert nothing.answer.startswith("Train the stem and head alone and freeze all blocks.")
+    assert nothing.kind == "worse" and "loses to training everything" in nothing.answer
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"budget": 1.0}, "budget 1 is too small: one plan needs"),
-        ({"budget": 9.0, "must_train": (7,)}, "block 7 does not exist"),
+        ({"budget": 9.0, "must_train": (7,)}, "block 7 does not exist: the backbone has 3 blocks"),
         ({"must_train": (0,), "must_freeze": (0,)}, "both must-freeze and must-train"),
         ({"strategy": "racin"}, "Did you mean 'racing'"),
         ({"time": 5.0}, "not both"),
@@ -187,13 +224,13 @@ def test_presets_give_way_to_what_is_asked_for() -> None:
         make_settings("quickstat")
 
 
-def test_the_chosen_plan_is_bridge_trained_on_request(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_chosen_plan_is_bridge_trained_on_request(tiny_model: Path, made_up, tmp_path: Path) -> None:
     backbone, task = parts(tiny_model)
-    result = lp.freeze_search(backbone, task, output=tmp_path, keep_bridge=True, **FAST)
+    result = lp.freeze_search(backbone, task, output=tmp_path, keep_bridge=True, **made_up)
     trained = lp.load_backbone(str(tmp_path / "bridge"))
     before = dict(lp.load_backbone(str(tiny_model)).model.named_parameters())
     for name, parameter in trained.model.named_parameters():
         if name in result.plan.frozen:
             assert (parameter == before[name]).all()
     again, _ = parts(tiny_model)
-    lp.freeze_search(again, task, output=tmp_path, keep_bridge=True, **FAST)
+    lp.freeze_search(again, task, output=tmp_path, keep_bridge=True, **made_up)

@@ -1,0 +1,60 @@
+"""A whole search on a made-up accuracy landscape, as a process that tests can kill.
+
+    python freeze_search_worker.py STORAGE WORKERS LOG ANSWER
+
+Appends "start KEY" to LOG when a training begins, and writes the chosen plan to ANSWER in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.space import Space, Trial, strip
+from layerprobe.search.strategies import make_strategy, run_strategy
+from layerprobe.search.study import Ledger, storage_url
+from layerprobe.search.verdict import choose
+from layerprobe.search.workers import helpers
+
+ARGUMENTS = {"made": "up", "budget": 26.0}
+GAINS = (0.02, 0.1, 0.0, 0.05)
+
+
+class MadeUp:
+    """Sleeps instead of training; the answer depends on the trial alone."""
+
+    def __init__(self, log: str, pause: float) -> None:
+        self.log, self.pause = log, pause
+
+    def __call__(self, trial: Trial) -> Outcome:
+        handle = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, f"start {trial.key}\n".encode())
+        os.close(handle)
+        time.sleep(self.pause * trial.fidelity)
+        seed = [trial.repeat, *map(int, trial.mask), round(1e6 * trial.lr), int(8 * trial.fidelity)]
+        noise = 0.01 * np.random.default_rng(seed).standard_normal()
+        gain = sum(gain for gain, trained in zip(GAINS, trial.mask, strict=True) if trained)
+        return Outcome(float(0.4 + gain + noise - 0.1 * (1 - trial.fidelity)), seconds=self.pause)
+
+
+def main(storage: str, workers: int, log: str, answer: str, pause: float = 0.25) -> None:
+    url, work = storage_url(storage), MadeUp(log, pause)
+    ledger = Ledger.open(url, ARGUMENTS)
+    bench = Bench(
+        Space((100,) * 4), lambda trials: ledger.value(trials, work), (1e-3, 3e-3), 3, ARGUMENTS["budget"]
+    )
+    with helpers(workers - 1, url, ARGUMENTS, work):
+        finalists = run_strategy(make_strategy("racing"), bench)
+    chosen = choose(finalists, bench.space)
+    found = {"plan": strip(chosen.mask), "lr": chosen.lr, "finalists": [strip(f.mask) for f in finalists]}
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -1,0 +1,167 @@
+"""Searches that are killed, joined and shared: nothing finished is lost, the answer does not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from layerprobe.search.study import Ledger
+
+WORKER = Path(__file__).with_name("freeze_search_worker.py")
+ARGUMENTS = {"made": "up", "budget": 26.0}
+
+
+def start(storage: str, workers: int, log: Path, answer: Path) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), str(storage), str(workers), str(log), str(answer)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.DEVNULL)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9 for the search and its helper processes, all at once."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def finished(storage: str) -> set[str]:
+    ledger = Ledger.open(storage, ARGUMENTS)
+    keys = {trial.key for trial, _, _ in ledger.records()}
+    ledger.close()
+    return keys
+
+
+def started(log: Path) -> list[str]:
+    return [line.split(" ", 1)[1] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def undisturbed(folder: Path) -> dict:
+    folder.mkdir()
+    process = start(folder / "study.db", 1, folder / "log", folder / "answer.json")
+    assert process.wait(300) == 0
+    counts = Counter(started(folder / "log"))
+    assert set(counts.values()) == {1}, "an undisturbed search trains every trial once"
+    return json.loads((folder / "answer.json").read_text())
+
+
+def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) -> None:
+    """Kill a search with two workers at random moments; nothing finished may be trained again or lost."""
+    draw = random.Random(seed)
+    known: set[str] = set()
+    for attempt in range(kills):
+        log = folder / f"log-{attempt}"
+        process = start(storage, 2, log, folder / "answer.json")
+        deadline = time.time() + 60
+        while not log.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0.0, 0.8))
+        kill(process)
+        again = set(started(log)) & known
+        assert not again, f"trained again although finished: {sorted(again)}"
+        now = finished(storage)
+        assert known <= now, f"lost: {sorted(known - now)}"
+        known = now
+        if (folder / "answer.json").exists():
+            break
+    log = folder / "log-last"
+    process = start(storage, 2, log, folder / "answer.json")
+    assert process.wait(300) == 0
+    assert not set(started(log)) & known
+    ledger = Ledger.open(storage, ARGUMENTS)
+    assert ledger.running() == 0
+    keys = [trial.key for trial, _, _ in ledger.records()]
+    assert len(keys) == len(set(keys)), "every trial is finished once"
+    ledger.close()
+
+
+def test_a_killed_search_goes_on_and_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "undisturbed")
+    killed_and_repeated(str(tmp_path / "study.db"), tmp_path, kills=2, seed=0)
+    assert json.loads((tmp_path / "answer.json").read_text()) == expected
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "undisturbed")
+    killed_and_repeated(str(tmp_path / "study.db"), tmp_path, kills=20, seed=1)
+    assert json.loads((tmp_path / "answer.json").read_text()) == expected
+
+
+def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path / "undisturbed")
+    answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
+    logs = [tmp_path / f"log-{side}" for side in range(2)]
+    sides = [start(tmp_path / "study.db", 1, log, answer) for log, answer in zip(logs, answers, strict=True)]
+    assert [side.wait(300) for side in sides] == [0, 0]
+    assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
+    counts = Counter(key for log in logs for key in started(log))
+    assert set(counts.values()) == {1}, "no plan is trained twice"
+    assert all(started(log) for log in logs), "both took part"
+
+
+@pytest.fixture
+def postgres(tmp_path: Path):
+    """A PostgreSQL server of its own: a URL, and stopped again in the end."""
+    pytest.importorskip("psycopg", reason="needs psycopg (pip install 'layerprobe[postgres]')")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+    programs = next((folder for folder in reversed(found) if (folder / "initdb").exists()), None)
+    if programs is None and shutil.which("initdb"):
+        programs = Path(shutil.which("initdb")).parent
+    if programs is None:
+        pytest.skip("needs a PostgreSQL server (package postgresql)")
+    as_user: list[str] = []
+    folder = tmp_path / "postgres"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        # The server refuses to run as root.
+        if (
+            shutil.which("runuser") is None
+            or subprocess.run(["id", "postgres"], capture_output=True).returncode
+        ):
+            pytest.skip("runs as root and there is no user postgres to run the server as")
+        shutil.chown(folder, "postgres")
+        for parent in tmp_path.parents:
+            if str(parent).startswith("/tmp/"):
+                parent.chmod(parent.stat().st_mode | 0o011)
+        tmp_path.chmod(0o755)
+        as_user = ["runuser", "-u", "postgres", "--"]
+    data, port = folder / "data", random.Random(os.getpid()).randrange(20000, 60000)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True}
+    subprocess.run(
+        [*as_user, programs / "initdb", "-D", data, "-U", "search", "--auth=trust", "--no-sync"], **quiet
+    )
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    control = [*as_user, programs / "pg_ctl", "-D", data, "-w"]
+    subprocess.run([*control, "-l", folder / "server.log", "-o", options, "start"], **quiet)
+    try:
+        yield f"postgresql://search@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+
+
+@pytest.mark.slow
+def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: str) -> None:
+    expected = undisturbed(tmp_path / "undisturbed")
+    answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
+    logs = [tmp_path / f"log-{side}" for side in range(2)]
+    sides = [start(postgres, 1, log, answer) for log, answer in zip(logs, answers, strict=True)]
+    assert [side.wait(300) for side in sides] == [0, 0]
+    assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
+    counts = Counter(key for log in logs for key in started(log))
+    assert set(counts.values()) == {1} and all(started(log) for log in logs)
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments_with_postgresql(tmp_path: Path, postgres: str) -> None:
+    expected = undisturbed(tmp_path / "undisturbed")
+    killed_and_repeated(postgres, tmp_path, kills=20, seed=2)
+    assert json.loads((tmp_path / "answer.json").read_text()) == expected
