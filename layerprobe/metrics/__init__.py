@@ -9,6 +9,13 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "MinibatchCKA": "similarity_minibatch",
+    "rsa": "similarity_measures",
+    "mutual_knn": "similarity_measures",
+    "pwcca": "similarity_measures",
+    "svcca": "similarity_measures",
+    "procrustes_distance": "similarity_measures",
+    "debiased_rbf_cka": "similarity_measures",
     "OutlierRules": "outliers",
     "TensorOutliers": "outliers",
     "outlier_statistics": "outliers",

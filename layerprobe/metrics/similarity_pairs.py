@@ -174,9 +174,7 @@ def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: 
     """Ratio, influence of each group through the ratio's derivative, and the standard error."""
     n = xs[0].n
     self_x, self_y = _positive(terms.self_x, xs), _positive(terms.self_y, ys)
-    root = np.sqrt(self_x[:, None] * self_y[None, :])
-    values = terms.cross / root
-    c, u, v = 1.0 / root, values / (2.0 * self_x[:, None]), values / (2.0 * self_y[None, :])
+    values, c, u, v = finish_ratio(terms.cross, self_x, self_y)
     influence = (
         2.0
         * terms.scale
@@ -185,6 +183,16 @@ def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: 
     quadratic = 2.0 * terms.square(c, u, v)
     variance = np.maximum(np.square(influence).sum(axis=0) - quadratic, quadratic)
     return PairwiseCKA(values, np.sqrt(variance), _reasons(xs, ys, self_x, self_y), influence, n, method)
+
+
+def finish_ratio(
+    cross: FloatArray, self_x: FloatArray, self_y: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """CKA and its derivative: d CKA = c·d cross − u·d self_x − v·d self_y; NaN where a self term is not positive."""
+    self_x, self_y = (np.where(own > 0.0, own, np.nan) for own in (self_x, self_y))
+    root = np.sqrt(self_x[:, None] * self_y[None, :])
+    values = cross / root
+    return values, 1.0 / root, values / (2.0 * self_x[:, None]), values / (2.0 * self_y[None, :])
 
 
 def _positive(self_terms: FloatArray, layers: list[CentredRows]) -> FloatArray:
