@@ -71,17 +71,19 @@ def make_accelerator(device: torch.device | str, **options: Any) -> Accelerator:
 
 
 def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over exactly the trained parameters; weight decay on matrices, not on norms or vectors.
+    """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
 
     Raises
     ------
     UsageError : nothing is left to train.
     """
-    norms = {f"backbone.model.{name}" for name in classifier.backbone.layout.norm_names}
+    layout = classifier.backbone.layout
+    positions = {name for name, group in layout.parameter_groups.items() if group == "positions"}
+    spared = {f"backbone.model.{name}" for name in layout.norm_names | positions}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in trained_parameters(classifier).items():
-        plain = parameter.ndim < 2 or name in norms or "position" in name or "cls" in name.lower()
+        plain = parameter.ndim < 2 or name in spared or name.endswith("cls_token")
         (kept if plain else decayed).append(parameter)
     if not decayed and not kept:
         raise UsageError("nothing to train: the plan freezes the blocks, the stem and the head")

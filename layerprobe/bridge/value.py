@@ -22,6 +22,7 @@ from layerprobe.bridge.loop import (
     predict,
     training_steps,
 )
+from layerprobe.errors import UsageError
 from layerprobe.tasks.random_labels import random_labels
 
 
@@ -167,6 +168,11 @@ def run_stage(
         pixels, labels = pixels.subset(rows), labels[rows]
     device = next(classifier.parameters()).device
     accelerator = make_accelerator(device)
+    if accelerator.num_processes > 1:
+        raise UsageError(
+            f"fine-tuning and plan values run in one process, not {accelerator.num_processes}; only the bridge "
+            "spreads over processes"
+        )
     optimizer = make_optimizer(classifier, config)
     prefix = make_prefix(classifier, pixels, config, device=device)
     n_steps = config.n_steps(len(pixels))
