@@ -46,8 +46,9 @@ class OutlierComparison(Record):
     """What `compare_outliers` returns: one row per pair of models (or of groups), part, depth and quantity.
 
     Columns beyond the common ones: `level` (model, pair, group), `model_y` and `revision_y`, `part` (all block
-    matrices, a family of `FAMILIES`, a module kind, or a group of weights), `depth`, `low`, `high`
-    (interval at `confidence`), `n_y` (blocks or models of the second side) and `gaussian` (what a Gaussian has).
+    matrices, a family of `FAMILIES`, a module kind, or a group of weights), `depth`, `low` and `high` (interval
+    at `confidence`), `n_y` (units or models of the second side, as `n` of the first) and `gaussian` (what a
+    Gaussian has).
     """
 
     command: ClassVar[str] = "compare"
@@ -229,9 +230,9 @@ def compare_outliers(
         definitions=definitions(rules)
         | {
             "ratio_of_ratios": "outlier ratio of `model` divided by that of `model_y`; interval: percentile "
-            "bootstrap over blocks (groups: over models and blocks)",
-            "hedges_g, cliffs_delta": "of the blocks' log outlier ratios, model above model_y positive",
-            "depth": "thirds of the blocks; block b of L is at (b + 1/2)/L",
+            "bootstrap over units, which are blocks, and in a third of the depth matrices (groups: over models, too)",
+            "hedges_g, cliffs_delta": "of the units' log outlier ratios, model above model_y positive",
+            "depth": "thirds of the blocks; block b of L is at (b + 1/2)/L; in a third the units are matrices",
             "families": {name: list(kinds) for name, kinds in FAMILIES.items()},
         },
     )
@@ -305,7 +306,7 @@ class _Rows:
             "reason": ratio.reason,
             "seed": self.options["seed"],
         }
-        few = "needs at least two blocks on either side, with some spread"
+        few = "needs at least two units on either side, with some spread"
         yield {
             **about,
             "metric": f"hedges_g_{k:g}sigma",
@@ -354,7 +355,7 @@ class _Rows:
 
 
 def _cells(report: OutlierReport) -> dict[tuple[str, str], list[Any]]:
-    """(part, depth) → one pooled `TensorOutliers` per block; weights outside the blocks are one unit."""
+    """(part, depth) → one pooled `TensorOutliers` per unit: per block over all depths, per matrix in a third."""
     rows = report.separated()
     stacks = sorted({row.place.stack or "" for row in rows if row.place.block is not None})
     n_blocks = {
@@ -374,7 +375,9 @@ def _cells(report: OutlierReport) -> dict[tuple[str, str], list[Any]]:
         for part in dict.fromkeys(parts):
             for depth in depths:
                 cell = members.setdefault((part, depth), {})
-                cell.setdefault((place.stack, place.block), []).append(row.found)
+                # A third of a small model has two blocks: too few to resample, so its matrices are the units.
+                unit = (place.stack, place.block) if depth == "all" else row.name
+                cell.setdefault(unit, []).append(row.found)
     ordered = sorted(members, key=lambda cell: (_part_rank(cell[0]), ("all", *DEPTHS).index(cell[1])))
     return {cell: [merge_outliers(found) for found in members[cell].values()] for cell in ordered}
 

@@ -1,6 +1,6 @@
 """Statistics for comparing outlier ratios: ratio of ratios, effect sizes, groups of models.
 
-The unit is the block: a model is a list of blocks, each with a count of outliers and a number of entries.
+A model (or a part of it) is a list of units, blocks as a rule, each with a count of outliers and of entries.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from layerprobe.errors import UsageError
 
 MAX_EXACT_PERMUTATIONS = 20_000
 
+LEAST_UNITS = 3
+"""Fewer blocks give no bootstrap interval: two have only three different resamples."""
+
 Blocks = tuple[np.ndarray, np.ndarray]
-"""(outlier counts, entries), one item per block."""
+"""(outlier counts, entries), one item per unit."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,9 @@ def ratio_of_ratios(
 ) -> Estimate:
     """(Σ counts / Σ entries of a) divided by the same of b, with a block-bootstrap interval.
 
-    Blocks are drawn with replacement within each model; percentiles of log ratios, with half an outlier added
+    Units are drawn with replacement within each model; percentiles of log ratios, with half an outlier added
     on either side so that a resample without outliers stays finite. `stderr` is that of the log ratio.
-    With few blocks (below about eight) such intervals are somewhat too narrow.
+    With few units (below about eight) such intervals are somewhat too narrow.
 
     Returns
     -------
@@ -65,8 +68,11 @@ def ratio_of_ratios(
     below = b[0].sum() / b[1].sum()
     value = float(a[0].sum() / a[1].sum() / below) if below > 0 else None
     reason = None if value is not None else "the second model has no such outliers"
-    if len(a[0]) < 2 or len(b[0]) < 2:
-        return Estimate(value, reason=reason or "one block on a side gives no interval")
+    if len(a[0]) < LEAST_UNITS or len(b[0]) < LEAST_UNITS:
+        few = (
+            f"{min(len(a[0]), len(b[0]))} units on a side give no interval; at least {LEAST_UNITS} are needed"
+        )
+        return Estimate(value, reason=reason or few)
     rng = np.random.default_rng(seed)
     logs = _resampled_log_ratio(a, rng, n_resamples) - _resampled_log_ratio(b, rng, n_resamples)
     low, high = np.exp(np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2]))
