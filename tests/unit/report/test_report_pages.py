@@ -1,0 +1,90 @@
+"""Reports of any run folder: complete, self-contained, and unmoved by hostile content."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.provenance import provenance
+from layerprobe.records import Record
+from layerprobe.report import write_report
+from layerprobe.report.page import cell, figure, interval, page, percent, strip, table
+from layerprobe.tables import tidy
+
+
+@dataclass
+class Answer(Record):
+    command: ClassVar[str] = "probe"
+    name: str = "gpt2"
+    provenance: dict[str, Any] = field(default_factory=lambda: provenance("probe", {"limit": 7}))
+
+    def to_frame(self) -> pd.DataFrame:
+        return tidy([{"metric": "probe_accuracy", "value": 0.25, "block": 3}], model=self.name)
+
+    def summary(self) -> str:
+        return "an answer"
+
+
+def test_a_folder_of_records_becomes_a_page(tmp_path: Path) -> None:
+    Answer().save(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "curve.png")
+    text = write_report(tmp_path).read_text()
+    assert "probe_accuracy" in text
+    assert "0.25" in text
+    assert "data:image/png;base64," in text
+    assert "limit = 7" in text  # how to repeat it
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(tmp_path: Path) -> None:
+    Answer(name="<script>alert(1)</script><img src=https://example.org/x>").save(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "<script" not in text
+    assert not re.search(r'(?:src|href)\s*=\s*"?\s*https?:', text.replace("&lt;", ""))
+    assert "default-src 'none'" in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no run folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(BrokenFileError, match="holds no finished layerprobe run"):
+        write_report(tmp_path)
+    (tmp_path / "search.json").write_text(json.dumps({"schema": "layerprobe.search/v9"}))
+    with pytest.raises(BrokenFileError, match=r"search\.json is not of the schema layerprobe\.search/v1"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_figures_that_are_no_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(b"GIF89a")
+    with pytest.raises(BrokenFileError, match="is no PNG file"):
+        figure(path, "x")
+
+
+def test_pieces() -> None:
+    assert percent(0.12345) == "12.3"
+    assert percent(0.01, sign=True) == "+1.0"
+    assert percent(None) == "–"
+    assert interval(0.1, 0.2) == "10.0 to 20.0"
+    assert interval(None, 0.2) == "–"
+    assert [cell(v) for v in (None, float("nan"), 12345, 1e-5, "a", True)] == [
+        "–",
+        "–",
+        "12,345",
+        "1e-05",
+        "a",
+        "yes",
+    ]
+    assert strip([True, False]).count('class="on"') == 1
+    marked = table([{"arm": "plan", "n": 1}, {"arm": "all", "n": 2}], mark="plan")
+    assert marked.count('class="mark"') == 1
+    assert page("t", ["<p>x</p>"]).startswith("<!doctype html>")
