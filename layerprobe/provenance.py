@@ -78,8 +78,9 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
 
 def command_line() -> str | None:
     """The line the user typed, or None when layerprobe runs as a library."""
-    program = Path(sys.argv[0]).name if sys.argv else ""
-    if program not in ("layerprobe", "__main__.py"):
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    as_module = (program.parent.name, program.name) == ("layerprobe", "__main__.py")
+    if not as_module and program.name != "layerprobe":
         return None
     return shlex.join(["layerprobe", *sys.argv[1:]])
 

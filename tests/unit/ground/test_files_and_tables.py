@@ -12,7 +12,7 @@ import pytest
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, did_you_mean
 from layerprobe.files import output_folder, read_json, write_aside, write_json
-from layerprobe.provenance import provenance
+from layerprobe.provenance import command_line, provenance
 from layerprobe.records import Record
 from layerprobe.tables import COLUMNS, envelope, read_frame, strict_rows, tidy, write_frame
 
@@ -101,3 +101,19 @@ def test_records_save_show_and_say_where_they_come_from(tmp_path: Path) -> None:
 def test_suggestions() -> None:
     assert did_you_mean("lama-7b", ["llama-7b", "gpt2"]) == " Did you mean 'llama-7b'?"
     assert did_you_mean("zzz", ["llama-7b"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["/bin/layerprobe", "probe", "--task", "my set"], "layerprobe probe --task 'my set'"),
+        (["/x/layerprobe/__main__.py", "env"], "layerprobe env"),
+        (["/x/pytest/__main__.py", "env"], None),
+        (["notebook"], None),
+    ],
+)
+def test_the_command_line_is_ours_or_none(
+    argv: list[str], line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    assert command_line() == line
