@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import output_folder
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
@@ -282,11 +282,16 @@ class _Search:
     def scores(self) -> pd.DataFrame:
         """Transfer scores, computed by whoever comes first and kept with the search."""
         if (stored := self.ledger.get("scores")) is not None:
-            return pd.DataFrame(stored)
+            return pd.DataFrame(stored, columns=SCORE_COLUMNS)
         self.say("transfer scores of every block")
-        frame = layer_scores(self.backbone, self.task, seed=self.settings.seed, quiet=self.quiet)
+        try:
+            frame = layer_scores(self.backbone, self.task, seed=self.settings.seed, quiet=self.quiet)
+        except LayerprobeError as error:
+            # Scores only propose; a task that is too small for them can still be searched.
+            self.say(f"no transfer scores: {error}")
+            frame = pd.DataFrame(columns=SCORE_COLUMNS)
         self.ledger.put("scores", frames.strict_rows(frame[SCORE_COLUMNS]))
-        return pd.DataFrame(self.ledger.get("scores"))
+        return pd.DataFrame(self.ledger.get("scores"), columns=SCORE_COLUMNS)
 
     def budget(self, arms: Sequence[Arm], workers: int) -> tuple[float, list[Arm]]:
         """The search's budget in full trainings, and the baselines that the time allows."""

@@ -24,7 +24,11 @@ def layer_scores(backbone: Any, task: Any, *, seed: int, quiet: bool) -> pd.Data
         # Rows stand in a fixed order in which every prefix holds the classes in proportion.
         part = train.subset(range(MAX_IMAGES))
         task = dataclasses.replace(task, splits={**task.splits, "train": part})
-    return transfer_scores(backbone, task, n_replicates=10, seed=seed, quiet=quiet).to_frame()
+    # Four batches are one more than the spread between batches needs.
+    batch_size = max(1, min(32, len(train) // 4))
+    return transfer_scores(
+        backbone, task, n_replicates=10, batch_size=batch_size, seed=seed, quiet=quiet
+    ).to_frame()
 
 
 def proposals(frame: pd.DataFrame, n_blocks: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:

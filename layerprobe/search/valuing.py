@@ -44,9 +44,9 @@ class Chain:
         return FineTuneConfig(batch_size=self.batch_size, precision=self.precision)
 
     def steps(self, fidelity: float) -> tuple[int, int]:
-        """Bridge and fine-tuning steps at a share of the full length; never fewer than two where any."""
-        bridge = max(2, round(fidelity * self.bridge_steps)) if self.bridge_steps else 0
-        return bridge, max(2, round(fidelity * self.finetune_steps))
+        """Bridge and fine-tuning steps at a share of the full length; at least two where there are."""
+        bridge, finetune = (max(2, round(fidelity * n)) for n in (self.bridge_steps, self.finetune_steps))
+        return min(bridge, self.bridge_steps), min(finetune, self.finetune_steps)
 
 
 @dataclass

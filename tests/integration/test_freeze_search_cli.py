@@ -1,0 +1,111 @@
+"""`layerprobe freeze-search` as a user meets it: a tiny model, a real task, exit codes and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FAST = [
+    "--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "5", "--bridge-steps", "1",
+    "--finetune-steps", "2", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--no-scores",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, LlamaModel
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaModel(config).save_pretrained(folder)
+    return folder
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "layerprobe", "freeze-search", *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=500)
+
+
+def test_a_search_leaves_a_run_folder_and_says_the_plan(tiny_model: Path, tmp_path: Path) -> None:
+    done = run("--model", tiny_model, *FAST, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "Plan: " in done.stdout and "report.html" in done.stdout
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {
+        "plan.json", "search.json", "trials.csv", "layers.csv", "baselines.csv", "pareto.csv", "finalists.csv",
+        "pareto.png", "ranking.png", "plans.png", "study.db", "report.html",
+    } <= files  # fmt: skip
+
+    again = run("--model", tiny_model, *FAST, "-o", tmp_path / "run", "--json")
+    assert again.returncode == 0, again.stderr
+    printed = json.loads(again.stdout)
+    assert printed["schema"] == "layerprobe.freeze-search/v1"
+    assert len(printed["rows"])
+
+    other = run("--model", tiny_model, *FAST, "--seed", "1", "-o", tmp_path / "run")
+    assert other.returncode == 2
+    assert other.stderr.strip().count("\n") == 0 and "holds another search" in other.stderr
+
+
+def test_dry_run_loads_nothing_and_tells_cost_and_memory(tiny_model: Path) -> None:
+    done = run("--model", tiny_model, *FAST, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["dry_run"] and facts["blocks"] == 2 and facts["budget"] == "5 full trainings"
+    assert "MiB" in facts["memory"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "message"),
+    [
+        (["--budget", "0.5"], 2, "budget 0.5 is too small"),
+        (["--must-train", "0", "--must-freeze", "0"], 2, "block 0 is in both must-freeze and must-train"),
+        (["--must-train", "9"], 2, "block 9 does not exist"),
+        (["--strategy", "anneal"], 2, "unknown strategy 'anneal'"),
+        (["--storage", "postgresql://nobody@127.0.0.1:1/none"], 1, "storage postgresql"),
+    ],
+)
+def test_mistakes_are_one_line(tiny_model: Path, extra: list[str], code: int, message: str) -> None:
+    done = run("--model", tiny_model, *FAST, *extra, "--quiet")
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
+    long = [*FAST, "--finetune-steps", "400", "--budget", "200"]
+    process = subprocess.Popen(
+        command("--model", tiny_model, *long, "-o", tmp_path / "run"),
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    seen = ""
+    deadline = time.time() + 300
+    while " spent; best so far" not in seen and time.time() < deadline:
+        seen += process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, seen + rest
+    assert rest.rstrip().endswith("interrupted; finished work is kept")
+    with sqlite3.connect(tmp_path / "run" / "study.db") as database:
+        states = dict(database.execute("select state, count(*) from trials group by state").fetchall())
+    assert states.get("COMPLETE", 0) > 0 and "RUNNING" not in states

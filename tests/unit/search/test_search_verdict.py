@@ -1,0 +1,113 @@
+"""The choice among finalists, the sentence, the front, and the measured gain of a block."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from layerprobe.errors import UsageError
+from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.result import measured_gain
+from layerprobe.search.space import Space, Trial, mask_of, trial_seed
+from layerprobe.search.verdict import (
+    Comparison,
+    Finalist,
+    choose,
+    compare,
+    pareto_front,
+    pooled_stderr,
+    verdict_kind,
+    verdict_sentence,
+)
+
+SPACE = Space((100, 100, 100))
+ALL, ONE, NONE = mask_of([0, 1, 2], 3), mask_of([1], 3), mask_of([], 3)
+
+
+def finalists(**accuracies: tuple[float, ...]) -> list[Finalist]:
+    masks = {"all": ALL, "one": ONE, "none": NONE}
+    return [Finalist(masks[name], 1e-3, values) for name, values in accuracies.items()]
+
+
+def test_pooled_error_is_the_within_plan_spread_over_root_n() -> None:
+    group = finalists(all=(0.5, 0.6, 0.7), one=(0.1, 0.2, 0.3))
+    assert pooled_stderr(group) == pytest.approx(0.1 / math.sqrt(3))
+    assert pooled_stderr(finalists(all=(0.5,))) == 0.0
+
+
+def test_one_standard_error_rule_takes_the_smallest_plan_that_is_near_enough() -> None:
+    near = finalists(all=(0.70, 0.74, 0.72), one=(0.69, 0.73, 0.71), none=(0.50, 0.54, 0.52))
+    assert choose(near, SPACE).mask == ONE
+    assert choose(near, SPACE, objective="accuracy").mask == ALL
+    far = finalists(all=(0.70, 0.702, 0.701), one=(0.60, 0.602, 0.601))
+    assert choose(far, SPACE).mask == ALL
+
+
+def test_ties_go_to_fewer_parameters_whatever_the_objective() -> None:
+    tied = finalists(all=(0.5, 0.6), one=(0.5, 0.6))
+    assert choose(tied, SPACE).mask == choose(tied, SPACE, objective="accuracy").mask == ONE
+
+
+def test_failed_finalists_are_never_chosen_and_all_failed_is_said() -> None:
+    assert choose(finalists(all=(0.5, 0.5), one=(0.9, -math.inf)), SPACE).mask == ALL
+    with pytest.raises(UsageError, match="every run failed"):
+        choose(finalists(one=(-math.inf, -math.inf)), SPACE)
+
+
+def test_the_sentence_follows_the_interval() -> None:
+    better = compare([0.80, 0.82, 0.81], [0.70, 0.71, 0.72])
+    worse = compare([0.70, 0.71, 0.72], [0.80, 0.82, 0.81])
+    same = compare([0.70, 0.75, 0.71], [0.72, 0.70, 0.74])
+    assert [verdict_kind(ONE, c) for c in (better, worse, same, None)] == [
+        "better", "worse", "no difference found", "not compared",
+    ]  # fmt: skip
+    text = verdict_sentence(ONE, SPACE, better, test_mean=0.81)
+    assert text.startswith("Train block 1, freeze the rest (33 % of the blocks' parameters train).")
+    assert "beats training everything by +10.0 points" in text and "3 unseen seeds" in text
+    assert "loses to training everything" in verdict_sentence(ONE, SPACE, worse)
+    assert "No difference found to training everything" in verdict_sentence(ONE, SPACE, same)
+    assert verdict_sentence(ALL, SPACE, None).startswith("Train everything: no smaller plan")
+    assert verdict_sentence(NONE, SPACE, same).startswith("Train the stem and head alone")
+
+
+def test_probability_is_about_the_paired_seeds() -> None:
+    up = compare([0.52, 0.63, 0.71], [0.50, 0.60, 0.70])
+    down = compare([0.50, 0.60, 0.70], [0.52, 0.63, 0.71])
+    assert up.probability > 0.9 and up.probability == pytest.approx(1 - down.probability)
+    assert isinstance(up, Comparison) and up.n == 3
+
+
+def test_nothing_on_the_front_is_beaten() -> None:
+    rng = np.random.default_rng(0)
+    points = {mask: (float(rng.random()), float(sum(mask))) for mask in Space((1,) * 5).masks()}
+    front = pareto_front(points)
+    for mask in front:
+        accuracy, cost = points[mask]
+        assert not any(
+            (a >= accuracy and c < cost) or (a > accuracy and c <= cost) for a, c in points.values()
+        )
+    best = max(points, key=lambda mask: points[mask][0])
+    assert front[-1] == best
+
+
+def test_measured_gain_is_the_gain_and_says_when_it_knows_too_little() -> None:
+    gains = np.array([0.1, 0.0, -0.05])
+    history = {
+        Trial(mask, lr, repeat): Outcome(0.5 + float(gains @ np.array(mask, float)) + 0.01 * repeat)
+        for mask in SPACE.masks()
+        for lr in (1e-3, 3e-3)
+        for repeat in range(2)
+    }
+    bench = Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history)
+    found, stderr = measured_gain(bench)
+    assert found == pytest.approx(gains, abs=2e-3)
+    assert (stderr < 0.01).all()
+    little = Bench(SPACE, lambda trials: {}, (1e-3,), 2, 10.0, history=dict(list(history.items())[:3]))
+    assert np.isnan(measured_gain(little)[0]).all()
+
+
+def test_seeds_depend_on_the_search_and_the_repeat_alone() -> None:
+    assert trial_seed(0, 1) == trial_seed(0, 1)
+    assert len({trial_seed(seed, repeat) for seed in range(20) for repeat in range(20)}) == 400
