@@ -38,7 +38,7 @@ from layerprobe.bridge.loop import (
 from layerprobe.bridge.run import BridgeRun
 from layerprobe.bridge.sharding import full, shard
 from layerprobe.bridge.value import run_stage
-from layerprobe.errors import UsageError
+from layerprobe.errors import NotAvailableError, UsageError
 from layerprobe.files import output_folder
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.apply import Fingerprint
@@ -124,8 +124,9 @@ class _Training:
         self.plan, self.config, self.folder, self.quiet = plan, config, folder, quiet
         self.pixels: Pixels = tensors.pixels["train"]
         self.n_steps = config.n_steps(len(self.pixels))
-        trackers = {"log_with": list(config.trackers), "project_dir": folder} if config.trackers else {}
-        self.accelerator = make_accelerator(backbone.device, **trackers)
+        self.accelerator = make_accelerator(backbone.device, **_tracking(config.trackers, folder))
+        if self.accelerator.num_processes > 1:
+            backbone.to(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.about = {**backbone.describe(), **tensors.facts}
         found = checkpoints.find_checkpoint(folder) if folder is not None and resume else None
@@ -380,7 +381,9 @@ class _Training:
 
     def _data(self) -> dict[str, Any]:
         ids = _digest("\n".join(map(str, self.tensors.ids["train"])))
-        return {"images": len(self.labels), "ids": ids, "labels": _digest(self.labels.tobytes().hex())}
+        labels = _digest(self.labels.tobytes().hex())
+        revision = self.tensors.facts["task_revision"]
+        return {"images": len(self.labels), "ids": ids, "labels": labels, "revision": revision}
 
     def _kind(self) -> dict[str, Any]:
         keys = (
@@ -464,6 +467,23 @@ def _refuse_idle(plan: FreezePlan, n_images: int) -> None:
         raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
     if n_images < 2:
         raise UsageError(f"{n_images} training images are too few for random labels")
+
+
+def _tracking(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    """Accelerate's arguments for trackers; one that is missing is an error, not a silence."""
+    if not names:
+        return {}
+    from accelerate.tracking import get_available_trackers
+
+    here = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if missing := [name for name in names if name not in here]:
+        raise NotAvailableError(
+            f"tracker '{missing[0]}' is not installed; installed: {', '.join(here) or 'none'} "
+            "(history.csv is written in any case)"
+        )
+    if folder is None:
+        raise UsageError("trackers write into the run folder; name one with -o")
+    return {"log_with": list(names), "project_dir": folder}
 
 
 @contextlib.contextmanager

@@ -99,10 +99,11 @@ def bridge(
 
     Example: layerprobe bridge --model minilm --task digits --steps 200 -o run
     """
-    from layerprobe.cli.training import learning_rates, training_memory
+    from layerprobe.cli.training import learning_rates, own_device, training_memory
 
     out = Output("bridge", as_json=as_json, folder=output, quiet=quiet)
     candidates = learning_rates(lrs) if lrs else ()
+    device = own_device(device)
     if dry_run:
         out.dry_run(
             training_memory(

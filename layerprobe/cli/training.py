@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def seeds_of(text: str) -> list[int]:
     if not numbers or min(numbers) < 0 or (len(numbers) == 1 and numbers[0] < 1):
         raise UsageError(f"'{text}' names no seeds; write 3 or 0,1,2")
     return list(range(numbers[0])) if len(numbers) == 1 else numbers
+
+
+def own_device(device: str | None) -> str | None:
+    """The accelerator of this process where `accelerate launch` or `torchrun` started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    if device is not None or rank is None:
+        return device
+    import torch
+
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def training_memory(model: str, plan: Path | None, *, images: int, **loading: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from layerprobe.bridge import BridgeConfig, bridge_train, checkpoints
 from layerprobe.bridge.classifier import digest
 from layerprobe.bridge.loop import DivergedError
-from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
 
 SMALL = BridgeConfig(steps=6, batch_size=16, lr=3e-3, random_classes=4, checkpoint_every=2)
 
@@ -195,3 +196,28 @@ def test_an_output_that_is_a_file(make_backbone, task, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file; name a folder with -o"):
         bridge_train(make_backbone(), task, config=SMALL, output=tmp_path / "file")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="needs a file system where nobody may create folders"
+)
+def test_a_place_where_no_folder_can_be_made(make_backbone, task):
+    with pytest.raises(UsageError, match=r"output folder /proc/run is not writable"):
+        bridge_train(make_backbone(), task, config=SMALL, output="/proc/run")
+
+
+def test_a_tracker_that_is_not_installed(make_backbone, task, tmp_path):
+    with pytest.raises(NotAvailableError, match=r"tracker 'neverheard' is not installed; installed: "):
+        bridge_train(make_backbone(), task, config=SMALL.replace(trackers=("neverheard",)), output=tmp_path)
+
+
+def test_plans_are_valued_in_one_process(make_backbone, task, monkeypatch):
+    from types import SimpleNamespace
+
+    import layerprobe.bridge.value as value
+    from layerprobe.bridge import TaskTensors, all_trainable
+
+    monkeypatch.setattr(value, "make_accelerator", lambda *_args: SimpleNamespace(num_processes=2))
+    backbone = make_backbone()
+    with pytest.raises(UsageError, match="fine-tuning and plan values run in one process, not 2"):
+        value.value_plan(backbone, TaskTensors.of(backbone, task), all_trainable(backbone), lr=1e-3, seed=0)
