@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import typer
@@ -157,3 +161,41 @@ def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
     found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(run_folder)])
     assert found.exit_code == 2
     assert "holds a finished run of 4 steps; choose another folder" in found.stderr
+
+
+ONE_COMMAND = """
+import sys, typer
+from layerprobe.cli.bridge import bridge
+from layerprobe.cli.main import Program
+app = typer.Typer(cls=Program, pretty_exceptions_enable=False)
+app.command("bridge")(bridge)
+app.command("other")(lambda: None)
+sys.argv[0] = "layerprobe"
+app()
+"""
+
+
+def test_ctrl_c_saves_and_leaves_with_130(model, tmp_path):
+    """In a process of its own, as a terminal would do it: SIGINT in the middle of training."""
+    folder = tmp_path / "run"
+    arguments = [*common("bridge", model), "--steps", "1000000", "--checkpoint-every", "5", "-o", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", ONE_COMMAND, *arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not (folder / "layerprobe_run.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr == "interrupted; finished work is kept\n"
+    run = json.loads((folder / "layerprobe_run.json").read_text())
+    assert run["finished"] is False
+    state = json.loads((folder / run["checkpoint"] / "state.json").read_text())
+    assert state["step"] == run["step"] >= 5
