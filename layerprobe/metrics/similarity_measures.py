@@ -3,16 +3,16 @@
 `X` and `Y` are samples × features, rows paired image by image. Everything runs in float64. What each measure
 ignores differs, and that is the reason to have more than one:
 
-=====================  ===========  ================  =====================  ========================
-measure                equal        independent       invariant to           needs
-=====================  ===========  ================  =====================  ========================
-debiased_rbf_cka       1            0 on average      rotation, scale        n²·d
-procrustes_distance    0            up to √2          rotation, scale        n·d², a d×d SVD
-svcca, pwcca           1            grows with d/n    any linear map (PWCCA  n well above d
-                                                      of Y alone)
-mutual_knn             1            k/(n−1)           rotation, scale        n²·d
-rsa                    1            0 on average      scale; shift per row   n²·d, n²/2 values sorted
-=====================  ===========  ================  =====================  ========================
+===================  =====  =================  ========================================  =================
+measure              equal  independent        does not change under                     needs
+===================  =====  =================  ========================================  =================
+debiased_rbf_cka     1      0 on average       rotation, shift, scale                    n²·d
+procrustes_distance  0      up to √2           rotation, shift, scale                    n·d², a d×d SVD
+svcca                1      grows with d/n     rotation, shift, scale                    n well above d
+pwcca                1      grows with d/n     shift, scale; any linear map of Y         n well above d
+mutual_knn           1      k/(n−1)            rotation, scale                           n²·d
+rsa                  1      0 on average       scale; a shift of a whole row             n²·d, a sort of n²
+===================  =====  =================  ========================================  =================
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def svcca(X: ArrayLike, Y: ArrayLike, *, variance: float = 0.99) -> float:
 def pwcca(X: ArrayLike, Y: ArrayLike) -> float:
     """Canonical correlations averaged with weights: how much of X each canonical direction accounts for.
 
-    In [0, 1]; not symmetric, the weights are those of X. Upward biased like `svcca`.
+    In [0, 1]; not symmetric, the weights are those of X, and they depend on its axes (a rotation of X changes
+    them). Upward biased like `svcca`.
 
     Raises
     ------
