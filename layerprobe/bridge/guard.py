@@ -49,7 +49,7 @@ class Guard:
         changed = [name for name, before in self._others_before.items() if digest(now[name]) != before]
         if changed:
             raise PlanError(
-                f"frozen, but changed after {after}: {len(changed)} of stem and head ({changed[0]})"
+                f"frozen, but changed after {after}: {len(changed)} tensors of stem and head ({changed[0]})"
             )
         return found
 
