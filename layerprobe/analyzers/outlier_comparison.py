@@ -72,12 +72,13 @@ class OutlierComparison(Record):
                 continue
             if row["depth"] != "all" and row["part"] != "all":
                 continue
-            line: dict[str, Any] = {"models": f"{row['model']} : {row['model_y']}"} if self._many else {}
+            x, y = self._short(row["model"]), self._short(row["model_y"])
+            line: dict[str, Any] = {"models": f"{x} : {y}"} if self._many else {}
             line |= {
                 "part": row["part"],
                 "depth": row["depth"],
-                f"{row['model'] if not self._many else 'first'} %": _percent(row["ratio"]),
-                f"{row['model_y'] if not self._many else 'second'} %": _percent(row["ratio_y"]),
+                f"{'first' if self._many else x} %": _percent(row["ratio"]),
+                f"{'second' if self._many else y} %": _percent(row["ratio_y"]),
                 "ratio": row["value"],
                 f"{100 * row['confidence']:g} %": _span(row),
             }
@@ -87,6 +88,11 @@ class OutlierComparison(Record):
                 line["g"] = row["effect"]
             shown.append(line)
         return shown
+
+    def _short(self, model: str) -> str:
+        """The last part of a path where that is enough to tell the models apart."""
+        last = [report.model.rstrip("/").rsplit("/", 1)[-1] for report in self.reports]
+        return model.rstrip("/").rsplit("/", 1)[-1] if len(set(last)) == len(last) else model
 
     @property
     def _many(self) -> bool:
@@ -106,7 +112,7 @@ class OutlierComparison(Record):
         )
 
     def _sentence(self, row: Mapping[str, Any]) -> str:
-        x, y, k = row["model"], row["model_y"], self.n_sigma
+        x, y, k = self._short(row["model"]), self._short(row["model_y"]), self.n_sigma
         shares = (
             f"{100 * row['ratio']:.3g} % against {100 * row['ratio_y']:.3g} % of the block weights lie beyond "
             f"{k:g}σ of their tensor (a Gaussian has {100 * row['gaussian']:.3g} %)"

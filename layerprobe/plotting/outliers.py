@@ -100,14 +100,18 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
         raise UsageError("this table has no outlier ratios of groups to draw")
     colours = {"blocks": "#0072B2", "norms_biases": "#E69F00", "embeddings": "#009E73", "head": "#CC79A7"}
     floor = 1.0
+    models = list(dict.fromkeys(rows["model"]))
     for (model, group), part in rows.groupby(["model", "group"], sort=False):
         part = part.sort_values("k")
         shown = part[part["value"] > 0]
         if shown.empty:
             continue
         floor = min(floor, float(shown["value"].min()))
-        label = group if rows["model"].nunique() == 1 else f"{model}: {group}"
-        drawn = {"color": colours.get(group, "#999999"), "marker": "o", "markersize": 4, **style}
+        colour = (
+            colours.get(group, "#999999") if len(models) == 1 else _CYCLE[models.index(model) % len(_CYCLE)]
+        )
+        label = group if len(models) == 1 else f"{_short(model)}: {group}"
+        drawn = {"color": colour, "marker": "o", "markersize": 4, **style}
         ax.plot(shown["k"], shown["value"], label=label, **drawn)
     k = np.linspace(rows["k"].min(), rows["k"].max(), 200)
     ax.plot(k, [_gaussian(x) for x in k], "--", color="#666666", linewidth=1, label="Gaussian")
@@ -115,7 +119,8 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
     ax.set_ylim(floor / 3, 1)
     ax.set_xlabel("k (deviations of the tensor)")
     ax.set_ylabel("share of entries beyond kσ")
-    ax.set_title(_title(frame))
+    if len(models) == 1:
+        ax.set_title(_title(frame))
     ax.legend(frameon=False)
     return ax
 
@@ -162,6 +167,8 @@ def plot_outlier_comparison(
     frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Ratio of outlier ratios with intervals, by part and depth, one colour per pair (or per pair of groups)."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     rows = frame[(frame["metric"] == f"ratio_of_ratios_{n_sigma:g}sigma") & frame["value"].notna()]
     if (rows["level"] == "group").any():
         rows = rows[rows["level"] == "group"]
@@ -186,6 +193,9 @@ def plot_outlier_comparison(
         ax.plot(value, height, label=f"{_short(x)} : {_short(y)}", **drawn)
     ax.axvline(1, color="#666666", linestyle="--", linewidth=1)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yticks(
         range(len(labels)), [part if depth == "all" else f"{depth} third" for part, depth in labels]
     )

@@ -200,7 +200,7 @@ def test_heavier_tails_are_found_to_differ_and_equal_ones_are_not(tmp_path: Path
     )
     assert 1 < main["low"] < main["value"] < main["high"]
     assert main["effect"] > 2
-    assert f"{heavy} and {light} differ" in differ.summary()
+    assert differ.summary().startswith("heavy and light differ: ")
     same = lp.compare_outliers(light, twin)
     main = (
         same.to_frame()
