@@ -2,8 +2,9 @@
 
     python analyses/bridge_arms.py --data ../shared               # all models, into results/bridge/arms
     python analyses/bridge_arms.py --data ../shared --models stories260k
+    python analyses/bridge_arms.py --data ../shared --device cuda --steps 2000 --batch 128 --limit 30000
 
-CIFAR-100, patch 8 (16 tokens), five arms, one budget for all, three seeds, each arm its own learning rate from
+CIFAR-100, patch 8 (16 tokens) unless said otherwise, five arms, one budget for all, three seeds, each arm its own learning rate from
 one grid, chosen on validation. The plan is fixed beforehand (the first half of the blocks), so nothing about
 it was selected on these images. A call that is interrupted continues where it stopped.
 """
@@ -22,10 +23,16 @@ from layerprobe.tasks import load_task
 
 ARMS = ("language", "bridge", "full-bridge", "random", "random-bridge")
 SEEDS = (0, 1, 2)
-LRS = (3e-4, 1e-3, 3e-3)
-LIMIT = 4000  # training images; validation and test in proportion
-STEPS = {"stories260k": 300, "babyllama-char105": 200, "minilm": 100}
-BATCH = 32
+LRS = {
+    "stories260k": (1e-3, 3e-3, 1e-2),
+    "babyllama-char105": (1e-3, 3e-3, 1e-2),
+    "minilm": (1e-4, 3e-4, 1e-3),
+}
+STEPS = {
+    "stories260k": 200,
+    "babyllama-char105": 200,
+    "minilm": 100,
+}  # of each stage; what two CPU cores allow
 
 
 def main() -> None:
@@ -36,24 +43,31 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(STEPS))
     parser.add_argument("--output", type=Path, default=Path("results/bridge/arms"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, help="of each stage; default: what two CPU cores allow")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=4000, help="training images; the others in proportion")
+    parser.add_argument("--patch", type=int, default=8)
     arguments = parser.parse_args()
-    task = load_task(str(arguments.data / "data" / "cifar100"), limit=LIMIT, seed=0)
+    task = load_task(str(arguments.data / "data" / "cifar100"), limit=arguments.limit, seed=0)
     for name in arguments.models.split(","):
         local = arguments.data / "models" / name
         model = str(local) if local.is_dir() else name
 
         def load(init: str, seed: int, model: str = model) -> Any:
-            return load_backbone(model, init=init, seed=seed, patch_size=8, device=arguments.device)
+            return load_backbone(
+                model, init=init, seed=seed, patch_size=arguments.patch, device=arguments.device
+            )
 
         backbone = load("pretrained", 0).prepare(task)
         folder = arguments.output / name
+        budget = {"steps": arguments.steps or STEPS[name], "batch_size": arguments.batch}
         record = evaluate_arms(
             load,
             task,
             ARMS,
             plan=block_plan(backbone, range(backbone.n_blocks // 2)),
-            bridge=BridgeConfig(steps=STEPS[name], batch_size=BATCH, random_classes=10),
-            finetune=FineTuneConfig(steps=STEPS[name], batch_size=BATCH, lrs=LRS),
+            bridge=BridgeConfig(random_classes=10, **budget),
+            finetune=FineTuneConfig(lrs=LRS[name], **budget),
             seeds=SEEDS,
             output=folder,
             quiet=False,
