@@ -10,11 +10,14 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing_checks import check_features, check_labels
-from layerprobe.metrics.probing_solver import Standardised
+from layerprobe.metrics.probing_solver import Standardised, lower_gram
 from layerprobe.metrics.uncertainty import Interval, wilson_interval
 
 ALPHA_GRID = tuple(10.0**power for power in range(-5, 3))
 """Ridge strengths per training row tried by default: 8 values over 7 decades."""
+
+
+_ROWS = 512  # rows fitted at a time, for all strengths at once, so that the block stays in cache
 
 
 @dataclass(frozen=True)
@@ -87,40 +90,51 @@ def ridge_sweep(
         raise UsageError(f"ridge strengths are positive numbers; got {alphas!r}")
     place = torch.device(device)
     data = Standardised.of(rows)
-    Z = torch.cat([block for _, block in data.blocks(place)])
-    n, d = Z.shape
+    n, d = rows.shape
+    Z = torch.empty(n, d, dtype=torch.float64, device=place)
+    for part, block in data.blocks(place):
+        Z[part] = block
     target = torch.from_numpy(labels).to(place)
     shares = torch.bincount(target, minlength=n_classes).double() / n
+    rows32 = Z.float()
     if d <= n:
-        values, axes = torch.linalg.eigh(Z.T @ Z)
+        values, axes = torch.linalg.eigh(lower_gram(Z))
+        kept = values > values[-1].clamp(min=1e-300) * 1e-12
+        values, axes = values[kept], axes[:, kept]
+        squares = (rows32 @ axes.float()).square_()
     else:
         values, left = torch.linalg.eigh(Z @ Z.T)
-        axes = Z.T @ (left / values.clamp(min=1e-300).sqrt())
-    kept = values > values[-1].clamp(min=1e-300) * 1e-12
-    values, axes = values[kept], axes[:, kept]
-    rotated = Z @ axes
-    # Zᵀ(Y − shares) without the n×K one-hot matrix: sums of rows by class.
-    moments = torch.zeros(n_classes, len(values), dtype=torch.float64, device=place)
-    moments.index_add_(0, target, rotated)
-    moments -= shares[:, None] * rotated.sum(0)
-    penalty = n * torch.from_numpy(strengths).to(place)
-    shrink = 1 / (values + penalty[:, None])  # A×r
-    leverage = (rotated * rotated) @ shrink.T + 1 / n
-    accuracy, error = np.empty(len(strengths)), np.empty(len(strengths))
-    coef = np.empty((len(strengths), n_classes, d))
-    row = torch.arange(n, device=place)
-    for i in range(len(strengths)):
-        weights = moments * shrink[i]
-        fitted = torch.addmm(shares, rotated, weights.T)
-        free = (1 - leverage[:, i]).clamp(min=1e-12)[:, None]
-        # Leave-one-out fits: ŷ − (y − ŷ)·h/(1 − h), as (ŷ − h·y)/(1 − h).
-        fitted[row, target] -= leverage[:, i]
-        fitted /= free
-        accuracy[i] = float((fitted.argmax(1) == target).double().mean())
-        fitted[row, target] -= 1
-        error[i] = float(fitted.square_().mean())
-        coef[i] = (weights @ axes.T).cpu().numpy()
-    return RidgeSweep(strengths, accuracy, error, coef, shares.cpu().numpy(), data.mean, data.scale)
+        kept = values > values[-1].clamp(min=1e-300) * 1e-12
+        values, left = values[kept], left[:, kept]
+        axes = Z.T @ (left / values.sqrt())
+        # Here leverages come so near to 1 that 1 − h needs all digits.
+        squares = left.square() * values
+    # (Y − shares)ᵀ Z without the n×K one-hot matrix: sums of rows by class.
+    moments = torch.zeros(n_classes, d, dtype=torch.float64, device=place)
+    moments.index_add_(0, target, Z)
+    moments = (moments - shares[:, None] * Z.sum(0)) @ axes
+    shrink = 1 / (values + n * torch.from_numpy(strengths).to(place)[:, None])  # A×r
+    leverage = (squares @ shrink.T.to(squares.dtype)).double() + 1 / n
+    weights = (moments * shrink[:, None, :]) @ axes.T  # A×K×d
+    # Fitted values are of order 1, and so precise enough in float32; what they are made of is not.
+    stacked = weights.float().reshape(-1, d)
+    offsets = shares.float().repeat(len(strengths))
+    hits = torch.zeros(len(strengths), dtype=torch.float64, device=place)
+    error = torch.zeros_like(hits)
+    for begin in range(0, n, _ROWS):
+        part = slice(begin, min(begin + _ROWS, n))
+        fitted = torch.addmm(offsets, rows32[part], stacked.T).reshape(-1, len(strengths), n_classes)
+        label = target[part, None, None].expand(-1, len(strengths), 1)
+        own = fitted.gather(2, label)[..., 0].double()
+        free = (1 - leverage[part]).clamp(min=1e-12)
+        error += ((fitted.square().sum(2).double() - 2 * own + 1) / free**2).sum(0)
+        # The leave-one-out fit is (ŷ − h·y) / (1 − h); its largest entry does not depend on the divisor.
+        fitted.scatter_(2, label, -torch.inf)
+        hits += (own - leverage[part] > fitted.amax(2)).double().sum(0)
+    accuracy, squared = (hits / n).cpu().numpy(), (error / (n * n_classes)).cpu().numpy()
+    return RidgeSweep(
+        strengths, accuracy, squared, weights.cpu().numpy(), shares.cpu().numpy(), data.mean, data.scale
+    )
 
 
 def select_ridge(

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.linalg import blas
 
 _ROWS = 4096  # rows of the features that are held in float64 at a time
 _MEMORY = 20  # L-BFGS pairs: each costs two passes over the K×d weights, small beside n×d×K
-_LOOSE = 1e-5
+_LOOSE = 2e-6  # L-BFGS's own estimate of what is left, at which the Newton steps take over
 _CG_STEPS = 150
-_DELAY = 8
+_DELAY = 6  # steps of conjugate gradients over which the decay of their gains is judged
+_SAFETY = 0.5  # the decrement has been seen up to 2 times too small, so it must be below half of `tol`
 _LOG_TINY = -40.0  # below exp(−40) probabilities are cut, because subnormal numbers are slow on CPUs
 
 
@@ -39,9 +41,9 @@ class LogisticFit:
     C : inverse regularisation strength.
     coef : K×d float64, for standardised features. intercept : K float64.
     objective : F at the solution, float64; scikit-learn's objective is C times this.
-    newton_decrement : estimate of (F − min F) / F.
-    duality_gap : rigorous upper bound of (F − min F) / F; tight where C is small, loose where C is large.
-    converged : whether one of the two is within the tolerance asked for.
+    newton_decrement : estimate of (F − min F) / F before the last Newton step, so of more than is left.
+    duality_gap : upper bound of the same; tight where C is small, loose where C is large.
+    converged : whether one of the two is within half of the tolerance asked for.
     evaluations : passes over the data (gradients and Hessian products, float64 ones count twice).
     """
 
@@ -68,11 +70,14 @@ class Standardised:
     def of(cls, X: np.ndarray) -> Standardised:
         """Measure means and deviations (population form) of `X` in float64, two passes, memory flat in n."""
         n = len(X)
-        mean = sum((_f64(X[i : i + _ROWS]).sum(0) for i in range(0, n, _ROWS)), np.zeros(X.shape[1])) / n
+        mean = np.zeros(X.shape[1])
+        for i in range(0, n, _ROWS):
+            mean += X[i : i + _ROWS].sum(0, dtype=np.float64)
+        mean /= n
         square = np.zeros(X.shape[1])
         for i in range(0, n, _ROWS):
-            centred = _f64(X[i : i + _ROWS]) - mean
-            square += (centred * centred).sum(0)
+            centred = np.subtract(X[i : i + _ROWS], mean, dtype=np.float64)
+            square += np.einsum("ij,ij->j", centred, centred)
         deviation = np.sqrt(square / n)
         # A column of one repeated number has a deviation of rounding size, not of size 0.
         constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-300) * math.sqrt(n)
@@ -86,13 +91,20 @@ class Standardised:
         return len(self.X)
 
     def blocks(self, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        inverse = 1 / self.scale
         for i in range(0, len(self.X), _ROWS):
             rows = slice(i, min(i + _ROWS, len(self.X)))
-            yield rows, torch.from_numpy((_f64(self.X[rows]) - self.mean) / self.scale).to(device)
+            block = np.subtract(self.X[rows], self.mean, dtype=np.float64)
+            block *= inverse
+            yield rows, torch.from_numpy(block).to(device)
 
 
-def _f64(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x, dtype=np.float64)
+def lower_gram(Z: torch.Tensor) -> torch.Tensor:
+    """ZᵀZ of a float64 n×d tensor; only the lower triangle is sure to be filled, which `eigh` reads."""
+    if Z.device.type != "cpu":
+        return Z.T @ Z
+    # The symmetric product does half the work of a general one; torch offers none.
+    return torch.from_numpy(blas.dsyrk(1.0, Z.numpy().T, lower=1))
 
 
 def objective(X: Standardised, y: np.ndarray, coef: np.ndarray, intercept: np.ndarray, C: float) -> float:
@@ -134,6 +146,7 @@ class LogisticPath:
         for rows, block in X.blocks(self.device):
             self.Z[rows] = (block @ self.rotation).float()
         self.Z2 = self.Z * self.Z
+        self.column = self.y[:, None]
         self.evaluations = 0
         prior = torch.bincount(self.y, minlength=n_classes).double() / self.n
         self.W = torch.zeros(n_classes, self.Z.shape[1], dtype=torch.float64, device=self.device)
@@ -146,7 +159,7 @@ class LogisticPath:
         if d <= self.n:
             gram = torch.zeros(d, d, dtype=torch.float64, device=self.device)
             for _, block in self.X.blocks(self.device):
-                gram.addmm_(block.T, block)
+                gram += lower_gram(block)
             values, axes = torch.linalg.eigh(gram)
             return axes[:, values > values[-1] * 1e-12]
         full = torch.cat([block for _, block in self.X.blocks(self.device)])
@@ -168,7 +181,7 @@ class LogisticPath:
         self._lbfgs(C, _LOOSE, start + self.max_evaluations)
         while True:
             value, decrement, gap = self._newton(C)
-            converged = min(decrement, gap) <= self.tol
+            converged = min(decrement, gap) <= _SAFETY * self.tol
             if converged or self.evaluations - start >= self.max_evaluations:
                 break
         self._before = before
@@ -202,11 +215,10 @@ class LogisticPath:
         penalty = 1 / C
         W, b = self.W.float(), self.b.float()
         logits = torch.addmm(b, self.Z, W.T)
-        P = _softmax(logits)
-        inverse = self._inverse_diagonal(P, penalty)
+        inverse = self._inverse_diagonal(_softmax(logits), penalty)
         pairs: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=_MEMORY)
         scale = torch.ones((), device=self.device)
-        g = self._gradient(P, W, penalty)
+        g = self._gradient(_loss_and_residuals(logits, self.column)[1], W, penalty)
         self.evaluations += 1
         while self.evaluations < budget:
             direction = -_two_loop(g, pairs, inverse, scale)
@@ -216,7 +228,7 @@ class LogisticPath:
             if step == 0:
                 break
             W, b = W + step * dW, b + step * db
-            new = self._gradient(line.P, W, penalty)
+            new = self._gradient(line.R, W, penalty)
             self.evaluations += 1
             logits, change, bend = line.logits, step * direction, new - g
             g = new
@@ -229,10 +241,9 @@ class LogisticPath:
         # The optimum sums to zero over classes; what rounding left of the sum only adds to the penalty.
         self.W, self.b = (W - W.mean(0)).double(), b.double()
 
-    def _gradient(self, P: torch.Tensor, W: torch.Tensor, penalty: float) -> torch.Tensor:
-        """K×(r+1) gradient, the intercept's in the last column. Overwrites P with P − Y."""
-        P[torch.arange(self.n, device=self.device), self.y] -= 1
-        return torch.cat([torch.addmm(W, P.T, self.Z, beta=penalty), P.sum(0)[:, None]], 1)
+    def _gradient(self, R: torch.Tensor, W: torch.Tensor, penalty: float) -> torch.Tensor:
+        """K×(r+1) gradient from residuals P − Y, the intercept's in the last column."""
+        return torch.cat([torch.addmm(W, R.T, self.Z, beta=penalty), R.sum(0)[:, None]], 1)
 
     def _inverse_diagonal(self, P: torch.Tensor, penalty: float) -> torch.Tensor:
         """One over the exact diagonal of the Hessian in the rotated basis, K×(r+1)."""
@@ -270,7 +281,7 @@ class LogisticPath:
         system = _NewtonSystem(self, _softmax(logits), penalty)
         self.evaluations += 1
         size = g.norm()
-        solution = system.solve((g / size).float(), self.tol * value / float(size) ** 2)
+        solution = system.solve((g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2)
         unit = 0.5 * float(size) ** 2 / value
         direction = solution.direction * size.float()
         dW, db = direction[:, :-1] - direction[:, :-1].mean(0), direction[:, -1]
@@ -303,20 +314,16 @@ class _Line:
         dW: torch.Tensor,
         penalty: float,
     ) -> None:
-        self.start, self.along, self.y = logits, slope, path.y[:, None]
+        self.start, self.along, self.y = logits, slope, path.column
         self.penalty = penalty
         self.ww, self.wd, self.dd = (float(torch.sum(a * c)) for a, c in ((W, W), (W, dW), (dW, dW)))
-        self.along_y = float(slope.gather(1, self.y).double().sum())
 
     def at(self, step: float) -> float:
-        """Derivative of F at `step`; leaves the value, logits and probabilities there behind."""
+        """Derivative of F at `step`; leaves the value, logits and residuals P − Y there behind."""
         self.logits = torch.add(self.start, self.along, alpha=step)
-        normaliser = torch.logsumexp(self.logits, 1, keepdim=True)
-        loss = float((normaliser - self.logits.gather(1, self.y)).double().sum())
+        loss, self.R = _loss_and_residuals(self.logits, self.y)
         self.value = loss + 0.5 * self.penalty * (self.ww + 2 * step * self.wd + step * step * self.dd)
-        self.P = (self.logits - normaliser).clamp_(min=_LOG_TINY).exp_()
-        data = float(torch.sum(self.P * self.along)) - self.along_y
-        return data + self.penalty * (self.wd + step * self.dd)
+        return float(torch.sum(self.R * self.along)) + self.penalty * (self.wd + step * self.dd)
 
     def search(self, step: float, flat: float = 0.5) -> float:
         """A step where the slope has shrunk to `flat` of its start; 0 where no step lowers F.
@@ -369,7 +376,12 @@ class _NewtonSystem:
         self.intercepts = (torch.linalg.inv(intercepts + pin) - 1 / (pin * len(intercepts) ** 2)).float()
 
     def _curve(self, U: torch.Tensor) -> torch.Tensor:
-        """(diag p − p pᵀ) applied to each row of U, in place."""
+        """(diag p − p pᵀ) applied to each row of U, in place.
+
+        A number added to a row of U changes nothing, so the label's entry is moved to 0: where p is almost 1
+        there, the rest would be a difference of nearly equal numbers.
+        """
+        U -= U.gather(1, self.path.column)
         U *= self.P
         return U.sub_(self.P * U.sum(1, keepdim=True))
 
@@ -399,7 +411,8 @@ class _NewtonSystem:
         p = z.clone()
         rz = first = float(torch.sum(residual * z))
         gap = float(torch.sum(residual * residual)) / self.penalty
-        q, bound, gains = 0.0, gap, []
+        q, bound, rest = 0.0, gap, math.inf
+        gains: list[float] = []
         for _ in range(_CG_STEPS):
             if bound <= 0.1 * enough:
                 break
@@ -413,14 +426,23 @@ class _NewtonSystem:
             bound = q + float(torch.sum(residual * residual)) / self.penalty
             z = residual * self.inverse
             rz, old = float(torch.sum(residual * z)), rz
-            recent = sum(gains[-_DELAY:])
-            if bound <= enough or (len(gains) > _DELAY and recent <= 0.1 * q):
+            rest = _tail(gains)
+            if bound <= enough or rest <= 0.25 * q:
                 break
             if q > 20 * enough and rz <= 0.01 * first:
                 break
             p = z + (rz / old) * p
-        decrement = bound if len(gains) <= _DELAY else min(bound, q + sum(gains[-_DELAY:]))
+        decrement = min(bound, q + rest)
         return _Solution(torch.cat([x, shift[:, None]], 1), decrement, gap)
+
+
+def _tail(gains: Sequence[float]) -> float:
+    """What conjugate gradients would still add to q: the last gains continued as a geometric series."""
+    if len(gains) < 2 * _DELAY:
+        return math.inf
+    recent, before = sum(gains[-_DELAY:]), sum(gains[-2 * _DELAY : -_DELAY])
+    ratio = recent / before
+    return recent * ratio / (1 - ratio) if ratio < 1 else math.inf
 
 
 def _two_loop(
@@ -439,6 +461,18 @@ def _two_loop(
     for (change, bend, rho), alpha in zip(pairs, reversed(kept), strict=True):
         q += (alpha - rho * torch.sum(bend * q)) * change
     return q
+
+
+def _loss_and_residuals(logits: torch.Tensor, label: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Σ −log p of the labels, and P − Y, both precise also where p of the label is almost 1."""
+    normaliser = torch.logsumexp(logits, 1, keepdim=True)
+    R = (logits - normaliser).clamp_(min=_LOG_TINY).exp_()
+    R.scatter_(1, label, 0.0)
+    miss = R.sum(1, keepdim=True)
+    R.scatter_(1, label, -miss)
+    plain = normaliser - logits.gather(1, label)
+    loss = torch.where(miss < 0.5, -torch.log1p(-miss.clamp(max=0.5)), plain)
+    return float(loss.double().sum()), R
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
