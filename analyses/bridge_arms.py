@@ -4,9 +4,9 @@
     python analyses/bridge_arms.py --data ../shared --models stories260k
     python analyses/bridge_arms.py --data ../shared --device cuda --steps 2000 --batch 128 --limit 30000
 
-CIFAR-100, patch 8 (16 tokens) unless said otherwise, five arms, one budget for all, three seeds, each arm its own learning rate from
-one grid, chosen on validation. The plan is fixed beforehand (the first half of the blocks), so nothing about
-it was selected on these images. A call that is interrupted continues where it stopped.
+CIFAR-100, patch 8 (16 tokens) unless said otherwise, five arms, one budget for all, three seeds, each arm
+its own learning rate from one grid, chosen on validation. The plan is fixed beforehand (the first half of the
+blocks), so nothing about it was selected on these images. A call that is interrupted continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ LRS = {
     "babyllama-char105": (1e-3, 3e-3, 1e-2),
     "minilm": (1e-4, 3e-4, 1e-3),
 }
-STEPS = {
-    "stories260k": 200,
-    "babyllama-char105": 200,
-    "minilm": 100,
-}  # of each stage; what two CPU cores allow
+STEPS = {"stories260k": 200, "babyllama-char105": 200, "minilm": 100}
 
 
 def main() -> None:
