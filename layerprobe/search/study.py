@@ -97,9 +97,8 @@ class Ledger:
     def value(self, trials: Sequence[Trial], work: Work) -> dict[Trial, Outcome]:
         """Answers to all `trials`: looked up where finished, trained here, or awaited from other processes.
 
-        `work` runs in this process, one trial at a time, while a heartbeat is kept. A LayerprobeError from
-        it is an answer (a run that cannot be valued, with its reason); any other exception puts the trial
-        back and is raised.
+        `work` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
+        an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
         """
         wanted = {trial.key: trial for trial in trials}
         while True:
@@ -232,11 +231,7 @@ class Ledger:
         trial_id = frozen._trial_id
         try:
             with self._heartbeat(trial_id):
-                began = time.perf_counter()
-                try:
-                    outcome = work(trial)
-                except LayerprobeError as error:
-                    outcome = Outcome(None, None, time.perf_counter() - began, reason=str(error))
+                outcome = work(trial)
         except BaseException:
             self._close(frozen, TrialState.FAIL)
             raise

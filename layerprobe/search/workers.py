@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from layerprobe.search.study import Ledger, Work
 
 @contextmanager
 def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> Iterator[None]:
-    """Run `count` helper processes beside the caller; `work` is sent to each of them (pickled).
+    """Run `count` helper processes beside the caller; each gets its own copy of `work`.
 
     They stop when the block ends, and by themselves when the caller is gone.
     """
@@ -23,10 +24,12 @@ def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> I
         return
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
+    # As bytes: left to multiprocessing, torch would put the weights into memory shared by all processes.
+    packed = pickle.dumps(work)
     processes = [
         context.Process(
             target=_help,
-            args=(url, dict(arguments), work, stop, os.getpid(), _threads(count + 1)),
+            args=(url, dict(arguments), packed, stop, os.getpid(), _threads(count + 1)),
             daemon=True,
         )
         for _ in range(count)
@@ -46,13 +49,14 @@ def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> I
                     process.join()
 
 
-def _help(url: str, arguments: dict[str, Any], work: Work, stop: Any, parent: int, threads: int) -> None:
+def _help(url: str, arguments: dict[str, Any], packed: bytes, stop: Any, parent: int, threads: int) -> None:
     # Being told to end is like Ctrl-C: the running trial goes back into the queue.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         import torch
 
         torch.set_num_threads(threads)
+        work: Work = pickle.loads(packed)
         Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import NotAvailableError, UsageError
 from layerprobe.search import study as study_module
 from layerprobe.search.bench import Outcome
 from layerprobe.search.space import Trial
@@ -49,16 +49,16 @@ def test_finished_trials_are_looked_up_with_all_they_said(tmp_path: Path) -> Non
     assert [trial for trial, _, _ in ledger.records()] == TRIALS
 
 
-def test_a_known_failure_is_an_answer_and_a_bug_is_not(tmp_path: Path) -> None:
+def test_a_diverged_run_is_an_answer_and_an_exception_is_not(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "study.db", {})
     calls = []
 
-    def fails(trial: Trial) -> Outcome:
+    def diverges(trial: Trial) -> Outcome:
         calls.append(trial)
-        raise LayerprobeError("diverged at step 3")
+        return Outcome(None, reason="diverged at step 3")
 
     for _ in range(2):
-        outcome = ledger.value(TRIALS[:1], fails)[TRIALS[0]]
+        outcome = ledger.value(TRIALS[:1], diverges)[TRIALS[0]]
         assert outcome.accuracy is None and outcome.reason == "diverged at step 3"
     assert len(calls) == 1
 
