@@ -20,7 +20,7 @@ quickstart: install  ## the main job on MiniLM and the scikit-learn digits; resu
 	$(BIN)/layerprobe freeze-search --model minilm --task digits --preset quickstart -o $(RUN)
 
 test: install  ## the default tests (under 12 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install  ## every test that this machine can run, the slow ones included
 	$(BIN)/python -m pytest -m 'not network and not gpu'
