@@ -239,8 +239,13 @@ def main() -> None:
     snapshot = Snapshot(backbone) if report["parameters"] < 1e9 else None
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     loops: dict[str, list[float]] = {name: [] for name in ["layerprobe", *peers]}
-    weak = config.replace(augment="weak")
-    augmented: list[float] = []
+    others = {
+        "layerprobe, weak augmentation": config.replace(augment="weak"),
+        "layerprobe, other precision": config.replace(
+            precision="bfloat16" if arguments.precision == "float32" else "float32"
+        ),
+    }
+    loops |= {name: [] for name in others}
     for number in range(-1, arguments.rounds):  # round −1 warms up
         for name in chosen:
             plan = plans[name]()
@@ -275,11 +280,13 @@ def main() -> None:
                         )
                         set_training(classifier)
                     loops["layerprobe"].append(seconds[name][-1])
-                    augmented.append(step_seconds(ours, classifier, tensors, weak, arguments.steps))
+                    for other, settings in others.items():
+                        loops[other].append(
+                            step_seconds(ours, classifier, tensors, settings, arguments.steps)
+                        )
             classifier.zero_grad()
             if snapshot is not None:
                 snapshot.restore(backbone)
-    loops["layerprobe, weak augmentation"] = augmented
     mine = statistics.median(loops["layerprobe"])
     for name, times in loops.items():
         value = statistics.median(times)

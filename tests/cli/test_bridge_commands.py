@@ -163,6 +163,20 @@ def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
     assert "holds a finished run of 4 steps; choose another folder" in found.stderr
 
 
+def test_a_run_folder_is_evidence_for_the_other_commands(run_folder, model):
+    import layerprobe as lp
+
+    task = lp.load_task("digits", limit=60, offline=True)
+    backbone = lp.load_backbone(str(run_folder), device="cpu", offline=True).prepare(task)
+    features = lp.extract_features(backbone, task, "test", quiet=True)
+    original = lp.load_backbone(model, device="cpu", patch_size=4, offline=True).prepare(task)
+    before = lp.extract_features(original, task, "test", quiet=True)
+    assert (features.block(1) != before.block(1)).any()
+    assert lp.cka_matrix(before, features).values.shape == (3, 3)  # embed and two blocks
+    report = lp.outlier_report(str(run_folder))
+    assert set(report.to_frame()["block"].dropna()) == {0, 1}
+
+
 ONE_COMMAND = """
 import sys, typer
 from layerprobe.cli.bridge import bridge
