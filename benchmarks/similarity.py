@@ -262,48 +262,59 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[2000, 8000], help="images of the timing")
     parser.add_argument("--memory-sizes", type=int, nargs="+", default=[8000, 32000])
     parser.add_argument("--rounds", type=int, default=7, help="rounds at n ≤ 2000; a third of that above")
-    parser.add_argument("--output", type=Path, help="folder for benchmark.csv and benchmark.json")
+    parser.add_argument("--output", type=Path, help="folder for benchmark.csv and one JSON a part")
     parser.add_argument("--child-memory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.child_memory:
         child_memory(arguments.child_memory)
         return
-    rows: list[Row] = []
+    sizes = {"time": arguments.sizes, "memory": arguments.memory_sizes}
+    for part in arguments.only:
+        for n in sizes.get(part, [2000]):
+            rows = run(part, n, arguments.rounds)
+            for item in rows:
+                show(part, item)
+            if arguments.output:
+                keep(arguments.output, part, n, rows)
 
-    def collect(part: str, found: list[Row]) -> None:
-        for item in found:
-            rows.append({"part": part, **item})
-            value = "undefined" if item["value"] is None else f"{item['value']:.4g}"
-            notes = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else str(v) for k, v in item.items()
-                              if k not in ("metric", "value", "n") and v is not None)  # fmt: skip
-            print(f"{part:<13} n={item['n']:<6} {item['metric']:<28} {value:>10}  {notes}", flush=True)
 
-    if "time" in arguments.only:
-        for n in arguments.sizes:
-            collect("time", bench_time(n, arguments.rounds if n <= 2000 else max(2, arguments.rounds // 3)))
-    if "memory" in arguments.only:
-        for n in arguments.memory_sizes:
-            collect("memory", bench_memory(n))
-    if "accuracy" in arguments.only:
-        collect("accuracy", bench_accuracy(2000, 24))
-    if "permutations" in arguments.only:
-        collect("permutations", bench_permutations(2000))
-    if arguments.output:
-        facts = {
-            "command": "python " + " ".join(["benchmarks/similarity.py", *sys.argv[1:]]),
-            "layers": LAYERS,
-            "width": WIDTH,
-            "threads": 1,
-            "machine": machine(),
-            "versions": {
-                **versions(),
-                **{name: peer_version(name) for name in ("pytorch-cka", "calibrated-similarity")},
-            },
-        }
-        frame = tidy(rows)
-        write_frame(frame.dropna(axis=1, how="all"), arguments.output / "benchmark.csv")
-        write_json(arguments.output / "benchmark.json", {"provenance": facts, "rows": rows})
+def run(part: str, n: int, rounds: int) -> list[Row]:
+    if part == "time":
+        return bench_time(n, rounds if n <= 2000 else max(2, rounds // 3))
+    if part == "memory":
+        return bench_memory(n)
+    return bench_accuracy(n, cells=24) if part == "accuracy" else bench_permutations(n)
+
+
+def show(part: str, item: Row) -> None:
+    value = "undefined" if item["value"] is None else f"{item['value']:.4g}"
+    notes = ", ".join(
+        f"{key} {note:.3g}" if isinstance(note, float) else f"{note}"
+        for key, note in item.items()
+        if key not in ("metric", "value", "n") and note is not None
+    )
+    print(f"{part:<13} n={item['n']:<6} {item['metric']:<28} {value:>10}  {notes}", flush=True)
+
+
+def keep(folder: Path, part: str, n: int, rows: list[Row]) -> None:
+    """One JSON a part and size, with its circumstances, and one table of all that lie in the folder."""
+    peers = {name: peer_version(name) for name in ("pytorch-cka", "calibrated-similarity")}
+    facts = {
+        "command": "python " + " ".join(["benchmarks/similarity.py", *sys.argv[1:]]),
+        "layers": LAYERS,
+        "width": WIDTH,
+        "threads": 1,
+        "machine": machine(),
+        "versions": {**versions(), **peers},
+    }
+    write_json(folder / f"benchmark_{part}_{n}.json", {"provenance": facts, "rows": rows})
+    found = [
+        {"part": path.stem.split("_")[1], **item}
+        for path in sorted(folder.glob("benchmark_*.json"))
+        for item in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ]
+    write_frame(tidy(found).dropna(axis=1, how="all"), folder / "benchmark.csv")
 
 
 if __name__ == "__main__":

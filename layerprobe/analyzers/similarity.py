@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from layerprobe.metrics.similarity_pairs import PairwiseCKA, pairwise_cka
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import tidy
+from layerprobe.tables import tidy, write_frame
 
 FloatArray = NDArray[np.float64]
 
@@ -143,11 +145,20 @@ class CKAMatrix(Record):
                 )
         return tidy(rows)
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """As every record; a folder gets the closest layers as `cka_closest.csv`, too."""
+        target = super().save(path)
+        if target.suffix not in (".csv", ".parquet", ".json"):
+            write_frame(self.closest(), target / "cka_closest.csv")
+        return target
+
     def closest(self) -> pd.DataFrame:
         """For each layer of A the nearest layer of B: one row each, `value`, interval, corrected p-value.
 
         In a comparison of a model with itself a layer is not its own neighbour. `gap` is the lead over the
-        runner-up and `gap_stderr` its standard error: a lead within two of them names no single layer.
+        runner-up and `gap_stderr` its standard error: a lead within two of them names no single layer. The
+        interval is that of the cell, not widened for its having been picked as the largest; the p-value is
+        corrected for that.
         """
         low, high = self.interval()
         corrected = self.pvalue_max
@@ -196,7 +207,7 @@ class CKAMatrix(Record):
                     "CKA": row["value"] if defined else None,
                     "95 % interval": f"[{row['low']:.3f}, {row['high']:.3f}]" if defined else "–",
                     "p (corrected)": row["pvalue_max"] if defined else None,
-                    "lead": f"{row['gap']:.3f} ± {row['gap_stderr']:.3f}"
+                    "lead": f"{row['gap']:.2g} ± {row['gap_stderr']:.1g}"
                     if defined and not pd.isna(row["gap"])
                     else "–",
                 }
@@ -280,9 +291,17 @@ def cka_matrix(
         provenance=provenance(
             "cka",
             {"permutations": permutations, "method": pairs.method, "seed": seed},
-            features_x=getattr(A, "provenance", None),
-            features_y=getattr(B, "provenance", None),
+            features_x=_origin(A),
+            features_y=_origin(B),
         ),
+    )
+
+
+def _origin(features: Any) -> dict[str, Any] | None:
+    """What made the features; versions and machine are those of the comparison already."""
+    found = getattr(features, "provenance", None)
+    return (
+        None if not found else {key: found[key] for key in ("arguments", "backbone", "task") if key in found}
     )
 
 

@@ -185,7 +185,10 @@ def _label(block: Any, site: Any) -> str:
 def _only(frame: pd.DataFrame, column: str, otherwise: str) -> str:
     """The single value of a column, or `otherwise` when there is none or more than one."""
     names = [] if column not in frame else [str(name) for name in frame[column].dropna().unique()]
-    return names[0] if len(names) == 1 else otherwise
+    if len(names) != 1:
+        return otherwise
+    # Of a local folder the last part says enough; a hub id such as owner/name stays whole.
+    return names[0].rstrip("/").rsplit("/", 1)[-1] if names[0].startswith(("/", "./", "../")) else names[0]
 
 
 def _ink(image: Any, value: float) -> str:
