@@ -38,9 +38,9 @@ DEFAULT_BUDGET = 20.0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 10.0,
-        "bridge_steps": 20,
-        "finetune_steps": 100,
+        "budget": 9.0,
+        "bridge_steps": 15,
+        "finetune_steps": 60,
         "batch_size": 32,
         "lrs": (3e-4, 1e-3),
         "fidelity": 0.5,
