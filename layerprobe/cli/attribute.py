@@ -1,0 +1,131 @@
+"""`layerprobe attribute`: which blocks carry the visual prediction, and where in the image."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from layerprobe.cli import options
+from layerprobe.cli.output import Output
+
+
+def attribute(
+    model: options.Model,
+    task: options.TaskName,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            help="Comma-separated: skip, mean_ablation, conductance, update, gradient_x_activation, "
+            "integrated_gradients.",
+        ),
+    ] = "skip,mean_ablation,conductance,update",
+    head: Annotated[
+        str,
+        typer.Option("--head", help="Whose prediction: a linear 'probe', or the model's 'own' classifier."),
+    ] = "probe",
+    split: Annotated[
+        str, typer.Option("--split", help="Images to explain: train, validation or test.")
+    ] = "test",
+    images: Annotated[int, typer.Option("--images", min=2, help="How many images to explain.")] = 128,
+    maps: Annotated[int, typer.Option("--maps", min=0, help="Patch-level maps of the first images.")] = 6,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Largest completeness error of path methods, a share.")
+    ] = 0.02,
+    max_steps: Annotated[int, typer.Option("--max-steps", min=8, help="Most steps along the path.")] = 512,
+    batch_size: options.BatchSize = 32,
+    revision: options.Revision = None,
+    init: options.Init = "pretrained",
+    stem: options.Stem = "random",
+    patch_size: options.Patch = None,
+    image_size: options.ImageSize = None,
+    attention: options.Attention = None,
+    pooling: options.Pooling = None,
+    data_dir: options.DataDir = None,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    offline: options.Offline = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    as_json: options.Json = False,
+    output: options.OutDir = None,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Rank the blocks of a backbone by what they contribute to the predicted class.
+
+    Blocks are skipped or replaced by their mean, and the path from a mean image to each image is integrated, with
+    steps that adapt until the completeness error is small. DeepLift, LRP and whole-block sums are refused.
+
+    Example: layerprobe attribute --model minilm --task digits --limit 300 --images 32
+    """
+    out = Output("attribute", as_json=as_json, folder=output, quiet=quiet)
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    if dry_run:
+        from layerprobe.cli.memory import forward_facts
+
+        facts = forward_facts(
+            model,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            offline=offline,
+            batch_size=batch_size,
+            trust_remote_code=trust_remote_code,
+        )
+        facts["methods"] = ", ".join(chosen)
+        facts["images"] = f"{images} of {split}"
+        out.dry_run(facts)
+        return
+
+    from layerprobe.analyzers.attribution import attribute_layers
+    from layerprobe.backbones import load_backbone
+    from layerprobe.plotting.attribution import attribution_figure, patch_maps_figure
+    from layerprobe.tasks import load_task
+
+    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
+    backbone = load_backbone(
+        model,
+        revision=revision,
+        init=init,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        stem=stem,
+        patch_size=patch_size,
+        image_size=image_size,
+        attention=attention,
+        pooling=pooling,
+        offline=offline,
+        trust_remote_code=trust_remote_code,
+    )
+    record = attribute_layers(
+        backbone,
+        loaded,
+        methods=chosen,
+        head=head,
+        split=split,
+        n_images=images,
+        n_maps=maps,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        seed=seed,
+        quiet=quiet,
+    )
+    figures = {"attribution": lambda: attribution_figure(record.to_frame())}
+    if not record.maps.empty:
+        figures["attribution_maps"] = lambda: patch_maps_figure(
+            record.maps, record.pictures, classes=list(loaded.classes)
+        )
+    blocks = record.to_frame()
+    blocks = blocks[blocks["block"].notna() & (blocks["metric"] != "attribution_completeness_error")]
+    wide = blocks.assign(metric=blocks["metric"].str.removeprefix("attribution_")).pivot(
+        index="block", columns="metric", values="value"
+    )[[name.removeprefix("attribution_") for name in blocks["metric"].unique()]]
+    table = [
+        {"block": int(block), **row} for block, row in zip(wide.index, wide.to_dict("records"), strict=True)
+    ]
+    out.finish(record, table=table, figures=figures)
