@@ -54,6 +54,13 @@ _PUBLIC = {
     "ProbeResult": "probing",
     "fit_logistic_path": "probing",
     "select_probe": "probing",
+    "online_code_length": "probing_curves",
+    "few_shot_curve": "probing_curves",
+    "control_accuracy": "probing_curves",
+    "knn_predict": "probing_knn",
+    "select_knn": "probing_knn",
+    "ridge_sweep": "probing_ridge",
+    "select_ridge": "probing_ridge",
 }
 
 __all__ = sorted(_PUBLIC)

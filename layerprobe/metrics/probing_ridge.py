@@ -96,18 +96,20 @@ def ridge_sweep(
         Z[part] = block
     target = torch.from_numpy(labels).to(place)
     shares = torch.bincount(target, minlength=n_classes).double() / n
-    rows32 = Z.float()
+    # Fitted values are of order 1, so float32 keeps enough of them, unless the fit comes near to interpolating
+    # and residuals, like 1 − leverage, are small differences.
+    working = torch.float32 if n >= 4 * d else torch.float64
+    narrow = Z.to(working)
     if d <= n:
         values, axes = torch.linalg.eigh(lower_gram(Z))
         kept = values > values[-1].clamp(min=1e-300) * 1e-12
         values, axes = values[kept], axes[:, kept]
-        squares = (rows32 @ axes.float()).square_()
+        squares = (narrow @ axes.to(working)).square_()
     else:
         values, left = torch.linalg.eigh(Z @ Z.T)
         kept = values > values[-1].clamp(min=1e-300) * 1e-12
         values, left = values[kept], left[:, kept]
         axes = Z.T @ (left / values.sqrt())
-        # Here leverages come so near to 1 that 1 − h needs all digits.
         squares = left.square() * values
     # (Y − shares)ᵀ Z without the n×K one-hot matrix: sums of rows by class.
     moments = torch.zeros(n_classes, d, dtype=torch.float64, device=place)
@@ -116,14 +118,13 @@ def ridge_sweep(
     shrink = 1 / (values + n * torch.from_numpy(strengths).to(place)[:, None])  # A×r
     leverage = (squares @ shrink.T.to(squares.dtype)).double() + 1 / n
     weights = (moments * shrink[:, None, :]) @ axes.T  # A×K×d
-    # Fitted values are of order 1, and so precise enough in float32; what they are made of is not.
-    stacked = weights.float().reshape(-1, d)
-    offsets = shares.float().repeat(len(strengths))
+    stacked = weights.to(working).reshape(-1, d)
+    offsets = shares.to(working).repeat(len(strengths))
     hits = torch.zeros(len(strengths), dtype=torch.float64, device=place)
     error = torch.zeros_like(hits)
     for begin in range(0, n, _ROWS):
         part = slice(begin, min(begin + _ROWS, n))
-        fitted = torch.addmm(offsets, rows32[part], stacked.T).reshape(-1, len(strengths), n_classes)
+        fitted = torch.addmm(offsets, narrow[part], stacked.T).reshape(-1, len(strengths), n_classes)
         label = target[part, None, None].expand(-1, len(strengths), 1)
         own = fitted.gather(2, label)[..., 0].double()
         free = (1 - leverage[part]).clamp(min=1e-12)

@@ -63,7 +63,8 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     ax.set_title(f"{task}, {counted}" if task else counted, fontsize=9)
     ax.set_ylabel("accuracy (%), band: 95 % Wilson interval")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize=7, loc="best")
+    # Outside, where no curve or chance line can run through it.
+    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax
 
 
