@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,9 +96,8 @@ class LayerAttribution(Record):
                 f"Completeness error of the path: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
             )
         parts.append(
-            f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, head: {facts['head']}"
-            + (f" (C = {facts['C']:g})" if facts.get("C") else "")
-            + "."
+            f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, "
+            f"head: {facts['head']}" + (f" (C = {facts['C']:g})" if facts.get("C") else "") + "."
         )
         return " ".join(parts)
 
@@ -230,7 +230,7 @@ def _checked_methods(methods: Sequence[str]) -> list[str]:
     for method in methods:
         plain = method.lower().replace("-", "").replace("_", "")
         for name, reason in REFUSED.items():
-            if plain.startswith(name.replace("_", "")) or plain.startswith(f"layer{name}"):
+            if plain.startswith((name.replace("_", ""), f"layer{name}")):
                 raise UsageError(f"'{method}' is not valid for transformer blocks: {reason}")
         if method not in (*METHODS, *SLOW_METHODS):
             known = ", ".join((*METHODS, *SLOW_METHODS))
@@ -270,12 +270,8 @@ class _Run:
 
     @torch.no_grad()
     def predict(self) -> None:
-        self.targets = torch.cat(
-            [
-                self.classifier(p).argmax(dim=1).cpu()
-                for p in _pixel_batches(self.backbone, self.images, self.batch_size)
-            ]
-        )
+        batches = _pixel_batches(self.backbone, self.images, self.batch_size)
+        self.targets = torch.cat([self.classifier(pixels).argmax(dim=1).cpu() for pixels in batches])
         self.scores = torch.cat([self.score(p, t).cpu() for _, p, t in self.batches()])
         if not torch.isfinite(self.scores).all():
             raise LayerprobeError(
@@ -343,7 +339,7 @@ class _Run:
         while True:
             with Taps(self.backbone) as taps, torch.enable_grad():
                 found = path_conductance(
-                    lambda p: self.score(p, targets),
+                    partial(self.score, targets=targets),
                     taps,
                     pixels,
                     mean_image.to(pixels),
@@ -372,9 +368,8 @@ class _Run:
             for where, pixels, targets in progress_bar(
                 self.batches(), total=total, unit="batch", desc=f"{len(alphas) - 1} steps", quiet=self.quiet
             ):
-                found = path_conductance(
-                    lambda p, t=targets: self.score(p, t), taps, pixels, mean_image.to(pixels), alphas
-                )
+                score = partial(self.score, targets=targets)
+                found = path_conductance(score, taps, pixels, mean_image.to(pixels), alphas)
                 per_unit.add([c.abs().mean(dim=(1, 2)) for c in found.conductance])
                 update.add([u.sum(dim=1) for u in found.update])
                 part, change = _completeness(found.conductance, found.end - found.start)

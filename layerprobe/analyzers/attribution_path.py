@@ -5,6 +5,7 @@ Axis letters: B images, T tokens, D width, L + 1 places (the embedding output an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -129,6 +130,7 @@ def path_conductance(
     before: list[Tensor] = []
     slopes: list[Tensor] = []
     start: Tensor | None = None
+    reached = torch.zeros(0)
     factor = 0.5 if rule == "trapezoid" else 1.0
     step_errors: list[Tensor] = []
     try:
@@ -161,15 +163,12 @@ def path_conductance(
         for handle in handles:
             handle.remove()
     assert start is not None
-    conductance = [
-        sums[place].mul_(factor) if place in sums else value.new_empty(0)
-        for place in range(len(taps.modules))
-    ]
+    everywhere = range(len(taps.modules))
+    nothing = value.new_empty(0)
+    conductance = [sums[place].mul_(factor) if place in sums else nothing for place in everywhere]
     update = [
-        conductance[place].sum(dim=2) - updates[place].mul_(factor)
-        if place in updates
-        else value.new_empty(0)
-        for place in range(1, len(taps.modules))
+        conductance[place].sum(dim=2) - updates[place].mul_(factor) if place in updates else nothing
+        for place in everywhere[1:]
     ]
     return PathAttribution(
         conductance, update, start, value.detach(), torch.stack(step_errors) if with_step_errors else None
@@ -231,9 +230,7 @@ def mean_updates(backbone: Backbone, batches: Sequence[Tensor]) -> tuple[list[Te
             for pixels in batches:
                 seen.clear()
                 backbone(pixels)
-                added = [
-                    (b.double() - a.double()).sum(dim=0) for a, b in zip(seen[:-1], seen[1:], strict=True)
-                ]
+                added = [(b.double() - a.double()).sum(dim=0) for a, b in itertools.pairwise(seen)]
                 totals = added if not totals else [t + a for t, a in zip(totals, added, strict=True)]
                 summed = pixels.double().sum(dim=0)
                 image = summed if image is None else image + summed

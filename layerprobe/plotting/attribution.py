@@ -68,6 +68,7 @@ def attribution_figure(frame: pd.DataFrame) -> Figure:
         plot_attribution(frame, metric, ax=panel)
     for panel in panels[len(metrics) :]:
         panel.set_axis_off()
+    figure.supxlabel("bars: ± one standard error over images", fontsize=8, x=0.99, ha="right")
     return figure
 
 

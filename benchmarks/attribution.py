@@ -1,0 +1,149 @@
+"""Conductance of all blocks in one pass, against captum's LayerConductance block after block.
+
+    OMP_NUM_THREADS=1 python benchmarks/attribution.py --output results/attribution
+
+Both sides sum the same terms at the same steps (Gauss–Legendre, captum's default rule), so their values have to
+agree. captum runs twice: as its documentation calls it (all steps in one batch), and at its best here
+(`internal_batch_size` of one step's size times 4, parameters frozen). The sides take turns in every round on one
+thread; the figure is the median CPU time. MiniLM (L = 6, d = 384, needs the `demo` extra) on random pixels, which
+cost what images cost; weights are random where the package is absent.
+"""
+
+from __future__ import annotations
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from captum.attr import LayerConductance
+from captum.attr._utils.approximation_methods import approximation_parameters
+from torch import Tensor, nn
+
+from layerprobe.analyzers.attribution_path import Taps, path_conductance
+from layerprobe.analyzers.trainability import only_these_train
+from layerprobe.backbones import load_backbone
+from layerprobe.files import write_json
+from layerprobe.provenance import machine, versions
+
+
+class Images32:
+    """What a backbone needs to know of images of 32×32."""
+
+    image_size = 32
+    channels = 3
+    train: Any = ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=None, help="folder for benchmark.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    backbone = load_backbone(options.model, device="cpu", patch_size=4).prepare(Images32())
+    n_blocks = backbone.n_blocks
+    torch.manual_seed(0)
+    pixels, baseline = torch.randn(options.images, 3, 32, 32), torch.zeros(3, 32, 32)
+    head = nn.Linear(backbone.hidden_size, 10)
+    targets = torch.arange(options.images) % 10
+    alphas = approximation_parameters("gausslegendre")[1](options.steps + 1)
+
+    def score(images: Tensor, classes: Tensor) -> Tensor:
+        return head(backbone.features(images)).gather(1, classes[:, None])[:, 0]
+
+    def one_by_one(taps: Taps, internal_batch_size: int | None) -> list[Tensor]:
+        return [
+            LayerConductance(score, tap)
+            .attribute(
+                pixels,
+                baselines=baseline.expand_as(pixels),
+                additional_forward_args=(targets,),
+                n_steps=options.steps,
+                internal_batch_size=internal_batch_size,
+            )
+            .detach()
+            for tap in taps.modules[1:]
+        ]
+
+    def at_its_best(taps: Taps) -> list[Tensor]:
+        with only_these_train(backbone, []):
+            return one_by_one(taps, 4 * options.images)
+
+    def at_once(taps: Taps) -> list[Tensor]:
+        with only_these_train(backbone, []):
+            found = path_conductance(
+                lambda p: score(p, targets), taps, pixels, baseline, alphas, rule="left", embed=False
+            )
+        return found.conductance[1:]
+
+    sides: dict[str, Callable[[Taps], list[Tensor]]] = {
+        "one pass": at_once,
+        "captum as documented": lambda taps: one_by_one(taps, None),
+        "captum at its best": at_its_best,
+    }
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    values: dict[str, list[Tensor]] = {}
+    with Taps(backbone) as taps:
+        for round_ in range(options.rounds + 1):
+            for name, work in sides.items():
+                start = time.process_time()
+                values[name] = work(taps)
+                if round_:  # the first round warms allocators and caches
+                    times[name].append(time.process_time() - start)
+    median = {name: statistics.median(spent) for name, spent in times.items()}
+    difference = {
+        name: max(
+            float((mine - theirs).abs().max() / theirs.abs().max())
+            for mine, theirs in zip(values["one pass"], values[name], strict=True)
+        )
+        for name in list(sides)[1:]
+    }
+    print(
+        f"{options.model}: L={n_blocks}, d={backbone.hidden_size}, 64 tokens, {options.images} images, "
+        f"{options.steps} steps, one thread, CPU time, {options.rounds} rounds"
+    )
+    for name in sides:
+        ratio = median[name] / median["one pass"]
+        print(
+            f"{name:22} {median[name]:8.3f} s (min {min(times[name]):.3f}, max {max(times[name]):.3f})"
+            + (
+                f"   {ratio:5.2f}x = {ratio / n_blocks:.2f} L, largest relative difference {difference[name]:.1e}"
+                if name in difference
+                else ""
+            )
+        )
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        write_json(
+            options.output / "benchmark.json",
+            {
+                "command": "OMP_NUM_THREADS=1 python benchmarks/attribution.py --output results/attribution",
+                "arguments": {name: value for name, value in vars(options).items() if name != "output"},
+                "versions": versions(),
+                "machine": machine(),
+                "n_blocks": n_blocks,
+                "median_cpu_seconds": median,
+                "cpu_seconds": times,
+                "times_faster": {name: median[name] / median["one pass"] for name in difference},
+                "times_faster_over_blocks": {
+                    name: median[name] / median["one pass"] / n_blocks for name in difference
+                },
+                "largest_relative_difference": difference,
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()
