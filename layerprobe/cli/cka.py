@@ -77,7 +77,9 @@ def cka(
             trust_remote_code=trust_remote_code,
         )
         facts["compared with"] = "itself" if other is None else f"{other} ({init_b or 'pretrained'})"
-        facts["memory of the comparison"] = "about 200 MiB beside the features on disk, however many images"
+        facts["memory of the comparison"] = (
+            "about 200 MiB beside the features on disk; the permutations hold at most 4,096 images of all layers"
+        )
         out.dry_run(facts)
         return
 

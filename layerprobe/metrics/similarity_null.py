@@ -26,8 +26,10 @@ from layerprobe.errors import UsageError
 from layerprobe.metrics.similarity_pairs import FloatArray, Progress, paired_layers
 from layerprobe.metrics.similarity_rows import CentredRows
 
-MAX_IMAGES = 8192
-BAND_BYTES = 48 << 20
+MAX_IMAGES = 4096
+"""More images than this are sampled: the null's shape no longer depends on n, its spread does so in a known way."""
+BAND_BYTES = 96 << 20
+"""Memory for the diagonals of all layers that are transformed together (twice that with the transforms)."""
 
 
 @dataclass(frozen=True)
