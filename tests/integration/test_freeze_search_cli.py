@@ -41,36 +41,31 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "layerprobe", "freeze-search", *map(str, arguments)]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=500)
-
-
-def test_a_search_leaves_a_run_folder_and_says_the_plan(tiny_model: Path, tmp_path: Path) -> None:
-    done = run("--model", tiny_model, *FAST, "-o", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert "Plan: " in done.stdout and "report.html" in done.stdout
+def test_a_search_leaves_a_run_folder_and_says_the_plan(run_cli, tiny_model: Path, tmp_path: Path) -> None:
+    done = run_cli("freeze-search", "--model", tiny_model, *FAST, "-o", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "Plan: " in done.out and "report.html" in done.out
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {
         "plan.json", "search.json", "trials.csv", "layers.csv", "baselines.csv", "pareto.csv", "finalists.csv",
         "pareto.png", "ranking.png", "plans.png", "study.db", "report.html",
     } <= files  # fmt: skip
 
-    again = run("--model", tiny_model, *FAST, "-o", tmp_path / "run", "--json")
-    assert again.returncode == 0, again.stderr
-    printed = json.loads(again.stdout)
+    again = run_cli("freeze-search", "--model", tiny_model, *FAST, "-o", tmp_path / "run", "--json")
+    assert again.code == 0, again.err
+    printed = json.loads(again.out)
     assert printed["schema"] == "layerprobe.freeze-search/v1"
     assert len(printed["rows"])
 
-    other = run("--model", tiny_model, *FAST, "--seed", "1", "-o", tmp_path / "run")
-    assert other.returncode == 2
-    assert other.stderr.strip().count("\n") == 0 and "holds another search" in other.stderr
+    other = run_cli("freeze-search", "--model", tiny_model, *FAST, "--seed", "1", "-o", tmp_path / "run")
+    assert other.code == 2
+    assert other.err.strip().count("\n") == 0 and "holds another search" in other.err
 
 
-def test_dry_run_loads_nothing_and_tells_cost_and_memory(tiny_model: Path) -> None:
-    done = run("--model", tiny_model, *FAST, "--dry-run", "--json")
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+def test_dry_run_loads_nothing_and_tells_cost_and_memory(run_cli, tiny_model: Path) -> None:
+    done = run_cli("freeze-search", "--model", tiny_model, *FAST, "--dry-run", "--json")
+    assert done.code == 0, done.err
+    facts = json.loads(done.out)
     assert facts["dry_run"] and facts["blocks"] == 2 and facts["budget"] == "5 full trainings"
     assert "MiB" in facts["memory"]
 
@@ -85,11 +80,11 @@ def test_dry_run_loads_nothing_and_tells_cost_and_memory(tiny_model: Path) -> No
         (["--storage", "postgresql://nobody@127.0.0.1:1/none"], 1, "storage postgresql"),
     ],
 )
-def test_mistakes_are_one_line(tiny_model: Path, extra: list[str], code: int, message: str) -> None:
-    done = run("--model", tiny_model, *FAST, *extra, "--quiet")
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_mistakes_are_one_line(run_cli, tiny_model: Path, extra: list[str], code: int, message: str) -> None:
+    done = run_cli("freeze-search", "--model", tiny_model, *FAST, *extra, "--quiet")
+    assert done.code == code, done.err
+    assert message in done.err and "Traceback" not in done.err
+    assert done.out == ""
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
