@@ -223,12 +223,14 @@ class CKAMatrix(Record):
         best = defined.loc[defined["value"].astype(float).idxmax()]
         a = self.side_x.facts.get("model", "A")
         b = a if self.self_comparison else self.side_y.facts.get("model", "B")
-        sampled = "" if self.null.n_used == self.n else f" of {self.null.n_used} of the images"
+        shuffles = f"{self.null.n_permutations} permutations"
+        if self.null.n_used < self.n:
+            shuffles += f" of {self.null.n_used} of the images"
         place_x, place_y = _place(best["block"], best["site"]), _place(best["block_y"], best["site_y"])
         return (
             f"{sure} of {len(nearest)} layers of {a} resemble {'another' if self.self_comparison else 'some'} "
             f"layer of {b} more than chance (p ≤ 0.05 after correction for the search over "
-            f"{self.values.size} cells, {self.null.n_permutations} permutations{sampled}, n = {self.n}). The closest pair: "
+            f"{self.values.size} cells, {shuffles}, n = {self.n}). The closest pair: "
             f"{place_x} and {place_y}, debiased CKA {best['value']:.3f} "
             f"[{best['low']:.3f}, {best['high']:.3f}], p = {best['pvalue_max']:.2g}."
         )
