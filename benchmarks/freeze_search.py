@@ -5,7 +5,7 @@
 
 `make-table` trains every mask at every learning rate: a short rung and 3 seeds for the search to look at, and
 3 unseen seeds with test accuracy, at each mask's own rate, to judge by. It is resumable: finished trainings are
-kept in an SQLite file beside the table and never repeated. `--dry-run` states the cost.
+kept in an SQLite file under runs/ and never repeated. `--dry-run` states the cost.
 
 `replay` runs strategies on stored tables and prints the measures of PROTOCOL.md section 6. The default
 strategy has no setting that was tuned on these tables; where that changes, `--leave-one-out` says so.
@@ -37,6 +37,9 @@ from layerprobe.search.space import REPORT_REPEAT, Space, Trial, strip
 from layerprobe.tables import write_frame
 
 TABLES = Path("results/freeze_search/tables")
+WORK = Path("runs")
+"""Finished trainings of unfinished tables; not part of the repository."""
+
 LRS = (3e-4, 1e-3, 3e-3)
 FIDELITY = 0.25
 SHARE = 0.2
@@ -87,7 +90,8 @@ def make_table(arguments: argparse.Namespace) -> None:
     folder = TABLES / arguments.name
     folder.mkdir(parents=True, exist_ok=True)
     identity = {**identify(backbone, task, settings), "exhaustive_table": True}
-    url = str(folder / "study.db")
+    WORK.mkdir(parents=True, exist_ok=True)
+    url = str(WORK / f"table-{arguments.name}.db")
     ledger = Ledger.open(url, identity)
     began = time.time()
 
