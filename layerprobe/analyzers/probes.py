@@ -12,7 +12,7 @@ import pandas as pd
 from layerprobe.analyzers.probe_extras import ExtraSetting, check_extras, measure_extra
 from layerprobe.errors import UsageError
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.probing import C_GRID, ProbeResult, check_grid, select_probe
+from layerprobe.metrics.probing import C_GRID, ProbeResult, check_grid, check_refit, select_probe
 from layerprobe.metrics.probing_checks import check_features, check_labels
 from layerprobe.metrics.uncertainty import PairedDifference, paired_bootstrap
 from layerprobe.progress import progress_bar
@@ -292,12 +292,13 @@ def linear_probes(
     UsageError : non-finite values (named by layer and image), different layers or lengths, one class only, a
         class without a training image, a sample that is in two splits.
     """
+    check_refit(refit)
+    grid = check_grid(Cs)
+    check_extras(extras)
     splits, classes, facts = _read_splits(
         (features_train, y_train), (features_val, y_val), (features_test, y_test)
     )
     train, validation, test = splits
-    grid = check_grid(Cs)
-    check_extras(extras)
     extra_rows: list[dict[str, Any]] = []
     results: list[ProbeResult | None] = []
     reasons: list[str | None] = []

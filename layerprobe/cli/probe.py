@@ -95,10 +95,12 @@ def probe(
     from layerprobe.backbones import load_backbone
     from layerprobe.hooks import all_layers
     from layerprobe.layers import LayerRef, parse_blocks
-    from layerprobe.metrics.probing import C_GRID
+    from layerprobe.metrics.probing import C_GRID, check_grid, check_refit
     from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength
     from layerprobe.tasks import load_task
 
+    check_refit(refit)
+    grid = check_grid(C_GRID if Cs is None else Cs)
     loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
     chosen_sites = [LayerRef(0, site.strip()).site for site in sites.split(",")]
 
@@ -134,7 +136,7 @@ def probe(
         pixels="pixels" in asked,
         layers=layers,
         extras=[*(["labels"] if "labels" in asked else []), *further],
-        Cs=C_GRID if Cs is None else Cs,
+        Cs=grid,
         refit=refit,
         seed=seed,
         batch_size=batch_size,

@@ -86,6 +86,12 @@ def check_grid(Cs: ArrayLike) -> np.ndarray:
     return grid
 
 
+def check_refit(refit: str) -> None:
+    """Raises UsageError for what is not in `REFITS`."""
+    if refit not in REFITS:
+        raise UsageError(f"refit is one of {', '.join(REFITS)}; got '{refit}'")
+
+
 def fit_logistic_path(
     X: np.ndarray,
     y: np.ndarray,
@@ -153,8 +159,7 @@ def select_probe(
     ------
     UsageError : see `fit_logistic_path`; an unknown refit.
     """
-    if refit not in REFITS:
-        raise UsageError(f"refit is one of {', '.join(REFITS)}; got '{refit}'")
+    check_refit(refit)
     grid = check_grid(Cs)
     (X, y), (X_val, y_val), (X_test, y_test) = train, validation, test
     data = Standardised.of(X)

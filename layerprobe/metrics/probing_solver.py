@@ -276,11 +276,13 @@ class LogisticPath:
         the relative decrement and duality gap."""
         penalty = 1 / C
         value, g = self._exact(self.W, self.b, penalty)
+        size = g.norm()
+        if size == 0:
+            return value, 0.0, 0.0
         W, b = self.W.float(), self.b.float()
         logits = torch.addmm(b, self.Z, W.T)
         system = _NewtonSystem(self, _softmax(logits), penalty)
         self.evaluations += 1
-        size = g.norm()
         solution = system.solve((g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2)
         unit = 0.5 * float(size) ** 2 / value
         direction = solution.direction * size.float()

@@ -114,6 +114,13 @@ def test_confident_classes_and_a_class_of_one_row() -> None:
         assert probe.fit.objective <= reference * (1 + 1e-4)
 
 
+def test_features_without_variation_leave_the_class_shares() -> None:
+    y = np.repeat([0, 1], [30, 10])
+    probe = fit_logistic_path(np.full((40, 3), 2.0), y, [1.0])[0]
+    assert probe.fit.converged
+    assert np.allclose(np.exp(probe.log_probabilities(np.full((1, 3), 2.0))), [[0.75, 0.25]])
+
+
 def test_selection_uses_validation_and_reports_test_once() -> None:
     X, y = transformer_like(n=900)
     parts = [slice(0, 400), slice(400, 600), slice(600, 900)]
