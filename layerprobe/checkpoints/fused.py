@@ -10,7 +10,7 @@ import numpy as np
 from layerprobe.checkpoints.naming import Place
 from layerprobe.checkpoints.tensors import RAW_DTYPES, StoredTensor
 
-_SIDE_BY_SIDE = re.compile(r"(?:^|\.)(?:c_attn|qkv|qkv_proj|in_proj|in_proj_weight)(?:\.weight)?$")
+_SIDE_BY_SIDE = re.compile(r"(?:^|\.)(?:c_attn|qkv|to_qkv|qkv_proj|in_proj|in_proj_weight)(?:\.weight)?$")
 # `query_key_value` (GPT-NeoX, BLOOM, Falcon) interleaves q, k and v head by head and is left whole.
 
 

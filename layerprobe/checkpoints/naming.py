@@ -33,7 +33,7 @@ _RULES = tuple(
     for kind, pattern in (
         ("norm", r"(?:\w*norm\w*|ln|ln_?\d|ln_\w+|\w+_ln)(?:\.(?:gamma|beta|scale|bias))?"),
         ("router", r"router|(?:mlp|block_sparse_moe|feed_forward)\.gate|router\.(?:classifier|layer)"),
-        ("qkv", r"c_attn|qkv|qkv_proj|query_key_value|wqkv|attn_qkv|in_proj|in_proj_weight"),
+        ("qkv", r"c_attn|qkv|to_qkv|qkv_proj|query_key_value|wqkv|attn_qkv|in_proj|in_proj_weight"),
         ("gate_up", r"gate_up_proj|gate_and_up_proj"),
         ("gate", r"gate_proj|w1|wi_0"),
         ("up", r"up_proj|w3|wi_1"),

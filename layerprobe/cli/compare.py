@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.outliers import Engine, Threads
+from layerprobe.cli.outliers import Engine, NoDevice, NoDtype, NoLimit, Threads, say_unused
 from layerprobe.cli.output import Output
 
 
@@ -29,6 +29,9 @@ def compare(
     threads: Threads = None,
     offline: options.Offline = False,
     seed: options.Seed = 0,
+    device: NoDevice = None,
+    dtype: NoDtype = None,
+    limit: NoLimit = None,
     as_json: options.Json = False,
     output: options.OutDir = None,
     dry_run: options.DryRun = False,
@@ -39,6 +42,7 @@ def compare(
     Example: layerprobe compare gpt2 vit-base
     """
     out = Output("compare", as_json=as_json, folder=output, quiet=quiet)
+    say_unused(out, device=device, dtype=dtype, limit=limit)
     groups = parse_groups(group) if group else None
     members = [*(models or []), *(name for names in (groups or {}).values() for name in names)]
     if dry_run:

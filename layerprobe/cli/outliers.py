@@ -16,6 +16,30 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Tensors read at once; default: the usable cores.")
 ]
 
+_NO_EFFECT = "No effect here, accepted because every command has it: "
+NoDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help=_NO_EFFECT + "weights are counted on the CPU.", rich_help_panel="Common options"
+    ),
+]
+NoDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help=_NO_EFFECT + "weights are measured as they are stored.",
+        rich_help_panel="Common options",
+    ),
+]
+NoLimit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help=_NO_EFFECT + "no images are read.", rich_help_panel="Common options"),
+]
+NoSeed = Annotated[
+    int,
+    typer.Option("--seed", min=0, help=_NO_EFFECT + "nothing is random.", rich_help_panel="Common options"),
+]
+
 
 def outliers(
     model: Annotated[
@@ -59,6 +83,10 @@ def outliers(
             rich_help_panel="Common options",
         ),
     ] = None,
+    seed: NoSeed = 0,
+    device: NoDevice = None,
+    dtype: NoDtype = None,
+    limit: NoLimit = None,
     dry_run: options.DryRun = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -68,6 +96,7 @@ def outliers(
     """
     single = output if output is not None and output.suffix in (".csv", ".parquet", ".json") else None
     out = Output("outliers", as_json=as_json, folder=None if single else output, quiet=quiet)
+    say_unused(out, device=device, dtype=dtype, limit=limit)
     if dry_run:
         from layerprobe.analyzers.outliers import checkpoint_facts
 
@@ -102,6 +131,12 @@ def outliers(
         report.save(single)
         out.say(f"saved: {single}")
     out.finish(report, table=report.table(), figures=_figures(report) if out.folder is not None else None)
+
+
+def say_unused(out: Output, **given: object) -> None:
+    """Tell the user which of the options they gave change nothing in this command."""
+    if unused := [f"--{name}" for name, value in given.items() if value is not None]:
+        out.say(f"{' and '.join(unused)} changed nothing: weights are counted on the CPU as they are stored")
 
 
 def parse_floats(text: str, flag: str) -> tuple[float, ...]:
