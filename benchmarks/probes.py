@@ -40,8 +40,9 @@ from threadpoolctl import threadpool_info
 
 from layerprobe.layers import parse_blocks
 from layerprobe.metrics.probing import C_GRID, LogisticProbe
+from layerprobe.metrics.probing_data import Standardised, objective
 from layerprobe.metrics.probing_ridge import ALPHA_GRID, ridge_sweep
-from layerprobe.metrics.probing_solver import LogisticPath, Standardised, objective
+from layerprobe.metrics.probing_solver import LogisticPath
 from layerprobe.metrics.uncertainty import paired_bootstrap
 from layerprobe.provenance import machine, versions
 

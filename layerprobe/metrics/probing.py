@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing_checks import check_features, check_labels
-from layerprobe.metrics.probing_solver import LogisticFit, LogisticPath, Standardised
+from layerprobe.metrics.probing_data import Standardised
+from layerprobe.metrics.probing_solver import LogisticFit, LogisticPath
 from layerprobe.metrics.uncertainty import Interval, wilson_interval
 
 C_GRID = tuple(10.0**power for power in range(-4, 4))

@@ -10,7 +10,7 @@ import torch
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing_checks import check_features, check_labels
-from layerprobe.metrics.probing_solver import Standardised
+from layerprobe.metrics.probing_data import Standardised
 from layerprobe.metrics.uncertainty import Interval, wilson_interval
 
 K_GRID = (1, 5, 10, 20, 50)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing_checks import check_features, check_labels
-from layerprobe.metrics.probing_solver import Standardised, lower_gram
+from layerprobe.metrics.probing_data import Standardised, lower_gram
 from layerprobe.metrics.uncertainty import Interval, wilson_interval
 
 ALPHA_GRID = tuple(10.0**power for power in range(-5, 3))
