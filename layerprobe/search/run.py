@@ -212,11 +212,14 @@ def freeze_search(
 def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:
     """What makes two searches the same: model, data, settings; not where or by how many it is run."""
     about = backbone.describe()
+    local = backbone.source.origin != "hub"
+    # Paths, and the last bits of a computed stem, may differ between machines that share one search.
+    left_out = ("model", "model_id", "origin", "stem_hash")
     return {
-        "model": backbone.source.model_id,
+        "model": Path(backbone.source.model_id).name if local else backbone.source.model_id,
         "revision": backbone.source.revision,
-        "backbone": {key: about[key] for key in sorted(about) if key not in ("device", "name")},
-        "task": task.task_id,
+        "backbone": {key: about[key] for key in sorted(about) if key not in left_out},
+        "task": Path(task.task_id).name,
         "split_hash": task.split_hash,
         **{key: value for key, value in asdict(settings).items() if key != "keep_bridge"},
     }
