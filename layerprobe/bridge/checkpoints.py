@@ -115,9 +115,13 @@ def save_checkpoint(
             "finished": final,
         },
     )
-    older = sorted((run_folder / "checkpoints").glob("step-*"))
-    for old in older[: max(0, len(older) - (keep - 1 if final else keep))]:
-        shutil.rmtree(old, ignore_errors=True)
+    # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
+    others = sorted(p for p in (run_folder / "checkpoints").glob("step-*") if p != folder)
+    earlier = [p for p in others if final or p.name < folder.name]
+    kept = set(earlier[len(earlier) - (keep - 1) :]) if keep > 1 else set()
+    for old in others:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

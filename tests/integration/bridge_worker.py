@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+TASKS: dict[int, Any] = {}
+
 
 def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port: int) -> None:
     """One process of a run; writes the digests of its weights to OUTPUT.rank<r>.json at the end."""
@@ -29,7 +31,7 @@ def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port:
             **settings.get("environment", {}),
         )
     torch.set_num_threads(1)
-    task = load_task("digits", limit=settings["images"], offline=True)
+    task = TASKS[settings["images"]]
     backbone = load_backbone(settings["model"], device="cpu", patch_size=4).prepare(task)
     plan = block_plan(backbone, settings["blocks"])
     config = BridgeConfig(**settings["config"])
@@ -92,6 +94,9 @@ def main() -> None:
     output, world, kills = settings["output"], settings["processes"], settings.get("kills", 0)
     draw = random.Random(0)
     killed = 0
+    # Before the forks, so that they inherit the images and the model's code.
+    TASKS[settings["images"]] = load_task("digits", limit=settings["images"], offline=True)
+    load_backbone(settings["model"], device="cpu", patch_size=4)
     if kills:
         codes = wait(start(settings, output + "-whole", world))
         assert codes == [0] * world

@@ -127,7 +127,7 @@ def test_killed_twenty_times_and_still_the_same_bits(model, tmp_path, processes)
         processes=processes,
         images=60,
         blocks=[0, 2],
-        config={**CONFIG, "steps": 400, "checkpoint_every": 3},
+        config={**CONFIG, "steps": 130, "checkpoint_every": 2},
         kills=20,
     )
     assert answer["killed"] == 20

@@ -83,6 +83,21 @@ def test_a_real_full_file_system_reads_the_same(make_backbone, task, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_checkpoints_are_kept_and_one_that_no_run_file_names_is_not(
+    make_backbone, task, tmp_path, keep, at_step
+):
+    stale = tmp_path / "checkpoints" / "step-00000099"
+    stale.mkdir(parents=True)
+    undo = at_step(5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        bridge_train(
+            make_backbone(), task, config=SMALL.replace(checkpoint_every=1, keep=keep), output=tmp_path
+        )
+    undo()
+    assert steps_kept(tmp_path) == [3, 4, 5][3 - keep :]
+
+
 def test_ctrl_c_saves_between_two_steps(make_backbone, task, tmp_path, at_step):
     whole = bridge_train(make_backbone(), task, config=SMALL)
     undo = at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -165,6 +165,18 @@ def test_memory_savers_change_nothing_but_memory(option, make_backbone, task):
     assert saving.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), rel=1e-5)
 
 
+def test_compiling_changes_no_result(make_backbone, task, tmp_path, monkeypatch):
+    """The traced model trains as the plain one, and checkpoints keep the plain model's names."""
+    import functools
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    plain = bridge_train(make_backbone("llama"), task, config=SMALL)
+    traced = bridge_train(make_backbone("llama"), task, config=SMALL.replace(compile=True), output=tmp_path)
+    assert traced.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), rel=1e-5)
+    names = set(dict(AutoModel.from_pretrained(tmp_path / "final" / "backbone").named_parameters()))
+    assert names == set(dict(plain.backbone.model.named_parameters()))
+
+
 def test_more_classes_than_images(make_backbone, task):
     with pytest.raises(UsageError, match="65 random classes are more than the 64 training images"):
         bridge_train(make_backbone(), task, config=BridgeConfig(random_classes=65))
