@@ -419,10 +419,14 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
     for key in [*wanted, *known]:
-        if known.get(key) != wanted.get(key):
-            return f"{key} {known.get(key)!r} there, {wanted.get(key)!r} here"
+        ours, theirs = wanted.get(key), known.get(key)
+        if ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return _difference(theirs, ours, f"{within}{key}.")
+        return f"{within}{key} {theirs!r} there, {ours!r} here"
     return "arguments differ"
 
 

@@ -143,6 +143,9 @@ def test_another_search_in_the_storage_is_refused_in_one_line(tmp_path: Path) ->
     Ledger.open(tmp_path / "study.db", {"budget": 20, "model": "a"})
     with pytest.raises(UsageError, match=r"holds another search \(budget 20 there, 30 here\)"):
         Ledger.open(tmp_path / "study.db", {"budget": 30, "model": "a"})
+    with pytest.raises(UsageError, match=r"\(stem.size 3 there, 4 here\)"):
+        Ledger.open(tmp_path / "nested.db", {"stem": {"kind": "pca", "size": 3}}).close()
+        Ledger.open(tmp_path / "nested.db", {"stem": {"kind": "pca", "size": 4}})
     optuna.create_study(study_name="mine", storage=f"sqlite:///{tmp_path / 'other.db'}")
     with pytest.raises(UsageError, match=r"already holds another optuna study \('mine'\)"):
         Ledger.open(tmp_path / "other.db", {})
