@@ -90,7 +90,9 @@ def main() -> None:
     X, y = features(options.n, options.d, options.classes, options.seed)
 
     def battery() -> float:
-        return float(sum(score.value or 0.0 for score in readable_scores(X, y, scores=SPECTRAL_SCORES).values()))
+        return float(
+            sum(score.value or 0.0 for score in readable_scores(X, y, scores=SPECTRAL_SCORES).values())
+        )
 
     sides: dict[str, Callable[[], float]] = {
         "logme exact": lambda: logme(X, y),
@@ -109,7 +111,9 @@ def main() -> None:
                 times[name].append(seconds)
     median = {name: statistics.median(spent) for name, spent in times.items()}
     exact = median["logme exact"]
-    lines = [f"n={options.n} d={options.d} classes={options.classes} rounds={options.rounds}, one thread, CPU time"]
+    lines = [
+        f"n={options.n} d={options.d} classes={options.classes} rounds={options.rounds}, one thread, CPU time"
+    ]
     for name in sides:
         lines.append(
             f"{name:34} {median[name]:8.4f} s   (min {min(times[name]):.4f}, max {max(times[name]):.4f})"
