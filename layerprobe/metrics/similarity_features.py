@@ -12,8 +12,8 @@ from layerprobe.metrics.similarity_pairs import FloatArray, Progress, Terms
 from layerprobe.metrics.similarity_rows import FLOAT64_UP_TO, CentredRows
 
 PIECE_ROWS = 8192
-PIECE_BYTES = 24 << 20
-ACCUMULATOR_BYTES = 80 << 20
+PIECE_BYTES = 16 << 20
+ACCUMULATOR_BYTES = 48 << 20
 SAMPLE_ROWS = 2048
 """Images whose influence is measured for the standard error; all of them would double the cost."""
 KERNEL_ROWS = 256

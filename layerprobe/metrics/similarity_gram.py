@@ -28,7 +28,8 @@ def gram_terms(
 ) -> Terms:
     """HSIC₁ sums, by groups of images, from centred Gram tiles.
 
-    The rows come in the random `order`; consecutive ones form units of `unit` rows, units form groups. For
+    The rows come in the random `order`; consecutive ones form units of `unit` rows (the last one padded with
+    zeros), units form groups. For
     every pair of units the products of all layers' Gram blocks are one small batched product of at most
     `unit` terms, then summed. Diagonals of the Gram matrices are taken out before any product.
     """
@@ -50,7 +51,8 @@ def gram_terms(
     for left in range(0, padded, strip):
         right = min(left + strip, padded)
         columns = [
-            _load(x, order, left, right, panel, device) for x, panel in zip(layers, panels, strict=True)
+            _load(layer, order, left, panel[: min(right, n) - left], device)
+            for layer, panel in zip(layers, panels, strict=True)
         ]
         start = left
         while start < padded:
@@ -58,19 +60,16 @@ def gram_terms(
             stop = min(start + DIAGONAL_ROWS, right) if on_diagonal else min(start + TILE_ROWS, padded)
             height, width = stop - start, (stop if on_diagonal else right) - left
             tile = buffer[: len(layers) * height * width].view(len(layers), height, width)
+            seen_rows, seen_columns = min(stop, n) - start, min(left + width, n) - left
+            tile[:, seen_rows:].zero_()
+            tile[:, :, seen_columns:].zero_()
             for index, (layer, panel) in enumerate(zip(layers, columns, strict=True)):
                 if on_diagonal:
-                    rows = panel[start - left : stop - left]
+                    rows = panel[start - left :][:seen_rows]
                 else:
-                    rows = _load(
-                        layer,
-                        order,
-                        start,
-                        stop,
-                        chunk.reshape(-1)[: height * layer.d].reshape(height, -1),
-                        device,
-                    )
-                torch.mm(rows, panel[:width].T, out=tile[index])
+                    into = chunk.reshape(-1)[: seen_rows * layer.d].reshape(seen_rows, -1)
+                    rows = _load(layer, order, start, into, device)
+                torch.mm(rows, panel[:seen_columns].T, out=tile[index, :seen_rows, :seen_columns])
             if on_diagonal:
                 diagonal = tile[:, :, start - left :].diagonal(dim1=1, dim2=2)
                 diagonals[:, start:stop] = diagonal.cpu().numpy()
@@ -105,18 +104,11 @@ def strip_rows(padded: int, bytes_per_row: int) -> int:
 
 
 def _load(
-    layer: CentredRows,
-    order: NDArray[np.intp],
-    start: int,
-    stop: int,
-    into: NDArray[Any],
-    device: str,
+    layer: CentredRows, order: NDArray[np.intp], start: int, into: NDArray[Any], device: str
 ) -> torch.Tensor:
-    """Centred rows `start` to `stop` of a layer; beyond the last image rows are zero and add nothing."""
-    index = order[start:stop]
-    layer.fill(index, into[: len(index)])
-    into[len(index) : stop - start] = 0.0
-    return torch.from_numpy(into[: stop - start]).to(device)
+    """As many centred rows from `start` on as `into` holds."""
+    layer.fill(order[start : start + len(into)], into)
+    return torch.from_numpy(into).to(device)
 
 
 def _block_sums(tile: torch.Tensor, a: int, unit: int, *, own: bool) -> tuple[FloatArray, FloatArray | None]:

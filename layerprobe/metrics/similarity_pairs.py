@@ -181,7 +181,9 @@ def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: 
         * (c * terms.part_cross - u * terms.part_x[:, :, None] - v * terms.part_y[:, None, :])
     )
     quadratic = 2.0 * terms.square(c, u, v)
-    variance = np.maximum(np.square(influence).sum(axis=0) - quadratic, quadratic)
+    # No variance is below its quadratic part, but the positive part of a noisy difference is biased upwards
+    # (by 15 % for independent features at n = 100), so only three quarters of that part are insisted on.
+    variance = np.maximum(np.square(influence).sum(axis=0) - quadratic, 0.75 * quadratic)
     return PairwiseCKA(values, np.sqrt(variance), _reasons(xs, ys, self_x, self_y), influence, n, method)
 
 
