@@ -35,7 +35,8 @@ class SearchResult(Record):
     trials : one row a training (trials.csv). baselines : one row an arm, test accuracy (baselines.csv).
     pareto : one row a plan valued at full length: accuracy, parameters, cost, on the front or not.
     finalists : one row a finalist: validation accuracy per common seed, chosen or not.
-    facts : cost, budget, seeds and everything else for the report.
+    facts : cost, budget, seeds and everything else for the report; `lr_at_edge` names arms whose learning
+        rate is the smallest or largest of the grid, so that a wider one might serve them better.
     """
 
     command: ClassVar[str] = "freeze-search"

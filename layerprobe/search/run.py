@@ -33,16 +33,16 @@ from layerprobe.search.workers import helpers
 
 SCORE_COLUMNS = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
 
-DEFAULT_LRS = (1e-4, 3e-4, 1e-3)
+DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 DEFAULT_BUDGET = 20.0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 9.0,
+        "budget": 11.0,
         "bridge_steps": 15,
         "finetune_steps": 60,
         "batch_size": 32,
-        "lrs": (3e-4, 1e-3),
+        "lrs": (1e-4, 3e-4, 1e-3),
         "fidelity": 0.5,
         "baselines": ("all", "none", "norms", "first-half", "last-half"),
         "keep_bridge": True,
@@ -356,6 +356,15 @@ class _Search:
         kind = verdict_kind(winner.mask, versus)
         records = self.ledger.records()
         report_cost = sum({t.key: space.cost(t) for t, _, _ in records if t not in bench.history}.values())
+        grid = sorted(settings.lrs)
+        at_edge = [
+            result.arm.name for result in results if len(grid) > 1 and result.lr in (grid[0], grid[-1])
+        ]
+        if at_edge:
+            self.say(
+                f"the best learning rate lies at the edge of the grid for {', '.join(at_edge)}; a wider --lrs "
+                "may change the comparison"
+            )
         facts = {
             "model": self.backbone.name,
             "revision": self.backbone.source.revision,
@@ -385,6 +394,7 @@ class _Search:
             "train_seconds": sum(outcome.seconds for _, outcome, _ in records),
             "seeds": settings.seeds,
             "seed": settings.seed,
+            "lr_at_edge": at_edge,
             "chance": 1.0 / self.task.n_classes,
             "score_columns": sorted(score_frame["metric"].unique()) if len(score_frame) else [],
         }
