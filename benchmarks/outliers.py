@@ -117,7 +117,7 @@ def child(what: str, folder: Path, engine: str, repeats: int) -> dict[str, Any]:
     from layerprobe.checkpoints import CHUNK_BYTES, open_checkpoint
     from layerprobe.metrics.outliers import OutlierRules
 
-    rules = OutlierRules(order=what != "quick")
+    rules = OutlierRules.sigma_only() if what == "quick" else OutlierRules()
     checkpoint = open_checkpoint(folder)
     # Compiling, importing and the first touch of the engine are start-up, not speed.
     scan(checkpoint.select(["model.norm.weight", "*layers.0*q_proj*"]), rules=rules, engine=engine, threads=1)

@@ -67,7 +67,7 @@ def outliers(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Without medians, quantiles, Tukey fences and tail index.")
+        bool, typer.Option("--quick", help="Only moments and counts beyond kσ; quicker for float32.")
     ] = False,
     engine: Engine = "auto",
     threads: Threads = None,
@@ -108,13 +108,13 @@ def outliers(
     from layerprobe.analyzers.outliers import outlier_report
     from layerprobe.metrics.outliers import OutlierRules
 
-    rules = OutlierRules(
-        sigmas=parse_floats(sigmas, "--sigmas"),
-        absolute=parse_floats(absolute, "--absolute"),
-        mean_multiples=parse_floats(mean_multiples, "--mean-multiples"),
-        top=top,
-        order=not quick,
-    )
+    chosen = parse_floats(sigmas, "--sigmas")
+    counted = parse_floats(absolute, "--absolute")
+    if quick:
+        rules = OutlierRules.sigma_only(chosen, absolute=counted, top=top)
+    else:
+        multiples = parse_floats(mean_multiples, "--mean-multiples")
+        rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
     report = outlier_report(
         model,
         revision=revision,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outlier_axes import AxisOutliers
@@ -52,6 +53,11 @@ class OutlierRules:
             raise UsageError(f"tail is a share between 0 and 1, got {self.tail}")
         if self.top < 0:
             raise UsageError(f"top cannot be negative, got {self.top}")
+
+    @classmethod
+    def sigma_only(cls, sigmas: tuple[float, ...] = (3.0, 6.0), **rules: Any) -> OutlierRules:
+        """The counts beyond kσ and the moments alone: the quickest that answers the main question."""
+        return cls(sigmas=sigmas, curve=(), mean_multiples=(), order=False, **rules)
 
     @property
     def all_sigmas(self) -> tuple[float, ...]:
@@ -129,7 +135,9 @@ def merge_outliers(parts: Iterable[TensorOutliers]) -> TensorOutliers:
     if total.n:
         total.mean_abs = magnitude / total.n
         moment_values(total)
-        total.values |= {"mean_abs": total.mean_abs, "zero_ratio": total.zeros / total.n}
+        total.values["zero_ratio"] = total.zeros / total.n
+        if not math.isnan(total.mean_abs):
+            total.values["mean_abs"] = total.mean_abs
     defined = {*total.values, *total.counts}
     total.reasons = {name: why for name, why in total.reasons.items() if name not in defined}
     total.reasons |= dict.fromkeys(("median", "mad"), "order statistics of several tensors do not merge")

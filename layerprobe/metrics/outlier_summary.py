@@ -257,9 +257,9 @@ def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorO
     for chunk in passes():
         maxima = block_maxima(chunk.view(np.uint32), top.mask)
         all_finite = maxima.max() <= _LARGEST_FLOAT32
-        moments, absolute = chunk_moments(chunk, all_finite)
+        moments, absolute = chunk_moments(chunk, bool(all_finite), absolute=bool(rules.mean_multiples))
         result.moments, magnitude = result.moments.merge(moments), magnitude + absolute
-        result.zeros += chunk.size - int(np.count_nonzero(chunk))
+        result.zeros += int(np.count_nonzero(chunk == 0))
         if moments.n < chunk.size:
             result.nan += int(np.isnan(chunk).sum())
         if moments.n:
@@ -274,9 +274,12 @@ def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorO
         return result
     if least == most:
         result.moments = Moments(result.n, least)
-    result.mean_abs = magnitude / result.n
+    if rules.mean_multiples:
+        result.mean_abs = magnitude / result.n
     _measure_moments(result, least, most)
     thresholds = _thresholds(result, rules)
+    if not thresholds:
+        return result
     result.counts = dict.fromkeys(thresholds, 0)
     # What lies between the innermost bounds satisfies no rule; one step of float32 covers the rounding.
     inner_low = np.nextafter(np.float32(max(c - b for c, b in thresholds.values())), np.float32(math.inf))
@@ -319,9 +322,10 @@ def _measure_moments(result: TensorOutliers, least: float, most: float) -> None:
     values |= {
         "minimum": least,
         "maximum": most,
-        "mean_abs": result.mean_abs,
         "zero_ratio": result.zeros / result.n,
     }
+    if not math.isnan(result.mean_abs):
+        values["mean_abs"] = result.mean_abs
     mean, std = result.moments.mean, result.moments.std
     moment_values(result)
     if math.isfinite(mean) and 0 < std < math.inf:
