@@ -41,7 +41,6 @@ WORK = Path("runs")
 """Finished trainings of unfinished tables; not part of the repository."""
 
 LRS = (3e-4, 1e-3, 3e-3)
-FIDELITY = 0.25
 SHARE = 0.2
 """The share of the exhaustive cost at which strategies are judged."""
 
@@ -67,7 +66,7 @@ def make_table(arguments: argparse.Namespace) -> None:
     settings = Settings(
         lrs=tuple(arguments.lrs),
         seeds=arguments.seeds,
-        fidelity=FIDELITY,
+        fidelity=arguments.fidelity,
         bridge_steps=arguments.bridge_steps,
         finetune_steps=arguments.finetune_steps,
         batch_size=arguments.batch_size,
@@ -76,7 +75,7 @@ def make_table(arguments: argparse.Namespace) -> None:
     )
     evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
     space = Space(evaluator.block_params())
-    selection = selection_trials(space, settings.lrs, settings.seeds, FIDELITY)
+    selection = selection_trials(space, settings.lrs, settings.seeds, settings.fidelity)
     cost = sum(space.cost(trial) for trial in selection)
     judging = sum(settings.seeds * space.cost(Trial(mask, 1.0)) for mask in space.masks())
     print(
@@ -113,7 +112,7 @@ def make_table(arguments: argparse.Namespace) -> None:
     scores = pd.DataFrame(ledger.get("scores"))
     with helpers(arguments.workers - 1, url, identity, evaluator):
         found = value(selection)
-        table = ExhaustiveTable(arguments.name, space, settings.lrs, settings.seeds, FIDELITY, dict(found))
+        table = ExhaustiveTable(arguments.name, space, settings.lrs, settings.seeds, settings.fidelity, dict(found))
         found |= value(judging_trials(space, table.own_lr, settings.seeds))
     rows = [
         {
@@ -143,7 +142,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             "block_params": list(space.block_params),
             "lrs": list(settings.lrs),
             "seeds": settings.seeds,
-            "fidelity": FIDELITY,
+            "fidelity": settings.fidelity,
             "bridge_steps": settings.bridge_steps,
             "finetune_steps": settings.finetune_steps,
             "batch_size": settings.batch_size,
@@ -246,11 +245,12 @@ def main() -> None:
     make.add_argument("--limit", type=int, default=2000)
     make.add_argument("--patch-size", type=int, default=8)
     make.add_argument("--stem", default="pca")
-    make.add_argument("--bridge-steps", type=int, default=40)
-    make.add_argument("--finetune-steps", type=int, default=80)
+    make.add_argument("--bridge-steps", type=int, default=30)
+    make.add_argument("--finetune-steps", type=int, default=120)
     make.add_argument("--batch-size", type=int, default=32)
     make.add_argument("--seeds", type=int, default=3)
     make.add_argument("--lrs", type=float, nargs="+", default=LRS)
+    make.add_argument("--fidelity", type=float, default=0.4, help="length of the short rung")
     make.add_argument("--workers", type=int, default=1)
     make.add_argument("--device", default="cpu")
     make.add_argument("--dry-run", action="store_true")
