@@ -10,12 +10,15 @@ import torch
 from scipy.linalg import blas
 
 _ROWS = 4096  # rows of the features that are held in float64 at a time
+_DEAD = 1e-9  # of the largest deviation; below that a column is switched off
 
 
 class Standardised:
     """Features with the column means and deviations of a training split, read in float64 blocks of rows.
 
-    Columns without variation are centred and left unscaled, so they are zero on the training split.
+    Columns without variation are centred and left unscaled, so they are zero on the training split. So are dead
+    ones, whose deviation is below a billionth of the largest: trained norms switch dimensions off with weights
+    near 1e-30, and dividing by that would make a probe whose own weights are near 1e30.
     """
 
     def __init__(self, X: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> None:
@@ -36,6 +39,7 @@ class Standardised:
         deviation = np.sqrt(square / n)
         # A column of one repeated number has a deviation of rounding size, not of size 0.
         constant = deviation <= 1e-12 * np.maximum(np.abs(mean), 1e-300) * math.sqrt(n)
+        constant |= deviation <= _DEAD * deviation.max(initial=0.0)
         return cls(X, mean, np.where(constant, 1.0, deviation))
 
     def like(self, X: np.ndarray) -> Standardised:
