@@ -46,8 +46,8 @@ class Images32:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="minilm")
-    parser.add_argument("--images", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=None, help="folder for benchmark.json")
     options = parser.parse_args()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.analyzers.features import extract_features
-from layerprobe.analyzers.heads import make_classifier
+from layerprobe.analyzers.heads import HEADS, make_classifier
 from layerprobe.analyzers.trainability import TRAINABLE_SCORES, trainable_scores
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError
@@ -137,6 +137,13 @@ def transfer_scores(
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families:
         raise UnknownNameError(f"unknown families {unknown}; choose of: {', '.join(FAMILIES)}")
+    if isinstance(head, str) and head not in HEADS:
+        raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
+    if "trainable" in families and (n_batches < 3 or batch_size < 1 or n_fisher < 2):
+        raise UsageError(
+            f"trainable scores need at least 3 batches and 2 images for Fisher: got n_batches={n_batches}, "
+            f"batch_size={batch_size}, n_fisher={n_fisher}"
+        )
     backbone.prepare(task)
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
@@ -209,11 +216,6 @@ def _trainable_rows(
     seed: int,
     quiet: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    if n_batches < 3 or batch_size < 1 or n_fisher < 2:
-        raise UsageError(
-            f"trainable scores need at least 3 batches and 2 images for Fisher: got n_batches={n_batches}, "
-            f"batch_size={batch_size}, n_fisher={n_fisher}"
-        )
     train = task.train
     wanted = n_batches * batch_size
     if len(train) < 3 * batch_size:
