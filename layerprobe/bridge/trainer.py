@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
 
 from layerprobe.bridge import checkpoints
-from layerprobe.bridge.classifier import Classifier, Prefix, Snapshot, set_training
+from layerprobe.bridge.classifier import Classifier, Prefix, set_training
 from layerprobe.bridge.config import BridgeConfig
 from layerprobe.bridge.data import Pixels, TaskTensors
 from layerprobe.bridge.drift import drift_rows, initial_weights
@@ -27,7 +24,6 @@ from layerprobe.bridge.history import History
 from layerprobe.bridge.loop import (
     DivergedError,
     Step,
-    autocast,
     make_accelerator,
     make_optimizer,
     make_prefix,
@@ -35,10 +31,11 @@ from layerprobe.bridge.loop import (
     predict,
     training_steps,
 )
+from layerprobe.bridge.rates import choose_rate
 from layerprobe.bridge.run import BridgeRun
 from layerprobe.bridge.sharding import full, shard
-from layerprobe.bridge.value import run_stage
-from layerprobe.errors import NotAvailableError, UsageError
+from layerprobe.bridge.watching import flat_settings, interrupts, tracking
+from layerprobe.errors import UsageError
 from layerprobe.files import output_folder
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.apply import Fingerprint
@@ -124,13 +121,13 @@ class _Training:
         self.plan, self.config, self.folder, self.quiet = plan, config, folder, quiet
         self.pixels: Pixels = tensors.pixels["train"]
         self.n_steps = config.n_steps(len(self.pixels))
-        self.accelerator = make_accelerator(backbone.device, **_tracking(config.trackers, folder))
+        self.accelerator = make_accelerator(backbone.device, **tracking(config.trackers, folder))
         if self.accelerator.num_processes > 1:
             backbone.to(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.about = {**backbone.describe(), **tensors.facts}
         found = checkpoints.find_checkpoint(folder) if folder is not None and resume else None
-        self.lr = self._chosen_lr(found)
+        self.lr = self._rate(found)
         self.classifier = Classifier(backbone, config.random_classes, seed=config.seed)
         # Digests before any training: a continued run is held to these too.
         self.guard = Guard(plan, self.classifier)
@@ -163,7 +160,7 @@ class _Training:
             model = torch.compile(model)
         self._first_files()
         if config.trackers:
-            self.accelerator.init_trackers("layerprobe-bridge", config=_flat(config.to_dict()))
+            self.accelerator.init_trackers("layerprobe-bridge", config=flat_settings(config.to_dict()))
         steps = training_steps(
             model,
             optimizer,
@@ -178,7 +175,7 @@ class _Training:
         )
         done = self.start
         with (
-            _interrupts() as interrupted,
+            interrupts() as interrupted,
             progress_bar(
                 total=self.n_steps * config.batch_size,
                 initial=self.start * config.batch_size,
@@ -293,10 +290,8 @@ class _Training:
             run.save(self.folder)
         return run
 
-    # -- learning rate -----------------------------------------------------------------------------------
-
-    def _chosen_lr(self, found: checkpoints.Checkpoint | None) -> float:
-        """The rate given, the one a continued run had, or the candidate with the lowest held-out loss."""
+    def _rate(self, found: checkpoints.Checkpoint | None) -> float:
+        """The learning rate given, the one a continued run had, or the best of the candidates."""
         config = self.config
         if found is not None:
             return float(found.state["lr"])
@@ -304,34 +299,7 @@ class _Training:
             return config.lrs[0] if config.lrs else config.lr
         if self.accelerator.num_processes > 1:
             raise UsageError("choose the learning rate with one process first, then pass one --lr")
-        steps = config.lr_steps or max(20, self.n_steps // 10)
-        losses = {}
-        for lr in config.lrs:
-            trial = config.replace(lr=lr, steps=steps, lrs=())
-            with Snapshot.restored(self.backbone):
-                try:
-                    stage = run_stage(
-                        self.backbone,
-                        self.tensors,
-                        self.labels,
-                        config.random_classes,
-                        plan=self.plan,
-                        config=trial,
-                    )
-                    losses[lr] = held_out_loss(stage.classifier, self.pixels, self.labels, config)
-                except DivergedError:
-                    losses[lr] = math.inf
-        best = min(losses, key=lambda lr: losses[lr])
-        if not math.isfinite(losses[best]):
-            raise DivergedError(
-                f"all learning rates diverged: {', '.join(map(str, config.lrs))}; try lower ones"
-            )
-        if not self.quiet:
-            shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
-            note(
-                f"learning rate {best:g}, by random-label loss on unseen views after {steps} steps ({shown})"
-            )
-        return best
+        return choose_rate(self.backbone, self.tensors, self.labels, self.plan, config, quiet=self.quiet)
 
     # -- files -------------------------------------------------------------------------------------------
 
@@ -445,65 +413,11 @@ class _Training:
             raise DivergedError(f"{error}{left}") from error
 
 
-@torch.no_grad()
-def held_out_loss(classifier: Classifier, pixels: Pixels, labels: np.ndarray, config: BridgeConfig) -> float:
-    """Mean random-label loss on the plain, unshifted training images (at most 2,048), which training with
-    weak augmentation shows one time in eighteen."""
-    classifier.eval()
-    rows = np.arange(min(len(pixels), 2048))
-    total = 0.0
-    device = next(classifier.parameters()).device
-    for start in range(0, len(rows), 256):
-        part = rows[start : start + 256]
-        with autocast(device, config.precision):
-            logits = classifier(pixels[part].to(device))
-        targets = torch.from_numpy(labels[part]).to(device)
-        total += float(cross_entropy(logits.float(), targets, reduction="sum"))
-    return total / len(rows)
-
-
 def _refuse_idle(plan: FreezePlan, n_images: int) -> None:
     if not plan.trainable and plan.states["stem"] != TRAINABLE and plan.states["head"] != TRAINABLE:
         raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
     if n_images < 2:
         raise UsageError(f"{n_images} training images are too few for random labels")
-
-
-def _tracking(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
-    """Accelerate's arguments for trackers; one that is missing is an error, not a silence."""
-    if not names:
-        return {}
-    from accelerate.tracking import get_available_trackers
-
-    here = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if missing := [name for name in names if name not in here]:
-        raise NotAvailableError(
-            f"tracker '{missing[0]}' is not installed; installed: {', '.join(here) or 'none'} "
-            "(history.csv is written in any case)"
-        )
-    if folder is None:
-        raise UsageError("trackers write into the run folder; name one with -o")
-    return {"log_with": list(names), "project_dir": folder}
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Within: the first Ctrl-C is noted and acted on between two steps, the second is immediate."""
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
-
-    def note_it(signum: int, frame: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(signum)
-
-    before = signal.signal(signal.SIGINT, note_it)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _checkpoint_gradients(model: Any, on: bool) -> None:
@@ -518,10 +432,6 @@ def _checkpoint_gradients(model: Any, on: bool) -> None:
 
 def _row(metric: str, value: float, n: int | None) -> dict[str, Any]:
     return {"block": None, "metric": metric, "value": value, "n": n}
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
 
 
 def _digest(text: str) -> str:
