@@ -50,8 +50,8 @@ def make_table(arguments: argparse.Namespace) -> None:
     import torch
 
     from layerprobe.backbones import load_backbone
-    from layerprobe.search.run import Settings, identify
     from layerprobe.search.scores import layer_scores, proposals
+    from layerprobe.search.settings import Settings, identify
     from layerprobe.search.study import Ledger
     from layerprobe.search.valuing import ChainEvaluator
     from layerprobe.search.workers import helpers
@@ -112,7 +112,9 @@ def make_table(arguments: argparse.Namespace) -> None:
     scores = pd.DataFrame(ledger.get("scores"))
     with helpers(arguments.workers - 1, url, identity, evaluator):
         found = value(selection)
-        table = ExhaustiveTable(arguments.name, space, settings.lrs, settings.seeds, settings.fidelity, dict(found))
+        table = ExhaustiveTable(
+            arguments.name, space, settings.lrs, settings.seeds, settings.fidelity, dict(found)
+        )
         found |= value(judging_trials(space, table.own_lr, settings.seeds))
     rows = [
         {

@@ -163,7 +163,7 @@ def freeze_search(
         "max_trainable_params": max_trainable_params,
         "seed": seed,
     }
-    from layerprobe.search.run import PRESET_LOADING, make_settings
+    from layerprobe.search.settings import PRESET_LOADING, make_settings
 
     make_settings(preset, **given)
     usual = PRESET_LOADING.get(preset or "", {})

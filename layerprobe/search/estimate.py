@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerprobe.search.baselines import arms_cost, standard_arms
-from layerprobe.search.run import make_settings
+from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Space
 
 TOKENS = 64

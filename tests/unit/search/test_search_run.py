@@ -13,7 +13,7 @@ import layerprobe as lp
 from layerprobe.bridge import Outcome
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.search import run as run_module
-from layerprobe.search.run import PRESETS, make_settings
+from layerprobe.search.settings import PRESETS, make_settings
 
 FAST = {
     "budget": 5.0,

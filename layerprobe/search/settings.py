@@ -1,0 +1,121 @@
+"""The settings of a search, presets, and what makes two searches the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.search.baselines import ALL
+from layerprobe.search.space import Constraints
+from layerprobe.search.strategies import make_strategy
+from layerprobe.search.valuing import Chain
+
+DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+DEFAULT_BUDGET = 20.0
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "budget": 11.0,
+        "bridge_steps": 15,
+        "finetune_steps": 60,
+        "batch_size": 32,
+        "lrs": (1e-4, 3e-4, 1e-3),
+        "fidelity": 0.5,
+        "baselines": ("all", "none", "norms", "first-half", "last-half"),
+        "keep_bridge": True,
+    },
+}
+"""Settings that a preset replaces where the caller left the default."""
+
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
+"""The same for the command line: how the backbone meets the images, and how many processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that the answer depends on, beside backbone and task. See `freeze_search`."""
+
+    budget: float | None = None
+    time: float | None = None
+    strategy: str = "racing"
+    objective: str = "frugal"
+    seeds: int = 3
+    lrs: tuple[float, ...] = DEFAULT_LRS
+    fidelity: float = 0.25
+    bridge_steps: int = 100
+    finetune_steps: int = 100
+    batch_size: int = 64
+    random_classes: int = 10
+    precision: str = "float32"
+    use_scores: bool = True
+    baselines: tuple[str, ...] | None = None
+    min_frozen: int = 0
+    max_trainable_params: int | None = None
+    must_freeze: tuple[int, ...] = ()
+    must_train: tuple[int, ...] = ()
+    keep_bridge: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        make_strategy(self.strategy)
+        if self.budget is not None and self.time is not None:
+            raise UsageError("state a budget (in full trainings) or a time (in seconds), not both")
+        for name in ("budget", "time"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} must be positive, got {value}")
+        if self.baselines is not None and not {ALL} <= set(self.baselines):
+            raise UsageError("baselines must contain 'all': every report compares with training everything")
+
+    @property
+    def chain(self) -> Chain:
+        """The training that every plan gets."""
+        return Chain(
+            bridge_steps=self.bridge_steps,
+            finetune_steps=self.finetune_steps,
+            batch_size=self.batch_size,
+            random_classes=self.random_classes,
+            precision=self.precision,
+        )
+
+    @property
+    def constraints(self) -> Constraints:
+        """What a plan must obey."""
+        return Constraints(self.min_frozen, self.max_trainable_params, self.must_freeze, self.must_train)
+
+
+def make_settings(preset: str | None, **given: Any) -> Settings:
+    """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order."""
+    if preset is not None and preset not in PRESETS:
+        raise UnknownNameError(
+            f"unknown preset '{preset}'.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}"
+        )
+    chosen = {name: value for name, value in given.items() if value is not None}
+    base = dict(PRESETS[preset]) if preset is not None else {}
+    if "time" in chosen and "budget" not in chosen:
+        base.pop("budget", None)
+    merged = {**base, **chosen}
+    for name in ("lrs", "must_freeze", "must_train", "baselines"):
+        if name in merged:
+            merged[name] = tuple(merged[name])
+    if merged.get("budget") is None and merged.get("time") is None:
+        merged["budget"] = DEFAULT_BUDGET
+    return Settings(**merged)
+
+
+def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:
+    """What makes two searches the same: model, data, settings; not where or by how many it is run."""
+    about = backbone.describe()
+    local = backbone.source.origin != "hub"
+    # Paths, and the last bits of a computed stem, may differ between machines that share one search.
+    left_out = ("model", "model_id", "origin", "stem_hash")
+    return {
+        "model": Path(backbone.source.model_id).name if local else backbone.source.model_id,
+        "revision": backbone.source.revision,
+        "backbone": {key: about[key] for key in sorted(about) if key not in left_out},
+        "task": Path(task.task_id).name,
+        "split_hash": task.split_hash,
+        **{key: value for key, value in asdict(settings).items() if key != "keep_bridge"},
+    }
