@@ -1,7 +1,7 @@
 """How quick and how small is `layerprobe outliers`? Against bare reading of the same bytes, and against weightlens.
 
-    python benchmarks/outliers.py -o results/outliers            # 4 GB of temporary files
-    python benchmarks/outliers.py -o results/outliers --seven-b  # 17 GB, adds the full Llama-7B shape
+    python benchmarks/outliers.py -o results/outliers            # 2 GB of temporary files
+    python benchmarks/outliers.py -o results/outliers --seven-b  # 15 GB, adds the full Llama-7B shape
 
 Checkpoints are made first (Llama shapes, random Gaussian weights, written piece by piece) in a temporary folder
 and deleted at the end. Every measurement runs in a process of its own. CPU time is that of the process, all threads;
@@ -39,8 +39,8 @@ ENGINES = ("torch", "numba")
 
 SHAPES = {
     "small": {"hidden": 2048, "inner": 5632, "vocabulary": 8000, "blocks": 2},
-    "timing": {"hidden": 4096, "inner": 11008, "vocabulary": 16000, "blocks": 2},
-    "float32": {"hidden": 4096, "inner": 11008, "vocabulary": 16000, "blocks": 1},
+    "timing": {"hidden": 4096, "inner": 11008, "vocabulary": 8000, "blocks": 1},
+    "float32": {"hidden": 4096, "inner": 11008, "vocabulary": 8000, "blocks": 1},
     "7b": {"hidden": 4096, "inner": 11008, "vocabulary": 32000, "blocks": 32},
 }
 
@@ -216,13 +216,13 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
             **found,
         )
     for engine in ENGINES:
-        found = run_child("wall", folders["timing"], engine, repeats)
+        found = run_child("wall", folders["timing"], engine, max(3, repeats // 2))
         ratio = found["wall_1"] / found["wall_2"]
         report.line(
             f"bfloat16, {engine}: wall time, 1 thread against 2", ratio, "x", ">= 1.6", ratio >= 1.6, **found
         )
     for engine, what, least in (("numba", "cpu", 1.2), ("torch", "quick", 0.8), ("torch", "cpu", None)):
-        found = run_child(what, folders["float32"], engine, max(3, repeats // 2))
+        found = run_child(what, folders["float32"], engine, repeats)
         rate = found["bytes"] / 1e9 / found["scan"]
         part = "σ statistics only" if what == "quick" else "everything"
         bar = f">= {least}" if least else ""
@@ -310,7 +310,7 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path, help="folder for benchmark.json and benchmark.md")
     parser.add_argument("--seven-b", action="store_true", help="also the 13.5 GB shape")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--lens", help="the program of weightlens, perhaps in another environment")
     parser.add_argument("--scratch", type=Path, help="where the checkpoints go; kept when given, and reused")
     parser.add_argument("--child", choices=("cpu", "quick", "wall"), help=argparse.SUPPRESS)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from layerprobe.errors import UsageError
 from layerprobe.files import write_json
 from layerprobe.tables import envelope, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 class Record(ABC):
@@ -22,6 +25,9 @@ class Record(ABC):
     """
 
     command: ClassVar[str]
+    figure: ClassVar[str | None] = None
+    """`module.function` of `layerprobe.plotting` that `plot` uses; None where no single figure says it all."""
+
     provenance: dict[str, Any]
 
     @abstractmethod
@@ -50,6 +56,20 @@ class Record(ABC):
         write_frame(self.to_frame(), target / f"{self.command}.csv")
         write_json(target / f"{self.command}.json", self.to_json())
         return target
+
+    def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
+        """Draw the record's main figure into `ax`, or into a new one.
+
+        Raises
+        ------
+        UsageError : this kind of record has no single figure; see `layerprobe.plotting`.
+        """
+        if self.figure is None:
+            raise UsageError(f"a '{self.command}' record has no single figure; see layerprobe.plotting")
+        module, function = self.figure.split(".")
+        draw = getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
+        axes: Axes = draw(self.to_frame(), ax=ax, **style)
+        return axes
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()

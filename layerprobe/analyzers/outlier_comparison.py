@@ -52,6 +52,7 @@ class OutlierComparison(Record):
     """
 
     command: ClassVar[str] = "compare"
+    figure: ClassVar[str | None] = "outliers.plot_outlier_comparison"
 
     reports: list[OutlierReport]
     groups: dict[str, list[str]]
@@ -157,11 +158,9 @@ class OutlierComparison(Record):
             said.append(f"in the {depth['depth']} third ({depth['value']:.3g} times)")
         return "; farthest apart " + " and ".join(said) if said else ""
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
         """Ratio of ratios with intervals, by part and depth."""
-        from layerprobe.plotting.outliers import plot_outlier_comparison
-
-        return plot_outlier_comparison(self.to_frame(), n_sigma=self.n_sigma, ax=ax)
+        return super().plot(ax=ax, **{"n_sigma": self.n_sigma, **style})
 
 
 def compare_outliers(

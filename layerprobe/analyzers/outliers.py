@@ -36,6 +36,7 @@ class OutlierReport(Record):
     """
 
     command: ClassVar[str] = "outliers"
+    figure: ClassVar[str | None] = "outliers.plot_outlier_depth"
 
     model: str
     revision: str
@@ -266,11 +267,9 @@ class OutlierReport(Record):
             text += f". Skipped, being no floating-point weights: {skipped} of {len(self.tensors)} tensors"
         return text + "."
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
+    def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
         """Outlier ratio by depth and module kind; see `layerprobe.plotting.outliers` for the other figures."""
-        from layerprobe.plotting.outliers import plot_outlier_depth
-
-        return plot_outlier_depth(self.to_frame(), n_sigma=self.rules.sigmas[0], ax=ax)
+        return super().plot(ax=ax, **{"n_sigma": self.rules.sigmas[0], **style})
 
 
 def outlier_report(

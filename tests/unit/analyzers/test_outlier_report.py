@@ -278,6 +278,10 @@ def test_figures_draw_into_the_axes_they_are_given(tmp_path: Path) -> None:
     assert plots.plot_outlier_heatmap(frame, ax=axes[0, 1]) is axes[0, 1]
     assert plots.plot_outlier_tails(frame, ax=axes[1, 0]) is axes[1, 0]
     assert plots.plot_outlier_comparison(lp.compare_outliers(a, b).to_frame(), ax=axes[1, 1]) is axes[1, 1]
+    report = lp.outlier_report(a)
+    assert report.plot(ax=axes[0, 0]) is axes[0, 0]
+    axes[0, 0].clear()
+    plots.plot_outlier_depth(frame, ax=axes[0, 0])
     lines = {line.get_label(): line.get_ydata() for line in axes[0, 0].get_lines()}
     assert set(lines) == {"q", "k", "v", "o", "gate", "up", "down", "Gaussian"}
     ratios = values(frame, "outlier_ratio_3sigma", level="kind", kind="q")
