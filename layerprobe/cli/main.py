@@ -16,6 +16,7 @@ from layerprobe.errors import LayerprobeError
 
 EXIT_INTERRUPTED = 130
 
+
 @contextlib.contextmanager
 def known_errors_become_one_line() -> Iterator[None]:
     """Turn a LayerprobeError into `error: …` on stderr and its exit code; leave bugs their traceback."""

@@ -23,9 +23,7 @@ Init = Annotated[
 ]
 TaskName = Annotated[
     str,
-    typer.Option(
-        "--task", "-t", help="Alias, hub data set id or folder of images; see: layerprobe ls tasks"
-    ),
+    typer.Option("--task", "-t", help="Alias, hub data set id or folder of images; see: layerprobe ls tasks"),
 ]
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Folder that holds the task's files, instead of the hub.")
@@ -60,15 +58,11 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images per 
 
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", help="Strict JSON on stdout and nothing else there.", rich_help_panel=_COMMON
-    ),
+    typer.Option("--json", help="Strict JSON on stdout and nothing else there.", rich_help_panel=_COMMON),
 ]
 OutDir = Annotated[
     Path | None,
-    typer.Option(
-        "--output", "-o", help="Folder for tables, figures and records.", rich_help_panel=_COMMON
-    ),
+    typer.Option("--output", "-o", help="Folder for tables, figures and records.", rich_help_panel=_COMMON),
 ]
 Seed = Annotated[
     int, typer.Option("--seed", min=0, help="Seed of everything random.", rich_help_panel=_COMMON)

@@ -17,11 +17,11 @@ DEFAULT_BUDGET = 20.0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 11.0,
-        "bridge_steps": 15,
-        "finetune_steps": 60,
+        "budget": 9.0,
+        "bridge_steps": 20,
+        "finetune_steps": 100,
         "batch_size": 32,
-        "lrs": (1e-4, 3e-4, 1e-3),
+        "lrs": (1e-4, 3e-4),
         "fidelity": 0.5,
         "baselines": ("all", "none", "norms", "first-half", "last-half"),
         "keep_bridge": True,
