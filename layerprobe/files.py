@@ -96,7 +96,9 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 def cannot_write(path: Path, error: OSError) -> LayerprobeError:
     """The one-line form of an operating-system error met while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return LayerprobeError(f"the disk is full: {path} was not written; what was there before is untouched")
+        return LayerprobeError(
+            f"the disk is full: {path} was not written; what was there before is untouched"
+        )
     return LayerprobeError(f"cannot write {path}: {error.strerror or error}")
 
 

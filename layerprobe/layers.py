@@ -101,7 +101,9 @@ def _checked(index: int, n_blocks: int, model: str) -> int:
 
 
 def _no_block(index: int, n_blocks: int, model: str) -> str:
-    return f"block {index} does not exist: {model} has {n_blocks} blocks (0 to {n_blocks - 1}; -1 is the last)"
+    return (
+        f"block {index} does not exist: {model} has {n_blocks} blocks (0 to {n_blocks - 1}; -1 is the last)"
+    )
 
 
 def format_blocks(blocks: Sequence[int]) -> str:

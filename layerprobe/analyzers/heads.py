@@ -91,13 +91,20 @@ def fit_probe_head(
     if len(classes) < 2:
         raise UsageError(f"a probe needs two classes; the first {len(train)} training images have one")
     X, X_val = (final_features(backbone, split, batch_size=batch_size) for split in (train, task.validation))
-    probes = fit_logistic_path(X, labels)
-    scores = [float(np.mean(classes[probe.predict(X_val)] == task.validation.labels)) for probe in probes]
+    # Some norms silence a dimension to 1e-9 of the others; standardised, it would get a weight of 1e9 and an
+    # intervention that wakes it up would drown everything else.
+    deviation = X.std(axis=0)
+    alive = deviation > 1e-6 * deviation.max()
+    if not alive.any():
+        raise UsageError(f"the final features of {backbone.name} are equal for all {len(train)} images")
+    probes = fit_logistic_path(X[:, alive], labels)
+    scores = [float(np.mean(classes[p.predict(X_val[:, alive])] == task.validation.labels)) for p in probes]
     chosen = int(np.argmax(scores))
     probe = probes[chosen]
     layer = nn.Linear(X.shape[1], task.n_classes).requires_grad_(False)
-    folded = probe.coef / probe.scale
-    bias = probe.intercept - folded @ probe.mean
+    folded = np.zeros((len(classes), X.shape[1]))
+    folded[:, alive] = probe.coef / probe.scale
+    bias = probe.intercept - folded[:, alive] @ probe.mean
     # A class without training images is never predicted.
     layer.weight.zero_()
     layer.bias.fill_(float(bias.min()) - 30.0)

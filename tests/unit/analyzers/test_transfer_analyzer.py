@@ -184,6 +184,17 @@ def test_the_probe_head_predicts_what_it_was_fitted_to(backbone, task, classifie
     assert facts["validation_accuracy"] == pytest.approx(hits.mean())
 
 
+def test_a_silenced_dimension_gets_no_weight(tmp_path, task):
+    """Standardised, a column of 1e-9 of the others' deviation would get a billion times their weight."""
+    backbone = load_backbone(str(save("gpt2", tmp_path)), patch_size=2, device="cpu").prepare(task)
+    with torch.no_grad():
+        backbone.model.ln_f.weight[5] = 1e-9
+    layer, _ = fit_probe_head(backbone, task, n_train=100)
+    assert (layer.weight[:, 5] == 0).all()
+    others = layer.weight.abs().max(dim=0).values
+    assert others.max() < 1e3 * others[others > 0].median()
+
+
 def test_a_class_without_training_images_is_never_predicted(backbone, task):
     kept = np.flatnonzero(task.train.labels != 3)[:80]
     thin = type(task)(
