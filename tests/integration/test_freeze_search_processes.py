@@ -90,6 +90,7 @@ def test_a_killed_search_goes_on_and_ends_as_the_undisturbed_one(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_at_twenty_random_moments(tmp_path: Path) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     killed_and_repeated(str(tmp_path / "study.db"), tmp_path, kills=20, seed=1)
@@ -149,6 +150,7 @@ def postgres(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: str) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
@@ -161,6 +163,7 @@ def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_at_twenty_random_moments_with_postgresql(tmp_path: Path, postgres: str) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     killed_and_repeated(postgres, tmp_path, kills=20, seed=2)
