@@ -37,9 +37,9 @@ _RULES = tuple(
         ("gate_up", r"gate_up_proj|gate_and_up_proj"),
         ("gate", r"gate_proj|w1|wi_0"),
         ("up", r"up_proj|w3|wi_1"),
-        ("q", r"q_proj|query|q_lin|wq|to_q|\w*(?:attn|attention)\.q"),
-        ("k", r"k_proj|key|k_lin|wk|to_k|\w*(?:attn|attention)\.k"),
-        ("v", r"v_proj|value|v_lin|wv|to_v|\w*(?:attn|attention)\.v"),
+        ("q", r"q_proj|query(?:_proj)?|q_lin|wq|to_q|\w*(?:attn|attention)\.q"),
+        ("k", r"k_proj|key(?:_proj)?|k_lin|wk|to_k|\w*(?:attn|attention)\.k"),
+        ("v", r"v_proj|value(?:_proj)?|v_lin|wv|to_v|\w*(?:attn|attention)\.v"),
         (
             "o",
             r"o_proj|out_proj|out_lin|to_out\.0|attention\.wo|\w*(?:attn|attention)\.(?:c_proj|proj|o|dense)"
@@ -54,7 +54,7 @@ _RULES = tuple(
         ),
         (
             "head",
-            r"lm_head|embed_out|classifier|score|head|predictions\.decoder|output_projection"
+            r"lm_head(?:\.decoder)?|embed_out|classifier|score|head|predictions\.decoder|output_projection"
             r"|visual_projection|text_projection|qa_outputs",
         ),
     )

@@ -136,6 +136,19 @@ def test_names_of_many_families_find_block_kind_and_group() -> None:
     assert {name: (found[name].block, found[name].kind, found[name].group) for name in NAMES} == NAMES
 
 
+def test_every_matrix_in_the_blocks_of_the_promised_families_has_a_kind() -> None:
+    import families
+
+    for family in families.FAMILIES:
+        shapes = {name: tuple(value.shape) for name, value in families.build(family).state_dict().items()}
+        found = places(shapes)
+        unknown = [name for name, place in found.items() if place.group == "blocks" and place.kind == "other"]
+        assert unknown == [], family
+        blocks = {(place.stack, place.block) for place in found.values() if place.block is not None}
+        assert len(blocks) == {"gpt-neo": 4, "t5": 6}.get(family, 3), family
+        assert {"o", "down"} <= {place.kind for place in found.values()}, family
+
+
 def test_causal_masks_and_rotary_tables_are_buffers_but_attention_biases_are_not() -> None:
     found = places(
         {
