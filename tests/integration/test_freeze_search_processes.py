@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -110,7 +111,7 @@ def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) 
 
 
 @pytest.fixture
-def postgres(tmp_path: Path):
+def postgres():
     """A PostgreSQL server of its own: a URL, and stopped again in the end."""
     pytest.importorskip("psycopg", reason="needs psycopg (pip install 'layerprobe[postgres]')")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
@@ -120,8 +121,8 @@ def postgres(tmp_path: Path):
     if programs is None:
         pytest.skip("needs a PostgreSQL server (package postgresql)")
     as_user: list[str] = []
-    folder = tmp_path / "postgres"
-    folder.mkdir()
+    # Not under tmp_path: pytest keeps its folders closed to other users, and the server may be one.
+    folder = Path(tempfile.mkdtemp(prefix="layerprobe-postgres-"))
     if os.geteuid() == 0:
         # The server refuses to run as root.
         if (
@@ -130,10 +131,6 @@ def postgres(tmp_path: Path):
         ):
             pytest.skip("runs as root and there is no user postgres to run the server as")
         shutil.chown(folder, "postgres")
-        for parent in tmp_path.parents:
-            if str(parent).startswith("/tmp/"):
-                parent.chmod(parent.stat().st_mode | 0o011)
-        tmp_path.chmod(0o755)
         as_user = ["runuser", "-u", "postgres", "--"]
     data, port = folder / "data", random.Random(os.getpid()).randrange(20000, 60000)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True}
@@ -147,6 +144,7 @@ def postgres(tmp_path: Path):
         yield f"postgresql://search@127.0.0.1:{port}/postgres"
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow
