@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -61,6 +62,8 @@ def gram_terms(
             height, width = stop - start, (stop if on_diagonal else right) - left
             tile = buffer[: len(layers) * height * width].view(len(layers), height, width)
             seen_rows, seen_columns = min(stop, n) - start, min(left + width, n) - left
+            # The upper right quarter of a diagonal square is the mirror image of the lower left one.
+            half = min(DIAGONAL_ROWS // 2, seen_rows) // unit * unit
             tile[:, seen_rows:].zero_()
             tile[:, :, seen_columns:].zero_()
             for index, (layer, panel) in enumerate(zip(layers, columns, strict=True)):
@@ -69,18 +72,21 @@ def gram_terms(
                 else:
                     into = chunk.reshape(-1)[: seen_rows * layer.d].reshape(seen_rows, -1)
                     rows = _load(layer, order, start, into, device)
-                torch.mm(rows, panel[:seen_columns].T, out=tile[index, :seen_rows, :seen_columns])
+                _multiply(rows, panel[:seen_columns], tile[index], half if on_diagonal else 0)
             if on_diagonal:
                 diagonal = tile[:, :, start - left :].diagonal(dim1=1, dim2=2)
                 diagonals[:, start:stop] = diagonal.cpu().numpy()
                 diagonal.zero_()
-            mirrored = (start - left if on_diagonal else width) // unit
             row_groups = group_of_unit[start // unit : stop // unit]
             column_groups = group_of_unit[left // unit : (left + width) // unit]
             products, squares = _block_sums(tile, a, unit, own=own is not None)
-            _add_blocks(cross, products, row_groups, column_groups, mirrored)
-            if own is not None and squares is not None:
-                _add_blocks(own, squares, row_groups, column_groups, mirrored)
+            cuts = (0, half // unit, len(row_groups)) if on_diagonal else (0, len(row_groups))
+            for first, last in itertools.pairwise(cuts):
+                mirrored = (start - left) // unit + first if on_diagonal else len(column_groups)
+                rows_here = row_groups[first:last]
+                _add_blocks(cross, products[first:last], rows_here, column_groups, mirrored)
+                if own is not None and squares is not None:
+                    _add_blocks(own, squares[first:last], rows_here, column_groups, mirrored)
             progress(height * width / work)
             start = stop
     return _terms(n, unit, group_of_unit, diagonals, cross, own, a)
@@ -109,6 +115,20 @@ def _load(
     """As many centred rows from `start` on as `into` holds."""
     layer.fill(order[start : start + len(into)], into)
     return torch.from_numpy(into).to(device)
+
+
+def _multiply(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor, half: int) -> None:
+    """out = rows · columnsᵀ; with `half`, the first rows leave out the last columns, their mirror image."""
+    height, width = len(rows), len(columns)
+    if not half or half == height:
+        torch.mm(rows, columns.T, out=out[:height, :width])
+        return
+    square = width - height
+    if square:
+        torch.mm(rows, columns[:square].T, out=out[:height, :square])
+    torch.mm(rows[:half], columns[square : square + half].T, out=out[:half, square : square + half])
+    torch.mm(rows[half:], columns[square:].T, out=out[half:height, square:width])
+    out[:half, square + half :].zero_()
 
 
 def _block_sums(tile: torch.Tensor, a: int, unit: int, *, own: bool) -> tuple[FloatArray, FloatArray | None]:

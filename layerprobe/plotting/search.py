@@ -117,9 +117,12 @@ def plot_ranking(
     sizes = known["trainable_parameters"].to_numpy(float) / 1e6
     labels = [f"{arm}  ({size:.2g} M)" for arm, size in zip(known["arm"], sizes, strict=True)]
     ax.set_yticks(rows, labels)
+    ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize="small")
     if chance is not None:
-        ax.axvline(100 * chance, color="black", lw=0.8, ls=":", label="chance")
-        ax.legend(frameon=False, fontsize="small", loc="lower right")
+        ax.axvline(100 * chance, color="black", lw=0.8, ls=":")
+        ax.annotate(
+            "chance", (100 * chance, len(known) - 0.5), (4, 0), textcoords="offset points", fontsize="small"
+        )
     seeds = int(known["n_seeds"].max())
     ax.set_xlabel(f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)")
     ax.tick_params(axis="y", length=0)

@@ -98,7 +98,7 @@ def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
             if found["objective"] == "frugal"
             else "<em>highest validation accuracy</em>."
         )
-        + f" Chance is {percent(float(found['chance']))} %.</p>"
+        + f" Chance is {percent(float(found['chance']))}&nbsp;%.</p>"
     )
 
 
@@ -107,23 +107,29 @@ def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
         {
             "arm": ARM_NAMES.get(row["arm"], row["arm"]),
             "trained parameters": row["trainable_parameters"],
-            "learning rate": cell(row["lr"]),
-            "test accuracy, %": percent(row["test_accuracy"]),
-            "95 % interval": interval(row["low"], row["high"]),
-            "plan minus this, points": percent(_negated(row, "minus_plan"), sign=True),
-            "95 % interval of the difference": interval(
-                _negated(row, "minus_plan_high"), _negated(row, "minus_plan_low"), sign=True
+            "rate": row["lr"],
+            "test accuracy, %": _estimate(row["test_accuracy"], row["low"], row["high"]),
+            "plan minus this, points": _estimate(
+                _negated(row, "minus_plan"),
+                _negated(row, "minus_plan_high"),
+                _negated(row, "minus_plan_low"),
+                sign=True,
             ),
-            "P(plan better)": cell(_complement(row.get("p_better_than_plan"))),
+            "P(plan better)": _complement(row.get("p_better_than_plan")),
         }
         for row in rows
     ]
     return (
         table(shown, mark=ARM_NAMES["plan"])
-        + f'<p class="soft">Each arm has its own learning rate, chosen on validation. Mean over {text(found["seeds"])} '
+        + f'<p class="soft">In brackets: 95 % intervals. Each arm has its own learning rate, chosen on validation. '
+        f"Mean over {text(found['seeds'])} "
         "seeds that selected nothing; Student t intervals over seeds; differences are paired by seed. They do not "
         "include the sampling of test images, nor the chance in which plan the search chose.</p>"
     )
+
+
+def _estimate(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
+    return f"{percent(value, sign=sign)} ({interval(low, high, sign=sign)})" if value is not None else "–"
 
 
 def _negated(row: Mapping[str, Any], column: str) -> float | None:
@@ -149,9 +155,18 @@ def _layers(rows: list[dict[str, Any]]) -> str:
             elif column not in ("block", "in_plan", "site"):
                 line[column.removeprefix("transfer_")] = value
         shown.append(line)
+    kept = (
+        [column for column in shown[0] if any(row[column] not in (None, "–") for row in shown)]
+        if shown
+        else []
+    )
+    gain = (
+        "The gain is a least-squares estimate over all trials of the search (other blocks equal). "
+        if names["train_gain"] in kept
+        else "There were too few trials to tell the gain from training each block. "
+    )
     return (
-        table(shown)
-        + '<p class="soft">The gain is a least-squares estimate over all trials of the search (other blocks equal). '
+        table(shown, columns=kept) + f'<p class="soft">{gain}'
         "The other columns are transfer scores of two kinds that are never mixed: readable (what the block's output "
         "says about the task already) and trainable (what gradients say training it would change). "
         "They propose plans; training decides.</p>"
@@ -178,16 +193,24 @@ def _trials(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
 
 def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:
     model, task, run = found["model"], found["task"], folder.name
+    how = _image_flags((found.get("provenance") or {}).get("backbone") or {})
     lines = [
         f"layerprobe plan show {run}/plan.json",
-        f"layerprobe bridge --model {model} --task {task} --plan {run}/plan.json -o BRIDGE",
-        f"layerprobe evaluate --model BRIDGE --task {task}",
+        f"layerprobe bridge --model {model} --task {task} --plan {run}/plan.json{how} -o BRIDGE",
+        f"layerprobe evaluate --model BRIDGE --task {task} --seeds 3",
         f"layerprobe plan export {run}/plan.json --to regex",
     ]
     kept = (
-        f"<p>The bridge-trained backbone of this plan is in <code>{text(run)}/bridge/backbone</code> and loads with "
-        "<code>AutoModel.from_pretrained</code>.</p>"
+        f"<p>The bridge-trained backbone of this plan is in <code>{text(run)}/bridge/final/backbone</code> "
+        "and loads with <code>AutoModel.from_pretrained</code>.</p>"
         if (folder / "bridge").is_dir()
         else ""
     )
     return kept + f"<pre>{text(chr(10).join(lines))}</pre>"
+
+
+def _image_flags(backbone: Mapping[str, Any]) -> str:
+    """The flags that let images enter a language backbone as they did in the search."""
+    if backbone.get("modality") != "language":
+        return ""
+    return f" --stem {backbone.get('stem')} --patch-size {backbone.get('patch_size')}"

@@ -36,12 +36,12 @@ h2 { font-size: 1.15rem; margin-top: 2.4rem; }
 .strip span.on { background: var(--train); color: #fff; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 td.t, th.t { text-align: left; }
 tr.mark td { background: #fdf0e6; font-weight: 600; }
 figure { margin: 1.2rem 0; }
-figure img { max-width: 100%; }
+figure img { max-width: min(100%, 44rem); }
 figcaption { color: var(--soft); font-size: .88rem; }
 pre { background: #f6f8fa; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
 details { margin: .6rem 0; }

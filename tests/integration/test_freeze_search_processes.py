@@ -84,6 +84,7 @@ def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) ->
     ledger.close()
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     killed_and_repeated(str(tmp_path / "study.db"), tmp_path, kills=2, seed=0)
@@ -98,6 +99,7 @@ def test_kill_at_twenty_random_moments(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "answer.json").read_text()) == expected
 
 
+@pytest.mark.slow
 def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
