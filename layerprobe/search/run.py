@@ -108,7 +108,7 @@ def freeze_search(
         {**asdict(chosen), "preset": preset, "workers": workers},
         backbone=backbone.describe(),
         task=task.describe(),
-        storage=hide_password(url) if storage is not None or folder is not None else None,
+        storage=hide_password(url) if storage is not None else "study.db",
     )
     if folder is not None:
         found.folder = folder
