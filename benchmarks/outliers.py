@@ -244,7 +244,7 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
         cache = as_hub_cache(folders["7b"], scratch / "hub")
         for engine in ("auto", "torch"):
             command = layerprobe("outliers", "--model", "llama-7b", "--engine", engine, "-q")
-            runs = [run_program(command, HF_HUB_CACHE=str(cache)) for _ in range(3)]
+            runs = [run_program(command, HF_HUB_CACHE=str(cache)) for _ in range(2)]
             best = min(runs, key=lambda used: used["wall"])
             what = f"layerprobe outliers --model llama-7b ({engine}), warm cache, wall"
             report.line(what, best["wall"], "s", "< 10", best["wall"] < 10, **best)

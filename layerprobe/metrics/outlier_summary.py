@@ -14,13 +14,12 @@ from layerprobe.metrics.outlier_counting import Engine, make_engine
 from layerprobe.metrics.outlier_distribution import Distribution
 from layerprobe.metrics.outlier_moments import Moments, chunk_moments
 from layerprobe.metrics.outlier_rules import OutlierRules, TensorOutliers, moment_values, quantile_name
-from layerprobe.metrics.outlier_top import TopEntries, block_maxima
+from layerprobe.metrics.outlier_top import TopEntries
 
 SORT_BELOW = 1 << 20
 """float32 tensors with fewer entries are sorted; larger ones are binned by their upper 16 bits."""
 
 _REFINE_AT_ONCE = 64
-_LARGEST_FLOAT32 = 0x7F7FFFFF
 _MOMENT_METRICS = ("mean", "std", "kurtosis", "max_sigma")
 
 Passes = Callable[[], Iterator[np.ndarray]]
@@ -255,17 +254,20 @@ def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorO
     result = TensorOutliers(size, Moments())
     magnitude, start, least, most = 0.0, 0, math.inf, -math.inf
     for chunk in passes():
-        maxima = block_maxima(chunk.view(np.uint32), top.mask)
-        all_finite = maxima.max() <= _LARGEST_FLOAT32
-        moments, absolute = chunk_moments(chunk, bool(all_finite), absolute=bool(rules.mean_multiples))
+        here = (float(chunk.min()), float(chunk.max()))
+        all_finite = math.isfinite(here[0]) and math.isfinite(here[1])
+        moments, absolute = chunk_moments(chunk, all_finite, absolute=bool(rules.mean_multiples))
         result.moments, magnitude = result.moments.merge(moments), magnitude + absolute
         result.zeros += int(np.count_nonzero(chunk == 0))
         if moments.n < chunk.size:
             result.nan += int(np.isnan(chunk).sum())
         if moments.n:
-            finite = chunk if all_finite else chunk[np.isfinite(chunk)]
-            least, most = min(least, float(finite.min())), max(most, float(finite.max()))
-        top.update(chunk, start, maxima)
+            if not all_finite:
+                finite = chunk[np.isfinite(chunk)]
+                here = (float(finite.min()), float(finite.max()))
+            least, most = min(least, here[0]), max(most, here[1])
+            if max(-here[0], here[1]) > top.worst:
+                top.update(chunk, start)
         start += chunk.size
     result.inf = size - result.n - result.nan
     result.top = top.entries()

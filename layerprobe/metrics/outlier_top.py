@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from layerprobe.metrics.outlier_codes import CODE_DTYPES, code_table, decoded
@@ -39,6 +41,13 @@ class TopEntries:
         self._magnitude = np.empty(0, np.uint64)
         self._value = np.empty(0, np.float64)
         self._index = np.empty(0, np.int64)
+
+    @property
+    def worst(self) -> float:
+        """The least magnitude kept, which an entry must exceed to enter; -1 while there is room, ∞ for k = 0."""
+        if self._value.size < self.k:
+            return -1.0
+        return abs(float(self._value[-1])) if self.k else math.inf
 
     def update(self, chunk: np.ndarray, start: int, maxima: np.ndarray | None = None) -> None:
         """Take a raw chunk whose first entry has the flat index `start`; `maxima` as of `block_maxima`."""
