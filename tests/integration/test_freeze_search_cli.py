@@ -88,7 +88,7 @@ def test_mistakes_are_one_line(run_cli, tiny_model: Path, extra: list[str], code
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
-    long = [*FAST, "--finetune-steps", "400", "--budget", "200"]
+    long = [*FAST, "--finetune-steps", "120", "--budget", "200"]
     process = subprocess.Popen(
         command("--model", tiny_model, *long, "-o", tmp_path / "run"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
