@@ -14,7 +14,7 @@ import numpy as np
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, did_you_mean
 from layerprobe.metrics.outlier_moments import Moments, chunk_moments
-from layerprobe.metrics.outlier_top import block_maxima
+from layerprobe.metrics.outlier_top import add_keys, block_maxima
 
 ENGINES = ("auto", "numba", "torch")
 _UPPER = 1 if sys.byteorder == "little" else 0
@@ -151,7 +151,6 @@ class TorchEngine:
             self.flush(low)
 
     def flush(self, low: np.ndarray) -> None:
-        if self._aside_size:
-            keys, counts = np.unique(np.concatenate(self._aside), return_counts=True)
-            low.reshape(-1)[keys] += counts.astype(low.dtype)
+        if self._aside:
+            add_keys(low, np.concatenate(self._aside))
         self._aside, self._aside_size = [], 0

@@ -6,13 +6,17 @@ import numba
 import numpy as np
 
 from layerprobe.metrics.outlier_moments import Moments
-from layerprobe.metrics.outlier_top import BLOCK
+from layerprobe.metrics.outlier_top import BLOCK, add_keys
 
 
 class NumbaEngine:
     """Counts with compiled loops that release the interpreter lock."""
 
     name = "numba"
+
+    def __init__(self) -> None:
+        self._keys = np.empty(0, np.uint32)
+        self._n_keys = 0
 
     def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
         maxima = np.empty(-(-chunk.size // BLOCK), chunk.dtype)
@@ -42,10 +46,19 @@ class NumbaEngine:
         return maxima, Moments(int(n), mean, m2, m3, m4), magnitude
 
     def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
-        _count_low(chunk.view(np.uint32), slot, low)
+        # Hits are put aside in order and counted later: adding each one to its far place at once would
+        # wait for memory every time.
+        if self._n_keys + chunk.size > self._keys.size:
+            self.flush(low)
+            self._keys = np.empty(max(_KEYS, chunk.size), np.uint32)
+        self._n_keys = _collect_low(chunk.view(np.uint32), slot, self._keys, self._n_keys)
 
     def flush(self, low: np.ndarray) -> None:
-        pass
+        add_keys(low, self._keys[: self._n_keys])
+        self._n_keys = 0
+
+
+_KEYS = 1 << 20
 
 
 @numba.njit(nogil=True, cache=True)
@@ -161,22 +174,24 @@ def _sum_float32(chunk, bits, maxima):
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_low(bits, slot, low):
+def _collect_low(bits, slot, keys, n):
     fours = bits.size // 4 * 4
-    for i in range(0, fours, 4):
+    for i in range(0, bits.size, 4):
         # Few entries lie in the bins in question: all four signs set means that none of these does.
         if (
-            slot[bits[i] >> np.uint32(16)]
-            & slot[bits[i + 1] >> np.uint32(16)]
-            & slot[bits[i + 2] >> np.uint32(16)]
-            & slot[bits[i + 3] >> np.uint32(16)]
-        ) < 0:
+            i < fours
+            and (
+                slot[bits[i] >> np.uint32(16)]
+                & slot[bits[i + 1] >> np.uint32(16)]
+                & slot[bits[i + 2] >> np.uint32(16)]
+                & slot[bits[i + 3] >> np.uint32(16)]
+            )
+            < 0
+        ):
             continue
-        for j in range(i, i + 4):
+        for j in range(i, min(i + 4, bits.size)):
             row = slot[bits[j] >> np.uint32(16)]
             if row >= 0:
-                low[row, bits[j] & np.uint32(0xFFFF)] += 1
-    for i in range(fours, bits.size):
-        row = slot[bits[i] >> np.uint32(16)]
-        if row >= 0:
-            low[row, bits[i] & np.uint32(0xFFFF)] += 1
+                keys[n] = (np.uint32(row) << np.uint32(16)) | (bits[j] & np.uint32(0xFFFF))
+                n += 1
+    return n

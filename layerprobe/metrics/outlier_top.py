@@ -22,6 +22,12 @@ def block_maxima(bits: np.ndarray, mask: int | None = None) -> np.ndarray:
     return maxima if whole * BLOCK == bits.size else np.append(maxima, magnitude[whole * BLOCK :].max())
 
 
+def add_keys(low: np.ndarray, keys: np.ndarray) -> None:
+    """Count `keys` (slot in the upper, code in the lower 16 bits) into the table `low` (slots × 65,536)."""
+    found, counts = np.unique(keys, return_counts=True)
+    low.reshape(-1)[found] += counts.astype(low.dtype)
+
+
 class TopEntries:
     """The `k` finite entries of largest magnitude; of equal magnitudes the first in row-major order.
 
