@@ -191,6 +191,7 @@ def image_or_text_tower(model: nn.Module) -> nn.Module:
 
 
 def _restore_stem(backbone: Backbone, source: ModelSource) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     run_folder = Path(source.name).expanduser()
@@ -198,7 +199,7 @@ def _restore_stem(backbone: Backbone, source: ModelSource) -> None:
     try:
         state = load_file(path)
         rows, columns = state["projection.weight"].shape
-    except Exception as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BrokenFileError(f"cannot read the stem {path}: {_short(error)}") from error
     patch = int(backbone.patch_size or 0)
     if not patch or columns % (patch * patch) or rows != backbone._embedding_width():
