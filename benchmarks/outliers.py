@@ -247,7 +247,7 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
             runs = [run_program(command, HF_HUB_CACHE=str(cache)) for _ in range(2)]
             best = min(runs, key=lambda used: used["wall"])
             what = f"layerprobe outliers --model llama-7b ({engine}), warm cache, wall"
-if engine == "auto":
+            if engine == "auto":
                 report.line(what, best["wall"], "s", "< 10", best["wall"] < 10, **best)
             else:
                 report.line(what, best["wall"], "s", **best)
