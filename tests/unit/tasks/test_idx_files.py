@@ -25,20 +25,41 @@ def header(*shape: int) -> bytes:
     return struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
 
 
+# Named cases: a gzip header holds the time, so ids made of the content would differ between workers.
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not an IDX file"),
-        (b"\x89PNG\r\n\x1a\n" + b"0" * 40, "not an IDX file"),
-        (header(3), "not an IDX file"),
-        (header(10, 4, 4) + bytes(159), "10×4×4 = 160 bytes, but the file has 175"),
-        (header(10, 4, 4) + bytes(161), "10×4×4 = 160 bytes, but the file has 177"),
-        (header(2**32 - 1, 2**32 - 1, 2**32 - 1), "truncated or damaged"),
-        (gzip.compress(header(10, 4, 4) + bytes(159)), "160 bytes but holds 159"),
-        (gzip.compress(header(10, 4, 4) + bytes(161)), "160 bytes but holds more"),
-        (gzip.compress(header(2**31, 2**31, 2**31)), "truncated or damaged"),
-        (gzip.compress(header(10, 4, 4) + bytes(range(160)))[:-30], "cannot read"),
-        (b"\x1f\x8bnot gzip", "cannot read"),
+        pytest.param(b"", "not an IDX file", id="empty"),
+        pytest.param(b"\x89PNG\r\n\x1a\n" + b"0" * 40, "not an IDX file", id="png"),
+        pytest.param(header(3), "not an IDX file", id="one-dimension"),
+        pytest.param(
+            header(10, 4, 4) + bytes(159),
+            "10×4×4 = 160 bytes, but the file has 175",
+            id="one-byte-short",
+        ),
+        pytest.param(
+            header(10, 4, 4) + bytes(161),
+            "10×4×4 = 160 bytes, but the file has 177",
+            id="one-byte-long",
+        ),
+        pytest.param(header(2**32 - 1, 2**32 - 1, 2**32 - 1), "truncated or damaged", id="huge"),
+        pytest.param(
+            gzip.compress(header(10, 4, 4) + bytes(159)),
+            "160 bytes but holds 159",
+            id="gzip-one-byte-short",
+        ),
+        pytest.param(
+            gzip.compress(header(10, 4, 4) + bytes(161)),
+            "160 bytes but holds more",
+            id="gzip-one-byte-long",
+        ),
+        pytest.param(gzip.compress(header(2**31, 2**31, 2**31)), "truncated or damaged", id="gzip-huge"),
+        pytest.param(
+            gzip.compress(header(10, 4, 4) + bytes(range(160)))[:-30],
+            "cannot read",
+            id="gzip-cut-off",
+        ),
+        pytest.param(b"\x1f\x8bnot gzip", "cannot read", id="not-gzip"),
     ],
 )
 def test_files_that_are_not_what_they_say(tmp_path: Path, content: bytes, message: str) -> None:
