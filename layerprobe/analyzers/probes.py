@@ -111,6 +111,18 @@ class LinearProbes(Record):
                 raise UsageError(f"{name_of(self.layers[index])} has no probe: {self.reasons[index]}")
         return paired_bootstrap(self.correct[a], self.correct[b], seed=seed)
 
+    def compare_control(self, index: int, name: str, *, seed: int = 0) -> PairedDifference | None:
+        """Test accuracy of layer index `index` minus that of a control, by paired bootstrap over test images.
+
+        A control with the same layers ("random") is read at the same layer, another ("pixels") at its own
+        best on validation. None where either has no probe.
+        """
+        control = self.controls[name]
+        there = index if len(control.layers) == len(self.layers) else control.best_layer
+        if self.results[index] is None or there is None or control.results[there] is None:
+            return None
+        return paired_bootstrap(self.correct[index], control.correct[there], seed=seed)
+
     def _grid(self, values: Any) -> np.ndarray:
         blank = np.full(len(self.Cs), np.nan)
         return np.array([blank if r is None else np.asarray(values(r), float) for r in self.results])
@@ -119,7 +131,8 @@ class LinearProbes(Record):
         """Long table. Beside the common columns: `C`, `low`, `high`, `pvalue`, `shots` and `control`.
 
         `control` is empty for the layers probed, "chance" for the majority class, "pixels", "random" (the
-        same architecture before training) or "labels" (the same features with random labels).
+        same architecture before training) or "labels" (the same features with random labels). Rows
+        `probe_accuracy_minus_control` are paired differences from a control (see `compare_control`).
         """
         rows = self._rows()
         rows.append(
@@ -132,12 +145,36 @@ class LinearProbes(Record):
             }
         )
         for name, control in self.controls.items():
+            rows += self._differences(name)
             rows += [{**row, "control": row.get("control") or name} for row in control._rows()]
         frame = tidy(rows, task=self.facts.get("task"))
         for column in ("C", "low", "high", "pvalue", "shots", "control"):
             if column not in frame:
                 frame[column] = None
         return frame
+
+    def _differences(self, name: str) -> list[dict[str, Any]]:
+        rows = []
+        for index, layer in enumerate(self.layers):
+            difference = self.compare_control(index, name, seed=self.seed)
+            if difference is not None:
+                rows.append(
+                    {
+                        **place_of(layer),
+                        "model": self.facts.get("model"),
+                        "revision": self.facts.get("revision"),
+                        "seed": self.seed,
+                        "metric": "probe_accuracy_minus_control",
+                        "split": "test",
+                        "value": difference.difference,
+                        "n": self.counts["test"],
+                        "low": difference.low,
+                        "high": difference.high,
+                        "pvalue": difference.p,
+                        "control": name,
+                    }
+                )
+        return rows
 
     def _rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []

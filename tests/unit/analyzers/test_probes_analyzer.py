@@ -279,6 +279,15 @@ def test_a_backbone_beside_its_twin_and_the_pixels(tmp_path: Path) -> None:
     assert record.controls["pixels"].test_accuracy[0] > 0.9
     assert len(record.controls["random"].layers) == 3
     frame = record.to_frame()
+    against = frame[(frame["metric"] == "probe_accuracy_minus_control") & (frame["control"] == "random")]
+    differences = record.test_accuracy - record.controls["random"].test_accuracy
+    np.testing.assert_allclose(against["value"].astype(float), differences, atol=1e-12)
+    assert (against["low"] <= against["value"]).all() and (against["value"] <= against["high"]).all()
+    pixels = record.compare_control(0, "pixels")
+    assert pixels is not None
+    control = record.controls["pixels"].test_accuracy[0]
+    assert pixels.difference == pytest.approx(record.test_accuracy[0] - control)
+    frame = record.to_frame()
     tested = frame[(frame.metric == "probe_accuracy") & (frame.split == "test")]
     assert tested.control.fillna("").tolist() == [
         "",
