@@ -86,16 +86,20 @@ def plain_run(model, tmp_path_factory):
     return run
 
 
-def test_two_processes_take_the_steps_of_one(plain_run):
-    """Same labels, same losses to rounding, same plan check, and equal weights on both processes."""
-    one, both = read(plain_run("one", 1)), plain_run("two", 2)
-    two, other = read(both), read(both, 1)
-    assert one["labels"] == two["labels"] == other["labels"]
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert two["loss"] == other["loss"]
-    assert two["digests"] == other["digests"]
-    assert two["verified"] == one["verified"]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_take_the_steps_of_one(plain_run, processes):
+    """Same labels, same losses to rounding, same plan check, and equal weights on all processes."""
+    one, output = read(plain_run("one", 1)), plain_run(f"{processes}", processes)
+    first, *others = (read(output, rank) for rank in range(processes))
+    assert len(others) == processes - 1
+    assert first["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert first["labels"] == one["labels"]
+    assert first["verified"] == one["verified"]
     assert "bit-identical" in one["verified"]
+    for other in others:
+        assert other["labels"] == one["labels"]
+        assert other["loss"] == first["loss"]
+        assert other["digests"] == first["digests"]
 
 
 def test_a_model_spread_over_two_processes_trains_as_a_whole_one(plain_run):
