@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= quickstart
 
-.PHONY: help install quickstart test test-all lint format typecheck clean
+.PHONY: help install quickstart test test-all lint format typecheck docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,5 +36,12 @@ format: install  ## let ruff format the tree
 typecheck: install  ## mypy on the package
 	$(BIN)/mypy
 
-clean:  ## remove the environment, caches and the quickstart run
-	rm -rf $(VENV) $(RUN) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove the environment, caches, the site and the quickstart run
+	rm -rf $(VENV) $(RUN) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Frames in, matplotlib Axes out: `plot_x(frame, *, ax=None, **style) -> Axes`, one module a subject."""
