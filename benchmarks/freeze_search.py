@@ -24,6 +24,7 @@ import pandas as pd
 from layerprobe.errors import LayerprobeError
 from layerprobe.files import write_json
 from layerprobe.provenance import machine, versions
+from layerprobe.search.bench import Outcome
 from layerprobe.search.replay import (
     ExhaustiveTable,
     Truth,
@@ -94,13 +95,11 @@ def make_table(arguments: argparse.Namespace) -> None:
     ledger = Ledger.open(url, identity)
     began = time.time()
 
-    def value(trials: list[Trial]) -> dict:
-        answers = {}
-        # In pieces, so that progress shows; a piece is a barrier between the processes.
-        for start in range(0, len(trials), 16):
-            answers |= ledger.value(trials[start : start + 16], evaluator)
-            print(f"{start + 16} of {len(trials)}, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
-        return answers
+    def train(trial: Trial) -> Outcome:
+        outcome = evaluator(trial)
+        finished = len(ledger.records()) + 1
+        print(f"{finished} trainings finished, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
+        return outcome
 
     if ledger.get("scores") is None:
         scores = layer_scores(backbone, task, seed=0, quiet=True)
@@ -111,11 +110,11 @@ def make_table(arguments: argparse.Namespace) -> None:
         )
     scores = pd.DataFrame(ledger.get("scores"))
     with helpers(arguments.workers - 1, url, identity, evaluator):
-        found = value(selection)
+        found = ledger.value(selection, train)
         table = ExhaustiveTable(
             arguments.name, space, settings.lrs, settings.seeds, settings.fidelity, dict(found)
         )
-        found |= value(judging_trials(space, table.own_lr, settings.seeds))
+        found |= ledger.value(judging_trials(space, table.own_lr, settings.seeds), train)
     rows = [
         {
             "plan": strip(trial.mask),

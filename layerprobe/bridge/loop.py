@@ -172,7 +172,7 @@ def training_steps(
                 if prefix is not None:
                     stack.enter_context(prefix.used(piece.indices))
                 # Dropout alone draws from torch's generator.
-                torch.manual_seed(derive_seed(config.seed, "dropout", step, rank, number))
+                _seed(derive_seed(config.seed, "dropout", step, rank, number), device)
                 with autocast(device, config.precision):
                     logits = model(images)
                 loss = cross_entropy(logits.float(), targets, reduction="sum")
@@ -202,6 +202,14 @@ def training_steps(
 def _load(pixels: Pixels, labels: np.ndarray, piece: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     images = view(pixels[piece.indices], piece)
     return images.to(device), torch.from_numpy(labels[piece.indices]).to(device)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    if device.type == "cpu":
+        # What torch.manual_seed does for the CPU, without its tour of all accelerators in every step.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _clip(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float | None) -> Any:

@@ -30,6 +30,9 @@ STUDY = "layerprobe freeze-search"
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25
+QUEUE = 32
+"""How many trials wait at a time: enough for the workers of several machines, few enough that reading all
+trials that have not ended, as every look into the database does, stays far below the time of a training."""
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
@@ -107,9 +110,11 @@ class Ledger:
             if len(done) == len(wanted):
                 return {trial: done[trial.key] for trial in trials}
             missing = [trial for key, trial in wanted.items() if key not in owners]
-            for trial in missing:
-                self._enqueue(trial)
-            if missing:
+            ours = (owners[key].state for key in wanted if key in owners)
+            waiting = sum(state == TrialState.WAITING for state in ours)
+            if missing and waiting <= QUEUE // 2:
+                for trial in missing[: QUEUE - waiting]:
+                    self._enqueue(trial)
                 continue
             claimed = self._claim(owners, list(wanted))
             if claimed is not None:

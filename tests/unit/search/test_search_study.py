@@ -49,6 +49,25 @@ def test_finished_trials_are_looked_up_with_all_they_said(tmp_path: Path) -> Non
     assert [trial for trial, _, _ in ledger.records()] == TRIALS
 
 
+def test_a_long_batch_waits_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_module, "QUEUE", 4)
+    trials = [Trial((True,), 1e-3, repeat) for repeat in range(11)]
+    ledger = Ledger.open(tmp_path / "study.db", {})
+    waiting = []
+
+    def work(trial: Trial) -> Outcome:
+        states = [frozen.state for frozen in ledger._trials()]
+        waiting.append(states.count(optuna.trial.TrialState.WAITING))
+        return Outcome(accuracy(trial))
+
+    # Waiting trials that nobody here asks for must not keep the others out.
+    for repeat in range(100, 110):
+        ledger._enqueue(Trial((True,), 1e-3, repeat))
+    found = ledger.value(trials, work)
+    assert {trial: outcome.accuracy for trial, outcome in found.items()} == {t: accuracy(t) for t in trials}
+    assert max(waiting) - 10 <= 4 and min(waiting) == 10
+
+
 def test_a_diverged_run_is_an_answer_and_an_exception_is_not(tmp_path: Path) -> None:
     ledger = Ledger.open(tmp_path / "study.db", {})
     calls = []
