@@ -33,15 +33,20 @@ def reference() -> str:
     if not program.app.registered_commands:
         program._register()
     parts = [HEADER]
-    for command in program.app.registered_commands:
+    for command in by_name(program.app.registered_commands):
         parts.append(describe(f"layerprobe {command.name}", command.callback, level=2))
-    for group in program.app.registered_groups:
+    for group in by_name(program.app.registered_groups):
         inner = group.typer_instance
         assert inner is not None
         parts.append(f"## layerprobe {group.name}\n\n{inner.info.help}\n")
-        for command in inner.registered_commands:
+        for command in by_name(inner.registered_commands):
             parts.append(describe(f"layerprobe {group.name} {command.name}", command.callback, level=3))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def by_name(entries: list[Any]) -> list[Any]:
+    """Commands or groups, each once: a process that ran the program before has registered them before."""
+    return list({entry.name: entry for entry in entries}.values())
 
 
 def describe(path: str, function: Callable[..., Any] | None, *, level: int) -> str:

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 LINKED = ("analyses", "benchmarks")
 """Folders of scripts that pages link to; shown as the files they are."""
@@ -31,6 +29,8 @@ def on_config(config: Any) -> None:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the files themselves."""
+    from mkdocs.structure.files import File
+
     for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
         files.append(from_disk(name, config))
     for path in sorted((REPOSITORY / "results").rglob("*")):
@@ -65,8 +65,10 @@ def result_pages() -> list[str]:
     return [path.relative_to(REPOSITORY).as_posix() for path in pages]
 
 
-def from_disk(path: str, config: Any) -> File:
+def from_disk(path: str, config: Any) -> Any:
     """A file of the repository, at the same path in the site."""
+    from mkdocs.structure.files import File
+
     return File(path, str(REPOSITORY), config.site_dir, config.use_directory_urls)
 
 
