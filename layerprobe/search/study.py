@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
+from alembic.util import CommandError
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search.bench import Outcome
@@ -33,6 +37,10 @@ POLL_SECONDS = 0.25
 QUEUE = 32
 """How many trials wait at a time: enough for the workers of several machines, few enough that reading all
 trials that have not ended, as every look into the database does, stays far below the time of a training."""
+
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError)
+"""What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
+for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
@@ -78,7 +86,7 @@ class Ledger:
             ) from error
         except LayerprobeError:
             raise
-        except Exception as error:
+        except STORAGE_ERRORS as error:
             raise NotAvailableError(
                 f"storage {hide_password(target)} cannot be used: {_first_line(error)}"
             ) from error
@@ -154,7 +162,10 @@ class Ledger:
         return sum(frozen.state == TrialState.RUNNING for frozen in self._trials())
 
     def revive(self) -> None:
-        """Put trials of dead processes back into the queue: stale heartbeats, and dead processes on this host."""
+        """Set trials of dead processes free: stale heartbeats, and dead processes on this host.
+
+        They end as failed without an outcome, and whoever wants one enqueues it anew.
+        """
         with _quiet():
             optuna.storages.fail_stale_trials(self._study)
         for frozen in self._trials():
@@ -212,8 +223,8 @@ class Ledger:
             if frozen is None or frozen.state != TrialState.WAITING:
                 continue
             trial_id = frozen._trial_id
-            # Name and heartbeat go in first: a process that dies right after claiming must be found out.
-            self._set_attr(trial_id, "worker", this_worker())
+            # The heartbeat goes in first: a process that dies right after claiming must be found out. The
+            # name follows the claim, for only who has the trial may say whose death sets it free.
             self._storage.record_heartbeat(trial_id)
             try:
                 if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
@@ -237,7 +248,7 @@ class Ledger:
         try:
             with self._heartbeat(trial_id):
                 outcome = work(trial)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
             self._close(frozen, TrialState.FAIL)
             raise
         self._set_attr(trial_id, "outcome", _outcome_to_json(outcome))
@@ -263,7 +274,7 @@ class Ledger:
         def beat() -> None:
             while True:
                 # A missed beat is what the grace period is for; a lost database shows at the next write.
-                with suppress(Exception):
+                with suppress(*STORAGE_ERRORS):
                     self._storage.record_heartbeat(trial_id)
                 if stop.wait(HEARTBEAT_SECONDS):
                     self._storage.remove_session()
@@ -384,8 +395,9 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
                     engine_kwargs=engine,
                     heartbeat_interval=HEARTBEAT_SECONDS,
                     grace_period=GRACE_SECONDS,
-                    heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
                 )
+                if url.startswith("sqlite"):
+                    _one_writer(storage.engine)
                 study = optuna.create_study(
                     study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True
                 )
@@ -396,9 +408,9 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
                     "give each search its own database"
                 )
             return storage, study
-        except (ImportError, LayerprobeError):
+        except LayerprobeError:
             raise
-        except Exception:
+        except STORAGE_ERRORS:
             # Two processes that create the tables of a new database at once get in each other's way once.
             if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
                 raise
@@ -406,14 +418,30 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     raise AssertionError("unreachable")
 
 
-def _unreachable(url: str) -> bool:
-    import sqlalchemy
+def _one_writer(engine: sqlalchemy.Engine) -> None:
+    """Let every transaction on an SQLite file lock it from its start.
 
+    By default Python's driver begins a transaction at the first write, so that two processes may both read
+    that a trial waits before either marks it as running. PostgreSQL locks the row that is read for update.
+    """
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections from before have not heard of it
+
+
+def _unreachable(url: str) -> bool:
     try:
         engine = sqlalchemy.create_engine(url)
         with engine.connect():
             return False
-    except Exception:
+    except STORAGE_ERRORS:
         return True
 
 

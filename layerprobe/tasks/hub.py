@@ -76,6 +76,9 @@ def _load(
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
+    # Of the package that the hub's client talks through; which one that is differs between its versions.
+    from huggingface_hub.errors import HTTPError
+
     try:
         builder = datasets.load_dataset_builder(hub_id, config, revision=revision)
         reader = _reader(builder)
@@ -97,11 +100,8 @@ def _load(
         raise _Unreachable from error
     except (DatasetsError, ValueError, OSError) as error:
         raise UsageError(f"cannot load '{hub_id}' from the hub: {_first_line(error)}") from error
-    except Exception as error:
-        # The hub client's transport errors; which package they come from differs between its versions.
-        if type(error).__module__.startswith("httpx"):
-            raise _Unreachable from error
-        raise
+    except HTTPError as error:
+        raise _Unreachable from error
     source = from_datasets(splits, choice, hub_id, follow_paths=reader == "imagefolder")
     return source, _commit(builder) or revision
 

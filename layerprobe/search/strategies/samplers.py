@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 from layerprobe.search.bench import Bench
@@ -19,7 +20,7 @@ PATIENCE = 30
 """Batches in a row without anything new after which a sampler is believed to have converged."""
 
 
-class _Sampler(WithoutModel):
+class _Sampler(WithoutModel, ABC):
     """Ask and tell in an in-memory study: results live in the bench, the sampler only proposes.
 
     The samplers repeat plans; a repeated plan is answered from what is known and costs nothing.
@@ -27,11 +28,13 @@ class _Sampler(WithoutModel):
 
     directions: ClassVar[list[Direction]]
 
+    @abstractmethod
     def sampler(self, seed: int) -> Any:
-        raise NotImplementedError
+        """The optuna sampler that proposes."""
 
+    @abstractmethod
     def objectives(self, bench: Bench, mask: Mask, accuracy: float) -> list[float]:
-        raise NotImplementedError
+        """What it is told of a valued plan, one number a direction."""
 
     def explore(self, bench: Bench) -> None:
         import optuna

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -133,6 +134,48 @@ def test_a_stale_heartbeat_from_another_machine_goes_back_into_the_queue(tmp_pat
     assert ledger.value(TRIALS[:1], work)[TRIALS[0]].accuracy == accuracy(TRIALS[0])
     assert time.time() - began < 20
     assert work.seen == [TRIALS[0].key] and ledger.running() == 0
+
+
+def test_two_claims_at_the_same_moment_give_the_trial_to_one(tmp_path: Path, monkeypatch) -> None:
+    one, two = (Ledger.open(tmp_path / "study.db", {}) for _ in range(2))
+    one._enqueue(TRIALS[0])
+    claims = {}
+
+    def slowly(storage: optuna.storages.RDBStorage) -> None:
+        check = storage.check_trial_is_updatable
+
+        def waiting(*args: object) -> None:
+            check(*args)
+            time.sleep(0.5)  # between the look whether the trial still waits and the mark that it runs
+
+        monkeypatch.setattr(storage, "check_trial_is_updatable", waiting)
+
+    def claim(ledger: Ledger) -> None:
+        claims[ledger] = ledger._claim(ledger._owners(), [TRIALS[0].key])
+
+    threads = []
+    for ledger in (one, two):
+        slowly(ledger._storage)
+        threads.append(threading.Thread(target=claim, args=(ledger,)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claims) == 2 and sum(found is not None for found in claims.values()) == 1
+
+
+def test_a_process_that_dies_right_after_its_claim_is_found_out(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(study_module, "GRACE_SECONDS", 1)
+    ledger = Ledger.open(tmp_path / "study.db", {})
+    ledger._enqueue(TRIALS[0])
+    monkeypatch.setattr(ledger, "_set_attr", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ledger._claim(ledger._owners(), [TRIALS[0].key])
+    assert ledger.running() == 1
+    again = Ledger.open(tmp_path / "study.db", {})
+    work = Counting()
+    again.value(TRIALS[:1], work)
+    assert work.seen == [TRIALS[0].key] and again.running() == 0
 
 
 def _value_all(path: Path, log: Path, pause: float) -> None:
