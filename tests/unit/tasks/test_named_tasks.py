@@ -169,7 +169,7 @@ class TestOnline:
         from huggingface_hub.errors import HTTPError
 
         put_dataset(hub_cache, "uoft-cs/cifar100", cifar100_files(tmp_path))
-        for error in (ConnectionError("no route"), HTTPError("timed out")):
+        for error in (HTTPError("timed out"), ConnectionError("no route")):
             self.fail_with(monkeypatch, error)
             assert load_task("cifar100").n_classes == 3
         with pytest.raises(NotAvailableError, match="not cached and the hub cannot be reached"):
