@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- made by docs/make_benchmark_table.py -->", "<!-- end of the benchmarks -->"
-COLUMNS = ("what", "against", "measured", "spread and basis", "script")
+COLUMNS = ("what", "against", "measured", "spread and basis", "command and all figures")
 
 
 class Row(NamedTuple):
@@ -180,7 +180,7 @@ def table(root: Path = REPOSITORY) -> str:
         if not (root / path).exists():
             continue
         found = json.loads((root / path).read_text(encoding="utf-8"))
-        lines += [f"| {' | '.join(row)} | [`{script}`]({path}) |" for row in rows(found)]
+        lines += [f"| {' | '.join(row)} | [`python {script}`]({path}) |" for row in rows(found)]
         about = found.get("provenance", found)
         machines.add(
             f"{about['machine']['processor']}, {about['machine']['cores']} cores, torch {about['versions']['torch']}"
