@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,11 +54,9 @@ def _help(url: str, arguments: dict[str, Any], packed: bytes, stop: Any, parent:
     # Being told to end is like Ctrl-C: the running trial goes back into the queue.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        import torch
-
-        torch.set_num_threads(threads)
         work: Work = pickle.loads(packed)
-        Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
+        with _threads_of(threads):
+            Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return
 
@@ -69,8 +68,10 @@ def _threads(processes: int) -> int:
 
 @contextmanager
 def _threads_of(count: int) -> Iterator[None]:
-    import torch
-
+    torch = sys.modules.get("torch")
+    if torch is None:  # work that brings no torch along is not made to wait for it
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

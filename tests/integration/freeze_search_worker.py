@@ -1,8 +1,9 @@
 """A whole search on a made-up accuracy landscape, as a process that tests can kill.
 
-    python freeze_search_worker.py STORAGE WORKERS LOG ANSWER
+    python freeze_search_worker.py STORAGE WORKERS LOG ANSWER PAUSE
 
-Appends "start KEY" to LOG when a training begins, and writes the chosen plan to ANSWER in the end.
+Appends "start KEY PID" to LOG when a training begins, of PAUSE seconds at full length, and writes the chosen
+plan to ANSWER in the end.
 """
 
 from __future__ import annotations
@@ -27,24 +28,36 @@ GAINS = (0.02, 0.1, 0.0, 0.05)
 
 
 class MadeUp:
-    """Sleeps instead of training; the answer depends on the trial alone."""
+    """Sleeps instead of training; the answer depends on the trial alone.
 
-    def __init__(self, log: str, pause: float) -> None:
-        self.log, self.pause = log, pause
+    The first training lasts until all `workers` have begun one (or for half a minute), so that a kill meets
+    a search at which all are at work.
+    """
+
+    def __init__(self, log: str, pause: float, workers: int) -> None:
+        self.log, self.pause, self.workers = log, pause, workers
 
     def __call__(self, trial: Trial) -> Outcome:
         handle = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(handle, f"start {trial.key}\n".encode())
+        os.write(handle, f"start {trial.key} {os.getpid()}\n".encode())
         os.close(handle)
+        deadline = time.monotonic() + 30
+        while self.at_work() < self.workers and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.workers = 1
         time.sleep(self.pause * trial.fidelity)
         seed = [trial.repeat, *map(int, trial.mask), round(1e6 * trial.lr), int(8 * trial.fidelity)]
         noise = 0.01 * np.random.default_rng(seed).standard_normal()
         gain = sum(gain for gain, trained in zip(GAINS, trial.mask, strict=True) if trained)
         return Outcome(float(0.4 + gain + noise - 0.1 * (1 - trial.fidelity)), seconds=self.pause)
 
+    def at_work(self) -> int:
+        """How many processes have begun a training."""
+        return len({line.rsplit(" ", 1)[1] for line in Path(self.log).read_text().splitlines()})
 
-def main(storage: str, workers: int, log: str, answer: str, pause: float = 0.25) -> None:
-    url, work = storage_url(storage), MadeUp(log, pause)
+
+def main(storage: str, workers: int, log: str, answer: str, pause: float) -> None:
+    url, work = storage_url(storage), MadeUp(log, pause, workers)
     ledger = Ledger.open(url, ARGUMENTS)
     bench = Bench(
         Space((100,) * 4), lambda trials: ledger.value(trials, work), (1e-3, 3e-3), 3, ARGUMENTS["budget"]
@@ -57,4 +70,4 @@ def main(storage: str, workers: int, log: str, answer: str, pause: float = 0.25)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5]))

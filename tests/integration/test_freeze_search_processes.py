@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,18 @@ WORKER = Path(__file__).with_name("freeze_search_worker.py")
 ARGUMENTS = {"made": "up", "budget": 26.0}
 
 
-def start(storage: str, workers: int, log: Path, answer: Path) -> subprocess.Popen:
-    command = [sys.executable, str(WORKER), str(storage), str(workers), str(log), str(answer)]
+def start(
+    storage: str | Path, workers: int, log: Path, answer: Path, *, pause: float = 0.1
+) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), str(storage), str(workers), str(log), str(answer), str(pause)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, start_new_session=True, env=environment, stderr=subprocess.DEVNULL)
 
 
 def kill(process: subprocess.Popen) -> None:
     """kill -9 for the search and its helper processes, all at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -41,42 +45,58 @@ def finished(storage: str) -> set[str]:
     return keys
 
 
-def started(log: Path) -> list[str]:
-    return [line.split(" ", 1)[1] for line in log.read_text().splitlines()] if log.exists() else []
+def started(log: Path) -> list[tuple[str, int]]:
+    """Key and process of every training that began, in order."""
+    if not log.exists():
+        return []
+    lines = (line.split(" ") for line in log.read_text().splitlines())
+    return [(key, int(pid)) for _, key, pid in lines]
 
 
 def undisturbed(folder: Path) -> dict:
     folder.mkdir()
-    process = start(folder / "study.db", 1, folder / "log", folder / "answer.json")
-    assert process.wait(300) == 0
-    counts = Counter(started(folder / "log"))
+    process = start(folder / "study.db", 1, folder / "log", folder / "answer.json", pause=0.0)
+    assert process.wait(600) == 0
+    counts = Counter(key for key, _ in started(folder / "log"))
     assert set(counts.values()) == {1}, "an undisturbed search trains every trial once"
     return json.loads((folder / "answer.json").read_text())
 
 
 def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) -> None:
-    """Kill a search with two workers at random moments; nothing finished may be trained again or lost."""
+    """Kill a search with two workers at random moments; nothing finished may be trained again or lost.
+
+    Every fourth time one of the two is killed first, and the other goes on alone until it is its turn.
+    """
     draw = random.Random(seed)
     known: set[str] = set()
     for attempt in range(kills):
         log = folder / f"log-{attempt}"
-        process = start(storage, 2, log, folder / "answer.json")
+        process = start(storage, 2, log, folder / "answer.json", pause=1.0)
         deadline = time.time() + 60
-        while not log.exists() and process.poll() is None and time.time() < deadline:
+        while len({pid for _, pid in started(log)}) < 2 and process.poll() is None and time.time() < deadline:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0.0, 0.8))
+        assert process.poll() is None, "each kill must hit a running search"
+        time.sleep(draw.uniform(0.0, 1.2))
+        running = {pid: key for key, pid in started(log)}  # the last one of each process
+        victim = draw.choice(sorted(running)) if attempt % 4 == 3 else None
+        if victim is not None:
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(draw.uniform(0.0, 1.2))
         kill(process)
-        again = set(started(log)) & known
-        assert not again, f"trained again although finished: {sorted(again)}"
+        keys = [key for key, _ in started(log)]
+        assert not set(keys) & known, f"trained again although finished: {sorted(set(keys) & known)}"
+        twice = {key for key, count in Counter(keys).items() if count > 1}
+        assert twice <= {running.get(victim)}, f"trained twice: {sorted(twice)}"
         now = finished(storage)
         assert known <= now, f"lost: {sorted(known - now)}"
+        assert len(set(keys) - now) <= 2, "no more is lost than what was running"
         known = now
-        if (folder / "answer.json").exists():
-            break
+    assert not (folder / "answer.json").exists(), "each kill must hit a running search"
     log = folder / "log-last"
     process = start(storage, 2, log, folder / "answer.json")
-    assert process.wait(300) == 0
-    assert not set(started(log)) & known
+    assert process.wait(600) == 0
+    keys = [key for key, _ in started(log)]
+    assert not set(keys) & known and len(keys) == len(set(keys))
     ledger = Ledger.open(storage, ARGUMENTS)
     assert ledger.running() == 0
     keys = [trial.key for trial, _, _ in ledger.records()]
@@ -105,9 +125,9 @@ def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) 
     answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
     logs = [tmp_path / f"log-{side}" for side in range(2)]
     sides = [start(tmp_path / "study.db", 1, log, answer) for log, answer in zip(logs, answers, strict=True)]
-    assert [side.wait(300) for side in sides] == [0, 0]
+    assert [side.wait(600) for side in sides] == [0, 0]
     assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
-    counts = Counter(key for log in logs for key in started(log))
+    counts = Counter(key for log in logs for key, _ in started(log))
     assert set(counts.values()) == {1}, "no plan is trained twice"
     assert all(started(log) for log in logs), "both took part"
 
@@ -156,9 +176,9 @@ def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: st
     answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
     logs = [tmp_path / f"log-{side}" for side in range(2)]
     sides = [start(postgres, 1, log, answer) for log, answer in zip(logs, answers, strict=True)]
-    assert [side.wait(300) for side in sides] == [0, 0]
+    assert [side.wait(600) for side in sides] == [0, 0]
     assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
-    counts = Counter(key for log in logs for key in started(log))
+    counts = Counter(key for log in logs for key, _ in started(log))
     assert set(counts.values()) == {1} and all(started(log) for log in logs)
 
 
