@@ -24,14 +24,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OVERVIEWS = ("README.md", "results/README.md")
-PAGES = [
-    *OVERVIEWS,
-    *sorted(
-        path.relative_to(REPOSITORY).as_posix()
-        for path in (REPOSITORY / "results").rglob("README.md")
-        if path.parent != REPOSITORY / "results"
-    ),
-]
+PAGES = sorted(
+    {
+        *OVERVIEWS,
+        *(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "results").rglob("*.md")),
+    }
+)
 
 NUMBER = r"[+−-]?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 UNIT = r"(?:\s?(?:%|ppm|points?|σ|MiB|GiB|GB|KiB|ms|s|min|h|x|×|times|steps/s)(?!\w))"
@@ -135,6 +133,14 @@ def pages_behind(row: str, root: Path) -> str:
 def test_every_claim_has_its_interval_its_basis_and_its_command(name: str) -> None:
     page = (REPOSITORY / name).read_text(encoding="utf-8")
     assert complaints(page, name) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_script_that_a_page_names_exists(name: str) -> None:
+    scripts = re.findall(
+        r"python ((?:analyses|benchmarks|docs)/\w+\.py)", (REPOSITORY / name).read_text(encoding="utf-8")
+    )
+    assert [script for script in scripts if not (REPOSITORY / script).is_file()] == []
 
 
 def test_there_are_claims_to_check() -> None:
