@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -132,45 +134,57 @@ def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) 
     assert all(started(log) for log in logs), "both took part"
 
 
+def server_programs() -> Path | None:
+    """The folder of initdb and pg_ctl: the newest of Debian's, which are not on the path, or the path's."""
+    debian = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
+    if debian:
+        return max(debian, key=lambda folder: float(folder.parent.name))
+    found = shutil.which("initdb")
+    return Path(found).parent if found else None
+
+
 @pytest.fixture
-def postgres():
+def postgres() -> Iterator[str]:
     """A PostgreSQL server of its own: a URL, and stopped again in the end."""
     pytest.importorskip("psycopg", reason="needs psycopg (pip install 'layerprobe[postgres]')")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
-    programs = next((folder for folder in reversed(found) if (folder / "initdb").exists()), None)
-    if programs is None and shutil.which("initdb"):
-        programs = Path(shutil.which("initdb")).parent
+    programs = server_programs()
     if programs is None:
         pytest.skip("needs a PostgreSQL server (package postgresql)")
     as_user: list[str] = []
-    # Not under tmp_path: pytest keeps its folders closed to other users, and the server may be one.
-    folder = Path(tempfile.mkdtemp(prefix="layerprobe-postgres-"))
     if os.geteuid() == 0:
         # The server refuses to run as root.
-        if (
-            shutil.which("runuser") is None
-            or subprocess.run(["id", "postgres"], capture_output=True).returncode
-        ):
+        if not shutil.which("runuser") or subprocess.run(["id", "postgres"], capture_output=True).returncode:
             pytest.skip("runs as root and there is no user postgres to run the server as")
-        shutil.chown(folder, "postgres")
         as_user = ["runuser", "-u", "postgres", "--"]
-    data, port = folder / "data", random.Random(os.getpid()).randrange(20000, 60000)
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder, "check": True}
-    subprocess.run(
-        [*as_user, programs / "initdb", "-D", data, "-U", "search", "--auth=trust", "--no-sync"], **quiet
-    )
+    # Not under tmp_path: pytest keeps its folders closed to other users, and the server may be one.
+    folder = Path(tempfile.mkdtemp(prefix="layerprobe-postgres-"))
+    if as_user:
+        shutil.chown(folder, "postgres", "postgres")
+
+    def run(program: str, *arguments: str) -> None:
+        # Into a file: a pipe would stay open as long as the server that pg_ctl starts.
+        with (folder / "output").open("w+") as output:
+            command = [*as_user, str(programs / program), "-D", str(folder / "data"), *arguments]
+            code = subprocess.run(command, stdout=output, stderr=output, cwd=folder).returncode
+            output.seek(0)
+            assert code == 0, f"{program} failed: {output.read()}"
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    control = [*as_user, programs / "pg_ctl", "-D", data, "-w"]
-    subprocess.run([*control, "-l", folder / "server.log", "-o", options, "start"], **quiet)
     try:
-        yield f"postgresql://search@127.0.0.1:{port}/postgres"
+        run("initdb", "-U", "search", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
+        run("pg_ctl", "-w", "-t", "120", "-l", str(folder / "server.log"), "-o", options, "start")
+        try:
+            yield f"postgresql://search@127.0.0.1:{port}/postgres"
+        finally:
+            run("pg_ctl", "-w", "-m", "immediate", "stop")
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], **quiet)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(600)
 def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: str) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
     answers = [tmp_path / f"answer-{side}.json" for side in range(2)]
