@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= quickstart
+DATA   ?= ../shared
+STUDIES = outlier_gap depth_curves bridge_cka partial_bridge score_truth lr_fairness depth_and_data
 
-.PHONY: help install quickstart test test-all lint format typecheck docs clean
+.PHONY: help install quickstart test test-all lint format typecheck docs studies studies-quick check-studies clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +44,16 @@ $(VENV)/.docs: $(VENV)/.installed
 
 docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+studies-quick: install  ## every study in small, on what the extra [demo] brings (about 6 minutes); into runs/
+	@for study in $(STUDIES); do $(BIN)/python analyses/$$study.py --quick || exit 1; done
+
+studies: install  ## every study at full size on DATA (about an hour on one core); continues where it stopped
+	@for study in $(STUDIES); do $(BIN)/python analyses/$$study.py --data $(DATA) || exit 1; done
+	$(BIN)/python analyses/index.py
+
+check-studies: install  ## re-run the study of the day in small and compare with the committed table
+	$(BIN)/python analyses/check.py
 
 clean:  ## remove the environment, caches, the site and the quickstart run
 	rm -rf $(VENV) $(RUN) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

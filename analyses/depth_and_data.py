@@ -1,0 +1,261 @@
+"""How does the best plan move with the amount of downstream data: 1 %, 10 %, 100 % of the images?
+
+    python analyses/depth_and_data.py --quick                  # about a minute: MiniLM, digits, 10 % and 100 %
+    python analyses/depth_and_data.py --data ../shared         # about 7 minutes on one core
+    python analyses/depth_and_data.py --model gpt2 --task cifar100 --limit 30000
+
+Four plans (none, first half, last half, all blocks), each valued by bridge and fine-tuning at equal steps on
+the first 1 %, 10 % and 100 % of the training images (every prefix holds the classes in proportion). A plan's rate and
+the best plan are chosen on validation; test images judge on seeds that selected nothing. Validation and test images are
+the same at every share, so only the training data changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from study import Answer, Setup, Size, Trainings, against, mean_row, publish, run, setup, short
+
+from layerprobe.cli.output import save_figure
+from layerprobe.plotting.studies import draw_levels, plot_lines
+from layerprobe.search.replay import ExhaustiveTable
+from layerprobe.search.settings import Settings
+from layerprobe.search.space import Mask, mask_of
+from layerprobe.search.verdict import Finalist, choose
+from layerprobe.tables import tidy
+from layerprobe.tasks import Task
+
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size(("stories260k",), ("cifar10",), 2000, 8)
+SHARES, QUICK_SHARES = (0.01, 0.1, 1.0), (0.1, 1.0)
+LRS, QUICK_LRS = (1e-3, 3e-3), (3e-4,)
+N_SEEDS, QUICK_N_SEEDS = 3, 2
+"""Seeds to select by, and as many unseen ones to judge by."""
+
+STEPS, QUICK_STEPS = {"bridge_steps": 20, "finetune_steps": 60}, {"bridge_steps": 4, "finetune_steps": 12}
+BATCH, QUICK_BATCH = 32, 16
+PLANS = {
+    "none": "#999999",
+    "first half": "#009E73",
+    "last half": "#E69F00",
+    "all": "#0072B2",
+}
+QUICK_PLANS = ("none", "first half", "all")
+TOLERANCE = 0.15
+"""Of a share, between two machines: short trainings are chaotic."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = setup("depth_and_data", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    rows: list[dict[str, Any]] = []
+    answers: list[Answer] = []
+    said: list[str] = []
+    sizes = {}
+    for name in s.tasks:
+        task = s.task(name)
+        sizes[short(name)] = {key: len(split) for key, split in task.splits.items()}
+        for model in s.models:
+            found = {share: valued(s, model, name, task, share) for share in shares(s)}
+            best = {share: best_plan(table, plans) for share, (table, plans, _) in found.items()}
+            rows += [
+                row | {"chance": 1 / task.n_classes} for row in table_rows(found, best, model, name, task)
+            ]
+            answers += claims(found, best, model, name, len(task.test))
+            said += [moved(found, best, f"{short(model)}, {short(name)}", task)]
+    frame = tidy(rows)
+    save_figure(lambda: figure(frame), s.output / "depth_and_data.png")
+    shown = [a for a in answers if a.key in ("best − all", "moves")]
+    publish(
+        s,
+        rows=frame,
+        answers=answers,
+        headline="\n".join([*said, "", *(f"- {a.verdict}: {a.sentence}." for a in shown)]),
+        setting=(
+            f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Bridge and fine-tuning: {steps(s)} of "
+            f"{QUICK_BATCH if s.quick else BATCH} images at every share, rates {', '.join(f'{lr:g}' for lr in lrs(s))} "
+            f"for each plan separately; {n_seeds(s)} seeds select, {n_seeds(s)} others judge. The best plan has the "
+            "fewest parameters "
+            "within one standard error of the best validation accuracy."
+        ),
+        figures={
+            "depth_and_data.png": "Test accuracy of each plan by share of the training images; bars: 95 % t "
+            "intervals over unseen seeds; ring: the plan that validation chose"
+        },
+        facts={"tolerance": TOLERANCE},
+    )
+
+
+def shares(s: Setup) -> tuple[float, ...]:
+    return QUICK_SHARES if s.quick else SHARES
+
+
+def lrs(s: Setup) -> tuple[float, ...]:
+    return QUICK_LRS if s.quick else LRS
+
+
+def steps(s: Setup) -> dict[str, int]:
+    return QUICK_STEPS if s.quick else STEPS
+
+
+def n_seeds(s: Setup) -> int:
+    return QUICK_N_SEEDS if s.quick else N_SEEDS
+
+
+def part_of(task: Task, share: float) -> Task:
+    """The task with the first `share` of its training images, at least one per class."""
+    n = max(task.n_classes, round(share * len(task.train)))
+    return dataclasses.replace(task, splits={**task.splits, "train": task.train.subset(range(n))})
+
+
+def valued(
+    s: Setup, model: str, name: str, task: Task, share: float
+) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
+    """The plans at one share, and how many training images that is."""
+    part = part_of(task, share)
+    settings = Settings(
+        lrs=lrs(s),
+        seeds=n_seeds(s),
+        budget=1.0,
+        strategy="exhaustive",
+        batch_size=QUICK_BATCH if s.quick else BATCH,
+        **steps(s),
+    )
+    label = f"{short(model)}-{short(name)}-{share:g}"
+    runs = Trainings(s, label, s.load(model, part), part, settings)
+    n = runs.space.n_blocks
+    half = n // 2
+    spans = {
+        "none": range(0),
+        "first half": range(half),
+        "last half": range(n - half, n),
+        "all": range(n),
+    }
+    plans = {key: mask_of(span, n) for key, span in spans.items() if not s.quick or key in QUICK_PLANS}
+    return runs.plans(list(plans.values())), plans, len(part.train)
+
+
+def best_plan(table: ExhaustiveTable, plans: dict[str, Mask]) -> str:
+    finalists = [Finalist(mask, table.own_lr(mask), tuple(table.validation(mask))) for mask in plans.values()]
+    chosen = choose(finalists, table.space).mask
+    return next(name for name, mask in plans.items() if mask == chosen)
+
+
+def table_rows(
+    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
+    best: dict[float, str],
+    model: str,
+    name: str,
+    task: Task,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for share, (table, plans, n_train) in found.items():
+        for plan, mask in plans.items():
+            about = {
+                "model": short(model),
+                "task": short(name),
+                "share": share,
+                "n_train": n_train,
+                "plan": plan,
+                "lr": table.own_lr(mask),
+                "chosen": plan == best[share],
+                "trainable_parameters": table.space.params(mask),
+            }
+            judged = (("validation", table.validation(mask), 0), ("test", table.test(mask), 1000))
+            for split, values, first in judged:
+                for seed, value in enumerate(values):
+                    row = {
+                        "metric": f"{split}_accuracy",
+                        "split": split,
+                        "value": float(value),
+                        "seed": first + seed,
+                    }
+                    rows.append({**about, **row, "n": len(task.splits[split])})
+                mean = {"metric": f"{split}_accuracy_mean", "split": split, "n": len(task.splits[split])}
+                rows.append(mean_row(values.tolist(), **about, **mean))
+    return rows
+
+
+def claims(
+    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
+    best: dict[float, str],
+    model: str,
+    task: str,
+    n: int,
+) -> list[Answer]:
+    about: dict[str, Any] = {"n": n, "model": model, "task": task}
+    answers = []
+    gaps = {}
+    for share, (table, plans, _) in found.items():
+        test = {plan: table.test(mask) for plan, mask in plans.items()}
+        where = f"at {share:.0%}".replace("%", " %")
+        if best[share] != "all":
+            claim = f"best plan ({best[share]}) − all, {where}"
+            answers.append(against("best − all", claim, test[best[share]], test["all"], **about))
+        answers.append(against("all − none", f"all − none, {where}", test["all"], test["none"], **about))
+        other = "last half" if "last half" in test else "all"
+        gaps[share] = test["first half"] - test[other]
+        claim = f"first half − {other}, {where}"
+        answers.append(against("first − last", claim, test["first half"], test[other], **about))
+    low, high = min(gaps), max(gaps)
+    claim = f"(first half − {other}) at {low:.0%}, minus the same at {high:.0%}".replace("%", " %")
+    answers.append(against("moves", claim, gaps[low], gaps[high], **about))
+    return answers
+
+
+def moved(
+    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
+    best: dict[float, str],
+    where: str,
+    task: Task,
+) -> str:
+    lines, unseen = [], 0
+    for share, (table, plans, n_train) in found.items():
+        test = table.test(plans[best[share]])
+        unseen = len(test)
+        lines.append(
+            f"at {100 * share:g} % ({n_train:,} images) {best[share]} (test {100 * float(np.mean(test)):.1f} %)"
+        )
+    verb = "stays" if len(set(best.values())) == 1 else "moves"
+    return (
+        f"{where}: the plan that validation chooses {verb}: {'; '.join(lines)}. "
+        f"n = {len(task.test):,} test images, {unseen} unseen seeds."
+    )
+
+
+def figure(frame: pd.DataFrame) -> Any:
+    import matplotlib.pyplot as plt
+
+    means = frame[frame["metric"] == "test_accuracy_mean"]
+    pairs = list(dict.fromkeys(zip(means["model"], means["task"], strict=True)))
+    figure, panels = plt.subplots(
+        1, len(pairs), figsize=(4.8 * len(pairs) + 1.6, 4.0), squeeze=False, layout="constrained"
+    )
+    for ax, (model, task) in zip(panels[0], pairs, strict=True):
+        part = means[(means["model"] == model) & (means["task"] == task)]
+        part = part.assign(place=np.log10(part["share"].astype(float)))
+        plot_lines(part, "place", "plan", ax=ax, colours=PLANS, bars=True, shift=0.05)
+        draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
+        plans = list(dict.fromkeys(part["plan"]))
+        for _, row in part[part["chosen"].astype(bool)].iterrows():
+            place = row["place"] + 0.05 * (plans.index(row["plan"]) - (len(plans) - 1) / 2)
+            ax.plot(place, 100 * row["value"], "o", ms=14, mfc="none", mec="#D55E00", mew=2)
+        ticks = part.drop_duplicates("share").sort_values("share")
+        ax.set_xticks(
+            ticks["place"],
+            [f"{100 * a:g} %\n({int(b):,})" for a, b in zip(ticks["share"], ticks["n_train"], strict=True)],
+        )
+        ax.set_ylim(bottom=0)
+        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
+        ax.set_xlabel("share of the training images (number)")
+        ax.set_ylabel("test accuracy (%)")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, title="trained blocks")
+    return figure
+
+
+if __name__ == "__main__":
+    run(main)

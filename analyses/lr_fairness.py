@@ -1,0 +1,231 @@
+"""Does the conclusion change when every arm gets its own learning rate instead of one rate for all?
+
+    python analyses/lr_fairness.py --quick                     # about a minute: MiniLM, digits
+    python analyses/lr_fairness.py --data ../shared            # about 6 minutes on one core
+    python analyses/lr_fairness.py --model gpt2 --task cifar100 --limit 5000
+
+Rothermel et al. 2021 (arXiv 2107.12460) showed that the headline about frozen pretrained transformers (Lu et al.
+2021) rested on one learning rate for all arms. Here the same three comparisons are made at every common rate of a grid,
+and with each arm at its own rate, which validation images choose; test images judge. Bridge and fine-tuning, one
+budget for all, three paired seeds; the untrained network is drawn anew with every seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from study import (
+    Answer,
+    Setup,
+    Size,
+    Trainings,
+    against,
+    answer_rows,
+    mean_row,
+    publish,
+    run,
+    setup,
+    short,
+    trial_rows,
+)
+
+from layerprobe.cli.output import save_figure
+from layerprobe.plotting.studies import draw_levels, plot_claims, plot_lines
+from layerprobe.search.settings import Settings
+from layerprobe.search.space import REPORT_REPEAT, Trial, mask_of
+from layerprobe.tables import tidy
+from layerprobe.tasks import Task
+
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size(("stories260k",), ("cifar10",), 1000, 8)
+LRS, QUICK_LRS = (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 1e-3)
+SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
+STEPS, QUICK_STEPS = {"bridge_steps": 20, "finetune_steps": 60}, {"bridge_steps": 4, "finetune_steps": 12}
+BATCH, QUICK_BATCH = 32, 16
+ARMS = {"all": "#0072B2", "first half": "#009E73", "none": "#999999", "untrained, all": "#D55E00"}
+CONTRASTS = (("all", "untrained, all"), ("first half", "all"), ("none", "all"))
+OWN = "own"
+TOLERANCE = 0.15
+"""Of a share, between two machines: short trainings are chaotic."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = setup("lr_fairness", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    rows: list[dict[str, Any]] = []
+    answers: list[Answer] = []
+    said: list[str] = []
+    sizes = {}
+    for name in s.tasks:
+        task = s.task(name)
+        sizes[short(name)] = {key: len(split) for key, split in task.splits.items()}
+        for model in s.models:
+            found = trainings(s, model, name, task)
+            own = own_rates(found)
+            rows += [row | {"chance": 1 / task.n_classes} for row in table(found, own, model, name)]
+            here = claims(found, own, model, name, len(task.test))
+            answers += here
+            said += conclusions(here, own, f"{short(model)}, {short(name)}", lrs(s))
+    frame = tidy(rows)
+    grid = ", ".join(f"{lr:g}" for lr in lrs(s))
+    save_figure(lambda: figure(frame, answer_rows(s, answers)), s.output / "lr_fairness.png")
+    publish(
+        s,
+        rows=frame,
+        answers=answers,
+        headline="\n".join(said),
+        setting=(
+            f"Images: {sizes}. Patch {s.patch}, PCA stem. Every arm: bridge on 10 random classes, then "
+            f"fine-tuning, {steps(s)} of {QUICK_BATCH if s.quick else BATCH} images, both at the same rate; the arm "
+            f"says which blocks train (stem and head always do). Rates {grid}; an arm's "
+            "own rate has the best mean validation accuracy over the seeds."
+        ),
+        figures={
+            "lr_fairness.png": "Above: each arm by learning rate, 95 % t intervals over seeds. Below: the three "
+            "comparisons at each common rate, and with own rates"
+        },
+        facts={"tolerance": TOLERANCE},
+    )
+
+
+def lrs(s: Setup) -> tuple[float, ...]:
+    return QUICK_LRS if s.quick else LRS
+
+
+def steps(s: Setup) -> dict[str, int]:
+    return QUICK_STEPS if s.quick else STEPS
+
+
+def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Trial, Any]]:
+    """Arm → trial → outcome: every rate with every seed, judged on test."""
+    seeds = QUICK_SEEDS if s.quick else SEEDS
+    settings = Settings(
+        lrs=lrs(s),
+        seeds=len(seeds),
+        budget=1.0,
+        strategy="exhaustive",
+        batch_size=QUICK_BATCH if s.quick else BATCH,
+        **steps(s),
+    )
+    label = f"{short(model)}-{short(name)}"
+    runs = Trainings(s, label, s.load(model, task), task, settings)
+    n = runs.space.n_blocks
+    masks = {"all": runs.space.all, "first half": mask_of(range(n // 2), n), "none": runs.space.none}
+    found = {
+        arm: runs.value([Trial(mask, lr, REPORT_REPEAT + seed) for lr in lrs(s) for seed in seeds])
+        for arm, mask in masks.items()
+        if not (s.quick and arm == "first half")
+    }
+    found["untrained, all"] = {}
+    for seed in seeds:
+        untrained = s.load(model, task, init="random", seed=seed)
+        runs = Trainings(s, f"{label}-untrained-{seed}", untrained, task, settings)
+        trials = [Trial(runs.space.all, lr, REPORT_REPEAT + seed) for lr in lrs(s)]
+        found["untrained, all"] |= runs.value(trials)
+    return found
+
+
+def by_rate(outcomes: dict[Trial, Any], what: str) -> dict[float, list[float]]:
+    """Rate → value per seed; a diverged run counts as 0."""
+    rates: dict[float, list[float]] = {}
+    for trial in sorted(outcomes, key=lambda t: (t.lr, t.repeat)):
+        rates.setdefault(trial.lr, []).append(getattr(outcomes[trial], what) or 0.0)
+    return rates
+
+
+def own_rates(found: dict[str, dict[Trial, Any]]) -> dict[str, float]:
+    """Arm → the rate with the best mean validation accuracy."""
+    rates = {}
+    for arm, outcomes in found.items():
+        validation = by_rate(outcomes, "accuracy")
+        rates[arm] = max(validation, key=lambda lr: sum(validation[lr]))
+    return rates
+
+
+def table(
+    found: dict[str, dict[Trial, Any]], own: dict[str, float], model: str, task: str
+) -> list[dict[str, Any]]:
+    rows = []
+    for arm, outcomes in found.items():
+        about = {"model": short(model), "task": short(task), "arm": arm}
+        rows += trial_rows(outcomes, **about)
+        n = next(iter(outcomes.values())).facts["n_test"]
+        for lr, values in by_rate(outcomes, "test").items():
+            mean = {"metric": "test_accuracy_mean", "split": "test", "lr": lr, "n": n, "own": lr == own[arm]}
+            rows.append(mean_row(values, **about, **mean))
+    return rows
+
+
+def claims(
+    found: dict[str, dict[Trial, Any]], own: dict[str, float], model: str, task: str, n: int
+) -> list[Answer]:
+    test = {arm: by_rate(outcomes, "test") for arm, outcomes in found.items()}
+    answers = []
+    for a, b in CONTRASTS:
+        if a not in test or b not in test:
+            continue
+        about: dict[str, Any] = {"n": n, "model": model, "task": task}
+        for lr in test[a]:
+            claim = f"{a} − {b}, both at {lr:g}"
+            answers.append(against(f"{a} − {b}", claim, test[a][lr], test[b][lr], **about))
+        claim = f"{a} − {b}, own rates {own[a]:g} and {own[b]:g}"
+        answers.append(against(f"{a} − {b} {OWN}", claim, test[a][own[a]], test[b][own[b]], **about))
+    return answers
+
+
+def conclusions(
+    answers: list[Answer], own: dict[str, float], where: str, grid: tuple[float, ...]
+) -> list[str]:
+    lines = []
+    for a, b in CONTRASTS:
+        common = [x for x in answers if x.key == f"{a} − {b}"]
+        fair = [x for x in answers if x.key == f"{a} − {b} {OWN}"]
+        if not fair:
+            continue
+        other = [x for x in common if x.verdict != fair[0].verdict]
+        rates = "; ".join(f"{x.claim.rsplit(' ', 1)[1]}: {x.verdict}" for x in common)
+        changed = (
+            f"the conclusion changes at {len(other)} of {len(common)} common rates"
+            if other
+            else "the conclusion is the same at every common rate"
+        )
+        edges = [arm for arm in (a, b) if own[arm] in (grid[0], grid[-1])]
+        edge = f" The own rate of {' and '.join(edges)} lies at an edge of the grid." if edges else ""
+        lines.append(
+            f"- {where}: {fair[0].verdict} with own rates; {changed} ({rates}). {fair[0].sentence}.{edge}"
+        )
+    return lines
+
+
+def figure(frame: pd.DataFrame, claimed: pd.DataFrame) -> Any:
+    import matplotlib.pyplot as plt
+
+    means = frame[frame["metric"] == "test_accuracy_mean"]
+    first = means[["model", "task"]].iloc[0]
+    means = means[(means["model"] == first["model"]) & (means["task"] == first["task"])]
+    claimed = claimed[(claimed["model"] == first["model"]) & (claimed["task"] == first["task"])]
+    heights = [3.4, 0.9 + 0.3 * len(claimed)]
+    figure = plt.figure(figsize=(7.5, sum(heights)), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = parts[0].subplots(), parts[1].subplots()
+    plot_lines(means, "lr", "arm", ax=above, colours=ARMS)
+    draw_levels(above, {"chance": float(means["chance"].iloc[0])})
+    above.set_xscale("log")
+    above.set_ylim(0, min(100.0, above.get_ylim()[1]))
+    above.set_xlabel("learning rate (ring: the arm's own)")
+    for arm, rows in means[means["own"].astype(bool)].groupby("arm"):
+        above.plot(
+            rows["lr"], 100 * rows["value"].astype(float), "o", ms=13, mfc="none", mec=ARMS[str(arm)], mew=2
+        )
+    above.set_ylabel("test accuracy (%)")
+    above.set_title(
+        f"{first['model']}, {first['task']}, n = {int(means['n'].iloc[0]):,} test images", fontsize=10
+    )
+    above.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    plot_claims(claimed, ax=below)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main)

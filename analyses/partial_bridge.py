@@ -1,0 +1,300 @@
+"""Is training some blocks better than training all, and which: the first, the last, a run of blocks, a searched plan?
+
+    python analyses/partial_bridge.py --quick                  # about a minute: MiniLM, digits, four plans
+    python analyses/partial_bridge.py --data ../shared         # seconds; reads results/freeze_search/tables
+    python analyses/partial_bridge.py --model gpt2 --task cifar100 --limit 5000     # trains, for hours
+
+Bridge and fine-tuning under each plan, at one budget. Every plan has its own learning rate, chosen on validation;
+test images judge on seeds that selected nothing. Where a table of every plan exists it is read; with --model and
+--task the first-k, last-k and contiguous plans are trained. The searched plan is the frugal one: fewest parameters
+within one standard error of the best on validation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from study import Answer, Setup, Size, Trainings, against, mean_row, publish, run, setup, short, tally
+
+from layerprobe.cli.output import save_figure
+from layerprobe.errors import NotAvailableError
+from layerprobe.files import read_json
+from layerprobe.plotting.studies import draw_levels
+from layerprobe.search.replay import ExhaustiveTable
+from layerprobe.search.settings import Settings
+from layerprobe.search.space import Mask, strip, structured_masks
+from layerprobe.search.verdict import Finalist, choose
+from layerprobe.tables import tidy
+
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size((), (), 2000, 8)
+TABLES = Path("results/freeze_search/tables")
+LRS, QUICK_LRS = (1e-4, 3e-4, 1e-3), (1e-4, 1e-3)
+N_SEEDS, QUICK_N_SEEDS = 3, 2
+STEPS, QUICK_STEPS = {"bridge_steps": 30, "finetune_steps": 120}, {"bridge_steps": 4, "finetune_steps": 12}
+BATCH, QUICK_BATCH = 32, 16
+LOOKS = {
+    "first k": ("#009E73", "^"),
+    "last k": ("#E69F00", "v"),
+    "contiguous": ("#CC79A7", "D"),
+    "all": ("#0072B2", "o"),
+    "none": ("#000000", "s"),
+    "other": ("#BBBBBB", "."),
+}
+TOLERANCE = 0.15
+"""Of a share, between two machines: short trainings are chaotic."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = setup(
+        "partial_bridge",
+        __doc__ or "",
+        quick=QUICK,
+        full=FULL,
+        argv=argv,
+        tables=f"comma-separated folders of tables; default all in {TABLES}",
+    )
+    train = s.quick or bool(s.arguments.model)
+    sources = (
+        [trained(s, m, t) for t in s.tasks for m in s.models] if train else [stored(f) for f in folders(s)]
+    )
+    rows: list[dict[str, Any]] = []
+    answers: list[Answer] = []
+    for table, masks, facts in sources:
+        rows += measured(table, masks, facts)
+        answers += claims(table, masks, facts)
+    frame = tidy(rows)
+    save_figure(lambda: figure(frame), s.output / "partial_bridge.png")
+    seeds = sorted({f"{a.n_seeds} seeds" for a in answers})
+    publish(
+        s,
+        rows=frame,
+        answers=answers,
+        headline=headline(answers),
+        setting=(
+            "; ".join(
+                f"{t.name}: {f['setting']}, rates {', '.join(f'{lr:g}' for lr in t.lrs)}"
+                for t, _, f in sources
+            )
+            + f". {' or '.join(seeds)} select, as many others judge; intervals are paired over the judging seeds. "
+            "The best partial plan and the searched plan are chosen on validation alone, among "
+            + ("the plans trained here." if train else "all plans of a table.")
+        ),
+        figures={
+            "partial_bridge.png": "Test accuracy against the share of the blocks' parameters that train; bars: 95 % t "
+            "intervals over unseen seeds; ring: the searched plan"
+        },
+        facts={"tolerance": TOLERANCE},
+    )
+
+
+Source = tuple[ExhaustiveTable, list[Mask], dict[str, Any]]
+
+
+def folders(s: Setup) -> list[Path]:
+    if s.arguments.tables:
+        return [Path(folder) for folder in s.arguments.tables.split(",")]
+    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
+    if not found:
+        raise NotAvailableError(
+            f"no table of every plan in {TABLES}: give --model and --task to train the plans, or make a table "
+            "(python benchmarks/freeze_search.py make-table)"
+        )
+    return found
+
+
+def stored(folder: Path) -> Source:
+    table = ExhaustiveTable.load(folder)
+    about = read_json(folder / "table.json", what="exhaustive table")
+    setting = (
+        f"{about['counts']} images, patch {about['patch_size']}, {about['bridge_steps']} + {about['finetune_steps']} "
+        f"steps of {about['batch_size']}"
+    )
+    facts = {"model": about["model"], "task": about["task"], "n": about["counts"]["test"], "setting": setting}
+    return table, table.masks, facts
+
+
+def trained(s: Setup, model: str, name: str) -> Source:
+    task = s.task(name)
+    steps, batch = (QUICK_STEPS, QUICK_BATCH) if s.quick else (STEPS, BATCH)
+    settings = Settings(
+        lrs=QUICK_LRS if s.quick else LRS,
+        seeds=QUICK_N_SEEDS if s.quick else N_SEEDS,
+        budget=1.0,
+        strategy="exhaustive",
+        batch_size=batch,
+        **steps,
+    )
+    runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, settings)
+    space = runs.space
+    families = [structured_masks(space, family) for family in ("prefix", "suffix", "contiguous")]
+    masks = list(dict.fromkeys(mask for family in families for mask in family))
+    if s.quick:
+        half = space.n_blocks // 2
+        halves = [mask for family in families[:2] for mask in family if sum(mask) == half]
+        masks = [space.none, *halves, space.all]
+    counts = {key: len(split) for key, split in task.splits.items()}
+    setting = f"{counts} images, patch {s.patch}, {steps['bridge_steps']} + {steps['finetune_steps']} steps of {batch}"
+    facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
+    return runs.plans(masks), masks, facts | {"chance": 1 / task.n_classes}
+
+
+def family_of(mask: Mask) -> str:
+    text, n = strip(mask), len(mask)
+    k = sum(mask)
+    if k in (0, n):
+        return "none" if k == 0 else "all"
+    if text == "#" * k + "." * (n - k):
+        return "first k"
+    if text == "." * (n - k) + "#" * k:
+        return "last k"
+    return "contiguous" if "#" * k in text else "other"
+
+
+def searched(table: ExhaustiveTable, masks: list[Mask], objective: str = "frugal") -> Mask:
+    finalists = [Finalist(m, table.own_lr(m), tuple(table.validation(m))) for m in masks]
+    return choose(finalists, table.space, objective=objective).mask
+
+
+def measured(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    plan = searched(table, masks)
+    total = sum(table.space.block_params)
+    rows = []
+    for mask in masks:
+        about = {
+            "model": facts["model"],
+            "task": facts["task"],
+            "pair": table.name,
+            "plan": strip(mask),
+            "family": family_of(mask),
+            "trained_blocks": sum(mask),
+            "trainable_share": table.space.params(mask) / total,
+            "lr": table.own_lr(mask),
+            "chosen": mask == plan,
+            "chance": facts.get("chance"),
+        }
+        validation = {"metric": "validation_accuracy_mean", "split": "validation"}
+        rows.append(mean_row(table.validation(mask).tolist(), **about, **validation))
+        test = {"metric": "test_accuracy_mean", "split": "test", "n": facts["n"]}
+        rows.append(mean_row(table.test(mask).tolist(), **about, **test))
+    return rows
+
+
+def claims(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> list[Answer]:
+    space = table.space
+    where = f"({facts['model']}, {facts['task']})"
+    about: dict[str, Any] = {"n": facts["n"], "model": facts["model"], "task": facts["task"]}
+    everything, nothing = table.test(space.all), table.test(space.none)
+    partial = [mask for mask in masks if 0 < sum(mask) < space.n_blocks]
+    best = searched(table, partial, "accuracy")
+    plan = searched(table, masks)
+    found = [
+        against(
+            "partial − all",
+            f"best partial {strip(best)} − all {where}",
+            table.test(best),
+            everything,
+            **about,
+        )
+    ]
+    if plan != space.all:
+        found.append(
+            against(
+                "plan − all",
+                f"searched plan {strip(plan)} − all {where}",
+                table.test(plan),
+                everything,
+                **about,
+            )
+        )
+    first = {sum(m): table.test(m) for m in partial if family_of(m) == "first k"}
+    last = {sum(m): table.test(m) for m in partial if family_of(m) == "last k"}
+    sizes = sorted(first.keys() & last.keys())
+    a, b = (np.mean([side[k] for k in sizes], axis=0) for side in (first, last))
+    found.append(against("first − last", f"first k − last k, mean over k {where}", a, b, **about))
+    found.append(against("all − none", f"all − none {where}", everything, nothing, **about))
+    return found
+
+
+def headline(answers: list[Answer]) -> str:
+    words = {
+        "partial − all": "Best partial plan (chosen on validation) against all blocks",
+        "plan − all": "Searched plan (fewest parameters within one standard error) against all blocks",
+        "first − last": "First k against last k blocks",
+        "all − none": "All blocks against none",
+    }
+    lines = []
+    for key, text in words.items():
+        group = [a for a in answers if a.key == key]
+        if len(group) > 1:
+            lines.append(f"- {tally(group, text)}")
+        if group:
+            big = max(group, key=lambda a: abs(a.value))
+            lead = f"- {text}: {big.verdict}; " if len(group) == 1 else "  Largest in size: "
+            lines.append(f"{lead}{big.sentence}.")
+    return "\n".join(lines)
+
+
+def figure(frame: pd.DataFrame) -> Any:
+    import matplotlib.pyplot as plt
+
+    means = frame[frame["metric"] == "test_accuracy_mean"]
+    pairs = list(dict.fromkeys(means["pair"]))
+    columns = min(2, len(pairs))
+    lines = -(-len(pairs) // columns)
+    figure, panels = plt.subplots(
+        lines, columns, figsize=(4.4 * columns + 1.5, 3.4 * lines + 0.3), squeeze=False, layout="constrained"
+    )
+    flat = list(panels.ravel())
+    for ax, pair in zip(flat, pairs, strict=False):
+        part = means[means["pair"] == pair]
+        for family in ("other", *[f for f in LOOKS if f != "other"]):
+            rows = part[part["family"] == family].sort_values("trainable_share")
+            if rows.empty:
+                continue
+            colour, marker = LOOKS[family]
+            x, y = 100 * rows["trainable_share"].astype(float), 100 * rows["value"].astype(float)
+            if family == "other":
+                ax.plot(x, y, marker, color=colour, ms=7, label="other plans")
+                continue
+            # Families share sizes; a small shift keeps their bars apart.
+            x = x + {"first k": -1.0, "last k": 1.0}.get(family, 0.0)
+            reach = [y - 100 * rows["low"].astype(float), 100 * rows["high"].astype(float) - y]
+            joined = "-" if family in ("first k", "last k") else "none"
+            ax.errorbar(
+                x,
+                y,
+                yerr=reach,
+                color=colour,
+                marker=marker,
+                ms=6,
+                lw=1.2,
+                ls=joined,
+                capsize=2,
+                elinewidth=0.8,
+                label=family,
+            )
+        chosen = part[part["chosen"].astype(bool)]
+        shift = {"first k": -1.0, "last k": 1.0}.get(chosen["family"].iloc[0], 0.0)
+        x, y = 100 * chosen["trainable_share"].astype(float) + shift, 100 * chosen["value"].astype(float)
+        ax.plot(x, y, "o", ms=15, mfc="none", mec="#D55E00", mew=2, label="searched plan")
+        if part["chance"].notna().any():
+            draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
+        ax.set_title(f"{pair}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
+    for ax in flat[len(pairs) :]:
+        ax.set_axis_off()
+    figure.supxlabel("share of the blocks' parameters that train (%)", fontsize=11)
+    figure.supylabel("test accuracy (%)", fontsize=11)
+    known: dict[str, Any] = {}
+    for ax in flat[: len(pairs)]:
+        known |= dict(zip(ax.get_legend_handles_labels()[1], ax.get_legend_handles_labels()[0], strict=True))
+    figure.legend(list(known.values()), list(known), loc="outside right center", frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main)

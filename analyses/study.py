@@ -1,0 +1,495 @@
+"""What the studies share: the command line, models and tasks by name, kept trainings, and the answer page.
+
+A study is a script with its question in the first line of its docstring. It writes into results/<study>/:
+`table.csv` (every measurement, long), `answers.csv` (what is claimed, each with n, seeds, interval and
+command), figures, `about.json` (settings, versions, hardware) and a README.md that is made from the numbers.
+Nothing is measured here: that is the library's work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.backbones import Backbone, load_backbone
+from layerprobe.errors import LayerprobeError
+from layerprobe.files import read_json, write_json, write_text
+from layerprobe.metrics.uncertainty import mean_interval, paired_seed_interval
+from layerprobe.progress import note
+from layerprobe.provenance import provenance
+from layerprobe.search.replay import ExhaustiveTable
+from layerprobe.search.settings import Settings, identify
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial
+from layerprobe.search.study import Ledger
+from layerprobe.search.valuing import ChainEvaluator
+from layerprobe.tables import tidy, write_frame
+from layerprobe.tasks import Task, load_task
+
+STUDIES = (
+    "outlier_gap",
+    "depth_curves",
+    "bridge_cka",
+    "partial_bridge",
+    "score_truth",
+    "lr_fairness",
+    "depth_and_data",
+)
+"""In the order of the paper's claims; also the order of `make studies`."""
+
+WORK = Path("runs/studies")
+"""Finished parts of unfinished studies; not part of the repository."""
+
+MIN_SEEDS = 3
+"""Fewer seeds claim nothing (PROTOCOL.md, section 8); 0 means that nothing was random."""
+
+VISION = ("vit-mnist", "vit-cifar10", "vit-base", "deit", "dinov2", "clip")
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a study does by default: `quick` on what the extra [demo] brings, full on the shared folder."""
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    limit: int | None
+    patch: int | None
+
+
+@dataclass
+class Setup:
+    """The command line, resolved."""
+
+    name: str
+    question: str
+    arguments: argparse.Namespace
+    models: list[str]
+    tasks: list[str]
+    limit: int | None
+    patch: int | None
+    began: float = field(default_factory=time.process_time)
+
+    @property
+    def quick(self) -> bool:
+        return bool(self.arguments.quick)
+
+    @property
+    def output(self) -> Path:
+        default = WORK / "quick" / self.name if self.quick else Path("results") / self.name
+        return Path(self.arguments.output or default)
+
+    @property
+    def features(self) -> Path:
+        """Where features are kept between calls."""
+        return WORK / "features"
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", f"analyses/{self.name}.py", *self.arguments.line])
+
+    def path(self, name: str, kind: str) -> str:
+        """`name` within the data folder where it is there, else as it was written: alias, hub id, folder."""
+        base, _, column = name.partition(":")
+        local = self.arguments.data / kind / base if self.arguments.data else None
+        if local is not None and local.is_dir():
+            return f"{local}:{column}" if column else str(local)
+        return name
+
+    def load(self, model: str, task: Task, **options: Any) -> Backbone:
+        """A backbone ready for `task`; language backbones get the study's patch size and a PCA stem."""
+        options = {"stem": "pca", "seed": 0, "device": self.arguments.device, **options}
+        if is_vision(model):
+            options.pop("stem")
+        else:
+            size = task.image_size
+            # 8 does not divide MNIST's 28 pixels: the largest patch that does, 7, keeps the 16 tokens.
+            if size is not None and self.patch is not None:
+                options["patch_size"] = max(p for p in range(1, self.patch + 1) if size % p == 0)
+        return load_backbone(self.path(model, "models"), **options).prepare(task)
+
+    def task(self, name: str, limit: int | None = None) -> Task:
+        return load_task(self.path(name, "data"), limit=limit or self.limit, seed=0)
+
+    def kept(self, key: str, make: Callable[[], Any], **settings: Any) -> Any:
+        """JSON that an earlier call made with the same settings, or that `make` makes now."""
+        digest = _digest({"limit": self.limit, "patch": self.patch, **settings})
+        path = WORK / self.name / f"{short(key)}-{digest}.json"
+        if path.exists():
+            return read_json(path, what="part of a study")
+        note(f"{self.name}: {key}")
+        made = make()
+        write_json(path, made, indent=None)
+        return made
+
+
+def setup(
+    name: str, doc: str, *, quick: Size, full: Size, argv: Sequence[str] | None = None, **more: str
+) -> Setup:
+    """Read the command line. `more` names further options with their help."""
+    line = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog=f"analyses/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with models/ and data/")
+    parser.add_argument("--quick", action="store_true", help="about a minute on what the extra [demo] brings")
+    parser.add_argument(
+        "--model", help="comma-separated: alias, hub id, folder, or a name within DATA/models"
+    )
+    parser.add_argument("--task", help="comma-separated: alias, hub id, folder, or a name within DATA/data")
+    parser.add_argument("--limit", type=int, help="training images; the others in proportion")
+    parser.add_argument("--patch", type=int, help="pixels per side of a patch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--output", type=Path, help=f"default results/{name}, with --quick {WORK}/quick/{name}"
+    )
+    for option, text in more.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", help=text)
+    arguments = parser.parse_args(line)
+    arguments.line = line
+    size = quick if arguments.quick else full
+    if arguments.data is None and not arguments.quick and not arguments.model:
+        parser.error("give --data (a folder with models/ and data/), --model and --task, or --quick")
+    return Setup(
+        name,
+        doc.strip().splitlines()[0],
+        arguments,
+        _listed(arguments.model) or list(size.models),
+        _listed(arguments.task) or list(size.tasks),
+        arguments.limit or size.limit,
+        arguments.patch or size.patch,
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a study; known mistakes give one line."""
+    try:
+        main()
+    except LayerprobeError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished parts are kept")
+
+
+def short(name: str) -> str:
+    """The last part of a path or hub id: what tables call a model or a task."""
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def is_vision(model: str) -> bool:
+    """Whether a name is that of a vision backbone, which brings its own stem."""
+    return short(model).startswith(VISION)
+
+
+# -- what is claimed --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One claim. It holds where its interval excludes `null` and its p, where it has one, is at most 0.05.
+
+    `key` groups claims of one kind; `unit` is points, times or empty for a plain number. `n` counts `counted`
+    (test images, models, …), `n_seeds` the seeds of what was random, 0 where nothing was.
+    """
+
+    key: str
+    claim: str
+    value: float
+    low: float
+    high: float
+    interval: str
+    n: int
+    counted: str
+    n_seeds: int
+    model: str
+    task: str
+    unit: str = "points"
+    null: float = 0.0
+    pvalue: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        if not np.isfinite([self.low, self.high]).all():
+            return "not shown"
+        if 0 < self.n_seeds < MIN_SEEDS:
+            return "too few seeds"
+        if self.pvalue is not None and self.pvalue > 0.05:
+            return "not shown"
+        return "above" if self.low > self.null else "below" if self.high < self.null else "not shown"
+
+    @property
+    def shown(self) -> bool:
+        return self.verdict in ("above", "below")
+
+    @property
+    def sentence(self) -> str:
+        shape = "+.2f" if self.unit == "points" else ".2f"
+        value, low, high = (
+            f"{v:{shape}}".replace("-", "\N{MINUS SIGN}") for v in (self.value, self.low, self.high)
+        )
+        unit = f" {self.unit}" if self.unit else ""
+        seeds = f", {self.n_seeds} seeds" if self.n_seeds > 1 else ", 1 seed" if self.n_seeds else ""
+        p = f", p = {self.pvalue:.2g}" if self.pvalue is not None else ""
+        return (
+            f"{self.claim}: {value}{unit} ({self.interval} {low} to {high}{p}; n = {self.n:,} "
+            f"{self.counted}{seeds})"
+        )
+
+
+def against(
+    key: str,
+    claim: str,
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    n: int,
+    model: str,
+    task: str,
+    counted: str = "test images",
+    scale: float = 100.0,
+    unit: str = "points",
+) -> Answer:
+    """The claim that arm `a` is above arm `b`: paired over common seeds, shares of images turned into points."""
+    pair = paired_seed_interval(scale * np.asarray(a, float), scale * np.asarray(b, float))
+    kind = f"95 % t interval over {len(a)} paired seeds"
+    return Answer(
+        key,
+        claim,
+        pair.difference,
+        pair.low,
+        pair.high,
+        kind,
+        n,
+        counted,
+        len(a),
+        short(model),
+        short(task),
+        unit,
+    )
+
+
+def answer_rows(setup: Setup, answers: Iterable[Answer]) -> pd.DataFrame:
+    """The table of claims."""
+    return pd.DataFrame(
+        [
+            {"study": setup.name, **asdict(answer), "verdict": answer.verdict, "command": setup.command}
+            for answer in answers
+        ]
+    )
+
+
+def mean_row(values: Sequence[float], **row: Any) -> dict[str, Any]:
+    """A table row: mean over seeds with its t interval."""
+    found = mean_interval(values)
+    return {
+        "value": found.mean,
+        "stderr": found.stderr,
+        "low": found.low,
+        "high": found.high,
+        "n_seeds": found.n,
+        **row,
+    }
+
+
+def tally(answers: Sequence[Answer], what: str) -> str:
+    """How many claims of one kind hold: the sentence that keeps single hits in proportion."""
+    count = {side: sum(a.verdict == side for a in answers) for side in ("above", "below")}
+    count["not shown"] = sum(not a.shown for a in answers)
+    return (
+        f"{what}: above in {count['above']} of {len(answers)}, below in {count['below']}, not shown in "
+        f"{count['not shown']} (intervals are not corrected for their number: of {len(answers)} true zeros about "
+        f"{0.05 * len(answers):.1f} would be called either)."
+    )
+
+
+# -- trainings --------------------------------------------------------------------------------------------
+
+
+class Trainings:
+    """Bridge and fine-tuning of one backbone on one task by the library's chain, kept and never repeated."""
+
+    def __init__(self, setup: Setup, label: str, backbone: Backbone, task: Task, settings: Settings) -> None:
+        self.settings, self.label, self.task = settings, label, task
+        self.evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
+        self.space = Space(self.evaluator.block_params(), settings.constraints)
+        identity = {**identify(backbone, task, settings), "study": setup.name}
+        path = WORK / setup.name / f"{label}-{_digest(identity)}.db"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.ledger = Ledger.open(path, identity)
+
+    def value(self, trials: Sequence[Trial]) -> dict[Trial, Any]:
+        """Answers to `trials`, one after the other, with a line of progress every ten."""
+        found = {}
+        for count, trial in enumerate(dict.fromkeys(trials), start=1):
+            found |= self.ledger.value([trial], self.evaluator)
+            if count % 10 == 0:
+                note(f"{self.label}: {count} of {len(trials)} trainings")
+        return found
+
+    def plans(self, masks: Sequence[Mask], *, unseen: int | None = None) -> ExhaustiveTable:
+        """Plans valued by the search's rules: own rate on repeat 0, then selection and `unseen` repeats.
+
+        As many unseen repeats as selection repeats unless said otherwise. The table holds these `masks` alone,
+        whatever its space; read them by `validation` and `test`.
+        """
+        s = self.settings
+        found = self.value([Trial(mask, lr) for mask in masks for lr in s.lrs])
+        table = ExhaustiveTable(self.label, self.space, s.lrs, s.seeds, 1.0, found)
+        rates = {mask: table.own_lr(mask) for mask in masks}
+        judging = range(REPORT_REPEAT, REPORT_REPEAT + (unseen or s.seeds))
+        repeats = [*range(1, s.seeds), *judging]
+        found |= self.value([Trial(mask, rates[mask], r) for r in repeats for mask in masks])
+        return table
+
+
+def trial_rows(found: Mapping[Trial, Any], **constants: Any) -> list[dict[str, Any]]:
+    """One row a training: validation accuracy, and test accuracy where it was judged."""
+    rows = []
+    for trial, outcome in found.items():
+        plan = "".join("#" if flag else "." for flag in trial.mask)
+        about = {"plan": plan, "lr": trial.lr, "seed": trial.repeat, "reason": outcome.reason, **constants}
+        rows.append(
+            {
+                "metric": "validation_accuracy",
+                "split": "validation",
+                "value": outcome.accuracy,
+                "n": outcome.facts.get("n_validation"),
+                **about,
+            }
+        )
+        if outcome.test is not None:
+            judged = {"metric": "test_accuracy", "split": "test", "value": outcome.test}
+            rows.append({**judged, "n": outcome.facts.get("n_test"), **about})
+    return rows
+
+
+# -- the page ---------------------------------------------------------------------------------------------
+
+
+def publish(
+    setup: Setup,
+    *,
+    rows: pd.DataFrame | list[dict[str, Any]],
+    answers: Sequence[Answer],
+    headline: str,
+    setting: str,
+    sections: Mapping[str, Sequence[str]] | None = None,
+    figures: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write table, claims, settings and the page.
+
+    Parameters
+    ----------
+    headline : the answer in a sentence or two, with interval, n and seeds, made from the numbers.
+    setting : what was done, in a paragraph. sections : further parts of the page, title → lines.
+    figures : file name → caption; the files are written by the study.
+    """
+    folder = setup.output
+    frame = rows if isinstance(rows, pd.DataFrame) else tidy(rows)
+    write_frame(frame, folder / "table.csv")
+    write_frame(answer_rows(setup, answers), folder / "answers.csv")
+    made = provenance(setup.name, {"models": setup.models, "tasks": setup.tasks, "limit": setup.limit})
+    seconds = _spent(setup)
+    made |= {
+        "command": setup.command,
+        "question": setup.question,
+        "headline": headline,
+        "process_seconds": round(seconds),
+        "patch": setup.patch,
+        **(facts or {}),
+    }
+    del made["command_line"]
+    write_json(folder / "about.json", made)
+    versions, machine = made["versions"], made["machine"]
+    shown = [a for a in answers if a.shown]
+    lines = [
+        f"# {setup.question}",
+        "",
+        f"    {setup.command}",
+        "",
+        "made everything here, this page included, from the numbers.",
+        "",
+        "## The answer",
+        "",
+        headline,
+        "",
+        *([f"![{caption}]({file})\n\n*{caption}*\n" for file, caption in (figures or {}).items()]),
+        "## What was done",
+        "",
+        setting,
+        "",
+        "## Shown",
+        "",
+        *([f"- {a.sentence}." for a in shown] or ["Nothing: no interval excludes its null value."]),
+        "",
+        "## Not shown",
+        "",
+        *([f"- {a.sentence}{why(a)}." for a in answers if not a.shown] or ["–"]),
+        "",
+    ]
+    for title, body in (sections or {}).items():
+        lines += [f"## {title}", "", *body, ""]
+    lines += [
+        "## Files",
+        "",
+        "`table.csv`: every measurement. `answers.csv`: the claims above, with n, seeds, interval and command. "
+        "`about.json`: settings, versions, hardware.",
+        "",
+        f"Made with layerprobe {versions['layerprobe']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}, numpy {versions['numpy']}, Python {machine['python']} on {machine['processor']}, "
+        f"{machine.get('torch_threads', machine['cores'])} thread(s); {seconds / 60:.1f} min of processor time, "
+        "earlier calls that were continued included.",
+    ]
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+    print(headline)
+    print(f"saved: {folder}")
+
+
+def why(answer: Answer) -> str:
+    """What a page adds to a claim that is not shown for want of seeds."""
+    return "; too few seeds for a claim" if answer.verdict == "too few seeds" else ""
+
+
+def md_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A Markdown table; numbers to the right."""
+    if not rows:
+        return ["–"]
+    columns = list(rows[0])
+    numeric = [all(isinstance(row[c], (int, float)) for row in rows) for c in columns]
+    lines = ["| " + " | ".join(columns) + " |"]
+    lines.append("| " + " | ".join("---:" if n else "---" for n in numeric) + " |")
+    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _spent(setup: Setup) -> float:
+    """Processor seconds of all calls of this command, which continue one another."""
+    path = WORK / setup.name / "seconds.json"
+    spent = read_json(path, what="times") if path.exists() else {}
+    spent[setup.command] = spent.get(setup.command, 0.0) + time.process_time() - setup.began
+    setup.began = time.process_time()
+    write_json(path, spent)
+    return float(spent[setup.command])
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part for part in (text or "").split(",") if part]
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
