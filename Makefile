@@ -6,7 +6,7 @@ RUN    ?= quickstart
 DATA   ?= ../shared
 STUDIES = outlier_gap depth_curves bridge_cka partial_bridge score_truth lr_fairness depth_and_data
 
-.PHONY: help install quickstart test test-all lint format typecheck docs studies studies-quick check-studies clean
+.PHONY: help install quickstart test test-all lint format typecheck docs studies studies-quick check-studies notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ studies-quick: install  ## every study in small, on what the extra [demo] brings
 studies: install  ## every study at full size on DATA (about an hour on one core); continues where it stopped
 	@for study in $(STUDIES); do $(BIN)/python analyses/$$study.py --data $(DATA) || exit 1; done
 	$(BIN)/python analyses/index.py
+
+notebooks: install  ## run the notebooks and keep their outputs (about a minute)
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 check-studies: install  ## re-run the study of the day in small and compare with the committed table
 	$(BIN)/python analyses/check.py

