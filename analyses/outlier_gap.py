@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "deviation over the whole tensor, in float64. Intervals are 95 % bootstrap intervals over models and "
             "blocks (of a single model: over blocks). Few models are few: the numbers describe these models, and "
             "the least p-value that they could give stands beside the one they gave. A twin is the same architecture "
-            "untrained (its usual initialisation, seed 0); its blocks are independent draws, so the interval over blocks "
-            "covers the draw."
+            "untrained (its usual initialisation, seed 0); its blocks are independent draws, so the interval over "
+            "blocks covers the draw."
         ),
         sections=sections,
         figures=figures,
