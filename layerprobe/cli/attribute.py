@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import forward_facts, load_pair
 from layerprobe.cli.output import Output
 
 
 def attribute(
+    ctx: typer.Context,
     model: options.Model,
     task: options.TaskName,
     methods: Annotated[
@@ -64,43 +66,16 @@ def attribute(
     out = Output("attribute", as_json=as_json, folder=output, quiet=quiet)
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
     if dry_run:
-        from layerprobe.cli.memory import forward_facts
-
-        facts = forward_facts(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
+        facts = forward_facts(ctx.params)
         facts["methods"] = ", ".join(chosen)
         facts["images"] = f"{images} of {split}"
         out.dry_run(facts)
         return
 
     from layerprobe.analyzers.attribution import attribute_layers
-    from layerprobe.backbones import load_backbone
     from layerprobe.plotting.attribution import attribution_figure, patch_maps_figure
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    backbone = load_backbone(
-        model,
-        revision=revision,
-        init=init,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        stem=stem,
-        patch_size=patch_size,
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    backbone, loaded = load_pair(ctx.params)
     record = attribute_layers(
         backbone,
         loaded,

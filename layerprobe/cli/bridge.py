@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import load_pair, place
 from layerprobe.cli.output import Output
 
 
 def bridge(
+    ctx: typer.Context,
     model: options.Model = "gpt2",
     task: options.TaskName = "cifar100",
     plan: Annotated[
@@ -107,14 +109,7 @@ def bridge(
     if dry_run:
         out.dry_run(
             training_memory(
-                model,
-                plan,
-                revision=revision,
-                device=device,
-                dtype=dtype,
-                offline=offline,
-                images=micro_batch or batch_size,
-                trust_remote_code=trust_remote_code,
+                model, plan, images=micro_batch or batch_size, **{**place(ctx.params), "device": device}
             )
             | {"output": str(output) if output else "none: pass -o to keep the model"}
         )
@@ -151,26 +146,9 @@ def bridge(
     if output is not None:
         refuse_used_folder(output, resume=resume)
 
-    from layerprobe.backbones import load_backbone
     from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    backbone = load_backbone(
-        model,
-        revision=revision,
-        init=init,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        stem=stem,
-        patch_size=patch_size,
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    backbone, loaded = load_pair(ctx.params, device=device)
     run = bridge_train(
         backbone, loaded, plan=freeze_plan, config=config, output=output, resume=resume, quiet=quiet
     )

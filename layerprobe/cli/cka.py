@@ -7,10 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import forward_facts, load_images, load_model, parse_sites, pick_layers
 from layerprobe.cli.output import Output
 
 
 def cka(
+    ctx: typer.Context,
     model: options.Model,
     task: options.TaskName,
     model_b: Annotated[
@@ -65,17 +67,7 @@ def cka(
     out = Output("cka", as_json=as_json, folder=output, quiet=quiet)
     other = model_b if model_b is not None else (model if init_b is not None else None)
     if dry_run:
-        from layerprobe.cli.memory import forward_facts
-
-        facts = forward_facts(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
+        facts = forward_facts(ctx.params)
         facts["compared with"] = "itself" if other is None else f"{other} ({init_b or 'pretrained'})"
         facts["memory of the comparison"] = (
             "about 200 MiB beside the features on disk; the permutations hold at most 4,096 images of all layers"
@@ -85,37 +77,14 @@ def cka(
 
     from layerprobe.analyzers.features import extract_features
     from layerprobe.analyzers.similarity import cka_matrix
-    from layerprobe.backbones import load_backbone
-    from layerprobe.hooks import all_layers
-    from layerprobe.layers import LayerRef, parse_blocks
     from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    chosen_sites = [LayerRef(0, site.strip()).site for site in sites.split(",")]
+    loaded = load_images(ctx.params)
+    chosen_sites = parse_sites(sites)
 
     def features(name: str, revision: str | None, init: str) -> tuple[Any, Any]:
-        backbone = load_backbone(
-            name,
-            revision=revision,
-            init=init,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            stem=stem,
-            patch_size=patch_size,
-            image_size=image_size,
-            attention=attention,
-            pooling=pooling,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-        )
-        kept = set(parse_blocks(blocks, backbone.n_blocks, model=name))
-        layers = [
-            layer
-            for layer in all_layers(backbone.n_blocks, chosen_sites)
-            if layer.block is None or layer.block in kept
-        ]
+        backbone = load_model(ctx.params, model=name, revision=revision, init=init)
+        layers = pick_layers(backbone, blocks, chosen_sites, model=name)
         return extract_features(
             backbone, loaded, split, layers=layers, batch_size=batch_size, quiet=quiet
         ), backbone

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import load_images, load_model, place
 from layerprobe.cli.output import Output
 
 
 def evaluate(
+    ctx: typer.Context,
     model: options.Model = "gpt2",
     task: options.TaskName = "cifar100",
     mode: Annotated[
@@ -95,49 +97,24 @@ def evaluate(
     chosen_seeds = [seed + number for number in seeds_of(seeds)]
     names = [name.strip() for name in arms.split(",") if name.strip()] if arms else []
     if dry_run:
-        facts = training_memory(
-            model,
-            plan,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            images=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
+        facts = training_memory(model, plan, images=batch_size, **place(ctx.params))
         trainings = 0 if mode in ("probe", "own-head") else len(rates) + len(chosen_seeds) - 1
         out.dry_run({**facts, "trainings": trainings * max(1, len(names)), "output": str(output or "none")})
         return
 
-    from layerprobe.backbones import load_backbone
     from layerprobe.bridge import BridgeConfig, FineTuneConfig, evaluate_arms
     from layerprobe.bridge import evaluate as evaluate_one
     from layerprobe.errors import UsageError
     from layerprobe.plans import FreezePlan
     from layerprobe.plotting.bridge import plot_accuracy_against
-    from layerprobe.tasks import load_task
 
     shared: dict[str, Any] = {"batch_size": batch_size, "augment": augment, "precision": precision}
     finetune = FineTuneConfig(lrs=rates, epochs=epochs, steps=steps, shots=shots, **shared)
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
+    loaded = load_images(ctx.params)
 
     def load(which: str, draw: int) -> Any:
-        return load_backbone(
-            model,
-            revision=revision,
-            init=which,
-            seed=draw,
-            device=device,
-            dtype=dtype,
-            stem=stem,
-            patch_size=patch_size,
-            image_size=image_size,
-            attention=attention,
-            pooling=pooling,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-        )
+        return load_model(ctx.params, init=which, seed=draw)
 
     if names:
         if mode not in ("finetune", "fewshot"):

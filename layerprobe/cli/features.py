@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import forward_facts, load_images, load_pair, parse_sites, pick_layers
 from layerprobe.cli.output import Output
 
 
 def features(
+    ctx: typer.Context,
     model: options.Model,
     task: options.TaskName,
     split: Annotated[str, typer.Option("--split", help="train, validation, test or all.")] = "all",
@@ -52,55 +55,18 @@ def features(
 
     Example: layerprobe features --model minilm --task digits
     """
-    from layerprobe.cli.memory import forward_facts
-
     out = Output("features", as_json=as_json, folder=output, quiet=quiet)
     if dry_run:
-        facts = forward_facts(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
-        facts["store"] = _bill(
-            facts, task, data_dir, limit, seed, offline, split, blocks, sites, tokens, store_dtype
-        )
+        facts = forward_facts(ctx.params)
+        facts["store"] = _bill(facts, ctx.params)
         out.dry_run(facts)
         return
 
     from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
-    from layerprobe.backbones import load_backbone
-    from layerprobe.hooks import all_layers
-    from layerprobe.layers import LayerRef, parse_blocks
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    backbone = load_backbone(
-        model,
-        revision=revision,
-        init=init,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        stem=stem,
-        patch_size=patch_size,
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
-    chosen = set(parse_blocks(blocks, backbone.n_blocks, model=model))
-    layers = [
-        layer
-        for layer in all_layers(
-            backbone.n_blocks, [LayerRef(0, site.strip()).site for site in sites.split(",")]
-        )
-        if layer.block is None or layer.block in chosen
-    ]
+    chosen_sites = parse_sites(sites)
+    backbone, loaded = load_pair(ctx.params)
+    layers = pick_layers(backbone, blocks, chosen_sites, model=model)
     extracted = [
         extract_features(
             backbone,
@@ -119,30 +85,18 @@ def features(
     out.finish(record, table=record.overview())
 
 
-def _bill(
-    facts: dict[str, object],
-    task: str,
-    data_dir: Path | None,
-    limit: int | None,
-    seed: int,
-    offline: bool,
-    split: str,
-    blocks: str,
-    sites: str,
-    tokens: bool,
-    store_dtype: str,
-) -> str:
+def _bill(facts: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """Bytes that the store would grow by; for token features the count of patches is assumed to be 64."""
     from layerprobe.layers import parse_blocks
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
+    split, tokens = given["split"], given["tokens"]
+    loaded = load_images(given)
     n_images = sum(len(part) for name, part in loaded.splits.items() if split in ("all", name))
     n_blocks, width = facts["blocks"], facts["width"]
-    assert isinstance(n_blocks, int)
-    assert isinstance(width, int)
-    n_layers = 1 + len(parse_blocks(blocks, n_blocks)) * len(sites.split(","))
-    size = n_images * n_layers * width * (64 if tokens else 1) * (4 if store_dtype == "float32" else 2)
+    n_layers = 1 + len(parse_blocks(given["blocks"], n_blocks)) * len(given["sites"].split(","))
+    size = (
+        n_images * n_layers * width * (64 if tokens else 1) * (4 if given["store_dtype"] == "float32" else 2)
+    )
     return f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {width}" + (
         " × about 64 tokens" if tokens else ""
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import forward_facts, load_images, load_model, parse_sites, pick_layers
 from layerprobe.cli.output import Output
 
 CONTROLS = ("chance", "pixels", "random", "labels")
@@ -14,6 +15,7 @@ EXTRAS = ("knn", "ridge", "mdl", "few-shot")
 
 
 def probe(
+    ctx: typer.Context,
     model: options.Model,
     task: options.TaskName,
     controls: Annotated[
@@ -72,17 +74,7 @@ def probe(
     further = _names("extra", extras, EXTRAS)
     Cs = None if strengths is None else _numbers(strengths)
     if dry_run:
-        from layerprobe.cli.memory import forward_facts
-
-        facts = forward_facts(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
+        facts = forward_facts(ctx.params)
         facts["controls"] = ", ".join(["chance", *(name for name in asked if name != "chance")])
         facts["extras"] = ", ".join(further) or "none"
         facts["memory of the probes"] = (
@@ -92,47 +84,20 @@ def probe(
         return
 
     from layerprobe.analyzers.probe_study import probe_backbone
-    from layerprobe.backbones import load_backbone
-    from layerprobe.hooks import all_layers
-    from layerprobe.layers import LayerRef, parse_blocks
     from layerprobe.metrics.probing import C_GRID, check_grid, check_refit
     from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength
-    from layerprobe.tasks import load_task
 
     check_refit(refit)
     grid = check_grid(C_GRID if Cs is None else Cs)
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    chosen_sites = [LayerRef(0, site.strip()).site for site in sites.split(",")]
-
-    def load(kind: str) -> Any:
-        return load_backbone(
-            model,
-            revision=revision,
-            init=kind,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            stem=stem,
-            patch_size=patch_size,
-            image_size=image_size,
-            attention=attention,
-            pooling=pooling,
-            offline=offline,
-            trust_remote_code=trust_remote_code,
-        )
-
-    backbone = load(init)
-    kept = set(parse_blocks(blocks, backbone.n_blocks, model=model))
-    layers = [
-        layer
-        for layer in all_layers(backbone.n_blocks, chosen_sites)
-        if layer.block is None or layer.block in kept
-    ]
+    loaded = load_images(ctx.params)
+    chosen_sites = parse_sites(sites)
+    backbone = load_model(ctx.params)
+    layers = pick_layers(backbone, blocks, chosen_sites, model=model)
     place = backbone.device
     record = probe_backbone(
         backbone,
         loaded,
-        twin=load("random") if "random" in asked and init != "random" else None,
+        twin=load_model(ctx.params, init="random") if "random" in asked and init != "random" else None,
         pixels="pixels" in asked,
         layers=layers,
         extras=[*(["labels"] if "labels" in asked else []), *further],

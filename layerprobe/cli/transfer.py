@@ -8,10 +8,12 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import forward_facts, load_pair
 from layerprobe.cli.output import Output
 
 
 def transfer(
+    ctx: typer.Context,
     model: options.Model,
     task: options.TaskName,
     family: Annotated[str, typer.Option("--family", help="readable, trainable or both.")] = "both",
@@ -62,42 +64,15 @@ def transfer(
     if family not in families:
         raise UnknownNameError(f"unknown family '{family}'; choose one of: {', '.join(families)}")
     if dry_run:
-        from layerprobe.cli.memory import forward_facts
-
-        facts = forward_facts(
-            model,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            offline=offline,
-            batch_size=batch_size,
-            trust_remote_code=trust_remote_code,
-        )
+        facts = forward_facts(ctx.params)
         facts["families"] = " and ".join(families[family])
         out.dry_run(facts)
         return
 
     from layerprobe.analyzers.transfer import transfer_scores
-    from layerprobe.backbones import load_backbone
     from layerprobe.plotting.transfer import transfer_figure
-    from layerprobe.tasks import load_task
 
-    loaded = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    backbone = load_backbone(
-        model,
-        revision=revision,
-        init=init,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        stem=stem,
-        patch_size=patch_size,
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
-        offline=offline,
-        trust_remote_code=trust_remote_code,
-    )
+    backbone, loaded = load_pair(ctx.params)
     record = transfer_scores(
         backbone,
         loaded,
