@@ -6,12 +6,10 @@ The only module that imports captum, for the two methods that need a pass per la
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.analyzers.attribution_path import Ablation, Taps, mean_updates, path_conductance, refined
+from layerprobe.analyzers.attribution_record import LayerAttribution, no_maps
 from layerprobe.analyzers.heads import Classifier, make_classifier
 from layerprobe.analyzers.trainability import only_these_train
 from layerprobe.backbones.backbone import Backbone
@@ -26,8 +25,7 @@ from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.records import Record
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import tidy
 from layerprobe.tasks import ImageSplit, Task
 
 METHODS = ("skip", "mean_ablation", "conductance", "update")
@@ -41,65 +39,6 @@ REFUSED = {
 }
 """Methods that are not offered, and why."""
 FIRST_STEPS = 8
-
-
-@dataclass
-class LayerAttribution(Record):
-    """Importance of every block for the predicted class, and patch-level maps of a few images.
-
-    `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
-    f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
-    """
-
-    command: ClassVar[str] = "attribute"
-
-    frame: pd.DataFrame
-    maps: pd.DataFrame
-    pictures: dict[str, np.ndarray]
-    provenance: dict[str, Any]
-
-    def to_frame(self) -> pd.DataFrame:
-        return self.frame.copy()
-
-    def metric(self, name: str) -> pd.DataFrame:
-        """The rows of one metric ("skip" or "attribution_skip")."""
-        full = name if name.startswith("attribution_") else f"attribution_{name}"
-        rows = self.frame[self.frame["metric"] == full]
-        if rows.empty:
-            known = ", ".join(str(found) for found in self.frame["metric"].unique())
-            raise UnknownNameError(f"no attribution '{name}' in this record; it has {known}")
-        return rows
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        target = super().save(path)
-        if target.suffix not in (".csv", ".parquet", ".json") and not self.maps.empty:
-            write_frame(self.maps, target / "attribution_maps.csv")
-        return target
-
-    def summary(self) -> str:
-        facts = self.provenance["prediction"]
-        parts = []
-        for name, words in (("skip", "skipping it"), ("mean_ablation", "replacing its update by the mean")):
-            rows = self.frame[self.frame["metric"] == f"attribution_{name}"]
-            if rows.empty:
-                continue
-            top = rows.loc[rows["value"].astype(float).idxmax()]
-            lost = self.metric(f"{name}_accuracy").set_index("block")["value"].astype(float)[top["block"]]
-            parts.append(
-                f"Block {int(top['block'])} matters most by {words}: the predicted class loses {top['value']:.3g} ± "
-                f"{top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
-            )
-        errors = self.frame[self.frame["metric"] == "attribution_completeness_error"]
-        if not errors.empty:
-            worst = float(errors["value"].astype(float).max())
-            parts.append(
-                f"Completeness error of the path: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
-            )
-        parts.append(
-            f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, "
-            f"head: {facts['head']}" + (f" (C = {facts['C']:g})" if facts.get("C") else "") + "."
-        )
-        return " ".join(parts)
 
 
 @dataclass
@@ -185,7 +124,7 @@ def attribute_layers(
             rows += run.ablations("skip", None)
         if "mean_ablation" in wanted:
             rows += run.ablations("mean_ablation", updates)
-        n_steps, maps = 0, _no_maps()
+        n_steps, maps = 0, no_maps()
         if {"conductance", "update", *SLOW_METHODS} & set(wanted) or n_maps:
             found, n_steps, maps = run.path(wanted, mean_image, tolerance, max_steps, n_maps)
             rows += found
@@ -311,7 +250,7 @@ class _Run:
                 f"completeness error {100 * errors.max():.3g} % at {n_steps} steps exceeds "
                 f"{100 * tolerance:.3g} %; raise max_steps"
             )
-            maps = _no_maps()
+            maps = no_maps()
         rows: list[dict[str, Any]] = []
         if "conductance" in wanted:
             rows += _rows("attribution_conductance", per_unit[:, 1:], reason=reason, n_steps=n_steps)
@@ -377,7 +316,7 @@ class _Run:
                 if where.start < n_maps:
                     maps += self._maps(where, found.conductance[0].sum(dim=2), found.update, n_maps)
         errors = missed / moved if moved else np.full_like(missed, np.inf)
-        return per_unit.values, update.values, errors, pd.concat(maps) if maps else _no_maps()
+        return per_unit.values, update.values, errors, pd.concat(maps) if maps else no_maps()
 
     def _maps(self, where: slice, embed: Tensor, updates: list[Tensor], n_maps: int) -> list[pd.DataFrame]:
         """Token values of the first images as square maps; class and register tokens are left out."""
@@ -456,7 +395,3 @@ def _rows(
         shown = {"value": None, "stderr": None} if reason else {"value": float(mean), "stderr": float(error)}
         rows.append({**row, **shown})
     return rows
-
-
-def _no_maps() -> pd.DataFrame:
-    return pd.DataFrame(columns=["image", "label", "prediction", "block", "row", "column", "value"])

@@ -147,7 +147,7 @@ def test_the_users_own_line_works_from_the_hub_cache(models: Path, tmp_path: Pat
 
 
 def test_the_command_needs_no_torch_when_numba_counts(models: Path) -> None:
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="the extra [fast] is not installed")
     code = (
         "import sys; from layerprobe.analyzers.outliers import outlier_report as r; "
         f"r({str(models / 'heavy')!r}, engine='numba').table(); "

@@ -160,7 +160,7 @@ def regex_trains(text: str, model: nn.Module) -> set[str]:
 
 def peft_trains(text: str, model: nn.Module) -> set[str]:
     """The installed PEFT itself; a trained copy carries `modules_to_save.<adapter>` in its name."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the extra [dev] is not installed")
     tuned = peft.get_peft_model(model, peft.LoraConfig(**json.loads(text)))
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert all(".modules_to_save.default." in n for n in trained)
@@ -293,7 +293,7 @@ def test_peft_on_bare_models(name: str) -> None:
 
 
 def test_peft_trains_and_leaves_the_rest_alone() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the extra [dev] is not installed")
     plan = plans_for("llama")["only 1"]
     model, prefix = wrapped_model("llama-lm")
     tuned = peft.get_peft_model(model, peft.LoraConfig(**json.loads(plan.export("peft", prefix=prefix))))
@@ -323,7 +323,7 @@ def test_peft_refuses_parameters_that_lie_directly_in_a_larger_module() -> None:
 
 def test_adapters_in_chosen_layers_unfreeze_nothing() -> None:
     """Why `layers_to_transform` is no export of a plan: the weights of those layers stay frozen."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the extra [dev] is not installed")
     model, _ = wrapped_model("llama-lm")
     adapters = peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers")
     tuned = peft.get_peft_model(model, adapters)
