@@ -1,6 +1,6 @@
 """What does each layer of three small language models hold of CIFAR-100, against random twins and a trained ViT?
 
-    python analyses/cifar100_layers.py --data ../shared        # into results/cifar100_layers, about half an hour
+    python analyses/cifar100_layers.py --data ../shared        # into results/cifar100_layers, about a quarter of an hour
     python analyses/cifar100_layers.py --data ../shared --models stories260k --limit 500
 
 For every model: probe accuracy by depth with controls (pixels, random twin, random labels, chance), debiased CKA
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join((*LANGUAGE, VISION)))
     parser.add_argument("--output", type=Path, default=Path("results/cifar100_layers"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=int, default=5000, help="training images; the others in proportion")
+    parser.add_argument("--limit", type=int, default=2500, help="training images; the others in proportion")
     arguments = parser.parse_args()
     task = load_task(str(arguments.data / "data" / "cifar100"), limit=arguments.limit, seed=0)
 
@@ -89,7 +89,8 @@ def _features(backbone: Backbone, task: Task) -> Features:
 
 def tables(output: Path, names: list[str]) -> str:
     """Every number of the page, as Markdown tables made from the saved records."""
-    lines = ["<!-- made by analyses/cifar100_layers.py -->", ""]
+    lines = ["# Tables", "", "    python analyses/cifar100_layers.py --data ../shared", ""]
+    lines += ["made everything here from the records in the folders. One seed, one random twin.", ""]
     for name in names:
         folder = output / name
         lines += [f"## {name}", "", *_probe_table(pd.read_csv(folder / "probe.csv")), ""]
