@@ -1,6 +1,6 @@
 """What does each layer of three small language models hold of CIFAR-100, against random twins and a trained ViT?
 
-    python analyses/cifar100_layers.py --data ../shared        # into results/cifar100_layers, about a quarter of an hour
+    python analyses/cifar100_layers.py --data ../shared    # results/cifar100_layers, a quarter of an hour
     python analyses/cifar100_layers.py --data ../shared --models stories260k --limit 500
 
 For every model: probe accuracy by depth with controls (pixels, random twin, random labels, chance), debiased CKA
