@@ -62,6 +62,8 @@ def describe(path: str, function: Callable[..., Any] | None, *, level: int) -> s
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         annotated = hints[parameter.name]
+        if annotated is typer.Context:  # what typer knows of the call; nothing that a user gives
+            continue
         kind, info = annotated.__origin__, annotated.__metadata__[0]
         if not info.hidden:
             panels.setdefault(panel_of(info), []).append(row(parameter, kind, info))

@@ -146,6 +146,11 @@ class Order:
             parts.append((images, shifts[images], flips[images]))
         return Batch(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
+    def begins_epoch(self, step: int) -> bool:
+        """Whether the first image of an epoch is among those of `step`."""
+        size = self.config.batch_size
+        return -(-step * size // self.n) * self.n < (step + 1) * size
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if epoch not in self._epochs:
             draw = np.random.default_rng(derive_seed(self.config.seed, "order", epoch))

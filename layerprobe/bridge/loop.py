@@ -25,6 +25,7 @@ from layerprobe.bridge.classifier import (
 )
 from layerprobe.bridge.config import TrainConfig, derive_seed
 from layerprobe.bridge.data import Batch, Order, Pixels, view
+from layerprobe.bridge.relative import PER_BLOCK, RelativeRates
 from layerprobe.bridge.sharding import full, gradients_stay_here
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 
@@ -70,8 +71,12 @@ def make_accelerator(device: torch.device | str, **options: Any) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(
+    classifier: Classifier, config: TrainConfig, *, by_block: bool = False
+) -> torch.optim.AdamW:
     """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
+
+    With `by_block`, every block has parameter groups of its own (`layerprobe.bridge.relative`).
 
     Raises
     ------
@@ -80,20 +85,22 @@ def make_optimizer(classifier: Classifier, config: TrainConfig) -> torch.optim.A
     layout = classifier.backbone.layout
     positions = {name for name, group in layout.parameter_groups.items() if group == "positions"}
     spared = {f"backbone.model.{name}" for name in layout.norm_names | positions}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    places = {f"backbone.model.{name}": place for name, place in layout.parameter_groups.items()}
+    found: dict[tuple[bool, str], list[nn.Parameter]] = {}
     for name, parameter in trained_parameters(classifier).items():
         plain = parameter.ndim < 2 or name in spared or name.endswith("cls_token")
-        (kept if plain else decayed).append(parameter)
-    if not decayed and not kept:
+        place = places.get(name, "")
+        block = place if by_block and place.startswith("block.") else ""
+        found.setdefault((plain, block), []).append(parameter)
+    if not found:
         raise UsageError("nothing to train: the plan freezes the blocks, the stem and the head")
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": found[key], "weight_decay": 0.0 if key[0] else config.weight_decay, PER_BLOCK: key[1]}
+        for key in sorted(found)
     ]
-    first = (decayed or kept)[0]
+    first = groups[0]["params"][0]
     fused = first.device.type in ("cpu", "cuda") and first.is_floating_point()
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -123,6 +130,7 @@ def training_steps(
     flip: bool = False,
     prefix: Prefix | None = None,
     prepare_step: Callable[[int], Prefix | None] | None = None,
+    relative: RelativeRates | None = None,
 ) -> Iterator[Step]:
     """Train `model` (a prepared `Classifier`) on `labels`, one optimizer step per item handed out.
 
@@ -136,6 +144,8 @@ def training_steps(
     start : the first step to take; those before it were taken by an earlier run.
     prefix : kept outputs of a frozen prefix, see `Prefix`.
     prepare_step : called with the step's index before it begins; hands back the prefix to use.
+    relative : gives every block a learning rate of its own, measured at the first step of an epoch; for runs
+        that are not continued, since it is kept nowhere.
 
     Raises
     ------
@@ -180,6 +190,10 @@ def training_steps(
                 accelerator.backward(loss * (world / config.batch_size))
             seen += torch.stack([loss.detach(), (logits.argmax(1) == targets).sum()])
 
+        if relative is not None:
+            if step == start or order.begins_epoch(step):
+                relative.measure()
+            relative.apply(lr)
         norm = _clip(accelerator, parameters, config.clip_norm)
         total = cast(Tensor, accelerator.reduce(seen, "sum")) if world > 1 else seen
         mean_loss, accuracy = (total / config.batch_size).tolist()

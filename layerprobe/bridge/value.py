@@ -22,6 +22,7 @@ from layerprobe.bridge.loop import (
     predict,
     training_steps,
 )
+from layerprobe.bridge.relative import RelativeRates
 from layerprobe.errors import UsageError
 from layerprobe.tasks.random_labels import random_labels
 
@@ -68,6 +69,7 @@ def value_plan(
     finetune: FineTuneConfig | None = None,
     finetune_plan: Any = None,
     test: bool = False,
+    auto_rgn: bool = False,
 ) -> Outcome:
     """Random-label bridge, then fine-tuning, under `plan`; the backbone is handed back bit for bit as it was.
 
@@ -85,6 +87,7 @@ def value_plan(
     bridge, finetune : all other settings; their lr, steps and seed are replaced.
     finetune_plan : another plan for the second stage; None keeps `plan`.
     test : also judge on the test split. Selection must not.
+    auto_rgn : every block learns at a rate of its own, see `layerprobe.bridge.relative.RelativeRates`.
 
     Raises
     ------
@@ -102,7 +105,13 @@ def value_plan(
                 label_seed = seed if settings.label_seed is None else settings.label_seed
                 labels = random_labels(tensors.ids["train"], settings.random_classes, label_seed)
                 stage = run_stage(
-                    backbone, tensors, labels, settings.random_classes, plan=plan, config=settings
+                    backbone,
+                    tensors,
+                    labels,
+                    settings.random_classes,
+                    plan=plan,
+                    config=settings,
+                    auto_rgn=auto_rgn,
                 )
                 seconds, flops, bridge_accuracy = stage.seconds, stage.flops, stage.train_accuracy
             settings = finetune.replace(lr=lr, steps=finetune_steps, seed=seed)
@@ -114,6 +123,7 @@ def value_plan(
                 plan=finetune_plan or plan,
                 config=settings,
                 rows=few_shot_rows(tensors.labels["train"], settings.shots, seed),
+                auto_rgn=auto_rgn,
             )
             seconds, flops = seconds + stage.seconds, flops + stage.flops
             validation = judge(stage.classifier, tensors, "validation", settings.precision)
@@ -158,6 +168,7 @@ def run_stage(
     plan: Any,
     config: TrainConfig,
     rows: np.ndarray | None = None,
+    auto_rgn: bool = False,
 ) -> Stage:
     """Train `backbone` in place with a new head, on the training images (or its `rows`), verified."""
     classifier = Classifier(backbone, n_classes, seed=config.seed)
@@ -173,7 +184,7 @@ def run_stage(
             f"fine-tuning and plan values run in one process, not {accelerator.num_processes}; only the bridge "
             "spreads over processes"
         )
-    optimizer = make_optimizer(classifier, config)
+    optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
     prefix = make_prefix(classifier, pixels, config, device=device)
     n_steps = config.n_steps(len(pixels))
     began = time.perf_counter()
@@ -188,6 +199,7 @@ def run_stage(
             n_steps=n_steps,
             flip=tensors.flip,
             prefix=prefix,
+            relative=RelativeRates(optimizer) if auto_rgn else None,
         )
     )
     seconds = time.perf_counter() - began

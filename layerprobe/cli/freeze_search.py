@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerprobe.cli import options
+from layerprobe.cli.loading import load_pair, place
 from layerprobe.cli.output import Output
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _SEARCH, _TRAINING, _LIMITS = "Search", "Training of each plan", "Constraints on
 
 
 def freeze_search(
+    ctx: typer.Context,
     model: options.Model = "gpt2",
     task: options.TaskName = "cifar100",
     budget: Annotated[
@@ -74,6 +76,14 @@ def freeze_search(
         bool,
         typer.Option("--no-scores", help="Compute no transfer scores.", rich_help_panel=_SEARCH),
     ] = False,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            "--baselines",
+            help="Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search).",
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     keep_bridge: Annotated[
         bool,
         typer.Option(
@@ -157,6 +167,7 @@ def freeze_search(
         "batch_size": batch_size,
         "random_classes": random_classes,
         "precision": precision,
+        "baselines": tuple(name.strip() for name in baselines.split(",")) if baselines else None,
         "use_scores": False if no_scores else None,
         "keep_bridge": True if keep_bridge else None,
         "min_frozen": min_frozen,
@@ -168,35 +179,22 @@ def freeze_search(
     make_settings(preset, **given)
     usual = PRESET_LOADING.get(preset or "", {})
     processes = workers or usual.get("workers", 1)
-    loading: dict[str, Any] = {"revision": revision, "device": device, "dtype": dtype, "offline": offline}
     if dry_run:
         from layerprobe.search.estimate import search_facts
 
-        facts = search_facts(
-            model, preset, given, workers=processes, trust_remote_code=trust_remote_code, **loading
-        )
+        facts = search_facts(model, preset, given, workers=processes, **place(ctx.params))
         out.dry_run(
             {**facts, "task": task, "output": str(output) if output else "none: pass -o to keep the plan"}
         )
         return
 
-    from layerprobe.backbones import load_backbone
     from layerprobe.layers import parse_blocks
     from layerprobe.search import freeze_search as search
-    from layerprobe.tasks import load_task
 
-    images = load_task(task, data_dir=data_dir, limit=limit, seed=seed, offline=offline)
-    backbone = load_backbone(
-        model,
-        init=init,
-        seed=seed,
+    backbone, images = load_pair(
+        ctx.params,
         stem=stem or usual.get("stem", "random"),
         patch_size=patch_size or usual.get("patch_size"),
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
-        trust_remote_code=trust_remote_code,
-        **loading,
     )
     for name, text in (("must_freeze", must_freeze), ("must_train", must_train)):
         if text is not None:

@@ -27,6 +27,8 @@ ARM_NAMES = {
     "first-half": "first half",
     "last-half": "last half",
     "rgn-half": "blocks of large gradient-to-weight ratio",
+    "auto-rgn": "all blocks, rates by gradient-to-weight ratio",
+    "greedy": "greedy forward selection, same budget",
 }
 
 FIGURE_CAPTIONS = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layerprobe.errors import UnknownNameError, did_you_mean
 from layerprobe.metrics.uncertainty import mean_interval
 from layerprobe.plans import standard_blocks
 from layerprobe.search.bench import Bench, Outcome, ValueBatch, accuracy_of
@@ -16,6 +17,13 @@ from layerprobe.search.verdict import Comparison, compare
 
 PLAN = "plan"
 ALL = "all"
+AUTO_RGN = "auto-rgn"
+GREEDY = "greedy"
+ON_REQUEST = (AUTO_RGN, GREEDY)
+"""Baselines that a report has when they are asked for by name. `auto-rgn` trains everything, each block at a
+rate in proportion to its relative gradient norm (`layerprobe.bridge.relative`), at the price of any arm.
+`greedy` is the plan that SubTuning's forward selection finds with the same budget as the search, which this
+doubles; trainings that both ask for are done once."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,11 @@ class Arm:
     name: str
     mask: Mask
     norms: bool = False
+    auto_rgn: bool = False
+
+    def trial(self, lr: float, repeat: int = 0, fidelity: float = 1.0) -> Trial:
+        """One training of this arm."""
+        return Trial(self.mask, lr, repeat, fidelity, self.norms, self.auto_rgn)
 
 
 @dataclass(frozen=True)
@@ -72,49 +85,79 @@ def standard_arms(
     return arms
 
 
+def chosen_arms(
+    names: Sequence[str] | None,
+    space: Space,
+    *,
+    seed: int = 0,
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+) -> list[Arm]:
+    """The baselines called `names`; None: those of `standard_arms`.
+
+    `greedy` stands there with all blocks, the most that it may cost, until its search is done. A name that
+    exists for other backbones (`first-5`) or with scores alone (`rgn-half`) is left out where it does not.
+
+    Raises
+    ------
+    UnknownNameError : there is no such baseline.
+    """
+    arms = standard_arms(space, seed=seed, scores=scores)
+    if names is None:
+        return arms
+    arms += [Arm(AUTO_RGN, space.all, auto_rgn=True), Arm(GREEDY, space.all)]
+    known = dict.fromkeys([*(arm.name for arm in arms), "first-5", "last-5", "rgn-half"])
+    for name in names:
+        if name not in known:
+            raise UnknownNameError(
+                f"unknown baseline '{name}'.{did_you_mean(name, known)} Choose from: {', '.join(known)}"
+            )
+    return [arm for arm in arms if arm.name in names]
+
+
 def arms_cost(arms: Sequence[Arm], space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> float:
     """What reporting on `arms` costs at most, in full trainings."""
-    return sum(
-        space.cost(Trial(arm.mask, lrs[0], norms=arm.norms)) * (len(lrs) * fidelity + seeds) for arm in arms
-    )
+    return sum(space.cost(arm.trial(lrs[0])) * (len(lrs) * fidelity + seeds) for arm in arms)
 
 
 def report_arms(
-    plan: Mask, plan_lr: float, arms: Sequence[Arm], bench: Bench, value_batch: ValueBatch
+    plan: Mask,
+    plan_lr: float,
+    arms: Sequence[Arm],
+    bench: Bench,
+    value_batch: ValueBatch,
+    *,
+    rates: Mapping[str, float] | None = None,
 ) -> list[ArmResult]:
     """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
 
     Each arm has its own learning rate, chosen on validation with the search's first seed: from what the
-    search already valued, else on the short rung over the whole grid.
+    search already valued, else on the short rung over the whole grid. `rates` are those of arms that a search
+    of their own has chosen one for.
     """
     everyone = [Arm(PLAN, plan), *arms]
+    chosen = {PLAN: plan_lr, **(rates or {})}
+    valued = {trial.mask for trial in bench.history if trial.is_plan}
     unknown = [
-        arm for arm in arms if arm.norms or not any(t.mask == arm.mask for t in bench.history if not t.norms)
+        arm for arm in arms if arm.name not in chosen and not (arm.trial(1.0).is_plan and arm.mask in valued)
     ]
-    short = {
-        arm.name: [Trial(arm.mask, lr, 0, bench.fidelity, arm.norms) for lr in bench.lrs] for arm in unknown
-    }
+    short = {arm.name: [arm.trial(lr, 0, bench.fidelity) for lr in bench.lrs] for arm in unknown}
     known = dict(value_batch([trial for trials in short.values() for trial in trials]))
-    rates = {PLAN: plan_lr}
     for arm in arms:
         if arm.name in short:
-            rates[arm.name] = max(
+            chosen[arm.name] = max(
                 short[arm.name], key=lambda trial: (accuracy_of(known[trial]), -trial.lr)
             ).lr
-        else:
-            rates[arm.name] = plan_lr if arm.mask == plan else bench.best_lr(arm.mask)
+        elif arm.name not in chosen:
+            chosen[arm.name] = plan_lr if arm.mask == plan else bench.best_lr(arm.mask)
     # Seed by seed, so that an interrupted report has complete rows to compare.
     runs = {
-        arm.name: [
-            Trial(arm.mask, rates[arm.name], REPORT_REPEAT + seed, 1.0, arm.norms)
-            for seed in range(bench.seeds)
-        ]
+        arm.name: [arm.trial(chosen[arm.name], REPORT_REPEAT + seed) for seed in range(bench.seeds)]
         for arm in everyone
     }
     order = [runs[arm.name][seed] for seed in range(bench.seeds) for arm in everyone]
     found = value_batch(list(dict.fromkeys(order)))
     test = {arm.name: tuple(found[trial].test for trial in runs[arm.name]) for arm in everyone}
-    return [_result(arm, rates[arm.name], runs[arm.name], found, test, bench.space) for arm in everyone]
+    return [_result(arm, chosen[arm.name], runs[arm.name], found, test, bench.space) for arm in everyone]
 
 
 def _result(

@@ -125,7 +125,7 @@ class Bench:
         """Full-length accuracies of a plan: learning rate → repeat → accuracy."""
         found: dict[float, dict[int, float]] = {}
         for trial, outcome in self.history.items():
-            if trial.mask == mask and trial.fidelity == 1.0 and not trial.norms:
+            if trial.mask == mask and trial.fidelity == 1.0 and trial.is_plan:
                 found.setdefault(trial.lr, {})[trial.repeat] = accuracy_of(outcome)
         return found
 
@@ -134,7 +134,7 @@ class Bench:
         runs = [
             (trial.fidelity, accuracy_of(outcome), -trial.lr)
             for trial, outcome in self.history.items()
-            if trial.mask == mask and trial.repeat == 0 and not trial.norms
+            if trial.mask == mask and trial.repeat == 0 and trial.is_plan
         ]
         if not runs:
             return self.middle_lr
@@ -143,7 +143,7 @@ class Bench:
 
     def valued_masks(self) -> list[Mask]:
         """Allowed plans with at least one valued trial, in the order in which they came."""
-        seen = dict.fromkeys(trial.mask for trial in self.history if not trial.norms)
+        seen = dict.fromkeys(trial.mask for trial in self.history if trial.is_plan)
         return [mask for mask in seen if self.space.allows(mask)]
 
     def estimate(self, mask: Mask) -> float:
@@ -152,7 +152,7 @@ class Bench:
         runs = [
             (trial.fidelity, accuracy_of(outcome))
             for trial, outcome in self.history.items()
-            if trial.mask == mask and trial.lr == lr and not trial.norms
+            if trial.mask == mask and trial.lr == lr and trial.is_plan
         ]
         if not runs:
             return -math.inf

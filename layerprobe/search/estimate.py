@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from layerprobe.search.baselines import arms_cost, standard_arms
+from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Space
 
@@ -51,10 +51,10 @@ def search_facts(
     vocabulary = int(getattr(config, "vocab_size", 0)) * width
     per_block = max(1, (weights["parameters"] - vocabulary) // n_blocks)
     space = Space((per_block,) * n_blocks, settings.constraints)
-    arms = standard_arms(space, seed=settings.seed)
-    if settings.baselines is not None:
-        arms = [arm for arm in arms if arm.name in settings.baselines]
+    arms = chosen_arms(settings.baselines, space, seed=settings.seed)
     report = arms_cost(arms, space, settings.lrs, settings.seeds, settings.fidelity) + settings.seeds
+    if any(arm.name == GREEDY for arm in arms):
+        report += settings.budget or 0.0
     steps = settings.bridge_steps + settings.finetune_steps
     operations = 6.0 * per_block * n_blocks * TOKENS * settings.batch_size * steps
     facts: dict[str, Any] = {

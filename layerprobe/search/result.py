@@ -130,7 +130,7 @@ def trial_frame(history: Sequence[tuple[Trial, Outcome, dict[str, Any]]], space:
     rows = [
         {
             "number": where.get("number"),
-            "plan": strip(trial.mask) + ("+norms" if trial.norms else ""),
+            "plan": trial.name,
             "blocks": describe_mask(trial.mask),
             "trained_blocks": sum(trial.mask),
             "lr": trial.lr,
@@ -158,7 +158,7 @@ def arm_frame(results: Sequence[ArmResult]) -> pd.DataFrame:
     for result in results:
         row: dict[str, Any] = {
             "arm": result.arm.name,
-            "plan": strip(result.arm.mask) + ("+norms" if result.arm.norms else ""),
+            "plan": result.arm.trial(result.lr).name,
             "trained_blocks": sum(result.arm.mask),
             "trainable_parameters": result.params,
             "lr": result.lr,
@@ -226,7 +226,7 @@ def measured_gain(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     -------
     gain, stderr : arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
     """
-    known = [(t, accuracy_of(o)) for t, o in bench.history.items() if o.accuracy is not None and not t.norms]
+    known = [(t, accuracy_of(o)) for t, o in bench.history.items() if o.accuracy is not None and t.is_plan]
     n_blocks = bench.space.n_blocks
     levels = sorted({(t.lr, t.fidelity, t.repeat) for t, _ in known})
     if len(known) <= n_blocks + len(levels):

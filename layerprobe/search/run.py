@@ -19,7 +19,7 @@ from layerprobe.files import output_folder
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
 from layerprobe.search import result as frames
-from layerprobe.search.baselines import PLAN, Arm, arms_cost, report_arms, standard_arms
+from layerprobe.search.baselines import GREEDY, PLAN, Arm, arms_cost, chosen_arms, report_arms
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.scores import by_block, layer_scores, proposals
 from layerprobe.search.settings import Settings, identify, make_settings
@@ -71,7 +71,8 @@ def freeze_search(
     fidelity : length of the short rung, as a share of the full training.
     bridge_steps, finetune_steps, batch_size, random_classes, precision : the training; see `Chain`.
     use_scores : compute transfer scores, and let the trainable ones propose plans; False: neither.
-    baselines : names of the baselines to report; default all of `standard_arms`.
+    baselines : names of the baselines to report; default all of `standard_arms`. Beyond those there are
+        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.ON_REQUEST`; the latter doubles the search.
     min_frozen, max_trainable_params, must_freeze, must_train : constraints on the plan.
     keep_bridge : bridge-train the chosen plan in the end and save it into `output`/bridge.
     seed : of everything random.
@@ -142,9 +143,7 @@ class _Search:
             check_budget(self.bench(settings.budget, {}))
         score_frame = self.scores() if settings.use_scores else pd.DataFrame(columns=SCORE_COLUMNS)
         guides = proposals(score_frame, space.n_blocks) if settings.use_scores else {}
-        arms = standard_arms(space, seed=settings.seed, scores=guides)
-        if settings.baselines is not None:
-            arms = [arm for arm in arms if arm.name in settings.baselines]
+        arms = chosen_arms(settings.baselines, space, seed=settings.seed, scores=guides)
         budget, arms = self.budget(arms, workers)
         bench = self.bench(budget, guides)
         self.say(
@@ -156,7 +155,8 @@ class _Search:
         self.say(
             f"chosen on validation: {describe_mask(winner.mask)}; now {len(arms)} baselines on unseen seeds"
         )
-        results = report_arms(winner.mask, winner.lr, arms, bench, self.value)
+        arms, rates = self.rival(arms, budget)
+        results = report_arms(winner.mask, winner.lr, arms, bench, self.value, rates=rates)
         return self.conclude(bench, finalists, winner, results, score_frame)
 
     def bench(self, budget: float, guides: Scores) -> Bench:
@@ -174,6 +174,17 @@ class _Search:
             s.objective,
             watch=self.watch,
         )
+
+    def rival(self, arms: Sequence[Arm], budget: float) -> tuple[list[Arm], dict[str, float]]:
+        """The arms with the plan of greedy forward selection, where that is one of them; and its rate."""
+        if all(arm.name != GREEDY for arm in arms):
+            return list(arms), {}
+        self.say(f"greedy forward selection for comparison, with the same budget of {budget:.3g}")
+        bench = self.bench(budget, {})
+        bench.watch = None
+        finalists = run_strategy(make_strategy("greedy"), bench)
+        found = choose(finalists, self.space, objective=self.settings.objective)
+        return [Arm(GREEDY, found.mask) if arm.name == GREEDY else arm for arm in arms], {GREEDY: found.lr}
 
     def scores(self) -> pd.DataFrame:
         """Transfer scores, computed by whoever comes first and kept with the search."""
@@ -206,6 +217,7 @@ class _Search:
         ) < (2 * least):
             kept.pop()
         budget = total - plan_cost - arms_cost(kept, self.space, s.lrs, s.seeds, s.fidelity)
+        budget /= 1 + any(arm.name == GREEDY for arm in kept)  # which searches once more
         if budget < least:
             needed = (least + plan_cost + arms_cost(kept, self.space, s.lrs, s.seeds, s.fidelity)) * seconds
             raise UsageError(

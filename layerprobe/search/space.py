@@ -25,7 +25,8 @@ class Trial:
 
     `repeat` counts the common seeds: equal repeats share random labels, data order and stem, so that plans
     are compared in pairs. `fidelity` is the share of the full number of steps, in (0, 1], each with a
-    complete annealed schedule of its own. `norms` adds the layer norms (the norms-only baseline).
+    complete annealed schedule of its own. `norms` adds the layer norms (the norms-only baseline);
+    `auto_rgn` gives every block a learning rate of its own (the baseline of that name).
     """
 
     mask: Mask
@@ -33,12 +34,22 @@ class Trial:
     repeat: int = 0
     fidelity: float = 1.0
     norms: bool = False
+    auto_rgn: bool = False
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether the mask alone says what is trained and how: no baseline of another kind."""
+        return not self.norms and not self.auto_rgn
+
+    @property
+    def name(self) -> str:
+        """The mask as text, with what a baseline adds to it."""
+        return strip(self.mask) + "+norms" * self.norms + "+auto-rgn" * self.auto_rgn
 
     @property
     def key(self) -> str:
         """The identity under which a result is stored and found again."""
-        name = strip(self.mask) + ("+norms" if self.norms else "")
-        return f"{name}/lr{self.lr:.6g}/r{self.repeat}/f{self.fidelity:.6g}"
+        return f"{self.name}/lr{self.lr:.6g}/r{self.repeat}/f{self.fidelity:.6g}"
 
 
 def strip(mask: Mask) -> str:

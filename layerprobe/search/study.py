@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 import warnings
@@ -28,6 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search.bench import Outcome
+from layerprobe.search.processes import is_dead, this_worker
 from layerprobe.search.space import Trial
 
 STUDY = "layerprobe freeze-search"
@@ -169,7 +169,7 @@ class Ledger:
         with _quiet():
             optuna.storages.fail_stale_trials(self._study)
         for frozen in self._trials():
-            if frozen.state == TrialState.RUNNING and _is_dead(frozen.user_attrs.get("worker", "")):
+            if frozen.state == TrialState.RUNNING and is_dead(frozen.user_attrs.get("worker", "")):
                 self._close(frozen, TrialState.FAIL)
 
     def get(self, name: str) -> Any:
@@ -213,6 +213,7 @@ class Ledger:
                     "repeat": trial.repeat,
                     "fidelity": trial.fidelity,
                     "norms": trial.norms,
+                    "auto_rgn": trial.auto_rgn,
                 },
             )
         )
@@ -317,40 +318,8 @@ def trial_from(attrs: Mapping[str, Any]) -> Trial:
         int(attrs["repeat"]),
         float(attrs["fidelity"]),
         bool(attrs["norms"]),
+        bool(attrs.get("auto_rgn", False)),
     )
-
-
-def this_worker() -> str:
-    """host:pid:start of this process; together they name a process that can be looked for."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_start_time(os.getpid())}"
-
-
-def _is_dead(worker: str) -> bool:
-    """Whether a worker was a process on this host that no longer runs; unknown workers count as alive."""
-    host, _, rest = worker.rpartition(":")[0].rpartition(":")
-    if host != socket.gethostname() or not rest.isdigit():
-        return False
-    started = worker.rpartition(":")[2]
-    return _start_time(int(rest)) != started
-
-
-def _start_time(pid: int) -> str:
-    """Kernel start time of a process, '' where none runs, so that a reused pid is not taken for it."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return ""
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return ""
-        except PermissionError:
-            pass
-        return "running"
-    fields = text.rpartition(")")[2].split()
-    # A zombie has ended, though its parent has not yet asked how.
-    return "" if fields[0] in ("Z", "X") else fields[19]
 
 
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:

@@ -113,6 +113,7 @@ class ChainEvaluator:
             bridge=self.chain.bridge_config(),
             finetune=self.chain.finetune_config(),
             test=trial.repeat >= REPORT_REPEAT,
+            auto_rgn=trial.auto_rgn,
         )
         return Outcome(
             found.validation_accuracy,

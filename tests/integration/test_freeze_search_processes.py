@@ -74,13 +74,13 @@ def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) ->
     for attempt in range(kills):
         log = folder / f"log-{attempt}"
         process = start(storage, 2, log, folder / "answer.json", pause=1.0)
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while len({pid for _, pid in started(log)}) < 2 and process.poll() is None and time.time() < deadline:
             time.sleep(0.02)
         assert process.poll() is None, "each kill must hit a running search"
         time.sleep(draw.uniform(0.0, 1.2))
         running = {pid: key for key, pid in started(log)}  # the last one of each process
-        victim = draw.choice(sorted(running)) if attempt % 4 == 3 else None
+        victim = draw.choice(sorted(running)) if attempt % 4 == 3 and running else None
         if victim is not None:
             os.kill(victim, signal.SIGKILL)
             time.sleep(draw.uniform(0.0, 1.2))

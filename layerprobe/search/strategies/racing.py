@@ -103,7 +103,7 @@ class Racing:
         known = {
             trial: accuracy_of(outcome)
             for trial, outcome in bench.history.items()
-            if math.isfinite(accuracy_of(outcome)) and not trial.norms
+            if math.isfinite(accuracy_of(outcome)) and trial.is_plan
         }
         if len(known) < 2:
             return None

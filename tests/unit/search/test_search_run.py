@@ -13,6 +13,7 @@ import layerprobe as lp
 from layerprobe.bridge import Outcome
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.search import run as run_module
+from layerprobe.search import valuing as valuing_module
 from layerprobe.search.settings import PRESETS, make_settings
 
 FAST = {
@@ -121,6 +122,39 @@ def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> No
     difference = sum(a - b for a, b in zip(per_seed["none"], per_seed["all"], strict=True)) / 2
     assert baselines.loc["none", "minus_all"] == pytest.approx(difference, abs=1e-6)
     assert baselines.loc["all", "trainable_parameters"] > baselines.loc["norms", "trainable_parameters"] > 0
+
+
+def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, tmp_path: Path) -> None:
+    asked = []
+    value_plan = valuing_module.value_plan
+
+    def watched(*args, auto_rgn, **settings):
+        asked.append(auto_rgn)
+        return value_plan(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(valuing_module, "value_plan", watched)
+        backbone, task = parts(tiny_model)
+        names = ("all", "auto-rgn", "greedy")
+        found = lp.freeze_search(
+            backbone, task, output=tmp_path, **{**made_up, "budget": 16.0, "baselines": names}
+        )
+    baselines = found.baselines.set_index("arm")
+    assert set(baselines.index) == {"plan", *names}
+    assert baselines.loc["auto-rgn", "plan"] == "###+auto-rgn"
+    # Two learning rates on the short rung and two seeds of the report.
+    assert sum(asked) == 4 and set(found.trials["plan"][found.trials["plan"].str.contains("rgn")]) == {
+        "###+auto-rgn"
+    }
+    # The landscape gains most by block 1, which greedy selection cannot miss.
+    assert baselines.loc["greedy", "plan"][1] == "#" and baselines.loc["greedy", "n_seeds"] == 2
+    assert found.facts["spent"] <= 16.0 and "auto_rgn" not in found.facts["plan"]
+
+
+def test_an_unknown_baseline_is_named(tiny_model: Path, made_up) -> None:
+    backbone, task = parts(tiny_model)
+    with pytest.raises(UnknownNameError, match=r"unknown baseline 'gredy'\. Did you mean 'greedy'"):
+        lp.freeze_search(backbone, task, **{**made_up, "baselines": ("all", "gredy")})
 
 
 def test_the_frame_is_tidy_and_the_summary_says_the_plan(finished) -> None:
