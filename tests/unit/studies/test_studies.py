@@ -154,8 +154,8 @@ def test_the_check_takes_what_lies_within_the_tolerance() -> None:
 @pytest.mark.parametrize(
     ("again", "found"),
     [
-        (table(value=[0.5, 0.5, 0.7, 0.5]), "plan .., seed 0: 0.5 in the reference, 0.7 now"),
-        (table(value=[0.5, 0.5, None, 0.5]), "plan .., seed 0: 0.5 in the reference, nan now"),
+        (table(value=[0.5, 0.5, 0.7, 0.5]), "seed 0, plan ..: 0.5 in the reference, 0.7 now"),
+        (table(value=[0.5, 0.5, None, 0.5]), "seed 0, plan ..: 0.5 in the reference, nan now"),
         (table().iloc[:3], "only in the reference: 1 rows"),
         (table(plan=["##", "##", "..", "#."]), "only in the re-run: 1 rows"),
     ],
