@@ -74,6 +74,8 @@ def main() -> None:
         if arguments.write:
             script.main(["--quick", "--output", str(folder)])
             continue
+        if not (folder / "table.csv").exists():
+            sys.exit(f"{name} has no reference yet: python analyses/check.py --write --study {name}")
         with tempfile.TemporaryDirectory() as aside:
             study.WORK = Path(aside) / "work"
             script.main(["--quick", "--output", str(Path(aside) / name)])

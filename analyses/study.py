@@ -157,7 +157,8 @@ def setup(
     arguments = parser.parse_args(line)
     arguments.line = line
     size = quick if arguments.quick else full
-    if arguments.data is None and not arguments.quick and not arguments.model:
+    named = arguments.model or getattr(arguments, "tables", None)
+    if arguments.data is None and not arguments.quick and not named:
         parser.error("give --data (a folder with models/ and data/), --model and --task, or --quick")
     return Setup(
         name,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import datetime
 import importlib
+import itertools
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -210,6 +213,62 @@ def test_without_data_or_names_the_study_says_what_it_needs(
     with pytest.raises(SystemExit):
         setup(tmp_path)
     assert "--quick" in capsys.readouterr().err
+
+
+def made_table(folder: Path, name: str, seed: int) -> None:
+    """A table of every plan of three blocks on disk, in the layout of `benchmarks/freeze_search.py make-table`."""
+    rng = np.random.default_rng(seed)
+    worth, rows = np.array([0.02, 0.1, 0.05]), []
+    for flags in itertools.product((False, True), repeat=3):
+        plan = "".join(".#"[flag] for flag in flags)
+        repeats = [(0, 0.4), *((repeat, 1.0) for repeat in (0, 1, 2, 1000, 1001, 1002))]
+        for lr in (1e-3, 3e-3):
+            for repeat, fidelity in repeats:
+                value = 0.3 + float(np.array(flags) @ worth) + 0.01 * float(rng.standard_normal())
+                rows.append([plan, lr, repeat, fidelity, value, value if repeat >= 1000 else None, 1.0])
+    (folder / name).mkdir(parents=True)
+    columns = ["plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / name / "table.csv.gz", index=False)
+    about = {
+        "name": name,
+        "model": "made",
+        "task": name,
+        "split_hash": "0",
+        "counts": {"train": 100, "validation": 50, "test": 50},
+        "patch_size": 8,
+        "stem": "pca",
+        "block_params": [10, 10, 10],
+        "lrs": [1e-3, 3e-3],
+        "seeds": 3,
+        "fidelity": 0.4,
+        "bridge_steps": 3,
+        "finetune_steps": 5,
+        "batch_size": 8,
+        "scores": {"rgn": [worth.tolist(), [0, 0, 0]], "taylor": [(-worth).tolist(), [0, 0, 0]]},
+    }
+    (folder / name / "table.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "n_tables"), [("score_truth", 3), ("score_truth", 1), ("partial_bridge", 3)]
+)
+def test_a_study_of_tables_reads_them(
+    name: str, n_tables: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "WORK", tmp_path / "work")
+    for seed in range(n_tables):
+        made_table(tmp_path, f"table{seed}", seed)
+    folders = ",".join(str(tmp_path / f"table{seed}") for seed in range(n_tables))
+    importlib.import_module(name).main(["--tables", folders, "--output", str(tmp_path / "out")])
+    answers = pd.read_csv(tmp_path / "out" / "answers.csv")
+    if name == "partial_bridge":
+        # Every block is worth something, so nothing partial can be shown to beat all.
+        assert not (answers[answers["key"] == "partial − all"]["verdict"] == "above").any()
+        assert (answers[answers["key"] == "all − none"]["verdict"] == "above").all()
+    else:
+        value = answers.set_index("claim")["value"]
+        assert value["τ of rgn (trainable)"] > 0.5
+        assert value["τ of taylor (trainable)"] == pytest.approx(-value["τ of rgn (trainable)"])
 
 
 @pytest.mark.slow
