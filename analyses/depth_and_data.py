@@ -248,7 +248,7 @@ def figure(frame: pd.DataFrame) -> Any:
             ticks["place"],
             [f"{100 * a:g} %\n({int(b):,})" for a, b in zip(ticks["share"], ticks["n_train"], strict=True)],
         )
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, min(100.0, ax.get_ylim()[1]))
         ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
         ax.set_xlabel("share of the training images (number)")
         ax.set_ylabel("test accuracy (%)")

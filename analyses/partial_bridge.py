@@ -29,6 +29,7 @@ from layerprobe.search.settings import Settings
 from layerprobe.search.space import Mask, strip, structured_masks
 from layerprobe.search.verdict import Finalist, choose
 from layerprobe.tables import tidy
+from layerprobe.tasks.catalog import TASKS
 
 QUICK = Size(("minilm",), ("digits",), 200, 4)
 FULL = Size((), (), 2000, 8)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         figures={
             "partial_bridge.png": "Test accuracy against the share of the blocks' parameters that train; bars: 95 % t "
-            "intervals over unseen seeds; ring: the searched plan"
+            "intervals over unseen seeds; ring: the searched plan; grey: means of all other plans"
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -115,6 +116,8 @@ def stored(folder: Path) -> Source:
         f"steps of {about['batch_size']}"
     )
     facts = {"model": about["model"], "task": about["task"], "n": about["counts"]["test"], "setting": setting}
+    if about["task"] in TASKS:
+        facts["chance"] = 1 / TASKS[about["task"]].n_classes
     return table, table.masks, facts
 
 
