@@ -70,7 +70,11 @@ def test_a_notebook_defines_nothing_and_computes_no_statistic(name: str) -> None
         assert not re.search(r"import (scipy|sklearn|numpy)|from (scipy|sklearn|numpy)", cell.source)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The search alone takes as long as the other three, and the tests of the search cover what it calls.
+RUNS = [pytest.param(name, marks=[pytest.mark.slow] if name == "03_freeze_search" else []) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_notebook_runs_from_top_to_bottom(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_results(name)
     nbclient = pytest.importorskip("nbclient", reason="the extra [notebooks] is not installed")
