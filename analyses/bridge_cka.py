@@ -133,7 +133,7 @@ def part(s: Setup, model: str, name: str, task: Task, plan: str, seed: int) -> l
     return s.kept(
         f"{model} {name} {plan} {seed}".replace(",", ""),
         make,
-        steps=steps,
+        training=[steps, BATCH, QUICK_LR if s.quick else LR],
         images=task.split_hash,
         part=[model, name, plan, seed, vision_of(s)],
     )

@@ -124,7 +124,7 @@ def probed(s: Setup, model: str, name: str, task: Task, origin: str, seed: int) 
     return s.kept(
         f"{model} {name} {origin} {seed}",
         make,
-        steps=steps(s) if origin == "bridge" else 0,
+        training=[steps(s), BATCH, QUICK_LR if s.quick else LR] if origin == "bridge" else None,
         images=task.split_hash,
         part=[model, name, origin, seed],
     )

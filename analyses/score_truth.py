@@ -246,7 +246,8 @@ def headline(frame: pd.DataFrame, answers: list[Answer]) -> str:
     ceiling = frame[(frame["metric"] == "kendall_within_mean") & (frame["score"] == CEILING)]["value"]
     top = float(ceiling.iloc[0]) if len(ceiling) else float("nan")
     shown = [a for a in answers if a.shown]
-    text = f"{len(shown)} of {len(answers)} scores go with or against measured transfer within equal counts, shown"
+    count = f"{len(shown)} of {len(answers)} scores"
+    text = f"{count} are shown to follow measured transfer within equal counts, or its reverse"
     best = max(answers, key=lambda a: abs(a.value))
     return (
         f"{text} (intervals uncorrected: of {len(answers)} true zeros about {0.05 * len(answers):.1f} would be called "
