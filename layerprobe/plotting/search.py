@@ -121,7 +121,12 @@ def plot_ranking(
     if chance is not None:
         ax.axvline(100 * chance, color="black", lw=0.8, ls=":")
         ax.annotate(
-            "chance", (100 * chance, len(known) - 0.5), (4, 0), textcoords="offset points", fontsize="small"
+            "chance",
+            (100 * chance, 0),
+            (3, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize="small",
         )
     seeds = int(known["n_seeds"].max())
     ax.set_xlabel(f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)")
