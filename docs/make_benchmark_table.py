@@ -137,8 +137,8 @@ def bridge(found: dict[str, Any]) -> Iterator[Row]:
     }
     settings = found["settings"]
     for name, peer in names.items():
-        if name not in found["loops"] or (name == "hf-trainer" and settings["steps"] < 10):
-            continue  # over a few steps the Trainer's figure is its set-up
+        if name not in found["loops"]:
+            continue
         yield Row(
             f"bridge training of {settings['model']}, {settings['batch']} images a step",
             peer,
