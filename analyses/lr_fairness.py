@@ -20,7 +20,6 @@ from study import (
     Answer,
     Setup,
     Size,
-    Trainings,
     against,
     answer_rows,
     mean_row,
@@ -28,8 +27,8 @@ from study import (
     run,
     setup,
     short,
-    trial_rows,
 )
+from trainings import Trainings, trial_rows
 
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.studies import draw_levels, plot_claims, plot_lines

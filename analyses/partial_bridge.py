@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, Trainings, against, mean_row, publish, run, setup, short, tally
+from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
+from trainings import Trainings
 
 from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, Trainings, is_vision, mean_row, publish, run, setup, short
+from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short
+from trainings import Trainings
 
 from layerprobe.backbones import load_backbone
 from layerprobe.cli.output import save_figure

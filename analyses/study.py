@@ -1,4 +1,4 @@
-"""What the studies share: the command line, models and tasks by name, kept trainings, and the answer page.
+"""What the studies share: the command line, models and tasks by name, claims, and the answer page.
 
 A study is a script with its question in the first line of its docstring. It writes into results/<study>/:
 `table.csv` (every measurement, long), `answers.csv` (what is claimed, each with n, seeds, interval and
@@ -28,11 +28,6 @@ from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.uncertainty import mean_interval, paired_seed_interval
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
-from layerprobe.search.replay import ExhaustiveTable
-from layerprobe.search.settings import Settings, identify
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial
-from layerprobe.search.study import Ledger
-from layerprobe.search.valuing import ChainEvaluator
 from layerprobe.tables import tidy, write_frame
 from layerprobe.tasks import Task, load_task
 
@@ -122,8 +117,8 @@ class Setup:
 
     def kept(self, key: str, make: Callable[[], Any], **settings: Any) -> Any:
         """JSON that an earlier call made with the same settings, or that `make` makes now."""
-        digest = _digest({"limit": self.limit, "patch": self.patch, **settings})
-        path = WORK / self.name / f"{short(key)}-{digest}.json"
+        name = digest({"limit": self.limit, "patch": self.patch, **settings})
+        path = WORK / self.name / f"{short(key)}-{name}.json"
         if path.exists():
             return read_json(path, what="part of a study")
         note(f"{self.name}: {key}")
@@ -312,67 +307,6 @@ def tally(answers: Sequence[Answer], what: str) -> str:
     )
 
 
-# -- trainings --------------------------------------------------------------------------------------------
-
-
-class Trainings:
-    """Bridge and fine-tuning of one backbone on one task by the library's chain, kept and never repeated."""
-
-    def __init__(self, setup: Setup, label: str, backbone: Backbone, task: Task, settings: Settings) -> None:
-        self.settings, self.label, self.task = settings, label, task
-        self.evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
-        self.space = Space(self.evaluator.block_params(), settings.constraints)
-        identity = {**identify(backbone, task, settings), "study": setup.name}
-        path = WORK / setup.name / f"{label}-{_digest(identity)}.db"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger.open(path, identity)
-
-    def value(self, trials: Sequence[Trial]) -> dict[Trial, Any]:
-        """Answers to `trials`, one after the other, with a line of progress every ten."""
-        found = {}
-        for count, trial in enumerate(dict.fromkeys(trials), start=1):
-            found |= self.ledger.value([trial], self.evaluator)
-            if count % 10 == 0:
-                note(f"{self.label}: {count} of {len(trials)} trainings")
-        return found
-
-    def plans(self, masks: Sequence[Mask], *, unseen: int | None = None) -> ExhaustiveTable:
-        """Plans valued by the search's rules: own rate on repeat 0, then selection and `unseen` repeats.
-
-        As many unseen repeats as selection repeats unless said otherwise. The table holds these `masks` alone,
-        whatever its space; read them by `validation` and `test`.
-        """
-        s = self.settings
-        found = self.value([Trial(mask, lr) for mask in masks for lr in s.lrs])
-        table = ExhaustiveTable(self.label, self.space, s.lrs, s.seeds, 1.0, found)
-        rates = {mask: table.own_lr(mask) for mask in masks}
-        judging = range(REPORT_REPEAT, REPORT_REPEAT + (unseen or s.seeds))
-        repeats = [*range(1, s.seeds), *judging]
-        found |= self.value([Trial(mask, rates[mask], r) for r in repeats for mask in masks])
-        return table
-
-
-def trial_rows(found: Mapping[Trial, Any], **constants: Any) -> list[dict[str, Any]]:
-    """One row a training: validation accuracy, and test accuracy where it was judged."""
-    rows = []
-    for trial, outcome in found.items():
-        plan = "".join("#" if flag else "." for flag in trial.mask)
-        about = {"plan": plan, "lr": trial.lr, "seed": trial.repeat, "reason": outcome.reason, **constants}
-        rows.append(
-            {
-                "metric": "validation_accuracy",
-                "split": "validation",
-                "value": outcome.accuracy,
-                "n": outcome.facts.get("n_validation"),
-                **about,
-            }
-        )
-        if outcome.test is not None:
-            judged = {"metric": "test_accuracy", "split": "test", "value": outcome.test}
-            rows.append({**judged, "n": outcome.facts.get("n_test"), **about})
-    return rows
-
-
 # -- the page ---------------------------------------------------------------------------------------------
 
 
@@ -449,7 +383,7 @@ def publish(
         f"Made with layerprobe {versions['layerprobe']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, numpy {versions['numpy']}, Python {machine['python']} on {machine['processor']}, "
         f"{machine.get('torch_threads', machine['cores'])} thread(s); {seconds / 60:.1f} min of processor time, "
-        "earlier calls that were continued included.",
+        "earlier calls that were continued included, those that were killed not.",
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
     print(headline)
@@ -491,6 +425,7 @@ def _listed(text: str | None) -> list[str]:
     return [part for part in (text or "").split(",") if part]
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short name for settings."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
