@@ -54,6 +54,7 @@ def _help(url: str, arguments: dict[str, Any], packed: bytes, stop: Any, parent:
     # Being told to end is like Ctrl-C: the running trial goes back into the queue.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # Packed by the parent process itself and handed over in memory: nothing that came from outside.
         work: Work = pickle.loads(packed)
         with _threads_of(threads):
             Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
