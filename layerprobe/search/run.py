@@ -141,6 +141,7 @@ class _Search:
         settings, space = self.settings, self.space
         if settings.budget is not None:
             check_budget(self.bench(settings.budget, {}))
+        chosen_arms(settings.baselines, space, seed=settings.seed)  # a misspelt name is told before any work
         score_frame = self.scores() if settings.use_scores else pd.DataFrame(columns=SCORE_COLUMNS)
         guides = proposals(score_frame, space.n_blocks) if settings.use_scores else {}
         arms = chosen_arms(settings.baselines, space, seed=settings.seed, scores=guides)

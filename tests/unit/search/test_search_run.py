@@ -151,10 +151,11 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
     assert found.facts["spent"] <= 16.0 and "auto_rgn" not in found.facts["plan"]
 
 
-def test_an_unknown_baseline_is_named(tiny_model: Path, made_up) -> None:
+def test_an_unknown_baseline_is_named_before_any_work(tiny_model: Path, made_up, monkeypatch) -> None:
     backbone, task = parts(tiny_model)
+    monkeypatch.setattr("layerprobe.search.run.layer_scores", lambda *_a, **_k: pytest.fail("work began"))
     with pytest.raises(UnknownNameError, match=r"unknown baseline 'gredy'\. Did you mean 'greedy'"):
-        lp.freeze_search(backbone, task, **{**made_up, "baselines": ("all", "gredy")})
+        lp.freeze_search(backbone, task, **{**made_up, "use_scores": True, "baselines": ("all", "gredy")})
 
 
 def test_the_frame_is_tidy_and_the_summary_says_the_plan(finished) -> None:
