@@ -1,25 +1,28 @@
 """Quality of the freeze search on tables of every plan: made once by training, replayed in seconds.
 
     python benchmarks/freeze_search.py make-table --model MODEL --task TASK --name NAME --workers 2
-    python benchmarks/freeze_search.py replay results/freeze_search/tables/*
+    python benchmarks/freeze_search.py replay results/freeze_search/tables/* -o results/freeze_search
 
 `make-table` trains every mask at every learning rate: a short rung and 3 seeds for the search to look at, and
 3 unseen seeds with test accuracy, at each mask's own rate, to judge by. It is resumable: finished trainings are
 kept in an SQLite file under runs/ and never repeated. `--dry-run` states the cost.
 
-`replay` runs strategies on stored tables and prints the measures of PROTOCOL.md section 6. The default
-strategy has no setting that was tuned on these tables; where that changes, `--leave-one-out` says so.
+`replay` runs strategies on stored tables, prints the measures of PROTOCOL.md section 6 and, with `-o`, writes
+the page. The default strategy has no setting that was tuned on these tables; one that is must be judged with the
+table that it is judged on left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from freeze_search_page import SHARE, bars, publish, summarise
 
 from layerprobe.errors import LayerprobeError
 from layerprobe.files import write_json
@@ -32,18 +35,16 @@ from layerprobe.search.replay import (
     replay,
     score_agreement,
     selection_trials,
-    upper_third_test,
 )
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial, strip
-from layerprobe.tables import write_frame
 
 TABLES = Path("results/freeze_search/tables")
 WORK = Path("runs")
 """Finished trainings of unfinished tables; not part of the repository."""
 
 LRS = (3e-4, 1e-3, 3e-3)
-SHARE = 0.2
-"""The share of the exhaustive cost at which strategies are judged."""
+SHARES = (0.05, 0.1, SHARE, 0.3, 0.4, 0.6, 0.8, 1.0)
+"""Budgets of the replays, as shares of the exhaustive cost."""
 
 
 def make_table(arguments: argparse.Namespace) -> None:
@@ -134,6 +135,7 @@ def make_table(arguments: argparse.Namespace) -> None:
         folder / "table.json",
         {
             "name": arguments.name,
+            "command": shlex.join(["python", *sys.argv]),
             "model": backbone.source.name.split("/")[-1],
             "task": task.name.split("/")[-1],
             "split_hash": task.split_hash,
@@ -187,7 +189,7 @@ def replay_tables(arguments: argparse.Namespace) -> None:
         ]
     frame = pd.DataFrame(rows)
     agreement = pd.DataFrame([row for table in tables for row in score_agreement(table, truths[table.name])])
-    summary = summarise(frame)
+    summary = summarise(frame, truths)
     for table in tables:
         truth = truths[table.name]
         print(
@@ -199,39 +201,9 @@ def replay_tables(arguments: argparse.Namespace) -> None:
     with pd.option_context("display.width", 200, "display.max_columns", 30, "display.max_rows", 200):
         print(summary.to_string(index=False, float_format=lambda v: f"{v:.3g}"))
         print(agreement.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
+        print(pd.DataFrame(bars(frame, summary)).to_string(index=False))
     if arguments.output is not None:
-        output = Path(arguments.output)
-        write_frame(frame, output / "replays.csv")
-        write_frame(summary, output / "summary.csv")
-        write_frame(agreement, output / "scores.csv")
-        write_json(
-            output / "about.json",
-            {"tables": [table.name for table in tables], "versions": versions(), "machine": machine()},
-        )
-
-
-def summarise(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row a strategy and share of the exhaustive cost, averaged over pairs and seeds."""
-    rows = []
-    for (strategy, share), part in frame.groupby(["strategy", "share"], sort=False):
-        hits, cases, p = upper_third_test(list(zip(part["place"], part["of"], strict=True)))
-        rows.append(
-            {
-                "strategy": strategy,
-                "share": share,
-                "cost_share": part["cost_share"].mean(),
-                "regret": part["regret"].mean(),
-                "worst_pair_regret": part.groupby("pair")["regret"].mean().max(),
-                "within_1se": (part["regret"] <= part["stderr"]).mean(),
-                "below_all_by_1se": (part["below_all"] > part["stderr"]).mean(),
-                "excess_blocks": part["excess_blocks"].mean(),
-                "at_most_one_more": (part["excess_blocks"] <= 1).mean(),
-                "upper_third": f"{hits}/{cases}",
-                "p": p,
-                "runs": len(part),
-            }
-        )
-    return pd.DataFrame(rows)
+        publish(tables, truths, arguments.tables, frame, agreement, Path(arguments.output))
 
 
 def main() -> None:
@@ -261,7 +233,7 @@ def main() -> None:
     again.add_argument(
         "--strategies", nargs="+", default=["racing", "random", "greedy", "tpe", "nsga2", "prefix", "suffix"]
     )
-    again.add_argument("--shares", type=float, nargs="+", default=[0.1, SHARE, 0.4, 0.8])
+    again.add_argument("--shares", type=float, nargs="+", default=SHARES)
     again.add_argument("--runs", type=int, default=10, help="seeds of each strategy")
     again.add_argument("--output", "-o", default=None)
     again.set_defaults(run=replay_tables)

@@ -22,7 +22,7 @@ from scipy import stats
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json
 from layerprobe.search.bench import Bench, Outcome
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.verdict import choose
 
@@ -198,45 +198,71 @@ def replay(
     finalists = run_strategy(make_strategy(strategy), bench)
     answer = choose(finalists, table.space).mask
     size = sum(answer)
-    peers = [mask for mask in table.masks if sum(mask) == size]
-    better = sum(truth.test[mask] > truth.test[answer] for mask in peers)
     return {
         "pair": table.name,
         "strategy": strategy,
         "seed": seed,
         "budget": budget,
-        "plan": "".join("#" if flag else "." for flag in answer),
+        "plan": strip(answer),
         "regret": 100 * (truth.test[truth.optimum] - truth.test[answer]),
         "below_all": 100 * (truth.test[table.space.all] - truth.test[answer]),
         "stderr": 100 * truth.stderr,
         "spent": bench.spent,
         "cost_share": bench.spent / table.exhaustive_cost(),
         "excess_blocks": size - truth.sufficient,
-        "place": better + 1,
-        "of": len(peers),
+        "place": place_of(truth, answer),
+        "of": sum(sum(mask) == size for mask in truth.test),
     }
 
 
-def upper_third_test(places: Sequence[tuple[int, int]]) -> tuple[int, int, float]:
-    """Hits in the upper third of plans of equal size, against chance, exactly.
+def upper_third_test(picks: Sequence[tuple[Truth, Sequence[Mask]]]) -> tuple[int, int, float]:
+    """Plans in the upper third of all plans of their size, against chance, exactly.
+
+    Replays of one table with several seeds often pick the same plan, so they are no independent cases. The null
+    is therefore about the table: within a size, which plans make up the upper third is drawn at random, while the
+    picks stay as they are. A plan picked seven times is seven hits or none.
 
     Parameters
     ----------
-    places : (place from 1, number of plans of that size); sizes with fewer than three plans say nothing
-        and are left out.
+    picks : per table its truth and the picked plans, one per replay. Sizes with fewer than three plans have no
+        upper third and are left out.
 
     Returns
     -------
-    hits, cases, and the probability of at least so many hits by chance (Poisson binomial, exact; cases are
-    taken as independent).
+    hits, cases, and the probability of at least so many hits by chance.
     """
-    cases = [(place, of) for place, of in places if of >= 3]
-    hits = sum(place <= of // 3 for place, of in cases)
+    hits = cases = 0
     distribution = np.array([1.0])
-    for _, of in cases:
-        chance = (of // 3) / of
-        distribution = np.convolve(distribution, [1 - chance, chance])
-    return hits, len(cases), float(distribution[hits:].sum()) if cases else 1.0
+    for truth, masks in picks:
+        by_size: dict[int, list[Mask]] = {}
+        for mask in masks:
+            by_size.setdefault(sum(mask), []).append(mask)
+        for size, picked in by_size.items():
+            peers = [mask for mask in truth.test if sum(mask) == size]
+            if len(peers) < 3:
+                continue
+            upper = {mask for mask in peers if place_of(truth, mask) <= len(peers) // 3}
+            hits += sum(mask in upper for mask in picked)
+            cases += len(picked)
+            weights = [picked.count(mask) for mask in dict.fromkeys(picked)]
+            distribution = np.convolve(distribution, _drawn_weight(weights, len(peers), len(upper)))
+    return hits, cases, min(1.0, float(distribution[hits:].sum())) if cases else 1.0
+
+
+def place_of(truth: Truth, mask: Mask) -> int:
+    """Place of a plan among plans of its size by test accuracy, from 1; ties share the better place."""
+    return 1 + sum(truth.test[other] > truth.test[mask] for other in truth.test if sum(other) == sum(mask))
+
+
+def _drawn_weight(weights: Sequence[int], n: int, k: int) -> np.ndarray:
+    """Distribution of the summed weight of `k` things drawn from `n` without replacement; the others weigh 0."""
+    ways = np.zeros((len(weights) + 1, sum(weights) + 1))
+    ways[0, 0] = 1.0
+    for weight in weights:
+        ways[1:, weight:] += ways[:-1, : ways.shape[1] - weight].copy()
+    rest = n - len(weights)
+    choices = [math.comb(rest, k - drawn) if 0 <= k - drawn <= rest else 0 for drawn in range(len(ways))]
+    return np.asarray(np.array(choices) @ ways / math.comb(n, k))
 
 
 def score_agreement(table: ExhaustiveTable, truth: Truth) -> list[dict[str, Any]]:

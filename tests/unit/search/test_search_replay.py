@@ -81,16 +81,31 @@ def test_measures_of_a_replay_agree_with_plain_counting() -> None:
 
 
 def test_upper_third_against_enumeration() -> None:
-    places = [(1, 4), (2, 6), (3, 6), (1, 1), (5, 10)]
-    hits, cases, p = upper_third_test(places)
-    chances = [1 / 4, 2 / 6, 2 / 6, 3 / 10]
-    expected = sum(
-        np.prod([c if hit else 1 - c for c, hit in zip(chances, pattern, strict=True)])
-        for pattern in itertools.product([0, 1], repeat=4)
-        if sum(pattern) >= 2
-    )
-    assert (hits, cases) == (2, 4)
-    assert p == pytest.approx(expected)
+    table = make_table()
+    truth = Truth.of(table)
+    one, two = [[m for m in table.masks if sum(m) == size] for size in (1, 2)]
+    picked = [one[0], one[0], one[2], two[1], two[4], two[4], table.space.all]
+    ranked = [sorted(peers, key=lambda m: -truth.test[m])[: len(peers) // 3] for peers in (one, two)]
+    expected_hits = sum(mask in [*ranked[0], *ranked[1]] for mask in picked)
+    outcomes = [
+        sum(mask in (*first, *second) for mask in picked)
+        for first in itertools.combinations(one, 1)
+        for second in itertools.combinations(two, 2)
+    ]
+    hits, cases, p = upper_third_test([(truth, picked)])
+    assert (hits, cases) == (expected_hits, 6), "one plan of all blocks has no upper third"
+    assert p == pytest.approx(np.mean(np.array(outcomes) >= hits))
+    twice = upper_third_test([(truth, picked), (truth, picked)])
+    pairs = np.add.outer(outcomes, outcomes)
+    assert twice == (2 * hits, 12, pytest.approx(np.mean(pairs >= 2 * hits)))
+
+
+def test_the_same_pick_many_times_is_no_stronger_evidence() -> None:
+    table = make_table()
+    truth = Truth.of(table)
+    best = max((m for m in table.masks if sum(m) == 2), key=lambda m: truth.test[m])
+    assert upper_third_test([(truth, [best] * 10)]) == (10, 10, pytest.approx(2 / 6))
+    assert upper_third_test([(truth, [])]) == (0, 0, 1.0)
 
 
 def test_scores_are_judged_within_equal_sizes_beside_count_and_ceiling() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ANALYSES = REPOSITORY / "analyses"
-sys.path.insert(0, str(ANALYSES))
+sys.path[:0] = [str(ANALYSES), str(REPOSITORY / "benchmarks")]
 
 check = importlib.import_module("check")
 index = importlib.import_module("index")
@@ -231,6 +231,8 @@ def made_table(folder: Path, name: str, seed: int) -> None:
     pd.DataFrame(rows, columns=columns).to_csv(folder / name / "table.csv.gz", index=False)
     about = {
         "name": name,
+        "command": f"python benchmarks/freeze_search.py make-table --name {name}",
+        "train_seconds": 60,
         "model": "made",
         "task": name,
         "split_hash": "0",
@@ -269,6 +271,53 @@ def test_a_study_of_tables_reads_them(
         value = answers.set_index("claim")["value"]
         assert value["τ of rgn (trainable)"] > 0.5
         assert value["τ of taylor (trainable)"] == pytest.approx(-value["τ of rgn (trainable)"])
+
+
+def test_the_page_of_replays_says_what_the_tables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(3):
+        made_table(tmp_path, f"table{seed}", seed)
+    folders = [str(tmp_path / f"table{seed}") for seed in range(3)]
+    options = ["--runs", "2", "--shares", "0.2", "1.0", "--strategies", "racing", "random", "greedy"]
+    monkeypatch.setattr(
+        sys, "argv", ["freeze_search.py", "replay", *folders, "-o", str(tmp_path / "out"), *options]
+    )
+    importlib.import_module("freeze_search").main()
+    page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    replays = pd.read_csv(tmp_path / "out" / "replays.csv")
+    own = replays[(replays["strategy"] == "racing") & (replays["share"] == 0.2)]
+    assert f"| {own.groupby('pair')['regret'].mean().mean():+.2f} |" in page
+    # Every block is worth something: greedy at a small budget stops early, and pays for it.
+    greedy = replays[(replays["strategy"] == "greedy") & (replays["share"] == 0.2)]
+    assert greedy["regret"].mean() > own["regret"].mean()
+    bars = {bar["measure"]: bar for bar in json.loads((tmp_path / "out" / "about.json").read_text())["bars"]}
+    frugal = next(bar for name, bar in bars.items() if name.startswith("replays with at most one"))
+    assert frugal["measured"].startswith(f"{(own['excess_blocks'] <= 1).sum()} of {len(own)}")
+    assert (tmp_path / "out" / "regret.png").stat().st_size > 0
+
+
+def test_cost_at_equal_regret_is_read_off_the_curve_of_the_other_strategy() -> None:
+    costs = {("racing", 0.2): (1.0, 0.1), ("random", 0.2): (3.0, 0.2), ("random", 0.6): (1.0, 0.5)}
+    frame = pd.DataFrame(
+        {"strategy": strategy, "share": share, "pair": pair, "regret": regret, "cost_share": cost}
+        for (strategy, share), (regret, cost) in costs.items()
+        for pair in "ab"
+    )
+    times_cheaper = importlib.import_module("freeze_search_page").times_cheaper
+    assert times_cheaper(frame, "random") == (
+        pytest.approx(5.0),
+        pytest.approx(5.0),
+        pytest.approx(5.0),
+        True,
+    )
+    never = frame[frame["share"] == 0.2]
+    assert times_cheaper(never, "random") == (
+        pytest.approx(2.0),
+        pytest.approx(2.0),
+        pytest.approx(2.0),
+        False,
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,368 @@
+"""What replays on tables of every plan say of the search: measures against their bars, figure and page.
+
+Used by `freeze_search.py replay`; nothing here trains or replays. Averages are over tables first, so that every
+table has the same weight, and intervals are t intervals over tables: replays of one table are no independent cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.cli.output import save_figure
+from layerprobe.files import read_json, write_json, write_text
+from layerprobe.metrics.uncertainty import mean_interval, wilson_interval
+from layerprobe.provenance import machine, versions
+from layerprobe.search.replay import ExhaustiveTable, Truth, upper_third_test
+from layerprobe.search.space import parse_strip, strip
+from layerprobe.tables import write_frame
+
+SHARE = 0.2
+"""The share of the exhaustive cost at which strategies are judged."""
+
+REGRET_BAR, FRUGAL_BAR, CHEAPER_BAR = 0.5, 0.8, 2.0
+"""Accuracy points; share of replays with at most one block too many; times cheaper than others at equal regret."""
+
+DEFAULT = "racing"
+RESAMPLES = 2000
+COLOURS = {
+    "racing": "#D55E00",
+    "racing without scores": "#E69F00",
+    "random": "#0072B2",
+    "greedy": "#009E73",
+    "tpe": "#CC79A7",
+    "nsga2": "#56B4E9",
+    "prefix": "#000000",
+    "suffix": "#999999",
+}
+MARKS = dict(zip(COLOURS, "osD^vP<>", strict=True))
+
+
+def over_tables(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
+    """Mean over tables of the mean over replays, with its 95 % t interval (NaN ends for a single table)."""
+    means = part.groupby("pair")[column].mean().astype(float).tolist()
+    if len(means) < 2:
+        return means[0], math.nan, math.nan
+    found = mean_interval(means)
+    return found.mean, found.low, found.high
+
+
+def summarise(frame: pd.DataFrame, truths: dict[str, Truth]) -> pd.DataFrame:
+    """One row a strategy and budget (`share` of the exhaustive cost), averaged over tables."""
+    rows = []
+    for (strategy, share), part in frame.groupby(["strategy", "share"], sort=False):
+        picks = [
+            (truths[pair], [parse_strip(plan) for plan in plans])
+            for pair, plans in part.groupby("pair")["plan"]
+        ]
+        hits, cases, p = upper_third_test(picks)
+        regret, low, high = over_tables(part, "regret")
+        rows.append(
+            {
+                "strategy": strategy,
+                "share": share,
+                "cost_share": over_tables(part, "cost_share")[0],
+                "regret": regret,
+                "regret_low": low,
+                "regret_high": high,
+                "worst_table_regret": part.groupby("pair")["regret"].mean().max(),
+                "stderr": over_tables(part, "stderr")[0],
+                "below_all_by_1se": (part["below_all"] > part["stderr"]).mean(),
+                "excess_blocks": over_tables(part, "excess_blocks")[0],
+                "at_most_one_more": (part["excess_blocks"] <= 1).mean(),
+                "upper_third_hits": hits,
+                "upper_third_cases": cases,
+                "upper_third_p": p,
+                "n_tables": part["pair"].nunique(),
+                "n_replays": len(part),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def times_cheaper(frame: pd.DataFrame, other: str, *, seed: int = 0) -> tuple[float, float, float, bool]:
+    """Cost at which `other` first reaches the default's mean regret at `SHARE`, over the default's cost there.
+
+    Returns
+    -------
+    ratio, the ends of its 95 % bootstrap interval over tables, and whether `other` got there at all: where it did not,
+    its greatest cost stands in, so that the ratio is a lower bound.
+    """
+    cells = frame.groupby(["strategy", "share", "pair"])[["regret", "cost_share"]].mean().unstack("pair")
+    own_regret, own_cost = cells.loc[DEFAULT, SHARE].to_numpy().reshape(2, -1)
+    # Budgets that pay for the strategy on every table; one row a budget, one column a table.
+    regret, cost = np.moveaxis(cells.loc[other].dropna().to_numpy().reshape(-1, 2, len(own_cost)), 1, 0)
+
+    def ratio(drawn: np.ndarray) -> tuple[float, bool]:
+        costs = cost[:, drawn].mean(axis=1)
+        reached = costs[regret[:, drawn].mean(axis=1) <= own_regret[drawn].mean() + 1e-9]
+        return float((reached.min() if len(reached) else costs.max()) / own_cost[drawn].mean()), len(
+            reached
+        ) > 0
+
+    n = len(own_cost)
+    value, reached = ratio(np.arange(n))
+    rng = np.random.default_rng(seed)
+    drawn = [ratio(rng.integers(0, n, n))[0] for _ in range(RESAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return value, float(low), float(high), reached
+
+
+def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the search should reach, what it reached, and whether that is enough."""
+    own = summary[(summary["strategy"] == DEFAULT) & (summary["share"] == SHARE)].iloc[0]
+    part = frame[(frame["strategy"] == DEFAULT) & (frame["share"] == SHARE)]
+    n = int(own["n_replays"])
+    basis = f"{own['n_tables']:.0f} tables, {n} replays"
+    worse = int((part["below_all"] > part["stderr"]).sum())
+    frugal = int((part["excess_blocks"] <= 1).sum())
+    low, high = wilson_interval(frugal, n)
+    found = [
+        {
+            "measure": f"regret at {100 * SHARE:.0f} % of the exhaustive cost, points",
+            "bar": f"at most {REGRET_BAR}, or at most one standard error ({own['stderr']:.2f})",
+            "measured": f"{own['regret']:+.2f}",
+            "interval and basis": (
+                f"{own['regret_low']:+.2f} to {own['regret_high']:+.2f} (95 % t over tables); {basis}"
+            ),
+            "reached": bool(own["regret"] <= max(REGRET_BAR, own["stderr"])),
+        },
+        {
+            "measure": "replays worse than training everything by more than one standard error",
+            "bar": "0",
+            "measured": f"{worse} of {n}",
+            "interval and basis": f"a count; {basis}",
+            "reached": worse == 0,
+        },
+    ]
+    for other in ("random", "greedy"):
+        value, least, most, got_there = times_cheaper(frame, other)
+        sign = "" if got_there else "more than "
+        found.append(
+            {
+                "measure": f"times cheaper than {other} at equal regret",
+                "bar": f"at least {CHEAPER_BAR:g}",
+                "measured": f"{sign}{value:.1f}",
+                "interval and basis": f"{least:.1f} to {most:.1f} (95 % bootstrap over tables); {basis}",
+                "reached": value >= CHEAPER_BAR,
+            }
+        )
+    p = own["upper_third_p"]
+    return [
+        *found,
+        {
+            "measure": "replays with at most one trained block more than the smallest sufficient plan",
+            "bar": f"at least {100 * FRUGAL_BAR:.0f} %",
+            "measured": f"{frugal} of {n}, {100 * frugal / n:.0f} %",
+            "interval and basis": f"{100 * low:.0f} to {100 * high:.0f} % (95 % Wilson, as if independent); {basis}",
+            "reached": frugal / n >= FRUGAL_BAR,
+        },
+        {
+            "measure": "plan in the upper third of all plans of its size",
+            "bar": "more often than chance",
+            "measured": f"{own['upper_third_hits']:.0f} of {own['upper_third_cases']:.0f}, p = {p:.2g}",
+            "interval and basis": f"exact test, the tables drawn anew under the null; {basis}",
+            "reached": bool(p < 0.05),
+        },
+    ]
+
+
+def agreement_rows(agreement: pd.DataFrame) -> list[str]:
+    """Kendall τ of each score over tables, overall and within equal counts."""
+    lines = [
+        "| score | τ overall | 95 % interval | τ within equal counts | 95 % interval | tables |",
+        "| --- | ---: | --- | ---: | --- | ---: |",
+    ]
+    order = agreement.groupby("score")["tau_within"].mean().sort_values(ascending=False, na_position="last")
+    for score in order.index:
+        part = agreement[agreement["score"] == score]
+        cells = [_with_interval(part[column].dropna().tolist()) for column in ("tau", "tau_within")]
+        lines.append(f"| {score} | {cells[0]} | {cells[1]} | {part['pair'].nunique()} |")
+    return lines
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return "undefined | –"
+    if len(values) < 2:
+        return f"{values[0]:+.2f} | single measurement"
+    found = mean_interval(values)
+    return f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
+
+
+def figure(summary: pd.DataFrame) -> Any:
+    """Regret, and blocks beyond the smallest sufficient plan, against what the search cost."""
+    import matplotlib.pyplot as plt
+
+    chart, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
+    for strategy, part in summary.groupby("strategy", sort=False):
+        part = part.sort_values("cost_share")
+        colour, mark = COLOURS[str(strategy)], MARKS[str(strategy)]
+        width = 2.4 if strategy == DEFAULT else 1.2
+        x = 100 * part["cost_share"]
+        if strategy == DEFAULT:
+            left.fill_between(x, part["regret_low"], part["regret_high"], color=colour, alpha=0.15, lw=0)
+        style = {
+            "color": colour,
+            "marker": mark,
+            "lw": width,
+            "ms": 5,
+            "zorder": 3 if strategy == DEFAULT else 2,
+        }
+        left.plot(x, part["regret"], label=strategy, **style)
+        right.plot(x, part["excess_blocks"], **style)
+    stderr = float(summary["stderr"].mean())
+    left.axhline(stderr, color="#555555", ls=":", lw=1.2, label="one standard error")
+    for ax in (left, right):
+        ax.axhline(0, color="#555555", ls="--", lw=1, label="best of every plan" if ax is left else None)
+        ax.set_xlabel("cost, % of trying every plan")
+        ax.set_xlim(0, None)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    left.set_ylabel("regret on test, accuracy points")
+    right.set_ylabel("trained blocks beyond\nthe smallest sufficient plan")
+    chart.legend(loc="outside right center", frameon=False, fontsize="small")
+    return chart
+
+
+def publish(
+    tables: list[ExhaustiveTable],
+    truths: dict[str, Truth],
+    folders: list[Path],
+    frame: pd.DataFrame,
+    agreement: pd.DataFrame,
+    output: Path,
+) -> None:
+    """Write the page, its tables and its figure into `output`."""
+    summary = summarise(frame, truths)
+    judged = bars(frame, summary)
+    write_frame(frame, output / "replays.csv")
+    write_frame(summary, output / "summary.csv")
+    write_frame(agreement, output / "scores.csv")
+    save_figure(lambda: figure(summary), output / "regret.png")
+    facts = {"tables": [table.name for table in tables], "bars": judged}
+    write_json(output / "about.json", {**facts, "versions": versions(), "machine": machine()})
+    write_text(output / "README.md", page(tables, truths, folders, frame, summary, agreement, judged))
+
+
+INTRO = """
+This page is made by that command from the numbers. A strategy sees validation accuracy alone. The optimum is the plan
+with the best mean validation accuracy over three seeds, of all plans; it and every answer are judged on test images
+with three seeds that selected nothing. *Regret* is the optimum's test accuracy minus the answer's, so it may be
+negative; *one standard error* is that of one plan's mean over those seeds, pooled over plans; cost counts full
+trainings, and the exhaustive cost is every plan at every rate once, then the other seeds. *Sufficient* is the smallest
+number of trained blocks whose best plan is within one standard error of the optimum on validation. No setting of the
+default strategy was tuned on these tables, so nothing had to be left out.
+"""
+FIGURE = """
+![Regret and excess blocks against cost](regret.png)
+
+*Mean over tables; band: 95 % t interval over tables of the default strategy, racing.*
+"""
+TABLES = """
+## Tables
+
+Test accuracy in %, mean over three unseen seeds ± one standard error (pooled over plans). `#` trains, `.` is frozen,
+input to output. Racing: mean over its replays. Trained for: processes' seconds added up.
+
+| table | images (train, validation, test) | best plan | its test | all blocks | none | sufficient | racing: regret | \
+racing: blocks beyond | trained for |
+| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |
+"""
+SCORES = """
+## Scores
+
+Kendall τ between a plan's score (the sum over its trained blocks) and its test accuracy: over all plans, where
+counting blocks is already worth `count`, and within plans of equally many blocks, where it is worth nothing. The
+noise ceiling is one unseen seed against the mean of the others. Mean over tables with 95 % t intervals; the tests are
+in [score_truth](../score_truth/README.md).
+"""
+FILES = """
+Files: `tables/` (every training), `replays.csv` (one row a replay), `summary.csv` (one row a strategy and budget),
+`scores.csv`, `about.json` (versions, hardware, the bars as data).
+"""
+
+
+def page(
+    tables: list[ExhaustiveTable],
+    truths: dict[str, Truth],
+    folders: list[Path],
+    frame: pd.DataFrame,
+    summary: pd.DataFrame,
+    agreement: pd.DataFrame,
+    judged: list[dict[str, Any]],
+) -> str:
+    """The page in Markdown: the bars first, then what lies behind them."""
+    n_runs = int(frame.groupby(["pair", "strategy", "share"]).size().max())
+    missed = [row["measure"] for row in judged if not row["reached"]]
+    abouts = [read_json(folder / "table.json", what="exhaustive table") for folder in folders]
+    lines = [
+        "# Does the freeze search find the right plan?",
+        "",
+        f"Judged on {len(tables)} tables in which every plan was really trained, with {n_runs} seeds of each strategy: "
+        f"{len(judged) - len(missed)} of {len(judged)} bars are reached"
+        + ("; missed: " + "; ".join(missed) if missed else "")
+        + ".",
+        "",
+        "```console",
+        "$ python benchmarks/freeze_search.py replay results/freeze_search/tables/* -o results/freeze_search",
+        "```",
+        INTRO,
+        "| measure | bar | measured | interval and basis | reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in judged:
+        cells = [row[key] for key in ("measure", "bar", "measured", "interval and basis")]
+        lines.append(f"| {' | '.join(cells)} | {'yes' if row['reached'] else 'no'} |")
+    lines += [FIGURE, *strategy_rows(summary), TABLES.replace("\\\n", "").rstrip("\n")]
+    own = frame[(frame["strategy"] == DEFAULT) & (frame["share"] == SHARE)]
+    for table, about in zip(tables, abouts, strict=True):
+        truth, part = truths[table.name], own[own["pair"] == table.name]
+        cells = [
+            table.name,
+            ", ".join(f"{about['counts'][key]:,}" for key in ("train", "validation", "test")),
+            f"`{strip(truth.optimum)}`",
+            *(
+                f"{100 * truth.test[mask]:.1f} ± {100 * truth.stderr:.1f}"
+                for mask in (truth.optimum, table.space.all, table.space.none)
+            ),
+            str(truth.sufficient),
+            f"{part['regret'].mean():+.2f}",
+            f"{part['excess_blocks'].mean():+.2f}",
+            f"{about['train_seconds'] / 60:.0f} min",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Each was made by one resumable command (`--dry-run` states its cost):", ""]
+    lines += [f"- `{about['command']}`" for about in abouts]
+    return "\n".join([*lines, SCORES, *agreement_rows(agreement), FILES])
+
+
+def strategy_rows(summary: pd.DataFrame) -> list[str]:
+    """Every strategy at the budget at which the default is judged."""
+    heads = ["strategy", "regret, points", "95 % interval over tables", "blocks beyond sufficient"]
+    heads += ["at most one more", "worse than all by 1 standard error", "upper third", "replays"]
+    lines = [
+        f"## Strategies at {100 * SHARE:.0f} % of the exhaustive cost",
+        "",
+        f"| {' | '.join(heads)} |",
+        "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for _, row in summary[summary["share"] == SHARE].iterrows():
+        hits, cases = int(row["upper_third_hits"]), int(row["upper_third_cases"])
+        cells = [
+            row["strategy"],
+            f"{row['regret']:+.2f}",
+            f"{row['regret_low']:+.2f} to {row['regret_high']:+.2f}",
+            f"{row['excess_blocks']:+.2f}",
+            f"{100 * row['at_most_one_more']:.0f} %",
+            f"{100 * row['below_all_by_1se']:.0f} %",
+            f"{hits} of {cases} (p = {row['upper_third_p']:.2g})",
+            str(row["n_replays"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
