@@ -254,9 +254,16 @@ def against(
     scale: float = 100.0,
     unit: str = "points",
 ) -> Answer:
-    """The claim that arm `a` is above arm `b`: paired over common seeds, shares of images turned into points."""
-    pair = paired_seed_interval(scale * np.asarray(a, float), scale * np.asarray(b, float))
+    """The claim that arm `a` is above arm `b`: paired over common seeds, shares of images turned into points.
+
+    Undefined, and so not shown, where a training of either arm failed.
+    """
     kind = f"95 % t interval over {len(a)} paired seeds"
+    if not np.isfinite([*np.asarray(a, float), *np.asarray(b, float)]).all():
+        nan, claim = float("nan"), f"{claim}, undefined: a training failed"
+        names = short(model), short(task)
+        return Answer(key, claim, nan, nan, nan, kind, n, counted, len(a), *names, unit)
+    pair = paired_seed_interval(scale * np.asarray(a, float), scale * np.asarray(b, float))
     return Answer(
         key,
         claim,
@@ -284,7 +291,10 @@ def answer_rows(setup: Setup, answers: Iterable[Answer]) -> pd.DataFrame:
 
 
 def mean_row(values: Sequence[float], **row: Any) -> dict[str, Any]:
-    """A table row: mean over seeds with its t interval."""
+    """A table row: mean over seeds with its t interval; empty, with a reason, where a training failed."""
+    if not np.isfinite(np.asarray(values, float)).all():
+        empty = dict.fromkeys(("value", "stderr", "low", "high"))
+        return {**empty, "n_seeds": len(values), "reason": "a training failed", **row}
     found = mean_interval(values)
     return {
         "value": found.mean,

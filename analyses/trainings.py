@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from study import WORK, Setup, digest
+import study
+from study import Setup, digest
 
 from layerprobe.backbones import Backbone
 from layerprobe.progress import note
@@ -25,7 +26,7 @@ class Trainings:
         self.evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
         self.space = Space(self.evaluator.block_params(), settings.constraints)
         identity = {**identify(backbone, task, settings), "study": setup.name}
-        path = WORK / setup.name / f"{label}-{digest(identity)}.db"
+        path = study.WORK / setup.name / f"{label}-{digest(identity)}.db"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger.open(path, identity)
 

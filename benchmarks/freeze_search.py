@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from freeze_search_page import SHARE, bars, publish, summarise
 
-from layerprobe.errors import LayerprobeError
+from layerprobe.errors import BudgetError, LayerprobeError
 from layerprobe.files import write_json
 from layerprobe.provenance import machine, versions
 from layerprobe.search.bench import Outcome
@@ -178,8 +178,7 @@ def replay_tables(arguments: argparse.Namespace) -> None:
                             {"share": share}
                             | replay(table, truths[table.name], strategy, share * cost, seed=seed)
                         )
-                    except LayerprobeError:
-                        # Not enough for this strategy (exhaustive below its own cost): no row.
+                    except BudgetError:  # of this table and share, whatever the seed: no row
                         break
         rows += [
             {"share": SHARE}
@@ -187,6 +186,10 @@ def replay_tables(arguments: argparse.Namespace) -> None:
             | {"strategy": "racing without scores"}
             for seed in range(arguments.runs)
         ]
+    if not rows:
+        raise BudgetError(
+            f"no strategy can start on {arguments.shares} of the exhaustive cost; give larger --shares"
+        )
     frame = pd.DataFrame(rows)
     agreement = pd.DataFrame([row for table in tables for row in score_agreement(table, truths[table.name])])
     summary = summarise(frame, truths)
@@ -203,7 +206,8 @@ def replay_tables(arguments: argparse.Namespace) -> None:
         print(agreement.to_string(index=False, float_format=lambda v: f"{v:.2f}"))
         print(pd.DataFrame(bars(frame, summary)).to_string(index=False))
     if arguments.output is not None:
-        publish(tables, truths, arguments.tables, frame, agreement, Path(arguments.output))
+        command = shlex.join(["python", *sys.argv])
+        publish(tables, truths, arguments.tables, frame, agreement, Path(arguments.output), command)
 
 
 def main() -> None:

@@ -22,6 +22,10 @@ class UsageError(LayerprobeError, ValueError):
     exit_code = 2
 
 
+class BudgetError(UsageError):
+    """The budget does not pay for what was asked."""
+
+
 class UnknownNameError(UsageError, LookupError):
     """A model, task, block or option that does not exist, with suggestions. Exit code 2."""
 

@@ -130,25 +130,23 @@ def report_arms(
 ) -> list[ArmResult]:
     """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
 
-    Each arm has its own learning rate, chosen on validation with the search's first seed: from what the
-    search already valued, else on the short rung over the whole grid. `rates` are those of arms that a search
-    of their own has chosen one for.
+    Each baseline has its own learning rate, chosen on validation with the search's first seed among all rates at
+    one length: what the search already valued where that is the whole grid, else the short rung. The plan has the
+    rate that the search gave it, which a strategy may have inferred from other plans. `rates` are those of arms
+    that a search of their own has chosen one for.
     """
     everyone = [Arm(PLAN, plan), *arms]
     chosen = {PLAN: plan_lr, **(rates or {})}
-    valued = {trial.mask for trial in bench.history if trial.is_plan}
-    unknown = [
-        arm for arm in arms if arm.name not in chosen and not (arm.trial(1.0).is_plan and arm.mask in valued)
-    ]
+    for arm in arms:
+        if arm.name not in chosen and arm.trial(1.0).is_plan:
+            compared = plan_lr if arm.mask == plan else bench.compared_lr(arm.mask)
+            if compared is not None:
+                chosen[arm.name] = compared
+    unknown = [arm for arm in arms if arm.name not in chosen]
     short = {arm.name: [arm.trial(lr, 0, bench.fidelity) for lr in bench.lrs] for arm in unknown}
     known = dict(value_batch([trial for trials in short.values() for trial in trials]))
-    for arm in arms:
-        if arm.name in short:
-            chosen[arm.name] = max(
-                short[arm.name], key=lambda trial: (accuracy_of(known[trial]), -trial.lr)
-            ).lr
-        elif arm.name not in chosen:
-            chosen[arm.name] = plan_lr if arm.mask == plan else bench.best_lr(arm.mask)
+    for name, trials in short.items():
+        chosen[name] = max(trials, key=lambda trial: (accuracy_of(known[trial]), -trial.lr)).lr
     # Seed by seed, so that an interrupted report has complete rows to compare.
     runs = {
         arm.name: [arm.trial(chosen[arm.name], REPORT_REPEAT + seed) for seed in range(bench.seeds)]

@@ -130,7 +130,11 @@ class Bench:
         return found
 
     def best_lr(self, mask: Mask) -> float:
-        """The plan's rate: best on repeat 0 at the greatest length valued; the middle one if none was."""
+        """The plan's rate: best on repeat 0 at the greatest length valued; the middle one if none was.
+
+        A rate at which a run of the plan failed is taken only where all others failed too: trainings diverge at
+        large rates, so the nearest smaller one comes first.
+        """
         runs = [
             (trial.fidelity, accuracy_of(outcome), -trial.lr)
             for trial, outcome in self.history.items()
@@ -138,8 +142,31 @@ class Bench:
         ]
         if not runs:
             return self.middle_lr
+        failed = self.failed_rates(mask)
+        finite = [run for run in runs if -run[2] not in failed]
+        untried = [lr for lr in self.lrs if lr not in failed]
+        if not finite and untried:
+            return max((lr for lr in untried if lr < min(failed)), default=min(untried))
+        runs = finite or runs
         longest = max(fidelity for fidelity, _, _ in runs)
         return -max((accuracy, lr) for fidelity, accuracy, lr in runs if fidelity == longest)[1]
+
+    def failed_rates(self, mask: Mask) -> set[float]:
+        """Rates at which a run of the plan failed."""
+        return {
+            trial.lr
+            for trial, outcome in self.history.items()
+            if trial.mask == mask and trial.is_plan and not math.isfinite(accuracy_of(outcome))
+        }
+
+    def compared_lr(self, mask: Mask) -> float | None:
+        """The plan's best rate on repeat 0 at the greatest length at which every rate was valued; else None."""
+        lengths = {trial.fidelity for trial in self.history if trial.mask == mask and trial.is_plan}
+        for length in sorted(lengths, reverse=True):
+            trials = [Trial(mask, lr, 0, length) for lr in self.lrs]
+            if all(trial in self.history for trial in trials):
+                return max(trials, key=lambda t: (accuracy_of(self.history[t]), -t.lr)).lr
+        return None
 
     def valued_masks(self) -> list[Mask]:
         """Allowed plans with at least one valued trial, in the order in which they came."""

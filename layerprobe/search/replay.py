@@ -55,9 +55,9 @@ class ExhaustiveTable:
         """The mask's learning rate, chosen on validation with repeat 0."""
         return max(self.lrs, key=lambda lr: (self._accuracy(Trial(mask, lr)), -lr))
 
-    def validation(self, mask: Mask) -> np.ndarray:
-        """Validation accuracy per selection repeat, at the mask's own rate."""
-        lr = self.own_lr(mask)
+    def validation(self, mask: Mask, lr: float | None = None) -> np.ndarray:
+        """Validation accuracy per selection repeat, at the mask's own rate or another."""
+        lr = self.own_lr(mask) if lr is None else lr
         return np.array([self._accuracy(Trial(mask, lr, repeat)) for repeat in range(self.seeds)])
 
     def test(self, mask: Mask) -> np.ndarray:
@@ -131,11 +131,11 @@ class ExhaustiveTable:
             )
         except (OSError, EOFError, KeyError, ValueError, TypeError) as error:
             raise BrokenFileError(f"cannot read the exhaustive table in {source}: {error}") from error
-        missing = [
-            t.key
-            for t in selection_trials(table.space, table.lrs, table.seeds, table.fidelity)
-            if t not in table.outcomes
-        ]
+        needed = selection_trials(table.space, table.lrs, table.seeds, table.fidelity)
+        missing = [trial.key for trial in needed if trial not in table.outcomes]
+        if not missing:  # a mask's own rate is known
+            judging = judging_trials(table.space, table.own_lr, table.seeds)
+            missing = [trial.key for trial in judging if trial not in table.outcomes]
         if missing:
             raise BrokenFileError(f"the table in {source} lacks {len(missing)} trials (first: {missing[0]})")
         return table
@@ -169,7 +169,8 @@ class Truth:
     @classmethod
     def of(cls, table: ExhaustiveTable) -> Truth:
         validation = {mask: float(table.validation(mask).mean()) for mask in table.masks}
-        test = {mask: float(np.nanmean(table.test(mask))) for mask in table.masks}
+        # A plan of which a run failed is worth nothing, in validation as in test: it ranks last.
+        test = {mask: float(np.mean(np.nan_to_num(table.test(mask), nan=-np.inf))) for mask in table.masks}
         optimum = max(validation, key=lambda mask: (validation[mask], -table.space.params(mask)))
         bar = validation[optimum] - _pooled([table.validation(mask) for mask in table.masks])
         sufficient = min(sum(mask) for mask, value in validation.items() if value >= bar)
@@ -191,12 +192,15 @@ def replay(
     -------
     dict: strategy, pair, seed, budget, plan, `regret` and `below_all` in accuracy points (positive = worse
     than the exhaustive optimum, than training everything; on test, unseen seeds), `stderr` in points,
-    `cost_share` of the exhaustive cost, `excess_blocks` beyond the smallest sufficient plan, `place` and
-    `of` within plans of its size by test accuracy.
+    `lr` that the strategy chose, `own_lr` at which the table judges the plan, and `lr_loss`, what the
+    difference costs on validation in points (a search would have trained at the former), `cost_share` of the
+    exhaustive cost, `excess_blocks` beyond the smallest sufficient plan, `place` and `of` within plans of its
+    size by test accuracy.
     """
     bench = table.bench(budget, seed=seed, use_scores=use_scores)
     finalists = run_strategy(make_strategy(strategy), bench)
-    answer = choose(finalists, table.space).mask
+    chosen = choose(finalists, table.space)
+    answer, own = chosen.mask, table.own_lr(chosen.mask)
     size = sum(answer)
     return {
         "pair": table.name,
@@ -209,6 +213,9 @@ def replay(
         "stderr": 100 * truth.stderr,
         "spent": bench.spent,
         "cost_share": bench.spent / table.exhaustive_cost(),
+        "lr": chosen.lr,
+        "own_lr": own,
+        "lr_loss": 100 * (table.validation(answer).mean() - table.validation(answer, chosen.lr).mean()),
         "excess_blocks": size - truth.sufficient,
         "place": place_of(truth, answer),
         "of": sum(sum(mask) == size for mask in truth.test),
@@ -305,15 +312,15 @@ def score_agreement(table: ExhaustiveTable, truth: Truth) -> list[dict[str, Any]
 
 
 def _within(predicted: np.ndarray, truth: np.ndarray, sizes: np.ndarray) -> float:
-    """Kendall τ over pairs of plans with equally many trained blocks: (concordant − discordant) / pairs."""
-    concordant = discordant = 0
-    for i, j in itertools.combinations(range(len(sizes)), 2):
-        if sizes[i] == sizes[j]:
-            sign = np.sign(predicted[i] - predicted[j]) * np.sign(truth[i] - truth[j])
-            concordant += sign > 0
-            discordant += sign < 0
-    pairs = concordant + discordant
-    return float(concordant - discordant) / pairs if pairs else math.nan
+    """Kendall τ-b over the pairs of plans with equally many trained blocks; NaN where one side is all ties."""
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(sizes)), 2) if sizes[i] == sizes[j]]
+    if not pairs:
+        return math.nan
+    first, second = np.array(pairs).T
+    ours = np.sign(predicted[first] - predicted[second])
+    theirs = np.sign(truth[first] - truth[second])
+    untied = math.sqrt(float((ours != 0).sum()) * float((theirs != 0).sum()))
+    return float(ours @ theirs) / untied if untied else math.nan
 
 
 def _tau(a: np.ndarray, b: np.ndarray) -> float:

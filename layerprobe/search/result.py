@@ -219,8 +219,9 @@ def measured_gain(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy gained by training each block, other blocks equal: least squares over all valued trials.
 
     Model: accuracy = level of (learning rate, fidelity, repeat) + sum of gains of the trained blocks. With
-    few trials a small ridge (1e-3 of the mean diagonal) keeps blocks that were always trained together apart
-    from infinity; the standard error says how little is known then.
+    few trials a small ridge on the gains (1e-3 of their mean diagonal) keeps blocks that were always trained
+    together apart from infinity; the standard error says how little is known then. The levels carry no penalty:
+    what it would take from them would be given to the blocks.
 
     Returns
     -------
@@ -240,7 +241,8 @@ def measured_gain(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
     )
     y = np.array([accuracy for _, accuracy in known])
     gram = design.T @ design
-    gram += 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram))
+    gains = np.arange(len(gram)) < n_blocks
+    gram[gains, gains] += 1e-3 * np.diag(gram)[gains].mean() + 1e-12
     inverse = np.linalg.inv(gram)
     weights = inverse @ design.T @ y
     residual = y - design @ weights

@@ -206,10 +206,13 @@ class _Search:
         s = self.settings
         if s.budget is not None:
             return s.budget, list(arms)
+        if (stored := self.ledger.get("budget")) is not None:
+            # Measured once, so that a search which goes on, or another process of it, walks the same way.
+            return stored["budget"], [arm for arm in arms if arm.name in stored["arms"]]
         assert s.time is not None
-        pilot = Trial(self.space.all, sorted(s.lrs)[len(s.lrs) // 2], 0, s.fidelity)
-        seconds = self.value([pilot])[pilot].seconds / s.fidelity
-        total = 0.9 * s.time * workers / max(seconds, 1e-9)
+        seconds = self.pilot()
+        left = max(0.0, s.time - (clock.monotonic() - self.began))
+        total = 0.9 * left * workers / seconds
         kept = list(arms)
         least = s.seeds + len(s.lrs) * s.fidelity
         plan_cost = float(s.seeds)
@@ -223,9 +226,31 @@ class _Search:
             needed = (least + plan_cost + arms_cost(kept, self.space, s.lrs, s.seeds, s.fidelity)) * seconds
             raise UsageError(
                 f"time {s.time:g} s is too small for one plan and its baseline: one training takes "
-                f"{seconds:.3g} s here, so allow at least {needed / (0.9 * workers):.0f} s or shorten the steps"
+                f"{seconds:.3g} s here, so allow at least {needed / (0.9 * workers) + s.time - left:.0f} s or "
+                "shorten the steps"
             )
-        return budget, kept
+        self.ledger.put("budget", {"budget": budget, "arms": [arm.name for arm in kept]})
+        stored = self.ledger.get("budget")
+        return stored["budget"], [arm for arm in arms if arm.name in stored["arms"]]
+
+    def pilot(self) -> float:
+        """Seconds that a full training of everything takes here, its evaluation included.
+
+        Raises
+        ------
+        UsageError : it diverges at the middle learning rate and at every smaller one.
+        """
+        s = self.settings
+        rates = sorted(s.lrs)[: len(s.lrs) // 2 + 1]
+        for lr in reversed(rates):
+            trial = Trial(self.space.all, lr, 0, s.fidelity)
+            outcome = self.value([trial])[trial]
+            if outcome.accuracy is not None:
+                return max(1e-9, float(outcome.facts.get("call_seconds", outcome.seconds)) / s.fidelity)
+        raise UsageError(
+            f"training everything fails at the learning rates {', '.join(f'{lr:g}' for lr in rates)} "
+            f"({outcome.reason}); give smaller --lrs"
+        )
 
     def value(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Answers to trials, from the ledger or by training."""
@@ -257,7 +282,12 @@ class _Search:
         plan_result = by_name[PLAN]
         versus = plan_result.against_all
         answer = verdict_sentence(
-            winner.mask, space, versus, objective=settings.objective, test_mean=plan_result.mean
+            winner.mask,
+            space,
+            versus,
+            objective=settings.objective,
+            test_mean=plan_result.mean,
+            n_finalists=len(finalists),
         )
         kind = verdict_kind(winner.mask, versus)
         records = self.ledger.records()

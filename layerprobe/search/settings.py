@@ -17,7 +17,7 @@ DEFAULT_BUDGET = 20.0
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 9.0,
+        "budget": 12.0,
         "bridge_steps": 20,
         "finetune_steps": 100,
         "batch_size": 32,

@@ -103,12 +103,27 @@ def compare(plan: Sequence[float], other: Sequence[float]) -> Comparison:
     return Comparison(paired.difference, paired.low, paired.high, paired.probability, len(plan))
 
 
+MIN_SEEDS = 3
+"""Fewer paired seeds claim nothing (PROTOCOL.md, section 8)."""
+
+
+def too_little(against_all: Comparison) -> str:
+    """Why a comparison can claim nothing, whatever its interval; empty where it can."""
+    if against_all.n < MIN_SEEDS:
+        return f"{against_all.n} paired seeds are too few for a claim"
+    if against_all.low == against_all.high:
+        return "all seeds differ by the same amount, which is no measure of their spread"
+    return ""
+
+
 def verdict_kind(mask: Mask, against_all: Comparison | None) -> str:
     """One of 'train everything', 'better', 'worse', 'no difference found', 'not compared'."""
     if all(mask):
         return "train everything"
     if against_all is None:
         return "not compared"
+    if too_little(against_all):
+        return "no difference found"
     if against_all.low > 0:
         return "better"
     if against_all.high < 0:
@@ -123,16 +138,22 @@ def verdict_sentence(
     *,
     objective: str = "frugal",
     test_mean: float | None = None,
+    n_finalists: int = 2,
 ) -> str:
-    """The answer in plain words, also when it is "train everything" or "no difference found"."""
+    """The answer in plain words, also when it is "train everything" or "no difference found".
+
+    `n_finalists` is the number of plans that the choice was among; with one, nothing could be compared.
+    """
     share = space.params(mask) / max(1, sum(space.block_params))
     kind = verdict_kind(mask, against_all)
     accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
     if kind == "train everything":
         why = (
-            "no smaller plan that was valued came within one standard error of the best"
+            "the budget paid for one finalist, so no smaller plan was compared with it on several seeds"
+            if n_finalists < 2
+            else "no smaller plan among the finalists came within one standard error of the best"
             if objective == "frugal"
-            else "no smaller plan that was valued reached a higher validation accuracy"
+            else "no smaller plan among the finalists reached a higher validation accuracy"
         )
         return f"Train everything: {why}.{accuracy}"
     what = (
@@ -152,6 +173,8 @@ def verdict_sentence(
         return f"{what}{accuracy} It beats training everything by {interval}; {sure}."
     if kind == "worse":
         return f"{what}{accuracy} On unseen seeds it loses to training everything: {interval}; {sure}."
+    if reason := too_little(against_all):
+        return f"{what}{accuracy} No difference found to training everything: {interval}; {reason}."
     return f"{what}{accuracy} No difference found to training everything: {interval}; {sure}."
 
 

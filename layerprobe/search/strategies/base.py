@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from layerprobe.errors import UsageError
+from layerprobe.errors import BudgetError
 from layerprobe.search.bench import Bench, accuracy_of
 from layerprobe.search.space import Mask, Trial
 from layerprobe.search.verdict import Finalist, pooled_stderr
@@ -38,10 +38,10 @@ def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
 
     Raises
     ------
-    UsageError : the budget does not pay for one plan.
+    BudgetError : the budget does not pay for one plan.
     """
     rung, dearest = check_budget(bench)
-    count = finalist_count(bench, dearest)
+    count = finalist_count(bench.budget, rung, dearest)
     bench.held_back = min(count * dearest, bench.budget - rung)
     strategy.explore(bench)
     bench.held_back = 0.0
@@ -49,29 +49,34 @@ def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
 
 
 def check_budget(bench: Bench) -> tuple[float, float]:
-    """Price of one plan's short rung, and of its full-length seeds; UsageError when both do not fit."""
+    """Price of one plan's short rung, and of its full-length seeds; BudgetError when both do not fit."""
     rung = len(bench.lrs) * bench.space.cost(Trial(bench.space.all, bench.middle_lr, 0, bench.fidelity))
     seeds = bench.seeds * bench.space.cost(Trial(bench.space.all, bench.middle_lr))
     if bench.budget < rung + seeds - 1e-9:
-        raise UsageError(
+        raise BudgetError(
             f"budget {bench.budget:g} is too small: one plan needs {rung + seeds:.3g} full trainings "
             f"({len(bench.lrs)} learning rates at {bench.fidelity:g} of the steps, then {bench.seeds} seeds)"
         )
     return rung, seeds
 
 
-def finalist_count(bench: Bench, price: float) -> int:
-    """How many finalists half of the budget pays for: at least one, at most six."""
-    return int(np.clip(0.5 * bench.budget / price, 1, 6))
+def finalist_count(budget: float, rung: float, price: float) -> int:
+    """How many finalists half of the budget pays for, at most six; two where the budget allows, else one.
+
+    Without a second finalist the one-standard-error rule has nothing to compare.
+    """
+    least = 2 if budget >= rung + 2 * price else 1
+    return int(np.clip(0.5 * budget / price, least, 6))
 
 
 def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist]:
     """Value each plan at its own learning rate, full length, on common seeds, while the budget lasts.
 
-    A plan that cannot be paid on all seeds is left out. What is left then buys further common seeds, up to
-    twice as many, for the contenders: the plans within two standard errors of the best.
+    A plan that cannot be paid on all seeds is left out; one whose first run fails goes on at its next best rate.
+    What is left then buys further common seeds, up to twice as many, for the contenders: the plans within two
+    standard errors of the best.
     """
-    rates = {mask: bench.best_lr(mask) for mask in dict.fromkeys(masks)}
+    rates = _opened(bench, masks)
     entered: list[Mask] = []
     for mask, lr in rates.items():
         wanted = [Trial(mask, lr, repeat) for repeat in range(bench.seeds)]
@@ -90,6 +95,27 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
         bench.value(wanted)
         finalists = strategy.judge(bench, _read(bench, entered, rates, repeat + 1))
     return finalists
+
+
+def _opened(bench: Bench, masks: list[Mask]) -> dict[Mask, float]:
+    """The finalists that can be paid, at rates at which their first full-length run is finite where there is one."""
+    rates: dict[Mask, float] = {}
+    bill = 0.0
+    for mask in dict.fromkeys(masks):
+        lr = bench.best_lr(mask)
+        price = bench.price([Trial(mask, lr, repeat) for repeat in range(bench.seeds)])
+        if bill + price <= bench.left + 1e-9:
+            bill += price
+            rates[mask] = lr
+    waiting = dict(rates)
+    for _ in bench.lrs:
+        found = bench.value([Trial(mask, lr) for mask, lr in waiting.items()])
+        failed = [trial.mask for trial, accuracy in found.items() if not math.isfinite(accuracy)]
+        waiting = {mask: lr for mask in failed if (lr := bench.best_lr(mask)) != rates[mask]}
+        rates |= waiting
+        if not waiting:
+            break
+    return rates
 
 
 def _read(bench: Bench, masks: list[Mask], rates: dict[Mask, float], seeds: int) -> list[Finalist]:

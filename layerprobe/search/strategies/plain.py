@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from layerprobe.errors import UsageError
+from layerprobe.errors import BudgetError, UsageError
 from layerprobe.search.bench import Bench
 from layerprobe.search.space import Mask, Trial, structured_masks
 from layerprobe.search.strategies.base import frontier
@@ -26,7 +26,7 @@ class WithoutModel:
 class Exhaustive(WithoutModel):
     """Every allowed plan at every learning rate, full length, one seed; then the finals.
 
-    Raises UsageError when the budget does not cover that.
+    Raises BudgetError when the budget does not cover that.
     """
 
     name = "exhaustive"
@@ -39,7 +39,7 @@ class Exhaustive(WithoutModel):
             )
         trials = [Trial(mask, lr) for mask in bench.space.masks() for lr in bench.lrs]
         if bench.price(trials) > bench.left + 1e-9:
-            raise UsageError(
+            raise BudgetError(
                 f"exhaustive search needs {bench.price(trials) + bench.held_back:.4g} full trainings, "
                 f"the budget is {bench.budget:g}; use --strategy racing or a larger --budget"
             )

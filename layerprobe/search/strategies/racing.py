@@ -113,6 +113,10 @@ class Racing:
     def _at_best_lr(self, bench: Bench, model: PlanModel, masks: list[Mask]) -> tuple[np.ndarray, np.ndarray]:
         mean, deviation = model.predict([Trial(mask, lr) for mask in masks for lr in bench.lrs])
         table = mean.reshape(len(masks), len(bench.lrs))
+        for row, mask in enumerate(masks):
+            for rate in bench.failed_rates(mask):
+                # The model knows finite accuracies alone, and would go on hoping for this one.
+                table[row, bench.lrs.index(rate)] = -math.inf
         chosen = table.argmax(axis=1)
         rows = np.arange(len(masks))
         self._rates = {mask: bench.lrs[rate] for mask, rate in zip(masks, chosen, strict=True)}

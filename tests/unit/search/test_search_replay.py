@@ -16,6 +16,7 @@ from layerprobe.search.replay import (
     ExhaustiveTable,
     Truth,
     judging_trials,
+    place_of,
     replay,
     score_agreement,
     selection_trials,
@@ -141,6 +142,62 @@ def test_tables_come_back_from_disk_and_holes_are_named(tmp_path: Path) -> None:
     frame[frame["repeat"] != 2].to_csv(tmp_path / "table.csv.gz", index=False)
     with pytest.raises(BrokenFileError, match=r"lacks 32 trials"):
         ExhaustiveTable.load(tmp_path)
+
+
+def test_a_table_without_its_judging_runs_is_incomplete(tmp_path: Path) -> None:
+    table = make_table()
+    rows = [
+        {
+            "plan": strip(t.mask), "lr": t.lr, "repeat": t.repeat, "fidelity": t.fidelity,
+            "validation_accuracy": o.accuracy, "test_accuracy": o.test, "seconds": o.seconds,
+        }
+        for t, o in table.outcomes.items() if t.repeat < REPORT_REPEAT + 2
+    ]  # fmt: skip
+    about = {
+        "name": "made-up",
+        "block_params": [100] * 4,
+        "lrs": list(LRS),
+        "seeds": 3,
+        "fidelity": 0.25,
+        "scores": {},
+    }
+    (tmp_path / "table.json").write_text(json.dumps(about))
+    pd.DataFrame(rows).to_csv(tmp_path / "table.csv.gz", index=False)
+    with pytest.raises(BrokenFileError, match=r"lacks 16 trials"):
+        ExhaustiveTable.load(tmp_path)
+
+
+def test_a_plan_whose_judging_run_failed_ranks_last() -> None:
+    table = make_table()
+    mask = mask_of([1, 3], 4)
+    table.outcomes[Trial(mask, table.own_lr(mask), REPORT_REPEAT)] = Outcome(None, reason="diverged")
+    truth = Truth.of(table)
+    assert place_of(truth, mask) == 6
+    assert upper_third_test([(truth, [mask])])[0] == 0
+
+
+def test_the_rate_that_a_strategy_chose_is_compared_with_the_tables_own() -> None:
+    table = make_table(noise=0.0)
+    for trial, outcome in table.outcomes.items():
+        if trial.fidelity < 1 and trial.lr == 3e-3:  # on short runs the wrong rate looks better
+            table.outcomes[trial] = Outcome(outcome.accuracy + 0.2)
+    found = replay(table, Truth.of(table), "prefix", 8.0, seed=0)
+    assert (found["lr"], found["own_lr"]) == (3e-3, 1e-3)
+    assert found["lr_loss"] == pytest.approx(5.0)
+
+
+def test_within_equal_counts_tied_scores_are_no_agreement() -> None:
+    table = make_table(noise=0.0)
+    table.scores = {"one": (np.array([0.0, 1.0, 0.0, 0.0]), np.zeros(4))}
+    rows = {row["score"]: row["tau_within"] for row in score_agreement(table, Truth.of(table))}
+    masks = table.masks
+    signs = [
+        (int(a[1]) - int(b[1]), np.sign(round(float(GAINS @ np.array(a, float) - GAINS @ np.array(b, float)), 9)))
+        for a, b in itertools.combinations(masks, 2) if sum(a) == sum(b)
+    ]  # fmt: skip
+    ours, theirs = np.array(signs).T
+    assert rows["one"] == pytest.approx(ours @ theirs / np.sqrt((ours != 0).sum() * (theirs != 0).sum()))
+    assert rows["one"] < 0.9
 
 
 def test_a_trial_outside_the_table_is_refused() -> None:

@@ -53,7 +53,7 @@ def made_up(monkeypatch):
 
     def value_plan(backbone, tensors, plan, *, lr, seed, bridge_steps, finetune_steps, test, **_):
         gain = 0.1 * plan.blocks[1] + 0.01 * sum(plan.blocks) - (0.2 if lr > 2e-3 else 0.0)
-        accuracy = 0.5 + gain + 1e-3 * np.random.default_rng(seed).standard_normal()
+        accuracy = 0.5 + gain + 1e-3 * np.random.default_rng([seed, *map(int, plan.blocks)]).standard_normal()
         steps = bridge_steps + finetune_steps
         return Outcome(
             validation_accuracy=accuracy, test_accuracy=accuracy if test else None, bridge_accuracy=0.2,
@@ -226,7 +226,9 @@ def test_the_block_that_helps_is_found_and_the_sentence_says_so(
     assert found.plan.blocks[1] and not found.plan.blocks[0]
     assert found.facts["plan"]["lr"] == 1e-3
     assert found.answer.startswith("Train block")
-    nothing = lp.freeze_search(backbone, task, **{**made_up, "budget": 16.0, "must_freeze": (0, 1, 2)})
+    nothing = lp.freeze_search(
+        backbone, task, **{**made_up, "budget": 16.0, "seeds": 3, "must_freeze": (0, 1, 2)}
+    )
     assert nothing.answer.startswith("Train the stem and head alone and freeze all blocks.")
     assert nothing.kind == "worse" and "loses to training everything" in nothing.answer
 

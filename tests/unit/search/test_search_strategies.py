@@ -11,7 +11,7 @@ from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of, structured_masks
 from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
-from layerprobe.search.strategies.base import frontier
+from layerprobe.search.strategies.base import finalist_count, frontier
 from layerprobe.search.strategies.racing import candidate_pool, coarse_to_fine, spread_of_sizes
 from layerprobe.search.surrogate import PlanModel
 from layerprobe.search.verdict import choose
@@ -151,6 +151,34 @@ def test_failed_runs_are_no_candidates() -> None:
 
     mask, _ = answer("racing", Broken([0.05, 0.5, 0.0, 0.0, 0.0], noise=0.002))
     assert not mask[1]
+
+
+@pytest.mark.parametrize("budget", [12.0, 36.0])
+def test_a_rate_that_diverges_at_full_length_is_left_for_another(budget: float) -> None:
+    class Brittle(Landscape):
+        def __call__(self, trials):
+            found = super().__call__(trials)
+            bad = [t for t in trials if t.lr == self.best_lr and t.fidelity == 1.0]
+            return found | {t: Outcome(None, reason="diverged") for t in bad}
+
+    landscape = Brittle([0.0, 0.1, 0.0, 0.0, 0.0], noise=0.002)
+    bench = make_bench(landscape, budget=budget)
+    finalists = run_strategy(make_strategy("racing"), bench)
+    winner = choose(finalists, bench.space)
+    assert winner.lr != landscape.best_lr and math.isfinite(winner.mean)
+
+
+def test_a_rate_counts_as_compared_only_where_all_rates_were_valued_at_one_length() -> None:
+    bench = make_bench(Landscape([0.1] * 5))
+    mask = mask_of([1], 5)
+    bench.value([Trial(mask, 1e-4), Trial(mask, 3e-4, 0, 0.25), Trial(mask, 1e-3, 0, 0.25)])
+    assert bench.compared_lr(mask) is None and bench.best_lr(mask) == 1e-4
+    bench.value([Trial(mask, 1e-4, 0, 0.25)])
+    assert bench.compared_lr(mask) == 3e-4
+
+
+def test_two_finalists_wherever_the_budget_pays_for_them() -> None:
+    assert [finalist_count(budget, 1.0, 3.0) for budget in (5.0, 7.0, 12.0, 24.0, 99.0)] == [1, 2, 2, 4, 6]
 
 
 def test_a_budget_too_small_for_one_plan_is_one_clear_line() -> None:

@@ -72,6 +72,18 @@ def test_the_sentence_follows_the_interval() -> None:
     assert verdict_sentence(NONE, SPACE, same).startswith("Train the stem and head alone")
 
 
+def test_two_seeds_or_a_spread_of_zero_claim_nothing() -> None:
+    two = compare([0.52, 0.63], [0.50, 0.61])
+    same_step = compare([0.52, 0.63, 0.55], [0.50, 0.61, 0.53])
+    assert verdict_kind(ONE, two) == verdict_kind(ONE, same_step) == "no difference found"
+    assert verdict_sentence(ONE, SPACE, two).endswith("2 paired seeds are too few for a claim.")
+    assert "No difference found" in verdict_sentence(ONE, SPACE, same_step)
+
+
+def test_one_finalist_is_said_to_be_one() -> None:
+    assert "paid for one finalist" in verdict_sentence(ALL, SPACE, None, n_finalists=1)
+
+
 def test_probability_is_about_the_paired_seeds() -> None:
     up = compare([0.52, 0.63, 0.71], [0.50, 0.60, 0.70])
     down = compare([0.50, 0.60, 0.70], [0.52, 0.63, 0.71])
@@ -106,6 +118,14 @@ def test_measured_gain_is_the_gain_and_says_when_it_knows_too_little() -> None:
     assert (stderr < 0.01).all()
     little = Bench(SPACE, lambda trials: {}, (1e-3,), 2, 10.0, history=dict(list(history.items())[:3]))
     assert np.isnan(measured_gain(little)[0]).all()
+
+
+def test_blocks_that_gain_nothing_are_said_to_gain_nothing() -> None:
+    masks = list(SPACE.masks())
+    trials = [Trial(masks[i % 8], 1e-3 if i % 3 else 3e-3, i % 2, 1.0 if i % 5 else 0.4) for i in range(19)]
+    history = {trial: Outcome(0.9) for trial in trials}
+    gain, _ = measured_gain(Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history))
+    assert gain == pytest.approx(np.zeros(3), abs=1e-9)
 
 
 def test_seeds_depend_on_the_search_and_the_repeat_alone() -> None:
