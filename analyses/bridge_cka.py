@@ -213,6 +213,17 @@ def claims(rows: list[dict[str, Any]], model: str, task: str) -> list[Answer]:
             }[key]
             a, b = (every.mean(axis=1), other) if key == "untrained" else (other, every.mean(axis=1))
             found.append(against(key, what, a, b, **about))
+    if "none" in blocks.index:
+        # With every block frozen the stem alone has changed: what is left of a fall is the blocks' own doing.
+        fall = [values.iloc[:, 0] - values.iloc[:, -1] for values in (every, blocks.loc["none"])]
+        found.append(
+            against(
+                "own",
+                f"first − last block, all trained, minus the same with the stem alone ({where})",
+                *fall,
+                **about,
+            )
+        )
     near = frame[frame["metric"] == "cka_closest_vision"]
     if len(near):
         wide = near[near["plan"] == "all blocks"].pivot_table(index="seed", columns="moment", values="value")

@@ -32,8 +32,8 @@ PAPER = {
 
 LEADING = {
     "outlier_gap": ("group",),
-    "depth_curves": ("language − random", "bridge − language", "language − entry"),
-    "bridge_cka": ("vision", "first − last"),
+    "depth_curves": ("language − pixels", "language − random", "bridge − language", "language − entry"),
+    "bridge_cka": ("vision", "first − last", "own"),
     "partial_bridge": ("partial − all", "first − last"),
     "score_truth": ("score",),
     "lr_fairness": ("all − untrained, all own", "first half − all own", "none − all own"),
@@ -57,11 +57,14 @@ def line(study: str) -> str:
 
 
 def sentence(claims: pd.DataFrame) -> str:
-    """How many of one kind are shown, and the one that lies farthest from its null value, with its interval."""
+    """How many of one kind are shown on each side, and the one farthest from its null value, with its interval."""
     far = claims.loc[(claims["value"] - claims["null"]).abs().idxmax()]
     shown = claims["verdict"].isin(["above", "below"])
     verdict = "shown" if shown[far.name] else "not shown"
-    count = "" if len(claims) == 1 else f"{int(shown.sum())} of {len(claims)} shown, farthest: "
+    sides = ", ".join(
+        f"{n} {side}" for side in ("above", "below") if (n := int((claims["verdict"] == side).sum()))
+    )
+    count = "" if len(claims) == 1 else f"shown {sides or 'none'} of {len(claims)}, farthest: "
     unit = "" if pd.isna(far["unit"]) else f" {far['unit']}"
     seeds = f", {int(far['n_seeds'])} seeds" if far["n_seeds"] else ""
     p = "" if pd.isna(far["pvalue"]) else f", p = {far['pvalue']:.2g}"

@@ -148,7 +148,7 @@ def bridge(found: dict[str, Any]) -> Iterator[Row]:
 
 
 SOURCES: tuple[tuple[str, Callable[[dict[str, Any]], Iterator[Row]], str], ...] = (
-    ("results/outliers/benchmark.json", outliers, "benchmarks/outliers.py"),
+    ("results/outliers/benchmark.json", outliers, "benchmarks/outliers.py --seven-b"),
     ("results/similarity/benchmark_time_2000.json", similarity, "benchmarks/similarity.py"),
     ("results/probes/benchmark.json", probes, "benchmarks/probes.py"),
     ("results/transfer/benchmark.json", transfer, "benchmarks/transfer.py"),

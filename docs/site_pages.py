@@ -47,6 +47,15 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links out of docs/ lead to what `on_files` added: on the site those files lie beside the pages of docs/."""
+    path = page.file.src_path
+    if not (REPOSITORY / "docs" / path).exists():
+        return markdown
+    up = "../" * (path.count("/") + 1)
+    return markdown.replace(f"]({up}", f"]({up.removeprefix('../')}")
+
+
 def section(nav: list[dict[str, Any]], title: str) -> list[Any]:
     """The list of pages under a title of the navigation."""
     pages = next(entry[title] for entry in nav if title in entry)

@@ -47,7 +47,7 @@ def probe_backbone(
     backbone, task : what to probe, on what.
     twin : the same architecture before training (`load_backbone(..., init="random")`); its probes become the
         control "random", also with the layers' `extras`.
-    pixels : probe the raw pixels as the floor; the control "pixels".
+    pixels : probe the raw pixels, the mark to beat; the control "pixels".
     layers : default `embed` and every block's `resid_post`. pooling : default the backbone's.
     extras, Cs, refit, seed, device : see `linear_probes`. device is where probes are fitted.
 
