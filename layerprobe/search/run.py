@@ -153,6 +153,8 @@ class _Search:
         )
         finalists = run_strategy(make_strategy(settings.strategy), bench)
         winner = choose(finalists, space, objective=settings.objective)
+        values = "; ".join(f"{describe_mask(f.mask)} {100 * f.mean:.1f} %" for f in finalists)
+        self.say(f"on {len(winner.accuracies)} common seeds, validation: {values}")
         self.say(
             f"chosen on validation: {describe_mask(winner.mask)}; now {len(arms)} baselines on unseen seeds"
         )
