@@ -207,7 +207,16 @@ def replay_tables(arguments: argparse.Namespace) -> None:
         print(pd.DataFrame(bars(frame, summary)).to_string(index=False))
     if arguments.output is not None:
         command = shlex.join(["python", *sys.argv])
-        publish(tables, truths, arguments.tables, frame, agreement, Path(arguments.output), command)
+        publish(
+            tables,
+            truths,
+            arguments.tables,
+            frame,
+            agreement,
+            Path(arguments.output),
+            command,
+            arguments.seen,
+        )
 
 
 def main() -> None:
@@ -238,6 +247,12 @@ def main() -> None:
         "--strategies", nargs="+", default=["racing", "random", "greedy", "tpe", "nsga2", "prefix", "suffix"]
     )
     again.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    again.add_argument(
+        "--seen",
+        nargs="*",
+        default=[],
+        help="tables that had been looked at when the default strategy was last changed; the others are judged apart",
+    )
     again.add_argument("--runs", type=int, default=10, help="seeds of each strategy")
     again.add_argument("--output", "-o", default=None)
     again.set_defaults(run=replay_tables)

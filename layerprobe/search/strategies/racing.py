@@ -16,6 +16,9 @@ from layerprobe.search.verdict import Finalist
 POOL = 256
 """Plans considered at all; every plan where there are no more than this many."""
 
+ANCHORS = 5
+"""Sizes at which a full-length trial shows how far the short runs are to be believed."""
+
 BATCH = 4
 """Full-length trials between two looks at the model; part of the search's definition, not of the hardware."""
 
@@ -26,9 +29,11 @@ class Racing:
     1. Pool: every allowed plan, or simple families plus plans that the scores and their uncertainty propose.
     2. Rung 0 (half of the exploring budget): a spread of sizes at every learning rate, short schedules that
        anneal fully.
-    3. A model over plans (`PlanModel`) reads those and picks full-length trials in small batches: the plan
+    3. Anchors: one full-length trial at each of a few sizes, from all to none. Short runs favour plans that
+       learn fast, which are seldom the small ones, and by how much shows only at full length.
+    4. A model over plans (`PlanModel`) reads those and picks full-length trials in small batches: the plan
        that may be best, and for each size from the smallest upwards the plan that may be good enough.
-    4. Finals on common seeds and the one-standard-error rule follow for every strategy (`run_strategy`).
+    5. Finals on common seeds and the one-standard-error rule follow for every strategy (`run_strategy`).
     """
 
     name = "racing"
@@ -42,6 +47,7 @@ class Racing:
         self._pool = pool
         spread = spread_of_sizes(pool, n_short, bench.scores, bench.rng)
         bench.value([Trial(mask, lr, 0, bench.fidelity) for mask in spread for lr in bench.lrs])
+        bench.value(self._anchors(bench))
         while True:
             wanted = self._next_batch(bench)
             if not wanted or len(bench.value(wanted)) < len(wanted):
@@ -79,6 +85,16 @@ class Racing:
             replace(finalist, shrunk=float(value), stderr=float(spread))
             for finalist, value, spread in zip(finalists, mean, deviation, strict=True)
         ]
+
+    def _anchors(self, bench: Bench) -> list[Trial]:
+        """The plan of each anchor size that the short runs hold for the best, at full length."""
+        model = self._model(bench)
+        if model is None:
+            return []
+        mean, _ = self._at_best_lr(bench, model, self._pool)
+        champions = self._champions(self._pool, dict(zip(self._pool, mean.tolist(), strict=True)))
+        sizes = coarse_to_fine(sorted(champions))[:ANCHORS]
+        return [Trial(champions[size], self._rates[champions[size]]) for size in sizes]
 
     def _next_batch(self, bench: Bench) -> list[Trial]:
         model = self._model(bench)

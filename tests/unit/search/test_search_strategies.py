@@ -168,6 +168,22 @@ def test_a_rate_that_diverges_at_full_length_is_left_for_another(budget: float) 
     assert winner.lr != landscape.best_lr and math.isfinite(winner.mean)
 
 
+def test_short_runs_that_favour_large_plans_are_found_out_at_full_length() -> None:
+    class Slow(Landscape):
+        """Every block costs a little, but in short runs the small plans have not caught up yet."""
+
+        def truth(self, trial: Trial) -> float:
+            return super().truth(trial) - 0.1 * (1 - trial.fidelity) * (1 - sum(trial.mask) / 5)
+
+    sizes = []
+    for seed in range(5):
+        mask, bench = answer("racing", Slow([-0.004] * 5, noise=0.002), budget=26.0, seed=seed)
+        anchored = {sum(trial.mask) for trial in bench.history if trial.fidelity == 1.0}
+        assert {5, 0, 2} <= anchored
+        sizes.append(sum(mask))
+    assert max(sizes) <= 1
+
+
 def test_a_rate_counts_as_compared_only_where_all_rates_were_valued_at_one_length() -> None:
     bench = make_bench(Landscape([0.1] * 5))
     mask = mask_of([1], 5)

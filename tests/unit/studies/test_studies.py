@@ -289,6 +289,7 @@ def test_the_page_of_replays_says_what_the_tables_say(
         made_table(tmp_path, f"table{seed}", seed)
     folders = [str(tmp_path / f"table{seed}") for seed in range(3)]
     options = ["--runs", "2", "--shares", "0.2", "1.0", "--strategies", "racing", "random", "greedy"]
+    options += ["--seen", "table0"]
     monkeypatch.setattr(
         sys, "argv", ["freeze_search.py", "replay", *folders, "-o", str(tmp_path / "out"), *options]
     )
@@ -303,6 +304,10 @@ def test_the_page_of_replays_says_what_the_tables_say(
     bars = {bar["measure"]: bar for bar in json.loads((tmp_path / "out" / "about.json").read_text())["bars"]}
     frugal = next(bar for name, bar in bars.items() if name.startswith("replays with at most one"))
     assert frugal["measured"].startswith(f"{(own['excess_blocks'] <= 1).sum()} of {len(own)}")
+    unseen = own[own["pair"] != "table0"]
+    assert frugal["on the 2 unseen tables"].startswith(
+        f"{(unseen['excess_blocks'] <= 1).sum()} of {len(unseen)}"
+    )
     assert (tmp_path / "out" / "regret.png").stat().st_size > 0
 
 
