@@ -63,6 +63,19 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
+def idx_shape(path: Path, *, ndim: int) -> tuple[int, ...]:
+    """The shape that the header of an IDX file announces; nothing else is read."""
+    try:
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+            return _read_shape(stream.read(4 + 4 * ndim), path, ndim)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise BrokenFileError(f"cannot read {path}: {reason}") from error
+
+
 def _read_shape(header: bytes, path: Path, ndim: int) -> tuple[int, ...]:
     if len(header) < 4 + 4 * ndim or header[:2] != b"\0\0" or header[2] != _UINT8 or header[3] != ndim:
         raise BrokenFileError(

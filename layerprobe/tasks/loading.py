@@ -65,15 +65,15 @@ def load_task(
 
     Raises
     ------
-    UnknownNameError : no such task or label column.
-    NotAvailableError : no such folder; or not cached while offline.
+    UnknownNameError : no such task, folder or label column.
+    NotAvailableError : not cached while offline.
     UsageError : one class only, no image or label column, a limit below the number of classes.
     BrokenFileError : a file or an image that cannot be read.
     """
     seed = operator.index(seed)
     if limit is not None and operator.index(limit) < 1:
         raise UsageError(f"limit must be at least 1, got {limit}")
-    base, column = _split_column(name, label)
+    base, column = split_column(name, label)
     entry = TASKS.get(base)
     choice = ColumnChoice(entry.image if entry else (), entry.label if entry else (), column)
     source, task_id, commit = _find_source(base, entry, choice, data_dir, revision, offline)
@@ -82,7 +82,7 @@ def load_task(
     return _make_task(name, task_id, commit, source, limit, seed)
 
 
-def _split_column(name: str, label: str | None) -> tuple[str, str | None]:
+def split_column(name: str, label: str | None) -> tuple[str, str | None]:
     """Take "cifar100:coarse_label" apart; a folder of that very name comes first."""
     match = re.fullmatch(r"(.+):(\w+)", name)
     if match is None or Path(name).exists():
@@ -98,15 +98,10 @@ def _find_source(
     revision: str | None,
     offline: bool,
 ) -> tuple[Source, str, str | None]:
-    if data_dir is not None:
-        return read_folder(Path(data_dir).expanduser(), choice), str(data_dir), None
+    if (folder := local_folder(base, data_dir)) is not None:
+        return read_folder(folder, choice), base if data_dir is None else str(data_dir), None
     if entry is not None and entry.origin == "package":
         return read_digits(choice), entry.task_id, None
-    path = Path(base).expanduser()
-    if entry is None and (path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1):
-        return read_folder(path, choice), base, None
-    if entry is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        raise UnknownNameError(f"unknown task '{base}'.{did_you_mean(base, TASKS)} See: layerprobe ls tasks")
     source, commit = read_hub(
         base,
         entry.task_id if entry else base,
@@ -118,18 +113,32 @@ def _find_source(
     return source, entry.task_id if entry else base, commit
 
 
+def local_folder(base: str, data_dir: str | Path | None) -> Path | None:
+    """The folder that a task's name means, there or not; None for an alias and a data set of the hub.
+
+    Raises
+    ------
+    UnknownNameError : none of the three.
+    """
+    if data_dir is not None:
+        return Path(data_dir).expanduser()
+    if base in TASKS:
+        return None
+    path = Path(base).expanduser()
+    if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+        raise UnknownNameError(f"unknown task '{base}'.{did_you_mean(base, TASKS)} See: layerprobe ls tasks")
+    return None
+
+
 def _make_task(
     name: str, task_id: str, commit: str | None, source: Source, limit: int | None, seed: int
 ) -> Task:
     remarks = list(source.remarks)
     parts = source.splits
+    refuse_one_class(name, source)
     labels = np.concatenate([part.labels for part in parts])
-    present = np.unique(labels)
-    if len(present) < 2:
-        raise UsageError(
-            f"all {len(labels):,} images of {name} are of one class ('{source.classes[present[0]]}'); "
-            "a task needs at least two"
-        )
     official = [part.name for part in parts for _ in range(len(part.labels))]
     images = JoinedImages([part.images for part in parts])
     found = scan(images, official, name=name, fingerprint=source.fingerprint)
@@ -183,6 +192,17 @@ def _make_task(
     }
     revision = commit or f"content-{_content_hash(ids, labels)}"
     return Task(name, task_id, revision, source.classes, splits, report, found.channels, found.image_size)
+
+
+def refuse_one_class(name: str, source: Source) -> None:
+    """UsageError for images that are all of one class."""
+    labels = np.concatenate([part.labels for part in source.splits])
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise UsageError(
+            f"all {len(labels):,} images of {name} are of one class ('{source.classes[present[0]]}'); "
+            "a task needs at least two"
+        )
 
 
 def _rows_with_shared_digest(digests: list[str]) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
+from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
 from layerprobe.tasks.columns import (
     ColumnChoice,
     Columns,
@@ -81,7 +81,7 @@ def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
 
 def read_digits(choice: ColumnChoice) -> Source:
     """The 1,797 handwritten digits that come with scikit-learn, 8×8, their 0 to 16 scaled to 0 to 255."""
-    _only_one_label("digits", choice)
+    refuse_column("digits", choice)
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -95,23 +95,37 @@ def read_folder(folder: Path, choice: ColumnChoice) -> Source:
 
     Raises
     ------
-    NotAvailableError : no such folder.
+    UnknownNameError : no such folder.
     UsageError : nothing in it that is known, or a column that does not exist.
     BrokenFileError : a file that cannot be read.
     """
+    kind, files = list_folder(folder, choice)
+    if kind == "parquet":
+        return read_parquet(files, folder if folder.is_dir() else folder.parent, choice)
+    return read_idx_folder(files) if kind == "idx" else read_class_folders(folder)
+
+
+def list_folder(folder: Path, choice: ColumnChoice) -> tuple[str, list[Path]]:
+    """What a folder seems to hold, "parquet", "idx" or "classes", and the files of the first two.
+
+    Raises
+    ------
+    UnknownNameError : no such folder.
+    UsageError : a label column was chosen where there are no columns.
+    """
     if folder.is_file() and folder.suffix == ".parquet":
-        return read_parquet([folder], folder.parent, choice)
+        return "parquet", [folder]
     if not folder.is_dir():
-        raise NotAvailableError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
+        raise UnknownNameError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
     if parquet := sorted(path for path in folder.rglob("*.parquet") if path.is_file()):
-        return read_parquet(parquet, folder, choice)
-    _only_one_label(str(folder), choice)
-    if idx := sorted(path for path in folder.iterdir() if re.search(r"images[-.]idx3-ubyte", path.name)):
-        return read_idx_folder(idx)
-    return read_class_folders(folder)
+        return "parquet", parquet
+    refuse_column(str(folder), choice)
+    idx = sorted(path for path in folder.iterdir() if re.search(r"images[-.]idx3-ubyte", path.name))
+    return ("idx", idx) if idx else ("classes", [])
 
 
-def _only_one_label(place: str, choice: ColumnChoice) -> None:
+def refuse_column(place: str, choice: ColumnChoice) -> None:
+    """UsageError for a label column chosen where labels come without columns."""
     if choice.wanted_label is not None:
         raise UsageError(f"{place} has no label columns, so '{choice.wanted_label}' cannot be chosen")
 
@@ -128,24 +142,9 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
     """Parquet files in the hub's schema; the file's name, else its folder, says which split it is of."""
     import pyarrow as pa
 
-    by_split: dict[str, list[Path]] = {}
-    for path in paths:
-        word = split_word(path.stem) or split_word(path.relative_to(root).parent.as_posix()) or "all"
-        by_split.setdefault(word, []).append(path)
-    remarks = []
-    if "all" in by_split and len(by_split) > 1:
-        unnamed = by_split.pop("all")
-        which = f"{unnamed[0].name}{' and others' if len(unnamed) > 1 else ''}, of no named split,"
-        if "train" in by_split:
-            remarks.append(f"{which} left out")
-        else:
-            by_split["train"] = unnamed
-            remarks.append(f"{which} taken as train")
-    for files in by_split.values():
-        _check_one_data_set(files, root)
-        _check_shards(files)
+    by_split, remarks = parquet_splits(paths, root)
     used = [path for files in by_split.values() for path in files]
-    columns = choose_columns(_read_schema(used[0]), choice, str(root))
+    columns = choose_columns(read_schema(used[0]), choice, str(root))
     in_memory = sum(path.stat().st_size for path in used) <= IN_MEMORY_BYTES
     splits, values = [], []
     for word, files in by_split.items():
@@ -164,7 +163,34 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
     return source
 
 
-def _read_schema(path: Path) -> Any:
+def parquet_splits(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """The files of each split by their names, and remarks on what was left out.
+
+    Raises
+    ------
+    UsageError : several data sets. BrokenFileError : a shard that is named and missing.
+    """
+    by_split: dict[str, list[Path]] = {}
+    for path in paths:
+        word = split_word(path.stem) or split_word(path.relative_to(root).parent.as_posix()) or "all"
+        by_split.setdefault(word, []).append(path)
+    remarks = []
+    if "all" in by_split and len(by_split) > 1:
+        unnamed = by_split.pop("all")
+        which = f"{unnamed[0].name}{' and others' if len(unnamed) > 1 else ''}, of no named split,"
+        if "train" in by_split:
+            remarks.append(f"{which} left out")
+        else:
+            by_split["train"] = unnamed
+            remarks.append(f"{which} taken as train")
+    for files in by_split.values():
+        _check_one_data_set(files, root)
+        _check_shards(files)
+    return by_split, remarks
+
+
+def read_schema(path: Path) -> Any:
+    """The Arrow schema of a parquet file; BrokenFileError where it is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -180,7 +206,7 @@ def _read_columns(path: Path, columns: Columns, *, in_memory: bool) -> Any:
     import pyarrow.parquet as pq
 
     wanted = [columns.image, columns.label]
-    schema = _read_schema(path)
+    schema = read_schema(path)
     if missing := set(wanted) - set(schema.names):
         raise BrokenFileError(
             f"{path} has no column {', '.join(sorted(missing))}, unlike the files beside it"
@@ -249,7 +275,7 @@ def read_idx_folder(images: Sequence[Path]) -> Source:
                 f"{path.parent} holds several IDX files of split {word}; keep one data set a folder"
             )
         pixels = read_idx(path, ndim=3)
-        labels_path = _labels_beside(path)
+        labels_path = labels_beside(path)
         labels = read_idx(labels_path, ndim=1)
         if len(labels) != len(pixels):
             raise BrokenFileError(
@@ -260,7 +286,8 @@ def read_idx_folder(images: Sequence[Path]) -> Source:
     return labelled(list(splits.values()), values, None, str(images[0].parent))
 
 
-def _labels_beside(path: Path) -> Path:
+def labels_beside(path: Path) -> Path:
+    """The labels of an IDX file of images; UsageError where there are none."""
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", path.name)
     plain = name.removesuffix(".gz")
     for candidate in (name, plain, f"{plain}.gz"):

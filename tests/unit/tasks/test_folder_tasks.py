@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from task_files import picture, png, write_class_folders, write_parquet
 
-from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
 from layerprobe.tasks import load_task
 from layerprobe.tasks import scan as scan_module
 
@@ -310,10 +310,10 @@ def test_subsets_share_images(tmp_path: Path) -> None:
 def test_no_such_folder(tmp_path: Path) -> None:
     for name in (str(tmp_path / "no"), "./no", "a/b/c"):
         with pytest.raises(
-            NotAvailableError, match=r"no folder .*; check the path, or see: layerprobe ls tasks"
+            UnknownNameError, match=r"no folder .*; check the path, or see: layerprobe ls tasks"
         ):
             load_task(name)
-    with pytest.raises(NotAvailableError, match="no folder"):
+    with pytest.raises(UnknownNameError, match="no folder"):
         load_task("cifar100", data_dir=tmp_path / "no")
 
 
