@@ -182,4 +182,4 @@ def load_plan(path: Path) -> FreezePlan:
     """Read a plan file, or the `plan.json` of a run folder."""
     from layerprobe.plans import FreezePlan
 
-    return FreezePlan.load(path / "plan.json" if path.is_dir() else path)
+    return FreezePlan.load(path)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from layerprobe.errors import PlanError
+from layerprobe.errors import PlanError, did_you_mean
 from layerprobe.plans.plan import FreezePlan, ParameterTable, few
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -184,9 +184,17 @@ def names_within(plan: FreezePlan, modules: Iterable[str]) -> frozenset[str]:
     for module in modules:
         inside = [n for n in plan.parameters if n == module or n.startswith(module + ".")]
         if not inside:
-            raise PlanError(f"without={module!r}: the plan has no such module")
+            raise PlanError(f"without={module!r}: the plan has no such module{_nearest(plan, module)}")
         found.update(inside)
     return frozenset(found)
+
+
+def _nearest(plan: FreezePlan, module: str) -> str:
+    """The modules of the plan that are spelt like `module`, as the tail of an error message."""
+    dotted = (name.split(".") for name in plan.parameters)
+    modules = {".".join(parts[:depth]) for parts in dotted for depth in range(1, len(parts))}
+    suggestion = did_you_mean(module, sorted(modules))
+    return f".{suggestion}" if suggestion else ""
 
 
 def _size(shape: Iterable[int]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, PlanError
+from layerprobe.errors import BrokenFileError, PlanError, UnknownNameError
 from layerprobe.files import read_json, write_text
 from layerprobe.layers import format_blocks
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from layerprobe.plans.apply import Applied, Fingerprint, Verification
 
 SCHEMA = "freeze-plan/v1"
+PLAN_FILE = "plan.json"
+"""The plan's name in a run folder."""
 FROZEN = "frozen"
 TRAINABLE = "trainable"
 PARTIAL = "partial"
@@ -353,13 +355,18 @@ class FreezePlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FreezePlan:
-        """Read a plan.
+        """Read a plan file, or the `plan.json` of a run folder.
 
         Raises
         ------
-        BrokenFileError : not there, too large, not JSON, another schema, or inconsistent.
+        UnknownNameError : no such file, or a folder without one.
+        BrokenFileError : too large, not JSON, another schema, or inconsistent.
         """
-        return cls.from_dict(read_json(path, what="freeze plan", max_bytes=MAX_BYTES), source=Path(path).name)
+        file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            what = f"no plan in {path}" if file != Path(path) else f"there is no plan {path}"
+            raise UnknownNameError(f"{what}: name a plan file, or a run folder of freeze-search")
+        return cls.from_dict(read_json(file, what="freeze plan", max_bytes=MAX_BYTES), source=file.name)
 
     def _repr_html_(self) -> str:
         text = self.summary().replace("&", "&amp;").replace("<", "&lt;")

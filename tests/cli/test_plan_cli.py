@@ -156,5 +156,22 @@ def test_a_plan_of_another_schema_and_a_missing_one(folder: Path, tmp_path: Path
         "error: plan.json is no valid freeze-plan/v1: its schema is 'freeze-plan/v2'; this version of layerprobe "
         "reads 'freeze-plan/v1'\n"
     )
-    result = run("show", tmp_path / "nowhere.json")
-    assert result.exit_code == 1 and "No such file or directory" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["show"], ["check", "--model", "gpt2"], ["export", "--to", "regex"]])
+def test_where_no_plan_is_the_line_says_what_to_name(tmp_path: Path, command: list[str]) -> None:
+    advice = "name a plan file, or a run folder of freeze-search\n"
+    verb, *options = command
+    missing = tmp_path / "nope.json"
+    result = run(verb, missing, *options)
+    assert (result.exit_code, result.stderr) == (2, f"error: there is no plan {missing}: {advice}")
+    result = run(verb, tmp_path, *options)
+    assert (result.exit_code, result.stderr) == (2, f"error: no plan in {tmp_path}: {advice}")
+
+
+def test_a_misspelt_module_is_answered_with_the_nearest(folder: Path) -> None:
+    result = run("export", folder / "run", "--to", "regex", "--without", "embed_token")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: without='embed_token': the plan has no such module. Did you mean 'embed_tokens'?\n"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from freeze_plan_examples import example_plan
 
-from layerprobe.errors import BrokenFileError
+from layerprobe.errors import BrokenFileError, UnknownNameError
 from layerprobe.plans import FreezePlan
 
 VALID = example_plan("gpt2", [1, 2], n_blocks=3, found={"task": "digits"}).to_dict()
@@ -216,8 +216,12 @@ def test_files_that_are_no_plan(content: str, message: str, tmp_path: Path) -> N
 
 
 def test_a_missing_file_and_a_huge_one(tmp_path: Path) -> None:
-    with pytest.raises(BrokenFileError, match="cannot read freeze plan"):
+    with pytest.raises(
+        UnknownNameError, match=r"there is no plan .*none.json: name a plan file, or a run folder"
+    ):
         FreezePlan.load(tmp_path / "none.json")
+    with pytest.raises(UnknownNameError, match=f"no plan in {tmp_path}: name a plan file"):
+        FreezePlan.load(tmp_path)
     huge = tmp_path / "huge.json"
     with huge.open("wb") as stream:
         stream.truncate(1 << 30)
