@@ -104,14 +104,10 @@ def attribute_layers(
     UsageError : a method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
     UnknownNameError : a method or split that does not exist.
     """
-    wanted = _checked_methods(methods)
+    wanted = check_methods(methods)
     if split not in task.splits:
         raise UnknownNameError(f"unknown split '{split}'; choose one of: {', '.join(task.splits)}")
-    if n_images < 2 or not 0 < tolerance < 1 or max_steps < FIRST_STEPS:
-        raise UsageError(
-            f"attribution needs at least 2 images, a tolerance between 0 and 1 and max_steps ≥ {FIRST_STEPS}: got "
-            f"n_images={n_images}, tolerance={tolerance}, max_steps={max_steps}"
-        )
+    check_sizes(n_images, tolerance, max_steps)
     classifier = make_classifier(backbone, task, head, batch_size=batch_size)
     images = task.splits[split].subset(range(min(n_images, len(task.splits[split]))))
     run = _Run(backbone, classifier, images, batch_size, quiet)
@@ -165,7 +161,17 @@ def attribute_layers(
     return LayerAttribution(frame, maps, pictures if not maps.empty else {}, made)
 
 
-def _checked_methods(methods: Sequence[str]) -> list[str]:
+def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:
+    """UsageError for numbers that `attribute_layers` cannot work with."""
+    if n_images < 2 or not 0 < tolerance < 1 or max_steps < FIRST_STEPS:
+        raise UsageError(
+            f"attribution needs at least 2 images, a tolerance between 0 and 1 and max_steps ≥ {FIRST_STEPS}: got "
+            f"n_images={n_images}, tolerance={tolerance}, max_steps={max_steps}"
+        )
+
+
+def check_methods(methods: Sequence[str]) -> list[str]:
+    """The methods, each once; UnknownNameError or UsageError for one that is not offered here."""
     for method in methods:
         plain = method.lower().replace("-", "").replace("_", "")
         for name, reason in REFUSED.items():

@@ -35,6 +35,12 @@ class Classifier:
         return self.logits(pixels)
 
 
+def check_head(head: str) -> None:
+    """UnknownNameError for what is not in `HEADS`."""
+    if head not in HEADS:
+        raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
+
+
 def make_classifier(
     backbone: Backbone,
     task: Task,
@@ -59,8 +65,7 @@ def make_classifier(
     backbone.prepare(task)
     if isinstance(head, nn.Module):
         return Classifier(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
-    if head not in HEADS:
-        raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
+    check_head(head)
     if head == "own":
         with torch.no_grad():
             outputs = backbone.own_logits(backbone.preprocess(task.train.images([0]))).shape[1]

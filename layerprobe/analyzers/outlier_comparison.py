@@ -163,6 +163,18 @@ class OutlierComparison(Record):
         return super().plot(ax=ax, **{"n_sigma": self.n_sigma, **style})
 
 
+def check_groups(groups: Mapping[str, Sequence[object]] | None) -> None:
+    """UsageError for groups that cannot be compared."""
+    if groups is not None and (len(groups) < 2 or not all(groups.values())):
+        raise UsageError("groups need at least two names with at least one model each")
+
+
+def check_number(n_models: int) -> None:
+    """UsageError for fewer than two different models."""
+    if n_models < 2:
+        raise UsageError(f"a comparison needs at least two different models, got {n_models}")
+
+
 def compare_outliers(
     *models: str | Path | OutlierReport,
     groups: Mapping[str, Sequence[str | Path | OutlierReport]] | None = None,
@@ -196,8 +208,7 @@ def compare_outliers(
     if n_sigma not in rules.all_sigmas:
         rules = OutlierRules(**{**rules.__dict__, "sigmas": (*rules.sigmas, n_sigma)})
     named = {name: list(members) for name, members in (groups or {}).items()}
-    if groups is not None and (len(named) < 2 or not all(named.values())):
-        raise UsageError("groups need at least two names with at least one model each")
+    check_groups(groups)
     asked = [*models, *(member for members in named.values() for member in members)]
     reports: dict[str, OutlierReport] = {}
     for model in asked:
@@ -210,8 +221,7 @@ def compare_outliers(
                     model, rules=rules, threads=threads, engine=engine, offline=offline, quiet=quiet
                 )
             )
-    if len(reports) < 2:
-        raise UsageError(f"a comparison needs at least two different models, got {len(reports)}")
+    check_number(len(reports))
     for report in reports.values():
         if not report.n_blocks:
             raise UsageError(f"{report.model} has no blocks that its tensor names reveal; nothing to compare")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.analyzers.features import extract_features
-from layerprobe.analyzers.heads import HEADS, make_classifier
+from layerprobe.analyzers.heads import check_head, make_classifier
 from layerprobe.analyzers.trainability import TRAINABLE_SCORES, trainable_scores
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError
@@ -137,8 +137,8 @@ def transfer_scores(
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families:
         raise UnknownNameError(f"unknown families {unknown}; choose of: {', '.join(FAMILIES)}")
-    if isinstance(head, str) and head not in HEADS:
-        raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
+    if isinstance(head, str):
+        check_head(head)
     if "trainable" in families and (n_batches < 3 or batch_size < 1 or n_fisher < 2):
         raise UsageError(
             f"trainable scores need at least 3 batches and 2 images for Fisher: got n_batches={n_batches}, "

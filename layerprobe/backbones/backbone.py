@@ -19,6 +19,8 @@ from layerprobe.errors import UnknownNameError, UsageError
 
 POOLINGS = ("mean", "last", "cls")
 ATTENTIONS = ("causal", "bidirectional")
+MIXED_SIZE = 224
+"""Pixels per side to which a language backbone resizes images of several sizes, unless told otherwise."""
 _PCA_IMAGES = 1000
 
 
@@ -78,7 +80,7 @@ class Backbone(nn.Module):
         self._parameters_accepted = set(inspect.signature(model.forward).parameters)
         if self.modality == "vision":
             if attention is not None:
-                raise UsageError(f"--attention is for language backbones; {self.name} is a vision model")
+                raise no_attention_here(self.name)
             self.attention = "bidirectional"
             self._attention_override: str | None = None
             self.preprocessing = for_vision(source.folder, config, image_size)
@@ -92,11 +94,7 @@ class Backbone(nn.Module):
                     f"attention '{self.attention}' cannot be had from {type(model).__name__}: "
                     f"its {pretrained} mask is built into the blocks"
                 )
-        if self.pooling == "cls" and self.attention == "causal":
-            raise UsageError(
-                f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
-                f"use --pooling last, or --attention bidirectional for {self.name}"
-            )
+        refuse_blind_cls(self.pooling, self.attention, self.name)
 
     # -- structure ---------------------------------------------------------------------------------------
 
@@ -134,18 +132,12 @@ class Backbone(nn.Module):
         size = self.image_size or task.image_size
         resize = self.image_size
         if size is None:
-            size = resize = 224
+            size = resize = MIXED_SIZE
         self.image_size = size
         self.patch_size = self.patch_size or default_patch_size(size)
         channels = 3
         self.preprocessing = for_language(resize, channels)
-        n_tokens = (size // self.patch_size) ** 2
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and n_tokens > longest:
-            raise UsageError(
-                f"{n_tokens} patches do not fit: {self.name} has {longest} positions; use a larger "
-                f"--patch-size (now {self.patch_size}) or a smaller --image-size (now {size})"
-            )
+        refuse_too_many_patches(self.config, size, self.patch_size, self.name)
         stem = PatchStem(channels, self.patch_size, self._embedding_width())
         token_std = self.token_std()
         if self.stem_kind == "pca":
@@ -305,6 +297,38 @@ def _stem_hash(stem: PatchStem | None) -> str | None:
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def check_choices(*, stem: str, attention: str | None, pooling: str | None) -> None:
+    """UnknownNameError for a word that `Backbone` would not take, before anything is loaded."""
+    _one_of("stem", stem, STEM_KINDS)
+    _one_of("attention", attention or ATTENTIONS[0], ATTENTIONS)
+    _one_of("pooling", pooling or POOLINGS[0], POOLINGS)
+
+
+def no_attention_here(name: str) -> UsageError:
+    """The error for attention chosen for a vision model, which has its own."""
+    return UsageError(f"--attention is for language backbones; {name} is a vision model")
+
+
+def refuse_blind_cls(pooling: str | None, attention: str | None, name: str) -> None:
+    """UsageError for a first token that sees nothing but itself."""
+    if pooling == "cls" and attention == "causal":
+        raise UsageError(
+            f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
+            f"use --pooling last, or --attention bidirectional for {name}"
+        )
+
+
+def refuse_too_many_patches(config: Any, size: int, patch_size: int, name: str) -> None:
+    """UsageError where a language model has fewer positions than an image has patches."""
+    n_tokens = (size // patch_size) ** 2
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and n_tokens > longest:
+        raise UsageError(
+            f"{n_tokens} patches do not fit: {name} has {longest} positions; use a larger "
+            f"--patch-size (now {patch_size}) or a smaller --image-size (now {size})"
+        )
 
 
 def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:

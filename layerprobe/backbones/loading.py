@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerprobe.backbones.backbone import Backbone
+from layerprobe.backbones.backbone import Backbone, check_choices
 from layerprobe.backbones.sources import ModelSource, inside, resolve_model
 from layerprobe.backbones.stem import PatchStem
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
@@ -57,8 +57,8 @@ def load_backbone(
     ------
     UnknownNameError, NotAvailableError, BrokenFileError, UsageError : see the messages.
     """
-    if init not in INITS:
-        raise UnknownNameError(f"unknown init '{init}'; choose one of: {', '.join(INITS)}")
+    check_init(init)
+    check_choices(stem=stem, attention=attention, pooling=pooling)
     target = choose_device(device)
     torch_dtype = choose_dtype(dtype)
     source = resolve_model(name, revision=revision, offline=offline)
@@ -71,21 +71,15 @@ def load_backbone(
     model.to(target).eval()
     if head is not None:
         head.to(target).eval()
-    settings: dict[str, Any] = {
-        "stem_kind": stem,
-        "patch_size": patch_size,
-        "image_size": image_size,
-        "attention": attention,
-        "pooling": pooling,
-    }
-    if source.run is not None:
-        settings = {
-            key: source.run.get(_RUN_KEYS[key]) if value in (None, "random") else value
-            for key, value in settings.items()
-        }
-        settings["stem_kind"] = settings["stem_kind"] or "random"
-        if getattr(model, "main_input_name", "") == "pixel_values":
-            settings |= {"attention": None, "stem_kind": "random", "image_size": image_size}
+    settings = image_entry(
+        model,
+        source,
+        stem_kind=stem,
+        patch_size=patch_size,
+        image_size=image_size,
+        attention=attention,
+        pooling=pooling,
+    )
     backbone = Backbone(model, model.config, source, init=init, seed=seed, with_head=head, **settings)
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source)
@@ -99,6 +93,26 @@ _RUN_KEYS = {
     "attention": "attention",
     "pooling": "pooling",
 }
+
+
+def image_entry(model: nn.Module, source: ModelSource, **asked: Any) -> dict[str, Any]:
+    """How images enter: as asked, and what was left open as a bridge run had it."""
+    if source.run is None:
+        return asked
+    settings = {
+        key: source.run.get(_RUN_KEYS[key]) if value in (None, "random") else value
+        for key, value in asked.items()
+    }
+    settings["stem_kind"] = settings["stem_kind"] or "random"
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        settings |= {"attention": None, "stem_kind": "random", "image_size": asked["image_size"]}
+    return settings
+
+
+def check_init(init: str) -> None:
+    """UnknownNameError for what is not in `INITS`."""
+    if init not in INITS:
+        raise UnknownNameError(f"unknown init '{init}'; choose one of: {', '.join(INITS)}")
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:

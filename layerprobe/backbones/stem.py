@@ -80,11 +80,18 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     """
     b, c, h, w = pixels.shape
     p = patch_size
-    if h % p or w % p:
-        raise UsageError(
-            f"patch size {p} does not divide images of {h}×{w}; choose a divisor or --image-size"
-        )
+    count_patches(h, w, p)
     return pixels.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+
+
+def count_patches(height: int, width: int, patch_size: int) -> int:
+    """Patches of an image; UsageError where `patch_size` does not divide it."""
+    if height % patch_size or width % patch_size:
+        raise UsageError(
+            f"patch size {patch_size} does not divide images of {height}×{width}; "
+            "choose a divisor or --image-size"
+        )
+    return (height // patch_size) * (width // patch_size)
 
 
 def default_patch_size(image_size: int) -> int:

@@ -54,6 +54,43 @@ ARMS = {
 }
 
 
+def check_mode(mode: str) -> None:
+    """UnknownNameError for what is not in `MODES`."""
+    if mode not in MODES:
+        raise UnknownNameError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}")
+
+
+def check_scope(scope: str) -> None:
+    """UnknownNameError for what is not in `SCOPES`."""
+    if scope not in SCOPES:
+        raise UnknownNameError(
+            f"unknown fine-tuning scope '{scope}'.{did_you_mean(scope, SCOPES)} "
+            f"Choose one of: {', '.join(SCOPES)}"
+        )
+
+
+def check_arms(arms: Sequence[str], scope: str, plan: FreezePlan | None) -> None:
+    """UnknownNameError for an arm or scope that does not exist, UsageError for an arm that lacks its plan."""
+    if wrong := [arm for arm in arms if arm not in ARMS]:
+        raise UnknownNameError(
+            f"unknown arm '{wrong[0]}'.{did_you_mean(wrong[0], ARMS)} Arms: {', '.join(ARMS)}"
+        )
+    check_scope(scope)
+    if plan is None and (needs := planned_arms(arms, scope)):
+        raise UsageError(f"the arm '{needs[0]}' trains a freeze plan; give one with --plan")
+
+
+def planned_arms(arms: Sequence[str], scope: str) -> list[str]:
+    """The arms of which a stage trains the freeze plan."""
+    return [a for a in arms if "plan" in (ARMS[a].bridge, ARMS[a].finetune if scope == "arm" else scope)]
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """UsageError for no seed, or one that is there twice."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UsageError(f"seeds must be one or more different numbers, not {list(seeds)}")
+
+
 def evaluate(
     run_or_backbone: Any,
     task: Any,
@@ -80,8 +117,7 @@ def evaluate(
     UnknownNameError : another mode.
     UsageError : a head of its own that does not fit the task.
     """
-    if mode not in MODES:
-        raise UnknownNameError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}")
+    check_mode(mode)
     backbone = getattr(run_or_backbone, "backbone", run_or_backbone)
     plan = plan or getattr(run_or_backbone, "plan", None)
     backbone.prepare(task)
@@ -156,16 +192,8 @@ def evaluate_arms(
     ------
     UnknownNameError : an arm that does not exist. UsageError : an arm that needs a plan, without one.
     """
-    if wrong := [arm for arm in arms if arm not in ARMS]:
-        raise UnknownNameError(
-            f"unknown arm '{wrong[0]}'.{did_you_mean(wrong[0], ARMS)} Arms: {', '.join(ARMS)}"
-        )
-    if scope not in SCOPES:
-        raise UnknownNameError(f"unknown fine-tuning scope '{scope}'; choose one of: {', '.join(SCOPES)}")
+    check_arms(arms, scope, plan)
     bridge, finetune = bridge or BridgeConfig(), finetune or FineTuneConfig()
-    needs = [a for a in arms if "plan" in (ARMS[a].bridge, ARMS[a].finetune if scope == "arm" else scope)]
-    if needs and plan is None:
-        raise UsageError(f"the arm '{needs[0]}' trains a freeze plan; give one with --plan")
     bridge_size = bridge.random_classes
     if any(ARMS[a].bridge for a in arms) and bridge_size > len(task.train):
         raise UsageError(f"{bridge_size} random classes are more than the {len(task.train)} training images")
@@ -279,8 +307,7 @@ def _compare(
     quiet: bool,
 ) -> Evaluation:
     """Per arm: every rate with the first seed, the best on validation, the other seeds at that rate."""
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"seeds must be one or more different numbers, not {list(seeds)}")
+    check_seeds(seeds)
     trials: list[Trial] = []
     chosen: dict[str, float | None] = {}
     per_arm = len(lrs) + len(seeds) - 1

@@ -26,6 +26,16 @@ from layerprobe.layers import EMBED, SITES, LayerRef
 Pool = Callable[[Tensor], Tensor]
 
 
+class HasLayout(Protocol):
+    """What `check_layers` needs of a backbone, loaded or not."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layout(self) -> Any: ...
+
+
 class Hookable(Protocol):
     """What `capture` needs of a backbone."""
 
@@ -184,7 +194,7 @@ def capture(
     return Capture(backbone, layers, pool=pool, stop_early=stop_early, detach=detach)
 
 
-def check_layers(layers: Sequence[LayerRef], backbone: Hookable) -> None:
+def check_layers(layers: Sequence[LayerRef], backbone: HasLayout) -> None:
     """Refuse layers that the backbone has not, before anything runs."""
     n_blocks = backbone.layout.n_blocks
     if not layers:

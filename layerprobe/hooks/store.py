@@ -36,6 +36,12 @@ def features_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(cache_dir) if cache_dir is not None else cache_root() / "features"
 
 
+def check_store_dtype(dtype: str) -> None:
+    """UsageError for what is not in `FEATURE_DTYPES`."""
+    if dtype not in FEATURE_DTYPES:
+        raise UsageError(f"features are stored as {', '.join(FEATURE_DTYPES)}; '{dtype}' is none of them")
+
+
 class FeatureStore:
     """The features of one (model, task, split, pooling, dtype), layer by layer.
 
@@ -46,8 +52,7 @@ class FeatureStore:
     """
 
     def __init__(self, root: Path, key: Mapping[str, Any], *, n_rows: int, dtype: str) -> None:
-        if dtype not in FEATURE_DTYPES:
-            raise UsageError(f"features are stored as {', '.join(FEATURE_DTYPES)}; '{dtype}' is none of them")
+        check_store_dtype(dtype)
         self.key = json.loads(json.dumps(dict(key), sort_keys=True, allow_nan=False))
         self.n_rows = n_rows
         self.dtype = dtype
