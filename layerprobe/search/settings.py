@@ -7,30 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.search import defaults
 from layerprobe.search.baselines import ALL
+from layerprobe.search.defaults import DEFAULT_BUDGET, DEFAULT_LRS, PRESET_LOADING, PRESETS
 from layerprobe.search.space import Constraints
 from layerprobe.search.strategies import make_strategy
 from layerprobe.search.valuing import Chain
 
-DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
-DEFAULT_BUDGET = 20.0
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "quickstart": {
-        "budget": 12.0,
-        "bridge_steps": 20,
-        "finetune_steps": 100,
-        "batch_size": 32,
-        "lrs": (1e-4, 3e-4),
-        "fidelity": 0.5,
-        "baselines": ("all", "none", "norms", "first-half", "last-half"),
-        "keep_bridge": True,
-    },
-}
-"""Settings that a preset replaces where the caller left the default."""
-
-PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
-"""The same for the command line: how the backbone meets the images, and how many processes."""
+__all__ = [
+    "DEFAULT_BUDGET",
+    "DEFAULT_LRS",
+    "PRESETS",
+    "PRESET_LOADING",
+    "Settings",
+    "identify",
+    "make_settings",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +31,16 @@ class Settings:
 
     budget: float | None = None
     time: float | None = None
-    strategy: str = "racing"
-    objective: str = "frugal"
-    seeds: int = 3
+    strategy: str = defaults.DEFAULT_STRATEGY
+    objective: str = defaults.DEFAULT_OBJECTIVE
+    seeds: int = defaults.DEFAULT_SEEDS
     lrs: tuple[float, ...] = DEFAULT_LRS
     fidelity: float = 0.25
-    bridge_steps: int = 100
-    finetune_steps: int = 100
-    batch_size: int = 64
-    random_classes: int = 10
-    precision: str = "float32"
+    bridge_steps: int = defaults.DEFAULT_BRIDGE_STEPS
+    finetune_steps: int = defaults.DEFAULT_FINETUNE_STEPS
+    batch_size: int = defaults.DEFAULT_BATCH_SIZE
+    random_classes: int = defaults.DEFAULT_RANDOM_CLASSES
+    precision: str = defaults.DEFAULT_PRECISION
     use_scores: bool = True
     baselines: tuple[str, ...] | None = None
     min_frozen: int = 0
