@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import forward_facts, load_pair
+from layerprobe.cli.loading import check_split, load_pair, sketch
+from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.output import Output
 
 
@@ -64,9 +65,15 @@ def attribute(
     Example: layerprobe attribute --model minilm --task digits --limit 300 --images 32
     """
     out = Output("attribute", as_json=as_json, folder=output, quiet=quiet)
-    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    from layerprobe.analyzers.attribution import check_methods, check_sizes
+    from layerprobe.analyzers.heads import check_head
+
+    chosen = check_methods([name.strip() for name in methods.split(",") if name.strip()])
+    check_head(head)
+    check_split(split)
+    check_sizes(images, tolerance, max_steps)
     if dry_run:
-        facts = forward_facts(ctx.params)
+        facts = forward_facts(sketch(ctx.params), batch_size=batch_size)
         facts["methods"] = ", ".join(chosen)
         facts["images"] = f"{images} of {split}"
         out.dry_run(facts)

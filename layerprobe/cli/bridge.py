@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import load_pair, place
+from layerprobe.cli.loading import load_pair, sketch
+from layerprobe.cli.memory import check_plan, training_facts
 from layerprobe.cli.output import Output
+from layerprobe.errors import UsageError
 
 
 def bridge(
@@ -101,24 +103,13 @@ def bridge(
 
     Example: layerprobe bridge --model minilm --task digits --steps 200 -o run
     """
-    from layerprobe.cli.training import learning_rates, own_device, training_memory
+    from layerprobe.bridge.config import BridgeConfig
+    from layerprobe.cli.training import learning_rates, own_device
+    from layerprobe.plans import FreezePlan
 
     out = Output("bridge", as_json=as_json, folder=output, quiet=quiet)
     candidates = learning_rates(lrs) if lrs else ()
     device = own_device(device)
-    if dry_run:
-        out.dry_run(
-            training_memory(
-                model, plan, images=micro_batch or batch_size, **{**place(ctx.params), "device": device}
-            )
-            | {"output": str(output) if output else "none: pass -o to keep the model"}
-        )
-        return
-
-    from layerprobe.bridge import BridgeConfig, bridge_train
-    from layerprobe.bridge.checkpoints import refuse_used_folder
-    from layerprobe.plans import FreezePlan
-
     config = BridgeConfig(
         lr=lr,
         lrs=candidates,
@@ -143,9 +134,18 @@ def bridge(
         seed=seed,
     )
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
-    if output is not None:
-        refuse_used_folder(output, resume=resume)
+    check_folder(out, resume=resume)
+    if dry_run:
+        from layerprobe.bridge.watching import tracking
 
+        tracking(config.trackers, output)
+        seen = sketch(ctx.params, device=device)
+        check_plan(freeze_plan, seen)
+        facts = training_facts(seen, freeze_plan, images=micro_batch or batch_size)
+        out.dry_run({**facts, "output": str(output) if output else "none: pass -o to keep the model"})
+        return
+
+    from layerprobe.bridge import bridge_train
     from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
 
     backbone, loaded = load_pair(ctx.params, device=device)
@@ -163,3 +163,19 @@ def bridge(
             "drift": lambda: plot_weight_drift(frame),
         },
     )
+
+
+def check_folder(out: Output, *, resume: bool) -> None:
+    """Refuse a run folder that is in use, and say where --resume finds nothing.
+
+    Not an error there: a command that is sent again until it is done begins with an empty folder.
+    """
+    from layerprobe.bridge.checkpoints import find_checkpoint, refuse_used_folder
+
+    if out.folder is None:
+        if resume:
+            raise UsageError("--resume continues the run in a folder; name that with -o")
+        return
+    refuse_used_folder(out.folder, resume=resume)
+    if resume and find_checkpoint(out.folder) is None:
+        out.say(f"nothing to resume in {out.folder}, starting anew")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import forward_facts, load_images, load_model, parse_sites, pick_layers
+from layerprobe.cli.loading import check_split, load_images, load_model, parse_sites, pick_layers, sketch
+from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.output import Output
 
 
@@ -66,9 +67,17 @@ def cka(
     """
     out = Output("cka", as_json=as_json, folder=output, quiet=quiet)
     other = model_b if model_b is not None else (model if init_b is not None else None)
+    check_split(split)
+    chosen_sites = parse_sites(sites)
+    second_init = init_b or "pretrained"
     if dry_run:
-        facts = forward_facts(ctx.params)
-        facts["compared with"] = "itself" if other is None else f"{other} ({init_b or 'pretrained'})"
+        seen = sketch(ctx.params)
+        pick_layers(seen, blocks, chosen_sites, model=model)
+        if other is not None:
+            twin = sketch(ctx.params, model=other, revision=revision_b, init=second_init)
+            pick_layers(twin, blocks, chosen_sites, model=other)
+        facts = forward_facts(seen, batch_size=batch_size)
+        facts["compared with"] = "itself" if other is None else f"{other} ({second_init})"
         facts["memory of the comparison"] = (
             "about 200 MiB beside the features on disk; the permutations hold at most 4,096 images of all layers"
         )
@@ -80,7 +89,6 @@ def cka(
     from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
 
     loaded = load_images(ctx.params)
-    chosen_sites = parse_sites(sites)
 
     def features(name: str, revision: str | None, init: str) -> tuple[Any, Any]:
         backbone = load_model(ctx.params, model=name, revision=revision, init=init)
@@ -92,7 +100,7 @@ def cka(
     first, backbone = features(model, revision, init)
     target = str(backbone.device)
     del backbone
-    second = None if other is None else features(other, revision_b, init_b or "pretrained")[0]
+    second = None if other is None else features(other, revision_b, second_init)[0]
     record = cka_matrix(first, second, permutations=permutations, seed=seed, device=target, quiet=quiet)
     frame = record.to_frame()
     out.finish(

@@ -8,8 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import load_images, load_model, place
+from layerprobe.cli.loading import load_images, load_model, sketch
+from layerprobe.cli.memory import check_plan, training_facts
 from layerprobe.cli.output import Output
+from layerprobe.errors import UsageError
+
+TRAINING_MODES = ("finetune", "fewshot")
 
 
 def evaluate(
@@ -90,45 +94,61 @@ def evaluate(
 
     Example: layerprobe evaluate --model minilm --task digits --arms language,random --seeds 3 --steps 100
     """
-    from layerprobe.cli.training import learning_rates, seeds_of, training_memory
+    from layerprobe.bridge import BridgeConfig, FineTuneConfig, evaluate_arms
+    from layerprobe.bridge import evaluate as evaluate_one
+    from layerprobe.bridge.evaluate import (
+        FEW_SHOTS,
+        check_arms,
+        check_mode,
+        check_scope,
+        check_seeds,
+        planned_arms,
+    )
+    from layerprobe.cli.training import learning_rates, seeds_of
+    from layerprobe.plans import FreezePlan
 
     out = Output("evaluate", as_json=as_json, folder=output, quiet=quiet)
     rates = learning_rates(lrs)
     chosen_seeds = [seed + number for number in seeds_of(seeds)]
     names = [name.strip() for name in arms.split(",") if name.strip()] if arms else []
+    shared: dict[str, Any] = {"batch_size": batch_size, "augment": augment, "precision": precision}
+    finetune = FineTuneConfig(lrs=rates, epochs=epochs, steps=steps, shots=shots, **shared)
+    bridge = BridgeConfig(
+        epochs=bridge_epochs or epochs,
+        steps=bridge_steps or (steps if bridge_epochs is None else None),
+        random_classes=random_classes,
+        **shared,
+    )
+    freeze_plan = FreezePlan.load(plan) if plan is not None else None
+    check_mode(mode)
+    check_scope(scope)
+    check_seeds(chosen_seeds)
+    if names:
+        check_arms(names, scope, freeze_plan)
+        if mode not in TRAINING_MODES:
+            raise UsageError(
+                f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
+            )
+    if mode == "fewshot" and shots is None:
+        finetune = finetune.replace(shots=FEW_SHOTS)
     if dry_run:
-        facts = training_memory(model, plan, images=batch_size, **place(ctx.params))
-        trainings = 0 if mode in ("probe", "own-head") else len(rates) + len(chosen_seeds) - 1
+        seen = sketch(ctx.params)
+        used = freeze_plan if names else freeze_plan or run_plan(seen, scope)
+        if planned_arms(names, scope) if names else mode in TRAINING_MODES:
+            check_plan(used, seen)
+        facts = training_facts(seen, used, images=batch_size)
+        trainings = len(rates) + len(chosen_seeds) - 1 if mode in TRAINING_MODES else 0
         out.dry_run({**facts, "trainings": trainings * max(1, len(names)), "output": str(output or "none")})
         return
 
-    from layerprobe.bridge import BridgeConfig, FineTuneConfig, evaluate_arms
-    from layerprobe.bridge import evaluate as evaluate_one
-    from layerprobe.errors import UsageError
-    from layerprobe.plans import FreezePlan
     from layerprobe.plotting.bridge import plot_accuracy_against
 
-    shared: dict[str, Any] = {"batch_size": batch_size, "augment": augment, "precision": precision}
-    finetune = FineTuneConfig(lrs=rates, epochs=epochs, steps=steps, shots=shots, **shared)
-    freeze_plan = FreezePlan.load(plan) if plan is not None else None
     loaded = load_images(ctx.params)
 
     def load(which: str, draw: int) -> Any:
         return load_model(ctx.params, init=which, seed=draw)
 
     if names:
-        if mode not in ("finetune", "fewshot"):
-            raise UsageError(
-                f"--arms compares trainings; it goes with --mode finetune or fewshot, not {mode}"
-            )
-        if mode == "fewshot" and shots is None:
-            finetune = finetune.replace(shots=5)
-        bridge = BridgeConfig(
-            epochs=bridge_epochs or epochs,
-            steps=bridge_steps or (steps if bridge_epochs is None else None),
-            random_classes=random_classes,
-            **shared,
-        )
         record = evaluate_arms(
             load,
             loaded,

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import forward_facts, load_images, load_pair, parse_sites, pick_layers
+from layerprobe.cli.loading import check_split, load_images, load_pair, parse_sites, pick_layers, sketch
+from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.output import Output
+
+if TYPE_CHECKING:
+    from layerprobe.tasks.task import Task
 
 
 def features(
@@ -56,15 +59,26 @@ def features(
     Example: layerprobe features --model minilm --task digits
     """
     out = Output("features", as_json=as_json, folder=output, quiet=quiet)
+    from layerprobe.hooks.store import check_store_dtype
+
+    check_split(split, "all")
+    check_store_dtype(store_dtype)
+    chosen_sites = parse_sites(sites)
     if dry_run:
-        facts = forward_facts(ctx.params)
-        facts["store"] = _bill(facts, ctx.params)
-        out.dry_run(facts)
+        seen = sketch(ctx.params)
+        n_layers = len(pick_layers(seen, blocks, chosen_sites, model=model))
+        size = seen.width * (seen.tokens if tokens else 1) * (4 if store_dtype == "float32" else 2)
+        bill = _bill(load_images(ctx.params), split, n_layers, size)
+        out.dry_run(
+            {
+                **forward_facts(seen, batch_size=batch_size),
+                "store": f"{bill} × {seen.width}" + (f" × {seen.tokens} tokens" if tokens else ""),
+            }
+        )
         return
 
     from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
-    chosen_sites = parse_sites(sites)
     backbone, loaded = load_pair(ctx.params)
     layers = pick_layers(backbone, blocks, chosen_sites, model=model)
     extracted = [
@@ -85,18 +99,8 @@ def features(
     out.finish(record, table=record.overview())
 
 
-def _bill(facts: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Bytes that the store would grow by; for token features the count of patches is assumed to be 64."""
-    from layerprobe.layers import parse_blocks
-
-    split, tokens = given["split"], given["tokens"]
-    loaded = load_images(given)
+def _bill(loaded: Task, split: str, n_layers: int, layer_bytes: int) -> str:
+    """By how much the store would grow: every image is kept with `layer_bytes` a layer."""
     n_images = sum(len(part) for name, part in loaded.splits.items() if split in ("all", name))
-    n_blocks, width = facts["blocks"], facts["width"]
-    n_layers = 1 + len(parse_blocks(given["blocks"], n_blocks)) * len(given["sites"].split(","))
-    size = (
-        n_images * n_layers * width * (64 if tokens else 1) * (4 if given["store_dtype"] == "float32" else 2)
-    )
-    return f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {width}" + (
-        " × about 64 tokens" if tokens else ""
-    )
+    size = n_images * n_layers * layer_bytes
+    return f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers"

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import load_pair, place
+from layerprobe.cli.loading import load_pair, sketch
 from layerprobe.cli.output import Output
+from layerprobe.search import defaults
 
 if TYPE_CHECKING:
     from layerprobe.search import SearchResult
 
 _SEARCH, _TRAINING, _LIMITS = "Search", "Training of each plan", "Constraints on the plan"
+
+
+def _default(text: str, value: Any) -> str:
+    """A help text with its default.
+
+    The options themselves default to None, so that a preset knows what was left open.
+    """
+    return f"{text}; default: {defaults.in_words(value)}."
 
 
 def freeze_search(
@@ -25,7 +34,9 @@ def freeze_search(
     budget: Annotated[
         float | None,
         typer.Option(
-            "--budget", help="What the search may spend, in full trainings.", rich_help_panel=_SEARCH
+            "--budget",
+            help=_default("What the search may spend, in full trainings", defaults.DEFAULT_BUDGET),
+            rich_help_panel=_SEARCH,
         ),
     ] = None,
     time: Annotated[
@@ -36,13 +47,21 @@ def freeze_search(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", help="quickstart: a first look on 2 cores.", rich_help_panel=_SEARCH),
+        typer.Option(
+            "--preset",
+            help="quickstart, a first look on 2 cores, stands for "
+            f"{defaults.preset_in_words('quickstart')}. What is given beside it wins.",
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(
             "--strategy",
-            help="racing, exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.",
+            help=_default(
+                "racing, exhaustive, prefix, suffix, contiguous, greedy, random, tpe or nsga2",
+                defaults.DEFAULT_STRATEGY,
+            ),
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -50,14 +69,21 @@ def freeze_search(
         str | None,
         typer.Option(
             "--objective",
-            help="frugal (fewest parameters within one standard error of the best) or accuracy.",
+            help=_default(
+                "frugal (fewest parameters within one standard error of the best) or accuracy",
+                defaults.DEFAULT_OBJECTIVE,
+            ),
             rich_help_panel=_SEARCH,
         ),
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
-            "--seeds", help="Seeds of finalists and unseen ones of the report.", rich_help_panel=_SEARCH
+            "--seeds",
+            help=_default(
+                "Seeds of finalists and unseen ones of the report, 2 or more", defaults.DEFAULT_SEEDS
+            ),
+            rich_help_panel=_SEARCH,
         ),
     ] = None,
     storage: Annotated[
@@ -70,7 +96,9 @@ def freeze_search(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", min=1, help="Processes on this machine.", rich_help_panel=_SEARCH),
+        typer.Option(
+            "--workers", min=1, help="Processes on this machine; default: 1.", rich_help_panel=_SEARCH
+        ),
     ] = None,
     no_scores: Annotated[
         bool,
@@ -80,7 +108,10 @@ def freeze_search(
         str | None,
         typer.Option(
             "--baselines",
-            help="Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search).",
+            help=_default(
+                "Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search)",
+                defaults.DEFAULT_BASELINES,
+            ),
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -92,24 +123,55 @@ def freeze_search(
     ] = False,
     lrs: Annotated[
         str | None,
-        typer.Option("--lrs", help="Learning rates to choose from, per plan.", rich_help_panel=_TRAINING),
+        typer.Option(
+            "--lrs",
+            help=_default("Learning rates to choose from, per plan", defaults.DEFAULT_LRS),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     bridge_steps: Annotated[
         int | None,
-        typer.Option("--bridge-steps", min=0, help="Random-label steps; 0: none.", rich_help_panel=_TRAINING),
+        typer.Option(
+            "--bridge-steps",
+            min=0,
+            help=_default("Random-label steps; 0: none", defaults.DEFAULT_BRIDGE_STEPS),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     finetune_steps: Annotated[
         int | None,
-        typer.Option("--finetune-steps", min=1, help="Steps on true labels.", rich_help_panel=_TRAINING),
+        typer.Option(
+            "--finetune-steps",
+            min=1,
+            help=_default("Steps on true labels", defaults.DEFAULT_FINETUNE_STEPS),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Images per step.", rich_help_panel=_TRAINING)
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help=_default("Images per step", defaults.DEFAULT_BATCH_SIZE),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     random_classes: Annotated[
-        int | None, typer.Option("--random-classes", min=2, help="Random labels.", rich_help_panel=_TRAINING)
+        int | None,
+        typer.Option(
+            "--random-classes",
+            min=2,
+            help=_default("Number K of random labels", defaults.DEFAULT_RANDOM_CLASSES),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="float32 or bfloat16.", rich_help_panel=_TRAINING)
+        str | None,
+        typer.Option(
+            "--precision",
+            help=_default("float32 or bfloat16", defaults.DEFAULT_PRECISION),
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     min_frozen: Annotated[
         int | None,
@@ -174,31 +236,30 @@ def freeze_search(
         "max_trainable_params": max_trainable_params,
         "seed": seed,
     }
-    from layerprobe.search.settings import PRESET_LOADING, make_settings
+    from layerprobe.search.estimate import parse_constraints, search_facts
+    from layerprobe.search.settings import make_settings
 
     make_settings(preset, **given)
-    usual = PRESET_LOADING.get(preset or "", {})
+    usual = defaults.PRESET_LOADING.get(preset or "", {})
     processes = workers or usual.get("workers", 1)
+    entry = {
+        "stem": stem or usual.get("stem", "random"),
+        "patch_size": patch_size or usual.get("patch_size"),
+    }
+    constraints = {"must_freeze": must_freeze, "must_train": must_train}
     if dry_run:
-        from layerprobe.search.estimate import search_facts
-
-        facts = search_facts(model, preset, given, workers=processes, **place(ctx.params))
+        seen = sketch(ctx.params, **entry)
+        given |= parse_constraints(constraints, seen.n_blocks, model=seen.name)
+        facts = search_facts(seen, preset, given, workers=processes, output=output)
         out.dry_run(
             {**facts, "task": task, "output": str(output) if output else "none: pass -o to keep the plan"}
         )
         return
 
-    from layerprobe.layers import parse_blocks
     from layerprobe.search import freeze_search as search
 
-    backbone, images = load_pair(
-        ctx.params,
-        stem=stem or usual.get("stem", "random"),
-        patch_size=patch_size or usual.get("patch_size"),
-    )
-    for name, text in (("must_freeze", must_freeze), ("must_train", must_train)):
-        if text is not None:
-            given[name] = tuple(parse_blocks(text, backbone.n_blocks, model=backbone.name))
+    backbone, images = load_pair(ctx.params, **entry)
+    given |= parse_constraints(constraints, backbone.n_blocks, model=backbone.name)
     found = search(
         backbone,
         images,

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
+    from layerprobe.backbones.sketch import Sketch
     from layerprobe.layers import LayerRef
     from layerprobe.tasks.task import Task
 
 _TASK = ("data_dir", "limit", "seed", "offline")
 _PLACE = ("revision", "device", "dtype", "offline", "trust_remote_code")
-_BACKBONE = (*_PLACE, "init", "seed", "stem", "patch_size", "image_size", "attention", "pooling")
+_ENTRY = (*_PLACE, "init", "stem", "patch_size", "image_size", "attention", "pooling")
+_BACKBONE = (*_ENTRY, "seed")
 
 
 def load_images(given: Mapping[str, Any]) -> Task:
@@ -40,16 +42,35 @@ def load_pair(given: Mapping[str, Any], **changes: Any) -> tuple[Backbone, Task]
     return load_model(given, **changes), task
 
 
-def forward_facts(given: Mapping[str, Any]) -> dict[str, Any]:
-    """For --dry-run: the model, and the memory of a forward pass over `batch_size` images."""
-    from layerprobe.cli import memory
+def sketch(given: Mapping[str, Any], **changes: Any) -> Sketch:
+    """For --dry-run: what is known before images and weights are read; refuses what `load_pair` would.
 
-    return memory.forward_facts(given["model"], batch_size=given["batch_size"], **place(given))
+    The task comes first, as there.
+    """
+    from layerprobe.backbones.backbone import MIXED_SIZE
+    from layerprobe.backbones.sketch import sketch_backbone
+    from layerprobe.tasks.glance import glance_at_task
+
+    chosen = {**given, **changes}
+    seen = glance_at_task(chosen["task"], data_dir=chosen["data_dir"])
+    return sketch_backbone(
+        chosen["model"],
+        task_size=MIXED_SIZE if seen.mixed else seen.image_size,
+        task_size_certain=seen.certain,
+        **_part(chosen, _ENTRY),
+    )
 
 
-def place(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say which files are read, and where and how it is computed."""
-    return _part(given, _PLACE)
+def check_split(split: str, *others: str) -> None:
+    """UnknownNameError for a split that no task has, nor is one of `others`."""
+    from layerprobe.errors import UnknownNameError, did_you_mean
+    from layerprobe.tasks.splits import SPLITS
+
+    known = (*SPLITS, *others)
+    if split not in known:
+        raise UnknownNameError(
+            f"unknown split '{split}'.{did_you_mean(split, known)} Choose from: {', '.join(known)}"
+        )
 
 
 def parse_sites(text: str) -> list[str]:
@@ -64,14 +85,18 @@ def parse_sites(text: str) -> list[str]:
     return [LayerRef(0, site.strip()).site for site in text.split(",")]
 
 
-def pick_layers(backbone: Backbone, blocks: str, sites: Sequence[str], *, model: str) -> list[LayerRef]:
+def pick_layers(
+    backbone: Backbone | Sketch, blocks: str, sites: Sequence[str], *, model: str
+) -> list[LayerRef]:
     """The layers at `sites` of the chosen blocks, and those outside all blocks."""
-    from layerprobe.hooks import all_layers
+    from layerprobe.hooks.capture import all_layers, check_layers
     from layerprobe.layers import parse_blocks
 
     kept = set(parse_blocks(blocks, backbone.n_blocks, model=model))
     layers = all_layers(backbone.n_blocks, sites)
-    return [layer for layer in layers if layer.block is None or layer.block in kept]
+    chosen = [layer for layer in layers if layer.block is None or layer.block in kept]
+    check_layers(chosen, backbone)
+    return chosen
 
 
 def _part(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

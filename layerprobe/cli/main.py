@@ -61,6 +61,8 @@ app = typer.Typer(
 
 
 def _register() -> None:
+    if app.registered_commands:  # a process may call main more than once, and every command slows the start
+        return
     from layerprobe.cli import (
         attribute,
         bridge,

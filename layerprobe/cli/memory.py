@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.sketch import Sketch
+    from layerprobe.plans import FreezePlan
 
 FORWARD_FACTOR = 12
 """Rough count of B×T×D tensors alive in one block's forward pass (q, k, v, the widened MLP, residuals)."""
 
 
-def forward_facts(
-    model: str,
-    *,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    offline: bool,
-    batch_size: int,
-    n_tokens: int = 64,
-    trust_remote_code: bool = False,
-) -> dict[str, Any]:
+def forward_facts(seen: Sketch, *, batch_size: int) -> dict[str, Any]:
     """Model, blocks, and an estimate of the memory for weights and one forward pass.
 
-    Reads configuration files only. Activations are estimated as batch × tokens × width × 12 values.
+    Activations are estimated as batch × tokens × width × 12 values.
     """
-    from layerprobe.backbones.layout import hidden_size
-    from layerprobe.backbones.loading import (
-        available_memory,
-        choose_device,
-        choose_dtype,
-        estimate_memory,
-        load_config,
-    )
-    from layerprobe.backbones.sources import resolve_model
+    from layerprobe.backbones.loading import available_memory
 
-    target, kind = choose_device(device), choose_dtype(dtype)
-    source = resolve_model(model, revision=revision, offline=offline)
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    config = getattr(config, "vision_config", None) or config
-    weights = estimate_memory(source, kind, trust_remote_code=trust_remote_code)
-    width = hidden_size(config)
-    value_bytes = 2 if str(kind).endswith("16") else 4
-    activations = batch_size * n_tokens * width * FORWARD_FACTOR * value_bytes
-    free = available_memory(target)
-    needed = weights["weights_bytes"] + activations
+    value_bytes = 2 if str(seen.dtype).endswith("16") else 4
+    activations = batch_size * seen.tokens * seen.width * FORWARD_FACTOR * value_bytes
+    free = available_memory(seen.device)
+    needed = seen.weights_bytes + activations
     return {
-        "model": f"{source.model_id} at {source.revision}",
-        "blocks": config.num_hidden_layers,
-        "width": width,
-        "parameters": f"{weights['parameters']:,}",
-        "device": str(target),
-        "dtype": str(kind).removeprefix("torch."),
-        "weights": _size(weights["weights_bytes"]),
-        "activations": f"about {_size(activations)} for {batch_size} images of {n_tokens} tokens",
+        "model": f"{seen.source.model_id} at {seen.source.revision}",
+        "blocks": seen.n_blocks,
+        "width": seen.width,
+        "parameters": f"{seen.parameters:,}",
+        "device": str(seen.device),
+        "dtype": str(seen.dtype).removeprefix("torch."),
+        "weights": _size(seen.weights_bytes),
+        "tokens an image": seen.tokens_in_words,
+        "activations": f"about {_size(activations)} for {batch_size} images of {seen.tokens} tokens",
         "memory free": "unknown" if free is None else _size(free),
         "fits": "unknown" if free is None else ("yes" if needed < free else "no"),
     }
 
 
+def training_facts(seen: Sketch, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
+    """Model, plan, and an estimate of the memory for weights, gradients and AdamW's moments.
+
+    Activations are estimated at 34·T·d bytes of float32 per block and image, twice (Korthikanti et al. 2022,
+    arXiv 2205.05198, count 34 bytes in 16 bits without attention maps).
+    """
+    trained = seen.parameters if plan is None else plan.counts["trainable_parameters"]
+    size = seen.weights_bytes // max(1, seen.parameters)
+    activations = images * seen.tokens * seen.width * 34 * 2 * seen.n_blocks
+    return {
+        "model": f"{seen.source.model_id} @ {seen.source.revision}",
+        "device": str(seen.device),
+        "blocks": seen.n_blocks,
+        "plan": "no plan: everything trains" if plan is None else plan.summary(),
+        "trained parameters": trained,
+        "weights": _mib(seen.weights_bytes),
+        "gradients and moments": _mib(3 * trained * size),
+        "tokens an image": seen.tokens_in_words,
+        "activations": _mib(activations),
+        "memory": _mib(seen.weights_bytes + 3 * trained * size + activations),
+    }
+
+
+def check_plan(plan: FreezePlan | None, seen: Sketch) -> None:
+    """PlanError for a plan of another model, by names and shapes alone."""
+    if plan is not None:
+        from layerprobe.plans import parameter_table
+
+        plan.check(parameter_table(seen.model), name="this model")
+
+
 def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"

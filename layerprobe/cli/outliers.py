@@ -97,15 +97,6 @@ def outliers(
     single = output if output is not None and output.suffix in (".csv", ".parquet", ".json") else None
     out = Output("outliers", as_json=as_json, folder=None if single else output, quiet=quiet)
     say_unused(out, device=device, dtype=dtype, limit=limit)
-    if dry_run:
-        from layerprobe.analyzers.outliers import checkpoint_facts
-
-        out.dry_run(
-            checkpoint_facts(model, revision=revision, offline=offline, include=include, exclude=exclude)
-        )
-        return
-
-    from layerprobe.analyzers.outliers import outlier_report
     from layerprobe.metrics.outliers import OutlierRules
 
     chosen = parse_floats(sigmas, "--sigmas")
@@ -115,6 +106,16 @@ def outliers(
     else:
         multiples = parse_floats(mean_multiples, "--mean-multiples")
         rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
+    if dry_run:
+        from layerprobe.analyzers.outliers import checkpoint_facts
+
+        out.dry_run(
+            checkpoint_facts(model, revision=revision, offline=offline, include=include, exclude=exclude)
+        )
+        return
+
+    from layerprobe.analyzers.outliers import outlier_report
+
     report = outlier_report(
         model,
         revision=revision,

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import forward_facts, load_images, load_model, parse_sites, pick_layers
+from layerprobe.cli.loading import load_images, load_model, parse_sites, pick_layers, sketch
+from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.output import Output
 
 CONTROLS = ("chance", "pixels", "random", "labels")
@@ -73,8 +74,15 @@ def probe(
     asked = _names("control", controls, CONTROLS)
     further = _names("extra", extras, EXTRAS)
     Cs = None if strengths is None else _numbers(strengths)
+    from layerprobe.metrics.probing import C_GRID, check_grid, check_refit
+
+    check_refit(refit)
+    grid = check_grid(C_GRID if Cs is None else Cs)
+    chosen_sites = parse_sites(sites)
     if dry_run:
-        facts = forward_facts(ctx.params)
+        seen = sketch(ctx.params)
+        pick_layers(seen, blocks, chosen_sites, model=model)
+        facts = forward_facts(seen, batch_size=batch_size)
         facts["controls"] = ", ".join(["chance", *(name for name in asked if name != "chance")])
         facts["extras"] = ", ".join(further) or "none"
         facts["memory of the probes"] = (
@@ -84,13 +92,9 @@ def probe(
         return
 
     from layerprobe.analyzers.probe_study import probe_backbone
-    from layerprobe.metrics.probing import C_GRID, check_grid, check_refit
     from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength
 
-    check_refit(refit)
-    grid = check_grid(C_GRID if Cs is None else Cs)
     loaded = load_images(ctx.params)
-    chosen_sites = parse_sites(sites)
     backbone = load_model(ctx.params)
     layers = pick_layers(backbone, blocks, chosen_sites, model=model)
     place = backbone.device

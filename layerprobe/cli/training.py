@@ -1,10 +1,8 @@
-"""What the training commands share: lists of numbers, and an estimate of memory before anything is loaded."""
+"""What the training commands share: lists of numbers, and the device of a process among several."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
 
 from layerprobe.errors import UsageError
 
@@ -44,46 +42,3 @@ def own_device(device: str | None) -> str | None:
     import torch
 
     return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-
-
-def training_memory(model: str, plan: Path | None, *, images: int, **loading: Any) -> dict[str, Any]:
-    """Facts for --dry-run: weights, gradients and AdamW's moments, from the configuration alone.
-
-    Activations are estimated for 64 tokens per image at 34·T·d bytes of float32 per block and image, twice
-    (Korthikanti et al. 2022, arXiv 2205.05198, count 34 bytes in 16 bits without attention maps).
-    """
-    from layerprobe.backbones.loading import choose_device, choose_dtype, estimate_memory, load_config
-    from layerprobe.backbones.sources import resolve_model
-
-    source = resolve_model(model, revision=loading["revision"], offline=loading["offline"])
-    trust = loading["trust_remote_code"]
-    dtype = choose_dtype(loading["dtype"])
-    weights = estimate_memory(source, dtype, trust_remote_code=trust)
-    config = load_config(source, trust_remote_code=trust)
-    trained, note = weights["parameters"], "no plan: everything trains"
-    if plan is not None:
-        from layerprobe.plans import FreezePlan
-
-        loaded = FreezePlan.load(plan)
-        trained, note = loaded.counts["trainable_parameters"], loaded.summary()
-    size = weights["weights_bytes"] // max(1, weights["parameters"])
-    from layerprobe.backbones.layout import hidden_size
-
-    n_blocks = int(getattr(config, "num_hidden_layers", 0))
-    activations = images * 64 * hidden_size(config) * 34 * 2 * n_blocks
-    total = weights["weights_bytes"] + 3 * trained * size + activations
-    return {
-        "model": f"{source.model_id} @ {source.revision}",
-        "device": str(choose_device(loading["device"])),
-        "blocks": n_blocks,
-        "plan": note,
-        "trained parameters": trained,
-        "weights": _mib(weights["weights_bytes"]),
-        "gradients and moments": _mib(3 * trained * size),
-        "activations (64 tokens an image)": _mib(activations),
-        "memory": _mib(total),
-    }
-
-
-def _mib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from layerprobe.cli import options
-from layerprobe.cli.loading import forward_facts, load_pair
+from layerprobe.cli.loading import load_pair, sketch
+from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.output import Output
 
 
@@ -63,8 +64,11 @@ def transfer(
     families = {"both": ("readable", "trainable"), "readable": ("readable",), "trainable": ("trainable",)}
     if family not in families:
         raise UnknownNameError(f"unknown family '{family}'; choose one of: {', '.join(families)}")
+    from layerprobe.analyzers.heads import check_head
+
+    check_head(head)
     if dry_run:
-        facts = forward_facts(ctx.params)
+        facts = forward_facts(sketch(ctx.params), batch_size=batch_size)
         facts["families"] = " and ".join(families[family])
         out.dry_run(facts)
         return

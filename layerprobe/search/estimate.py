@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from layerprobe.backbones.loading import available_memory
+from layerprobe.backbones.sketch import Sketch
+from layerprobe.errors import UsageError
+from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
-from layerprobe.search.settings import make_settings
+from layerprobe.search.bench import Bench
+from layerprobe.search.settings import Settings, make_settings
 from layerprobe.search.space import Space
-
-TOKENS = 64
-"""Image tokens assumed per image; language backbones take about so many by default."""
+from layerprobe.search.strategies.base import check_budget
 
 
 def search_facts(
-    model: str,
+    seen: Sketch,
     preset: str | None,
     given: Mapping[str, Any],
     *,
     workers: int,
-    revision: str | None,
-    device: str | None,
-    dtype: str | None,
-    offline: bool,
-    trust_remote_code: bool,
+    output: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Facts for --dry-run: plans, budget, memory, and a rough duration, from the configuration alone.
 
     The duration counts 6 operations per block parameter and token and divides by the speed of a matrix
     product measured here for a moment; overheads and evaluation come on top.
-    """
-    from layerprobe.backbones.layout import hidden_size
-    from layerprobe.backbones.loading import (
-        available_memory,
-        choose_device,
-        choose_dtype,
-        estimate_memory,
-        load_config,
-    )
-    from layerprobe.backbones.sources import resolve_model
 
+    Raises
+    ------
+    UsageError : what `freeze_search` would refuse of these settings and this model.
+    """
     settings = make_settings(preset, **given)
-    source = resolve_model(model, revision=revision, offline=offline)
-    config = load_config(source, trust_remote_code=trust_remote_code)
-    config = getattr(config, "vision_config", None) or config
-    target = choose_device(device)
-    weights = estimate_memory(source, choose_dtype(dtype), trust_remote_code=trust_remote_code)
-    width, n_blocks = hidden_size(config), int(config.num_hidden_layers)
-    vocabulary = int(getattr(config, "vocab_size", 0)) * width
-    per_block = max(1, (weights["parameters"] - vocabulary) // n_blocks)
-    space = Space((per_block,) * n_blocks, settings.constraints)
+    n_blocks, width = seen.n_blocks, seen.width
+    space = Space(_block_params(seen), settings.constraints)
+    _refuse(settings, space, output)
     arms = chosen_arms(settings.baselines, space, seed=settings.seed)
     report = arms_cost(arms, space, settings.lrs, settings.seeds, settings.fidelity) + settings.seeds
     if any(arm.name == GREEDY for arm in arms):
         report += settings.budget or 0.0
     steps = settings.bridge_steps + settings.finetune_steps
-    operations = 6.0 * per_block * n_blocks * TOKENS * settings.batch_size * steps
+    operations = 6.0 * sum(space.block_params) * seen.tokens * settings.batch_size * steps
     facts: dict[str, Any] = {
-        "model": f"{source.model_id} at {source.revision}",
+        "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": n_blocks,
         "plans": f"2^{len(space.free)}",
         "strategy": settings.strategy,
@@ -67,22 +55,64 @@ def search_facts(
         "report": f"about {report:.3g} full trainings for the plan and {len(arms)} baselines",
     }
     # Weights, the copy that restores them, gradients and two moments; activations as the trainer counts them.
-    size = weights["weights_bytes"] // max(1, weights["parameters"])
-    activations = settings.batch_size * TOKENS * width * 34 * 2 * n_blocks
-    needed = workers * (2 * weights["weights_bytes"] + 3 * weights["parameters"] * size + activations)
-    free = available_memory(target)
+    size = seen.weights_bytes // max(1, seen.parameters)
+    activations = settings.batch_size * seen.tokens * width * 34 * 2 * n_blocks
+    needed = workers * (2 * seen.weights_bytes + 3 * seen.parameters * size + activations)
+    free = available_memory(seen.device)
     facts |= {
-        "device": str(target),
+        "device": str(seen.device),
+        "tokens an image": seen.tokens_in_words,
         "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
         "memory free": "unknown" if free is None else f"{free / 2**20:,.0f} MiB",
     }
     if settings.budget is not None:
         facts["budget"] = f"{settings.budget:g} full trainings"
-        seconds = operations * (settings.budget + report) / _speed(str(target)) / workers
+        seconds = operations * (settings.budget + report) / _speed(str(seen.device)) / workers
         facts["duration"] = f"very roughly {max(1, round(seconds / 60)):,} min (matrix products alone)"
     else:
         facts["time"] = f"{settings.time:g} s for search and report"
     return facts
+
+
+def parse_constraints(
+    given: dict[str, str | None], n_blocks: int, *, model: str
+) -> dict[str, tuple[int, ...]]:
+    """`must_freeze` and `must_train` as block indices, where they are given."""
+    return {
+        name: tuple(parse_blocks(text, n_blocks, model=model))
+        for name, text in given.items()
+        if text is not None
+    }
+
+
+def _refuse(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
+    """Build what the search is made of, so that its own checks speak."""
+    if settings.keep_bridge and output is None:
+        raise UsageError("keeping the bridge-trained model needs an output folder")
+    settings.chain.bridge_config()
+    settings.chain.finetune_config()
+    bench = Bench(
+        space,
+        lambda trials: {},
+        settings.lrs,
+        settings.seeds,
+        settings.budget or 0.0,
+        seed=settings.seed,
+        fidelity=settings.fidelity,
+        objective=settings.objective,
+    )
+    if settings.budget is not None:
+        check_budget(bench)
+
+
+def _block_params(seen: Sketch) -> tuple[int, ...]:
+    """Number of parameters of each block."""
+    sizes = [0] * seen.n_blocks
+    for name, parameter in seen.model.named_parameters():
+        group = seen.layout.parameter_groups[name]
+        if group.startswith("block."):
+            sizes[int(group.removeprefix("block."))] += parameter.numel()
+    return tuple(sizes)
 
 
 def _speed(device: str) -> float:

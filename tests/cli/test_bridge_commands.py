@@ -136,7 +136,11 @@ def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
         (["bridge", "--random-classes", "1"], "random_classes must be at least 2, not 1"),
         (["bridge", "--lr", "-1"], "lr must be a positive number, not -1.0"),
         (["bridge", "--lrs", "fast"], "'fast' is no list of learning rates"),
-        (["bridge", "--plan", "nowhere.json"], "cannot read freeze plan nowhere.json"),
+        (
+            ["bridge", "--plan", "nowhere.json"],
+            "there is no plan nowhere.json: name a plan file, or a run folder",
+        ),
+        (["bridge", "--resume"], "--resume continues the run in a folder; name that with -o"),
         (["bridge", "--precision", "float8"], "precision is one of float32, bfloat16, not 'float8'"),
         (["bridge", "--device", "cuda:77"], "cuda:77"),
         (["evaluate", "--seeds", "none"], "'none' is no number of seeds"),
@@ -161,6 +165,40 @@ def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
     found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(run_folder)])
     assert found.exit_code == 2
     assert "holds a finished run of 4 steps; choose another folder" in found.stderr
+
+
+def test_resuming_nothing_is_said_aloud(program, model, tmp_path):
+    arguments = [word for word in common("bridge", model) if word != "-q"]
+    found = CliRunner().invoke(program, [*arguments, "--resume", "-o", str(tmp_path), "--dry-run"])
+    assert found.exit_code == 0, found.stderr
+    assert f"nothing to resume in {tmp_path}, starting anew" in found.stderr
+
+
+def test_a_run_folder_serves_as_plan(program, run_folder, model):
+    for command in (["bridge", model, "--plan", str(run_folder)], ["evaluate", str(run_folder)]):
+        arguments = [*common(*command[:2]), *command[2:], "--dry-run"]
+        found = CliRunner().invoke(program, arguments)
+        assert found.exit_code == 0, found.stderr
+        assert "trains 2 of 2 blocks" in found.stdout
+
+
+def test_a_dry_run_refuses_a_plan_of_another_model(program, run_folder, model, tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, n_positions=32, vocab_size=40)
+    transformers.GPT2Model(config).save_pretrained(tmp_path)
+    line = "plan.json was made for 2 blocks"
+    plan = ["--plan", str(run_folder), "--dry-run"]
+    for arguments in (
+        common("bridge", str(tmp_path)),
+        [*common("evaluate", str(tmp_path)), "--arms", "partial"],
+    ):
+        found = CliRunner().invoke(program, [*arguments, *plan])
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert line in found.stderr and "this model has 3" in found.stderr
+    # Where no stage trains the plan, the run would not look at it either.
+    found = CliRunner().invoke(program, [*common("evaluate", str(tmp_path)), "--arms", "language", *plan])
+    assert found.exit_code == 0, found.stderr
 
 
 def test_a_run_folder_is_evidence_for_the_other_commands(run_folder, model):

@@ -80,7 +80,7 @@ def test_a_dry_run_computes_nothing(program, model) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--split", "tst"), "no split 'tst'"),
+        (("--split", "tst"), "unknown split 'tst'. Did you mean 'test'?"),
         (("--blocks", "7"), "block 7 does not exist"),
         (("--sites", "mlp"), "unknown site 'mlp'"),
         (("--model-b", "no-such-model"), "no-such-model"),
