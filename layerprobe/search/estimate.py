@@ -87,8 +87,7 @@ def parse_constraints(
 
 def _refuse(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
     """Build what the search is made of, so that its own checks speak."""
-    if settings.keep_bridge and output is None:
-        raise UsageError("keeping the bridge-trained model needs an output folder")
+    settings.check_output(output)
     settings.chain.bridge_config()
     settings.chain.finetune_config()
     bench = Bench(

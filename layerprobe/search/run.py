@@ -89,8 +89,7 @@ def freeze_search(
     chosen = make_settings(preset, **settings)
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
-    if chosen.keep_bridge and output is None:
-        raise UsageError("keeping the bridge-trained model needs an output folder")
+    chosen.check_output(output)
     folder = output_folder(output) if output is not None else None
     backbone.prepare(task)
     evaluator = ChainEvaluator(backbone, task, chosen.chain, chosen.seed)

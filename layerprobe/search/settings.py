@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class Settings:
                 raise UsageError(f"{name} must be positive, got {value}")
         if self.baselines is not None and not {ALL} <= set(self.baselines):
             raise UsageError("baselines must contain 'all': every report compares with training everything")
+
+    def check_output(self, output: str | os.PathLike[str] | None) -> None:
+        """UsageError where something is to be kept and there is no folder for it."""
+        if self.keep_bridge and output is None:
+            raise UsageError("keeping the bridge-trained model needs an output folder")
 
     @property
     def chain(self) -> Chain:
