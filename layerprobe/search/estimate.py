@@ -9,7 +9,6 @@ from typing import Any
 
 from layerprobe.backbones.loading import available_memory
 from layerprobe.backbones.sketch import Sketch
-from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
 from layerprobe.search.bench import Bench
