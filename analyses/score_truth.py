@@ -318,7 +318,7 @@ def figure(frame: pd.DataFrame) -> Any:
     ax.set_xlim(-1.05, 1.05)
     kinds = list(means["interval"].dropna().unique())
     ax.set_xlabel(
-        f"Kendall τ within equal counts (chance: 0; bar: {kinds[0] if kinds else 'none'}; strokes: tables)"
+        f"Kendall τ within equal counts (chance: 0)\nbar: {kinds[0] if kinds else 'none'}; strokes: single tables"
     )
     return figure
 
