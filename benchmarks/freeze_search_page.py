@@ -303,7 +303,7 @@ that costs on validation.
 """
 SEEN = """
 The default strategy was last changed (by the anchors, one full-length run at each of a few sizes) after a look at
-{seen}, with made-up landscapes deciding. The other tables had not been looked at: they are the honest test, and have
+{seen}; made-up landscapes decided. The other tables had not been looked at then: they are the honest test, and have
 a column of their own.
 """
 UNSEEN = """
@@ -362,6 +362,8 @@ def page(
         + ("; missed: " + "; ".join(missed) if missed else "")
         + ".",
         "",
+        ceiling_sentence(agreement),
+        "",
         "```console",
         f"$ {command}",
         "```",
@@ -393,6 +395,17 @@ def page(
     lines += ["", "Each was made by one resumable command (`--dry-run` states its cost):", ""]
     lines += [f"- `{about['command']}`" for about in abouts]
     return "\n".join([*lines, SCORES, *agreement_rows(agreement), FILES])
+
+
+def ceiling_sentence(agreement: pd.DataFrame) -> str:
+    """How much there is to find in the tables at all."""
+    values = agreement.loc[agreement["score"] == "noise ceiling", "tau_within"].dropna().tolist()
+    mean, interval = _with_interval(values).split(" | ")
+    return (
+        f"How much there is to find: within plans of one size the order by one seed agrees with the mean of the others "
+        f"by τ = {mean} ({interval}, {len(values)} tables). Near 0 the plans of a size hardly differ, or the noise of "
+        "these short trainings hides it, and then no strategy can do much better than another."
+    )
 
 
 def strategy_rows(summary: pd.DataFrame) -> list[str]:
