@@ -19,6 +19,9 @@ PLAN = "plan"
 ALL = "all"
 AUTO_RGN = "auto-rgn"
 GREEDY = "greedy"
+FULL_LENGTH_RATES = 2
+"""Rates at which training everything is compared at full length before the report's seeds."""
+
 ON_REQUEST = (AUTO_RGN, GREEDY)
 """Baselines that a report has when they are asked for by name. `auto-rgn` trains everything, each block at a
 rate in proportion to its relative gradient norm (`layerprobe.bridge.relative`), at the price of any arm.
@@ -116,7 +119,11 @@ def chosen_arms(
 
 def arms_cost(arms: Sequence[Arm], space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> float:
     """What reporting on `arms` costs at most, in full trainings."""
-    return sum(space.cost(arm.trial(lrs[0])) * (len(lrs) * fidelity + seeds) for arm in arms)
+    return sum(
+        space.cost(arm.trial(lrs[0]))
+        * (len(lrs) * fidelity + seeds + (FULL_LENGTH_RATES if arm.name == ALL else 0))
+        for arm in arms
+    )
 
 
 def report_arms(
@@ -131,9 +138,10 @@ def report_arms(
     """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
 
     Each baseline has its own learning rate, chosen on validation with the search's first seed among all rates at
-    one length: what the search already valued where that is the whole grid, else the short rung. The plan has the
-    rate that the search gave it, which a strategy may have inferred from other plans. `rates` are those of arms
-    that a search of their own has chosen one for.
+    one length: what the search already valued where that is the whole grid, else the short rung. For training
+    everything, which the verdict is about, the two best of those rates are then compared at full length: short
+    runs favour other rates than long ones. The plan has the rate that the search gave it, which a strategy may
+    have inferred from other plans. `rates` are those of arms that a search of their own has chosen one for.
     """
     everyone = [Arm(PLAN, plan), *arms]
     chosen = {PLAN: plan_lr, **(rates or {})}
@@ -147,6 +155,9 @@ def report_arms(
     known = dict(value_batch([trial for trials in short.values() for trial in trials]))
     for name, trials in short.items():
         chosen[name] = max(trials, key=lambda trial: (accuracy_of(known[trial]), -trial.lr)).lr
+    everything = next((arm for arm in arms if arm.name == ALL and arm.mask != plan), None)
+    if everything is not None:
+        chosen[ALL] = _rate_at_full_length(everything, bench, value_batch)
     # Seed by seed, so that an interrupted report has complete rows to compare.
     runs = {
         arm.name: [arm.trial(chosen[arm.name], REPORT_REPEAT + seed) for seed in range(bench.seeds)]
@@ -156,6 +167,17 @@ def report_arms(
     found = value_batch(list(dict.fromkeys(order)))
     test = {arm.name: tuple(found[trial].test for trial in runs[arm.name]) for arm in everyone}
     return [_result(arm, chosen[arm.name], runs[arm.name], found, test, bench.space) for arm in everyone]
+
+
+def _rate_at_full_length(arm: Arm, bench: Bench, value_batch: ValueBatch) -> float:
+    """The better at full length of the two rates that are best on the short rung."""
+    candidates = bench.lrs
+    for length, kept in ((bench.fidelity, FULL_LENGTH_RATES), (1.0, 1)):
+        trials = [arm.trial(lr, 0, length) for lr in candidates]
+        found = value_batch(trials)
+        best = sorted(trials, key=lambda trial: (-accuracy_of(found[trial]), trial.lr))
+        candidates = tuple(trial.lr for trial in best[:kept])
+    return candidates[0]
 
 
 def _result(

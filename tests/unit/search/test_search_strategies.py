@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.search.baselines import report_arms, standard_arms
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of, structured_masks
 from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
@@ -191,6 +192,21 @@ def test_a_rate_counts_as_compared_only_where_all_rates_were_valued_at_one_lengt
     assert bench.compared_lr(mask) is None and bench.best_lr(mask) == 1e-4
     bench.value([Trial(mask, 1e-4, 0, 0.25)])
     assert bench.compared_lr(mask) == 3e-4
+
+
+def test_training_everything_gets_its_rate_at_full_length() -> None:
+    def value(trials):
+        """Short runs favour 1e-4, long ones 1e-3."""
+        right = {t: t.lr == (1e-3 if t.fidelity == 1.0 else 1e-4) for t in trials}
+        return {t: Outcome(0.6 if right[t] else 0.5, test=0.5) for t in trials}
+
+    space = Space((100, 100))
+    bench = Bench(space, value, (1e-4, 1e-3), 3, 10.0)
+    first, both = (True, False), (True, True)
+    found = {r.arm.name: r.lr for r in report_arms(first, 1e-4, standard_arms(space), bench, value)}
+    assert found["all"] == 1e-3 and found["none"] == 1e-4
+    same = report_arms(both, 1e-4, standard_arms(space), bench, value)
+    assert {r.lr for r in same if r.arm.mask == both} == {1e-4}, "the plan's own rate, where it is the plan"
 
 
 def test_two_finalists_wherever_the_budget_pays_for_them() -> None:
