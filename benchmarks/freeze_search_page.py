@@ -102,18 +102,14 @@ def times_cheaper(frame: pd.DataFrame, other: str) -> tuple[float, float, float,
     def ratio(drawn: np.ndarray) -> tuple[float, bool]:
         costs = cost[:, drawn].mean(axis=1)
         reached = costs[regret[:, drawn].mean(axis=1) <= own_regret[drawn].mean() + 1e-9]
-        return float((reached.min() if len(reached) else costs.max()) / own_cost[drawn].mean()), len(
-            reached
-        ) > 0
+        cheapest = reached.min() if len(reached) else costs.max()
+        return float(cheapest / own_cost[drawn].mean()), len(reached) > 0
 
     everything = np.arange(len(own_cost))
-    value, reached = ratio(everything)
-    without_one = (
-        [ratio(np.delete(everything, left_out))[0] for left_out in everything]
-        if len(everything) > 1
-        else [value]
-    )
-    return value, min(without_one), max(without_one), reached
+    value, got_there = ratio(everything)
+    left_out = everything if len(everything) > 1 else []
+    without_one = [ratio(np.delete(everything, one))[0] for one in left_out] or [value]
+    return value, min(without_one), max(without_one), got_there
 
 
 def judged(value: float, worst: float, bar: float, *, at_most: bool) -> str:
@@ -374,7 +370,7 @@ def page(
     ]
     for row in verdicts:
         lines.append(f"| {' | '.join(row.values())} |")
-    lines += [FIGURE, *strategy_rows(summary), TABLES.replace("\\\n", "").rstrip("\n")]
+    lines += [FIGURE, *strategy_rows(summary), TABLES.rstrip("\n")]
     own = frame[(frame["strategy"] == DEFAULT) & (frame["share"] == SHARE)]
     for table, about in zip(tables, abouts, strict=True):
         truth, part = truths[table.name], own[own["pair"] == table.name]
