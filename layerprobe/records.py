@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Record(ABC):
     """Base of all results. A subclass is a dataclass with a `provenance` field and a `to_frame`.
 
+    It is shown by its summary: `@dataclass(repr=False)`, since the fields hold whole tables and weights.
+
     `command` is the command (and schema) name: a record with command "cka" saves `cka.csv` and
     `cka.json` and says `layerprobe.cka/v1`.
     """
@@ -70,6 +72,9 @@ class Record(ABC):
         draw = getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
         axes: Axes = draw(self.to_frame(), ax=ax, **style)
         return axes
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()

@@ -15,7 +15,7 @@ from layerprobe.records import Record
 from layerprobe.tables import write_frame
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerAttribution(Record):
     """Importance of every block for the predicted class, and patch-level maps of a few images.
 

@@ -124,7 +124,7 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FeatureTable(Record):
     """Several splits of one backbone as one record: what the `features` command returns."""
 

@@ -41,7 +41,7 @@ DEPTHS = ("early", "middle", "late")
 """Thirds of the blocks: block b of L is at (b + ½)/L."""
 
 
-@dataclass
+@dataclass(repr=False)
 class OutlierComparison(Record):
     """What `compare_outliers` returns: one row per pair of models (or of groups), part, depth and quantity.
 

@@ -26,7 +26,7 @@ AXES_BELOW = 512 << 20
 """Rows and columns are measured without being asked for in checkpoints of up to so many bytes."""
 
 
-@dataclass
+@dataclass(repr=False)
 class OutlierReport(Record):
     """What `outlier_report` returns: per tensor and rolled up by kind, block, group and model.
 

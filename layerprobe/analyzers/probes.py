@@ -28,7 +28,7 @@ from layerprobe.records import Record
 from layerprobe.tables import tidy
 
 
-@dataclass
+@dataclass(repr=False)
 class LinearProbes(Record):
     """A linear probe per layer: chosen on validation, measured once on test, each fit with its optimality.
 

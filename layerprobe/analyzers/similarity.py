@@ -48,7 +48,7 @@ class Side:
         return {**self.facts, "block": layer, "site": None}
 
 
-@dataclass
+@dataclass(repr=False)
 class CKAMatrix(Record):
     """Debiased linear CKA of every layer of one model with every layer of another (or of itself).
 

@@ -33,7 +33,7 @@ FAMILIES = ("readable", "trainable")
 Z_95 = 1.959963984540054
 
 
-@dataclass
+@dataclass(repr=False)
 class TransferScores(Record):
     """Transfer scores by layer. Rows carry `family`, `low` and `high` (95 %), and `higher_is_better`.
 

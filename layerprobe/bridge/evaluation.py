@@ -43,7 +43,7 @@ class Trial:
     reason: str | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation(Record):
     """What arms reach on the test images.
 

@@ -15,7 +15,7 @@ from layerprobe.records import Record
 from layerprobe.tables import tidy
 
 
-@dataclass
+@dataclass(repr=False)
 class BridgeRun(Record):
     """A finished bridge training.
 

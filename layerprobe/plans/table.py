@@ -17,7 +17,7 @@ MARKS = {FROZEN: "·", PARTIAL: "▪", TRAINABLE: "■"}
 """How a block looks in a line of text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanTable(Record):
     """What a plan trains, group by group."""
 

@@ -23,7 +23,7 @@ from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
 SCHEMA = "layerprobe.search/v1"
 
 
-@dataclass
+@dataclass(repr=False)
 class SearchResult(Record):
     """What a freeze search found.
 

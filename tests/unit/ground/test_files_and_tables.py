@@ -77,7 +77,7 @@ def test_tidy_puts_the_shared_columns_first_and_keeps_integers(tmp_path: Path) -
         write_frame(frame, tmp_path / "t.xls")
 
 
-@dataclass
+@dataclass(repr=False)
 class Tiny(Record):
     command: ClassVar[str] = "tiny"
     provenance: dict[str, Any] = field(default_factory=lambda: provenance("tiny", {"n": 1}))
@@ -96,6 +96,7 @@ def test_records_save_show_and_say_where_they_come_from(tmp_path: Path) -> None:
     assert saved["rows"][0]["value"] == 42.0
     assert saved["provenance"]["versions"]["layerprobe"]
     assert "a &lt; b" in Tiny()._repr_html_()
+    assert repr(Tiny()) == "<Tiny: a < b>"
 
 
 def test_suggestions() -> None:
