@@ -29,12 +29,14 @@ from layerprobe.files import write_json
 from layerprobe.provenance import machine, versions
 from layerprobe.search.bench import Outcome
 from layerprobe.search.replay import (
+    WHOLE_TABLE,
     ExhaustiveTable,
     Truth,
     judging_trials,
     replay,
     score_agreement,
     selection_trials,
+    whole_table,
 )
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial, strip
 
@@ -186,7 +188,8 @@ def replay_tables(arguments: argparse.Namespace) -> None:
             | {"strategy": "racing without scores"}
             for seed in range(arguments.runs)
         ]
-    if not rows:
+        rows.append({"share": 1.0} | whole_table(table, truths[table.name]))
+    if not any(row["strategy"] != WHOLE_TABLE for row in rows):
         raise BudgetError(
             f"no strategy can start on {arguments.shares} of the exhaustive cost; give larger --shares"
         )

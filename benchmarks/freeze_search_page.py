@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from layerprobe.cli.output import save_figure
 from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.uncertainty import mean_interval
 from layerprobe.provenance import machine, versions
-from layerprobe.search.replay import ExhaustiveTable, Truth, upper_third_test
+from layerprobe.search.replay import WHOLE_TABLE, ExhaustiveTable, Truth, upper_third_test
 from layerprobe.search.space import parse_strip, strip
 from layerprobe.tables import write_frame
 
@@ -133,6 +134,8 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
     frugal = int((part["excess_blocks"] <= 1).sum())
     shares = (part["excess_blocks"] <= 1).groupby(part["pair"]).mean()
     regret_bar = max(REGRET_BAR, own["stderr"])
+    # Two means with the same expectation and standard error: their difference has √2 times that.
+    chance = f"{100 * stats.norm.cdf(-math.sqrt(0.5)):.0f} % expected of plans exactly as good as everything"
     found = [
         {
             "measure": f"regret at {100 * SHARE:.0f} % of the exhaustive cost, points",
@@ -147,7 +150,7 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
             "measure": "replays worse than training everything by more than one standard error",
             "bar": "0",
             "measured": f"{worse} of {n}",
-            "interval and basis": f"a count; {basis}",
+            "interval and basis": f"a count; {chance}; {basis}",
             "reached": "no" if worse else "yes",
         },
     ]
@@ -227,7 +230,7 @@ def figure(summary: pd.DataFrame) -> Any:
     import matplotlib.pyplot as plt
 
     chart, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
-    for strategy, part in summary.groupby("strategy", sort=False):
+    for strategy, part in summary[summary["strategy"] != WHOLE_TABLE].groupby("strategy", sort=False):
         part = part.sort_values("cost_share")
         colour, mark = COLOURS.get(str(strategy), "#882255"), MARKS.get(str(strategy), "x")
         width = 2.4 if strategy == DEFAULT else 1.2
@@ -304,6 +307,10 @@ a column of their own.
 """
 UNSEEN = """
 The default strategy was not changed after a look at any of these tables.
+"""
+REFERENCE = """
+*Whole table* is no strategy but a reference: the same rule with every plan on every selection seed before it, at the
+whole cost. What it misses, the table does not hold.
 """
 FIGURE = """
 ![Regret and excess blocks against cost](regret.png)
@@ -415,7 +422,8 @@ def strategy_rows(summary: pd.DataFrame) -> list[str]:
         f"| {' | '.join(heads)} |",
         "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
-    for _, row in summary[summary["share"] == SHARE].iterrows():
+    everything = summary["strategy"] == WHOLE_TABLE
+    for _, row in summary[(summary["share"] == SHARE) | everything].sort_values("share").iterrows():
         hits, cases = int(row["upper_third_hits"]), int(row["upper_third_cases"])
         cells = [
             row["strategy"],
@@ -430,4 +438,4 @@ def strategy_rows(summary: pd.DataFrame) -> list[str]:
             f"{row['lr_loss']:+.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, REFERENCE] if everything.any() else lines

@@ -258,10 +258,12 @@ def make_prefix(
 
 @torch.no_grad()
 def predict(
-    classifier: Classifier, pixels: Pixels, *, batch_size: int = 256, precision: str = "float32"
+    classifier: Classifier, pixels: Pixels, *, batch_size: int | None = None, precision: str = "float32"
 ) -> np.ndarray:
     """The most likely class of every image, int64 n; without dropout or augmentation."""
     device = next(classifier.parameters()).device
+    # On a CPU larger activations leave the cache.
+    batch_size = batch_size or (64 if device.type == "cpu" else 256)
     modes = {module: module.training for module in classifier.modules()}
     classifier.eval()
     try:

@@ -157,7 +157,9 @@ def report_arms(
         chosen[name] = max(trials, key=lambda trial: (accuracy_of(known[trial]), -trial.lr)).lr
     everything = next((arm for arm in arms if arm.name == ALL and arm.mask != plan), None)
     if everything is not None:
-        chosen[ALL] = _rate_at_full_length(everything, bench, value_batch)
+        rate = _rate_at_full_length(everything, bench, value_batch)
+        # Another rule may have named the same plan; one plan has one rate.
+        chosen |= {arm.name: rate for arm in arms if arm.mask == everything.mask and arm.trial(1.0).is_plan}
     # Seed by seed, so that an interrupted report has complete rows to compare.
     runs = {
         arm.name: [arm.trial(chosen[arm.name], REPORT_REPEAT + seed) for seed in range(bench.seeds)]

@@ -24,7 +24,10 @@ from layerprobe.files import read_json
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
-from layerprobe.search.verdict import choose
+from layerprobe.search.verdict import Finalist, choose
+
+WHOLE_TABLE = "whole table"
+"""Name of the answer that sees everything, among the strategies."""
 
 COLUMNS = ("plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds")
 
@@ -198,21 +201,44 @@ def replay(
     size by test accuracy.
     """
     bench = table.bench(budget, seed=seed, use_scores=use_scores)
-    finalists = run_strategy(make_strategy(strategy), bench)
-    chosen = choose(finalists, table.space)
-    answer, own = chosen.mask, table.own_lr(chosen.mask)
-    size = sum(answer)
+    chosen = choose(run_strategy(make_strategy(strategy), bench), table.space)
     return {
         "pair": table.name,
         "strategy": strategy,
         "seed": seed,
         "budget": budget,
+        "spent": bench.spent,
+        "cost_share": bench.spent / table.exhaustive_cost(),
+        **_measures(table, truth, chosen),
+    }
+
+
+def whole_table(table: ExhaustiveTable, truth: Truth) -> dict[str, Any]:
+    """What the frugal rule answers when it sees every plan on every selection seed, measured like a `replay`.
+
+    No search can be expected to do better than by luck: what this one misses, the table itself does not hold.
+    """
+    everyone = [Finalist(mask, table.own_lr(mask), tuple(table.validation(mask))) for mask in table.masks]
+    return {
+        "pair": table.name,
+        "strategy": WHOLE_TABLE,
+        "seed": 0,
+        "budget": table.exhaustive_cost(),
+        "spent": table.exhaustive_cost(),
+        "cost_share": 1.0,
+        **_measures(table, truth, choose(everyone, table.space)),
+    }
+
+
+def _measures(table: ExhaustiveTable, truth: Truth, chosen: Finalist) -> dict[str, Any]:
+    """The quality of an answer; columns as `replay` says."""
+    answer, own = chosen.mask, table.own_lr(chosen.mask)
+    size = sum(answer)
+    return {
         "plan": strip(answer),
         "regret": 100 * (truth.test[truth.optimum] - truth.test[answer]),
         "below_all": 100 * (truth.test[table.space.all] - truth.test[answer]),
         "stderr": 100 * truth.stderr,
-        "spent": bench.spent,
-        "cost_share": bench.spent / table.exhaustive_cost(),
         "lr": chosen.lr,
         "own_lr": own,
         "lr_loss": 100 * (table.validation(answer).mean() - table.validation(answer, chosen.lr).mean()),

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerprobe.bridge import BridgeConfig, FineTuneConfig, TaskTensors, value_plan
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.search import defaults
 from layerprobe.search.bench import Outcome
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
 
@@ -25,11 +26,11 @@ class Chain:
     precision : float32, or bfloat16 for autocast.
     """
 
-    bridge_steps: int = 100
-    finetune_steps: int = 100
-    batch_size: int = 64
-    random_classes: int = 10
-    precision: str = "float32"
+    bridge_steps: int = defaults.DEFAULT_BRIDGE_STEPS
+    finetune_steps: int = defaults.DEFAULT_FINETUNE_STEPS
+    batch_size: int = defaults.DEFAULT_BATCH_SIZE
+    random_classes: int = defaults.DEFAULT_RANDOM_CLASSES
+    precision: str = defaults.DEFAULT_PRECISION
 
     def bridge_config(self, **changes: Any) -> BridgeConfig:
         """The bridge's settings."""

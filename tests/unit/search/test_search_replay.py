@@ -21,6 +21,7 @@ from layerprobe.search.replay import (
     score_agreement,
     selection_trials,
     upper_third_test,
+    whole_table,
 )
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial, mask_of, strip
 
@@ -58,6 +59,17 @@ def test_exhaustive_cost_counts_every_rate_once_and_the_other_seeds() -> None:
     table = make_table()
     expected = sum((2 + 2) * (2 + sum(mask) / 4) / 3 for mask in itertools.product([0, 1], repeat=4))
     assert table.exhaustive_cost() == pytest.approx(expected)
+
+
+def test_the_whole_table_answers_by_the_frugal_rule() -> None:
+    table = make_table(noise=0.0)
+    truth = Truth.of(table)
+    found = whole_table(table, truth)
+    assert found["plan"] == ".#.#" and found["regret"] == 0 and found["excess_blocks"] == 0
+    assert found["cost_share"] == 1.0 and found["lr"] == found["own_lr"]
+    for lr, repeat in itertools.product(LRS, range(3)):
+        table.outcomes[Trial(mask_of([1, 3], 4), lr, repeat)] = Outcome(None)
+    assert whole_table(table, truth)["plan"] != ".#.#", "a plan whose runs fail is no answer"
 
 
 @pytest.mark.parametrize("strategy", ["racing", "random", "tpe", "nsga2", "greedy"])

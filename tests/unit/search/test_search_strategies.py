@@ -203,8 +203,10 @@ def test_training_everything_gets_its_rate_at_full_length() -> None:
     space = Space((100, 100))
     bench = Bench(space, value, (1e-4, 1e-3), 3, 10.0)
     first, both = (True, False), (True, True)
-    found = {r.arm.name: r.lr for r in report_arms(first, 1e-4, standard_arms(space), bench, value)}
-    assert found["all"] == 1e-3 and found["none"] == 1e-4
+    arms = standard_arms(space, scores={"rgn": (np.ones(2), np.zeros(2))})
+    found = {r.arm.name: r.lr for r in report_arms(first, 1e-4, arms, bench, value)}
+    assert found["all"] == found["rgn-half"] == 1e-3, "the rule names all blocks here: one plan, one rate"
+    assert found["none"] == 1e-4
     same = report_arms(both, 1e-4, standard_arms(space), bench, value)
     assert {r.lr for r in same if r.arm.mask == both} == {1e-4}, "the plan's own rate, where it is the plan"
 
