@@ -55,8 +55,8 @@ class ExhaustiveTable:
         return list(self.space.masks())
 
     def own_lr(self, mask: Mask) -> float:
-        """The mask's learning rate, chosen on validation with repeat 0."""
-        return max(self.lrs, key=lambda lr: (self._accuracy(Trial(mask, lr)), -lr))
+        """The mask's learning rate: the best mean validation accuracy over the selection repeats."""
+        return max(self.lrs, key=lambda lr: (float(self.validation(mask, lr).mean()), -lr))
 
     def validation(self, mask: Mask, lr: float | None = None) -> np.ndarray:
         """Validation accuracy per selection repeat, at the mask's own rate or another."""

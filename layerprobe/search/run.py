@@ -345,7 +345,6 @@ class _Search:
                     "trainable_parameters": space.params(f.mask),
                     "lr": f.lr,
                     "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
-                    "estimate": f.estimate if np.isfinite(f.estimate) else None,
                     "n_seeds": len(f.accuracies),
                     "chosen": f.mask == winner.mask,
                 }

@@ -23,7 +23,7 @@ class PlanModel:
 
     The prior is a sum of independent terms: number of trained blocks (saturating), single blocks, the given
     scores summed over trained blocks, learning rate and its interaction with size, the short rung's offset
-    by size, block and learning rate, and a residual per plan that falls off with Hamming distance. The scales
+    by size, block and learning rate, and a residual per plan and rate that falls off with Hamming distance. The scales
     of blocks, scores, residual and noise are chosen by marginal likelihood on a small grid, so that scores
     count only as far as the trainings bear them out.
 
@@ -45,16 +45,15 @@ class PlanModel:
         """Fit to trials with finite accuracies (at least two)."""
         y = np.asarray(accuracies, dtype=np.float64)
         self._trials = list(trials)
-        self._repeats = sorted({trial.repeat for trial in trials})
         self._mean = float(y.mean())
         self._scale = float(y.std()) or 1.0
         z = (y - self._mean) / self._scale
         parts = self._kernels(self._trials, self._trials)
-        # Single seeds also disagree by which examples validation holds; short rungs are noisier.
+        # Short rungs are noisier.
         rough = np.array([1.0 / trial.fidelity for trial in self._trials]) ** 0.5
         best = -math.inf
         for blocks, scored, residual, noise in itertools.product(
-            (0.4, 1.2), (0.0, 0.6) if len(self.directions) else (0.0,), (0.15, 0.4), (0.05, 0.15, 0.4)
+            (0.4, 1.2), (0.0, 0.6) if len(self.directions) else (0.0,), (0.15, 0.4), (0.05, 0.15, 0.4, 0.8)
         ):
             scales = (1.0, blocks, scored, residual)
             gram = _combine(parts, scales)
@@ -86,8 +85,6 @@ class PlanModel:
         share = masks.mean(axis=1, keepdims=True)
         rates = np.array([[lr == trial.lr for lr in self.lrs] for trial in trials], dtype=np.float64)
         short = np.array([[1.0 - trial.fidelity] for trial in trials])
-        # A common seed moves all plans together.
-        repeats = np.array([[trial.repeat == r for r in self._repeats] for trial in trials], dtype=np.float64)
         per_block = masks / math.sqrt(self.n_blocks)
         always = [
             np.ones_like(share),
@@ -99,7 +96,6 @@ class PlanModel:
             0.7 * short * share,
             0.5 * short * rates,
             0.3 * short * rates * share,
-            0.3 * repeats,
         ]
         scored = masks @ self.directions.T if len(self.directions) else np.zeros((len(trials), 1))
         return [
@@ -113,7 +109,9 @@ class PlanModel:
         b = np.array([trial.mask for trial in right], dtype=np.float64)
         hamming = a.sum(1)[:, None] + b.sum(1)[None, :] - 2.0 * a @ b.T
         linear = [x @ y.T for x, y in zip(self._designs(left), self._designs(right), strict=True)]
-        return [*linear, np.exp(-3.0 * hamming / self.n_blocks)]
+        # Half of what makes a plan special belongs to its rate: one that fails there may do well at another.
+        same_rate = np.equal.outer([trial.lr for trial in left], [trial.lr for trial in right])
+        return [*linear, 0.5 * (1.0 + same_rate) * np.exp(-3.0 * hamming / self.n_blocks)]
 
 
 def _combine(parts: Sequence[np.ndarray], scales: Sequence[float]) -> np.ndarray:

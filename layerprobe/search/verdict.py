@@ -20,24 +20,15 @@ class Finalist:
     Attributes
     ----------
     mask : the plan. lr : its learning rate. accuracies : validation accuracy per common seed, in seed order.
-    shrunk, stderr : estimate of the accuracy that also uses what related plans reached, with its standard
-        error, where the strategy has one.
     """
 
     mask: Mask
     lr: float
     accuracies: tuple[float, ...]
-    shrunk: float | None = None
-    stderr: float = 0.0
 
     @property
     def mean(self) -> float:
         return float(np.mean(self.accuracies))
-
-    @property
-    def estimate(self) -> float:
-        """What the choice goes by: the shrunk estimate, else the mean over seeds."""
-        return self.mean if self.shrunk is None else self.shrunk
 
 
 def pooled_stderr(finalists: Sequence[Finalist]) -> float:
@@ -57,10 +48,8 @@ def pooled_stderr(finalists: Sequence[Finalist]) -> float:
 def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "frugal") -> Finalist:
     """The answer among finalists: the one-standard-error rule, or the best alone.
 
-    'frugal' takes, among plans whose estimate is at most one standard error below the best, the one with the
-    fewest trainable parameters; ties go to the better estimate. 'accuracy' takes the best; ties go to fewer
-    parameters. The estimate is the mean over seeds or, where the strategy models plans jointly, the shrunk
-    one: the best of several noisy means is too high by chance, and the bar with it.
+    'frugal' takes, among plans whose mean over seeds is at most one standard error below the best, the one with the
+    fewest trainable parameters; ties go to the better mean. 'accuracy' takes the best; ties go to fewer parameters.
 
     Parameters
     ----------
@@ -78,12 +67,12 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
     usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
     if not usable:
         raise UsageError("no plan could be valued: every run failed; see the reasons in trials.csv")
-    best = max(usable, key=lambda f: (f.estimate, -space.params(f.mask)))
+    best = max(usable, key=lambda f: (f.mean, -space.params(f.mask)))
     if objective == "accuracy":
         return best
-    bar = best.estimate - max(pooled_stderr(usable), best.stderr)
-    near = [f for f in usable if f.estimate >= bar - 1e-12]
-    return min(near, key=lambda f: (space.params(f.mask), -f.estimate))
+    bar = best.mean - pooled_stderr(usable)
+    near = [f for f in usable if f.mean >= bar - 1e-12]
+    return min(near, key=lambda f: (space.params(f.mask), -f.mean))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from layerprobe.search.bench import Bench, accuracy_of
 from layerprobe.search.space import Mask, Trial
 from layerprobe.search.verdict import Finalist, pooled_stderr
 
+MOST_FINALISTS = 6
+"""For so many at most a part of the budget is held back."""
+
 
 class Strategy(Protocol):
     """Spends the bench's budget on trials; what it learnt lies in the bench afterwards."""
@@ -26,8 +29,8 @@ class Strategy(Protocol):
         """The `n` plans worth repeating, most wanted first."""
         ...
 
-    def judge(self, bench: Bench, finalists: list[Finalist]) -> list[Finalist]:
-        """The finalists with `shrunk` filled in, by a strategy that models plans jointly; else unchanged."""
+    def rate(self, bench: Bench, mask: Mask) -> float:
+        """The learning rate at which the plan should run in the finals; not one that failed, if there is another."""
         ...
 
 
@@ -45,7 +48,8 @@ def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
     bench.held_back = min(count * dearest, bench.budget - rung)
     strategy.explore(bench)
     bench.held_back = 0.0
-    return finals(bench, strategy, strategy.shortlist(bench, count))
+    # More than that: what cheap plans and runs already paid for leave of the budget pays for some of the rest.
+    return finals(bench, strategy, strategy.shortlist(bench, 2 * MOST_FINALISTS))
 
 
 def check_budget(bench: Bench) -> tuple[float, float]:
@@ -61,12 +65,12 @@ def check_budget(bench: Bench) -> tuple[float, float]:
 
 
 def finalist_count(budget: float, rung: float, price: float) -> int:
-    """How many finalists half of the budget pays for, at most six; two where the budget allows, else one.
+    """How many finalists half of the budget pays for, at most `MOST_FINALISTS`; two where it allows, else one.
 
     Without a second finalist the one-standard-error rule has nothing to compare.
     """
     least = 2 if budget >= rung + 2 * price else 1
-    return int(np.clip(0.5 * budget / price, least, 6))
+    return int(np.clip(0.5 * budget / price, least, MOST_FINALISTS))
 
 
 def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist]:
@@ -76,33 +80,33 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
     What is left then buys further common seeds, up to twice as many, for the contenders: the plans within two
     standard errors of the best.
     """
-    rates = _opened(bench, masks)
+    rates = _opened(bench, strategy, masks)
     entered: list[Mask] = []
     for mask, lr in rates.items():
         wanted = [Trial(mask, lr, repeat) for repeat in range(bench.seeds)]
         if bench.price(wanted) <= bench.left + 1e-9:
             bench.value(wanted)
             entered.append(mask)
-    finalists = strategy.judge(bench, _read(bench, entered, rates, bench.seeds))
+    finalists = _read(bench, entered, rates, bench.seeds)
     for repeat in range(bench.seeds, bench.max_repeats or 2 * bench.seeds):
         finalists = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
-        best = max((finalist.estimate for finalist in finalists), default=-math.inf)
+        best = max((finalist.mean for finalist in finalists), default=-math.inf)
         bar = best - 2 * pooled_stderr(finalists)
-        entered = [finalist.mask for finalist in finalists if finalist.estimate >= bar]
+        entered = [finalist.mask for finalist in finalists if finalist.mean >= bar]
         wanted = [Trial(mask, rates[mask], repeat) for mask in entered]
         if len(entered) < 2 or bench.price(wanted) > bench.left + 1e-9:
             break
         bench.value(wanted)
-        finalists = strategy.judge(bench, _read(bench, entered, rates, repeat + 1))
+        finalists = _read(bench, entered, rates, repeat + 1)
     return finalists
 
 
-def _opened(bench: Bench, masks: list[Mask]) -> dict[Mask, float]:
+def _opened(bench: Bench, strategy: Strategy, masks: list[Mask]) -> dict[Mask, float]:
     """The finalists that can be paid, at rates at which their first full-length run is finite where there is one."""
     rates: dict[Mask, float] = {}
     bill = 0.0
     for mask in dict.fromkeys(masks):
-        lr = bench.best_lr(mask)
+        lr = strategy.rate(bench, mask)
         price = bench.price([Trial(mask, lr, repeat) for repeat in range(bench.seeds)])
         if bill + price <= bench.left + 1e-9:
             bill += price
@@ -111,7 +115,7 @@ def _opened(bench: Bench, masks: list[Mask]) -> dict[Mask, float]:
     for _ in bench.lrs:
         found = bench.value([Trial(mask, lr) for mask, lr in waiting.items()])
         failed = [trial.mask for trial, accuracy in found.items() if not math.isfinite(accuracy)]
-        waiting = {mask: lr for mask in failed if (lr := bench.best_lr(mask)) != rates[mask]}
+        waiting = {mask: lr for mask in failed if (lr := strategy.rate(bench, mask)) != rates[mask]}
         rates |= waiting
         if not waiting:
             break

@@ -7,20 +7,19 @@ import math
 from layerprobe.errors import BudgetError, UsageError
 from layerprobe.search.bench import Bench
 from layerprobe.search.space import Mask, Trial, structured_masks
-from layerprobe.search.strategies.base import frontier
-from layerprobe.search.verdict import Finalist
+from layerprobe.search.strategies.base import MOST_FINALISTS, check_budget, frontier
 
 
 class WithoutModel:
-    """Shortlist and judgement of a strategy that does not model plans jointly."""
+    """Shortlist and rates of a strategy that does not model plans jointly."""
 
     def shortlist(self, bench: Bench, n: int) -> list[Mask]:
         """The frontier of accuracy against size (see `frontier`)."""
         return frontier(bench, n)
 
-    def judge(self, bench: Bench, finalists: list[Finalist]) -> list[Finalist]:
-        """Means over seeds speak for themselves."""
-        return finalists
+    def rate(self, bench: Bench, mask: Mask) -> float:
+        """The best of the rates that were tried."""
+        return bench.best_lr(mask)
 
 
 class Exhaustive(WithoutModel):
@@ -39,8 +38,9 @@ class Exhaustive(WithoutModel):
             )
         trials = [Trial(mask, lr) for mask in bench.space.masks() for lr in bench.lrs]
         if bench.price(trials) > bench.left + 1e-9:
+            _, finalist = check_budget(bench)
             raise BudgetError(
-                f"exhaustive search needs {bench.price(trials) + bench.held_back:.4g} full trainings, "
+                f"exhaustive search needs {bench.price(trials) + MOST_FINALISTS * finalist:.4g} full trainings, "
                 f"the budget is {bench.budget:g}; use --strategy racing or a larger --budget"
             )
         bench.value(trials)

@@ -1,9 +1,8 @@
-"""The default: scores propose, short annealed rungs thin out, full-length runs decide."""
+"""The default: learning rates compared at full length, then a model proposes (plan, rate), then finals decide."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 
@@ -11,13 +10,12 @@ from layerprobe.search.bench import Bench, accuracy_of
 from layerprobe.search.space import Mask, Space, Trial, structured_masks
 from layerprobe.search.strategies.base import frontier
 from layerprobe.search.surrogate import PlanModel, Scores, draw_by_scores
-from layerprobe.search.verdict import Finalist
 
 POOL = 256
 """Plans considered at all; every plan where there are no more than this many."""
 
-ANCHORS = 5
-"""Sizes at which a full-length trial shows how far the short runs are to be believed."""
+SPREAD = 5
+"""Sizes at which one full-length trial comes before the model chooses freely."""
 
 BATCH = 4
 """Full-length trials between two looks at the model; part of the search's definition, not of the hardware."""
@@ -27,93 +25,95 @@ class Racing:
     """Score-guided racing.
 
     1. Pool: every allowed plan, or simple families plus plans that the scores and their uncertainty propose.
-    2. Rung 0 (half of the exploring budget): a spread of sizes at every learning rate, short schedules that
-       anneal fully.
-    3. Anchors: one full-length trial at each of a few sizes, from all to none. Short runs favour plans that
-       learn fast, which are seldom the small ones, and by how much shows only at full length.
-    4. A model over plans (`PlanModel`) reads those and picks full-length trials in small batches: the plan
-       that may be best, and for each size from the smallest upwards the plan that may be good enough.
-    5. Finals on common seeds and the one-standard-error rule follow for every strategy (`run_strategy`).
+    2. Anchors: the largest and the smallest plan at every learning rate, at full length. How the best rate moves
+       with the number of trained blocks shows there; short runs favour other rates, and other plans.
+    3. Where the pool does not hold every plan, half of what is left to explore goes into short schedules that
+       anneal fully, over a spread of sizes: they cover more blocks than a few long runs can.
+    4. A model over plans and rates (`PlanModel`) reads all that and picks full-length trials, each at the rate that
+       may suit the plan: one at each of a few sizes, then in small batches the plan that may be best, and for each
+       size the plan that may be good enough.
+    5. The model's shortlist goes into the finals on common seeds, at the model's rates, and the one-standard-error
+       rule follows as for every strategy (`run_strategy`).
     """
 
     name = "racing"
 
     def explore(self, bench: Bench) -> None:
-        pool = candidate_pool(bench.space, bench.scores, bench.rng)
-        short = [Trial(mask, lr, 0, bench.fidelity) for mask in pool for lr in bench.lrs]
-        share = 0.5 * bench.left
-        per_mask = bench.price(short) / len(pool)
-        n_short = int(np.clip(share / per_mask, 1, len(pool)))
-        self._pool = pool
-        spread = spread_of_sizes(pool, n_short, bench.scores, bench.rng)
-        bench.value([Trial(mask, lr, 0, bench.fidelity) for mask in spread for lr in bench.lrs])
-        bench.value(self._anchors(bench))
+        self._pool = pool = candidate_pool(bench.space, bench.scores, bench.rng)
+        ends = list(dict.fromkeys([max(pool, key=sum), min(pool, key=sum)]))
+        bench.value([Trial(mask, lr) for mask in ends for lr in bench.lrs])
+        if bench.space.count_upper() > len(pool):
+            self._short_rung(bench)
+        bench.value(self._proposals(bench, spread=True))
         while True:
-            wanted = self._next_batch(bench)
+            wanted = self._proposals(bench)
             if not wanted or len(bench.value(wanted)) < len(wanted):
                 return
 
     def shortlist(self, bench: Bench, n: int) -> list[Mask]:
-        """The model's best plan, then the smallest that may be as good, then the rest of the frontier."""
-        tried = [mask for mask in bench.valued_masks() if bench.full(mask)] or bench.valued_masks()
+        """The model's best plan, then the smallest that may be as good, then the rest of the frontier.
+
+        Plans of the whole pool, tried or not: the finals try them.
+        """
         model = self._model(bench)
         if model is None:
             return frontier(bench, n)
-        mean, deviation = self._at_best_lr(bench, model, tried)
-        values = dict(zip(tried, mean.tolist(), strict=True))
-        order = frontier(bench, len(tried), estimate=values)
+        mean, deviation, _ = self._at_best_lr(bench, model, self._pool)
+        values = dict(zip(self._pool, mean.tolist(), strict=True))
+        order = frontier(bench, len(self._pool), estimate=values)
         if bench.objective == "accuracy":
             return order[:n]
         best = order[0]
         tolerance = model.noise / math.sqrt(bench.seeds)
-        sure = dict(zip(tried, deviation.tolist(), strict=True))
-        champions = self._champions(tried, values)
+        sure = dict(zip(self._pool, deviation.tolist(), strict=True))
         plausible = [
             mask
-            for _, mask in sorted(champions.items())
+            for _, mask in sorted(self._champions(self._pool, values).items())
             if sum(mask) < sum(best) and values[mask] + sure[mask] >= values[best] - tolerance
         ]
         return list(dict.fromkeys([best, *plausible, *order]))[:n]
 
-    def judge(self, bench: Bench, finalists: list[Finalist]) -> list[Finalist]:
-        """Finalists with the model's estimate at their own learning rates, after all runs."""
+    def rate(self, bench: Bench, mask: Mask) -> float:
+        """The plan's learning rate by the model, which knows what suits its relatives."""
         model = self._model(bench)
-        if model is None or not finalists:
-            return finalists
-        mean, deviation = model.predict([Trial(finalist.mask, finalist.lr) for finalist in finalists])
-        return [
-            replace(finalist, shrunk=float(value), stderr=float(spread))
-            for finalist, value, spread in zip(finalists, mean, deviation, strict=True)
-        ]
+        if model is None:
+            return bench.best_lr(mask)
+        return self._at_best_lr(bench, model, [mask])[2][0]
 
-    def _anchors(self, bench: Bench) -> list[Trial]:
-        """The plan of each anchor size that the short runs hold for the best, at full length."""
+    def _short_rung(self, bench: Bench) -> None:
+        price = bench.price([Trial(mask, lr, 0, bench.fidelity) for mask in self._pool for lr in bench.lrs])
+        n_short = int(np.clip(0.5 * bench.left * len(self._pool) / price, 1, len(self._pool)))
+        spread = spread_of_sizes(self._pool, n_short, bench.scores, bench.rng)
+        bench.value([Trial(mask, lr, 0, bench.fidelity) for mask in spread for lr in bench.lrs])
+
+    def _proposals(self, bench: Bench, *, spread: bool = False) -> list[Trial]:
+        """Untried full-length trials by what the model hopes of them: at a spread of sizes, or the next batch."""
         model = self._model(bench)
         if model is None:
             return []
-        mean, _ = self._at_best_lr(bench, model, self._pool)
-        champions = self._champions(self._pool, dict(zip(self._pool, mean.tolist(), strict=True)))
-        sizes = coarse_to_fine(sorted(champions))[:ANCHORS]
-        return [Trial(champions[size], self._rates[champions[size]]) for size in sizes]
-
-    def _next_batch(self, bench: Bench) -> list[Trial]:
-        model = self._model(bench)
-        if model is None:
-            return []
-        mean, deviation = self._at_best_lr(bench, model, self._pool)
-        rates = self._rates
-        upper = dict(zip(self._pool, (mean + deviation).tolist(), strict=True))
-        open_masks = [mask for mask in self._pool if Trial(mask, rates[mask]) not in bench.history]
+        best, _, _ = self._at_best_lr(bench, model, self._pool)
+        target = float(best.max()) - model.noise / math.sqrt(bench.seeds)
+        mean, deviation = self._predict(bench, model, self._pool)
+        upper = mean + deviation
+        for row, mask in enumerate(self._pool):
+            for column, lr in enumerate(bench.lrs):
+                if Trial(mask, lr) in bench.history:
+                    upper[row, column] = -math.inf
+        hope = dict(zip(self._pool, upper.max(axis=1).tolist(), strict=True))
+        rates = dict(zip(self._pool, upper.argmax(axis=1).tolist(), strict=True))
+        open_masks = [mask for mask in self._pool if math.isfinite(hope[mask])]
         if not open_masks:
             return []
-        target = float(mean.max()) - model.noise / math.sqrt(bench.seeds)
-        hopeful = max(open_masks, key=lambda mask: (upper[mask], -sum(mask)))
-        champions = self._champions(open_masks, upper)
-        good_enough = [mask for _, mask in sorted(champions.items()) if upper[mask] >= target]
-        chosen = list(dict.fromkeys([hopeful, *good_enough]))
-        if bench.objective == "accuracy":
-            chosen = sorted(open_masks, key=lambda mask: -upper[mask])
-        return [Trial(mask, rates[mask]) for mask in chosen[:BATCH]]
+        champions = self._champions(open_masks, hope)
+        if spread:
+            chosen = [champions[size] for size in coarse_to_fine(sorted(champions))[:SPREAD]]
+        elif bench.objective == "accuracy":
+            chosen = sorted(open_masks, key=lambda mask: -hope[mask])[:BATCH]
+        else:
+            hopeful = max(open_masks, key=lambda mask: (hope[mask], -sum(mask)))
+            good_enough = [mask for _, mask in sorted(champions.items()) if hope[mask] >= target]
+            chosen = list(dict.fromkeys([hopeful, *good_enough]))[:BATCH]
+        return [Trial(mask, bench.lrs[rates[mask]]) for mask in chosen]
 
     def _model(self, bench: Bench) -> PlanModel | None:
         known = {
@@ -126,17 +126,28 @@ class Racing:
         model = PlanModel(bench.space.n_blocks, bench.lrs, bench.scores)
         return model.fit(list(known), list(known.values()))
 
-    def _at_best_lr(self, bench: Bench, model: PlanModel, masks: list[Mask]) -> tuple[np.ndarray, np.ndarray]:
-        mean, deviation = model.predict([Trial(mask, lr) for mask in masks for lr in bench.lrs])
-        table = mean.reshape(len(masks), len(bench.lrs))
+    def _predict(self, bench: Bench, model: PlanModel, masks: list[Mask]) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation at full length, plan by rate; −inf where the plan cannot be trained.
+
+        The model knows finite accuracies alone, and would go on hoping for a rate that fails; trainings diverge
+        at large rates, so those above it fall with it.
+        """
+        mean, deviation = (
+            values.reshape(len(masks), len(bench.lrs))
+            for values in model.predict([Trial(mask, lr) for mask in masks for lr in bench.lrs])
+        )
         for row, mask in enumerate(masks):
-            for rate in bench.failed_rates(mask):
-                # The model knows finite accuracies alone, and would go on hoping for this one.
-                table[row, bench.lrs.index(rate)] = -math.inf
-        chosen = table.argmax(axis=1)
-        rows = np.arange(len(masks))
-        self._rates = {mask: bench.lrs[rate] for mask, rate in zip(masks, chosen, strict=True)}
-        return table[rows, chosen], deviation.reshape(table.shape)[rows, chosen]
+            if failed := bench.failed_rates(mask):
+                mean[row, [lr in failed or lr > min(failed) for lr in bench.lrs]] = -math.inf
+        return mean, deviation
+
+    def _at_best_lr(
+        self, bench: Bench, model: PlanModel, masks: list[Mask]
+    ) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Mean, deviation and rate of each plan at the rate with the best mean."""
+        mean, deviation = self._predict(bench, model, masks)
+        chosen, rows = mean.argmax(axis=1), np.arange(len(masks))
+        return mean[rows, chosen], deviation[rows, chosen], [bench.lrs[index] for index in chosen]
 
     @staticmethod
     def _champions(masks: list[Mask], value: dict[Mask, float]) -> dict[int, Mask]:

@@ -78,7 +78,7 @@ def test_replays_are_cheap_and_find_the_block_that_matters(strategy: str) -> Non
     truth = Truth.of(table)
     found = replay(table, truth, strategy, 0.6 * table.exhaustive_cost(), seed=0)
     assert found["plan"][1] == "#" and found["regret"] < 6
-    assert found["spent"] <= 0.6 * table.exhaustive_cost()
+    assert found["spent"] <= 0.6 * table.exhaustive_cost() + 1e-9
 
 
 def test_measures_of_a_replay_agree_with_plain_counting() -> None:

@@ -114,7 +114,9 @@ def test_accuracy_objective_takes_the_best_plan_and_not_the_smallest() -> None:
     gains = [0.2, 0.001, 0.001, 0.001, 0.001]
     frugal, _ = answer("racing", Landscape(gains, noise=0.02), budget=60.0)
     eager, _ = answer("racing", Landscape(gains), budget=60.0, objective="accuracy")
-    assert sum(frugal) <= 2
+    assert frugal[0] and sum(frugal) <= 3, (
+        "four blocks add a thousandth each, one seed's noise is twenty times that"
+    )
     assert sum(eager) > sum(frugal)
 
 
@@ -129,6 +131,31 @@ def test_each_plan_gets_its_own_learning_rate() -> None:
     rates = {sum(finalist.mask): finalist.lr for finalist in finalists}
     assert rates[5] == 1e-4
     assert all(lr == 1e-3 for size, lr in rates.items() if size <= 1)
+
+
+def test_rates_are_compared_at_full_length() -> None:
+    class Hasty(Landscape):
+        """Short runs like the large rate, long ones the small, and the more so the more they train."""
+
+        def truth(self, trial: Trial) -> float:
+            self.best_lr = 1e-3 if trial.fidelity < 1 else 3e-4 if sum(trial.mask) < 3 else 1e-4
+            return super().truth(trial)
+
+    bench = make_bench(Hasty([0.02] * 5, noise=0.002), budget=26.0)
+    finalists = run_strategy(make_strategy("racing"), bench)
+    ends = [Trial(mask, lr) for mask in (bench.space.all, bench.space.none) for lr in LRS]
+    assert all(trial in bench.history for trial in ends), "both ends of the sizes at every rate"
+    assert {finalist.lr for finalist in finalists if sum(finalist.mask) >= 4} == {1e-4}
+    assert all(finalist.lr < 1e-3 for finalist in finalists)
+
+
+def test_the_whole_budget_is_spent_where_there_is_something_left_to_try() -> None:
+    for seed in range(3):
+        bench = make_bench(
+            Landscape([0.02, 0.0, 0.02, 0.0, 0.0], noise=0.01), budget=24.0, seed=seed, max_repeats=3
+        )
+        run_strategy(make_strategy("racing"), bench)
+        assert bench.budget - bench.spent < 2.0, "less than one more plan's seeds"
 
 
 def test_racing_uses_good_scores_and_survives_misleading_ones() -> None:
@@ -180,7 +207,7 @@ def test_short_runs_that_favour_large_plans_are_found_out_at_full_length() -> No
     for seed in range(5):
         mask, bench = answer("racing", Slow([-0.004] * 5, noise=0.002), budget=26.0, seed=seed)
         anchored = {sum(trial.mask) for trial in bench.history if trial.fidelity == 1.0}
-        assert {5, 0, 2} <= anchored
+        assert {5, 0, 2} <= anchored, "a spread of sizes at full length"
         sizes.append(sum(mask))
     assert max(sizes) <= 1
 
