@@ -296,14 +296,15 @@ trainings, and the exhaustive cost is every plan at every rate once, then the ot
 number of trained blocks whose best plan is within one standard error of the optimum on validation. "Yes, not surely":
 the mean reaches the bar, the bad end of the interval does not.
 
-A plan is judged at the learning rate that the whole table gives it. A strategy that saw fewer runs may have chosen
-another, at which a real search would have trained; the last two columns of the second table say how often, and what
-that costs on validation.
+A plan is judged at the learning rate that the whole table gives it, the one with the best mean over the selection
+seeds. A strategy that saw fewer runs may have chosen another, at which a real search would have trained; the last two
+columns of the second table say how often, and what that costs on validation.
 """
 SEEN = """
-The default strategy was last changed (by the anchors, one full-length run at each of a few sizes) after a look at
-{seen}; made-up landscapes decided. The other tables had not been looked at then: they are the honest test, and have
-a column of their own.
+The default strategy was last changed after a look at {seen}: there it inferred learning rates from short runs, which
+favour others than long ones do. Now it compares them at full length. Made-up landscapes decided which form of that
+stayed; no number was fitted to a table. Tables that had not been looked at then are the honest test, and have a column
+of their own.
 """
 UNSEEN = """
 The default strategy was not changed after a look at any of these tables.
@@ -320,7 +321,7 @@ FIGURE = """
 TABLES = """
 ## Tables
 
-Test accuracy in %, mean over three unseen seeds ± one standard error (pooled over plans). `#` trains, `.` is frozen,
+Test accuracy in %, mean over unseen seeds ± one standard error (pooled over plans). `#` trains, `.` is frozen,
 input to output. Racing: mean over its replays. Trained for: processes' seconds added up.
 
 | table | images (train, validation, test) | best plan | its test | all blocks | none | sufficient | racing: regret | \

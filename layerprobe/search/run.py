@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time as clock
@@ -67,7 +68,7 @@ def freeze_search(
     strategy : racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
     objective : 'frugal' (fewest parameters within one standard error of the best) or 'accuracy'.
     seeds : common seeds of finalists, and unseen seeds of the report, ≥ 2.
-    lrs : learning rates to choose from, for each plan separately.
+    lrs : learning rates to choose from, for each plan separately; order and repetitions do not matter.
     fidelity : length of the short rung, as a share of the full training.
     bridge_steps, finetune_steps, batch_size, random_classes, precision : the training; see `Chain`.
     use_scores : compute transfer scores, and let the trainable ones propose plans; False: neither.
@@ -264,9 +265,13 @@ class _Search:
         elapsed = clock.monotonic() - self.began
         rest = elapsed * max(0.0, bench.budget - bench.spent) / max(bench.spent, 1e-9)
         short = "" if bench.full(best) else " (short runs)"
+        leader = (
+            f"best so far {100 * bench.estimate(best):.1f} % with {describe_mask(best)}{short}"
+            if math.isfinite(bench.estimate(best))
+            else "all runs have failed so far"
+        )
         self.say(
-            f"{len(bench.history)} trainings, {bench.spent:.1f} of {bench.budget:.3g} spent; best so far "
-            f"{100 * bench.estimate(best):.1f} % with {describe_mask(best)}{short}; "
+            f"{len(bench.history)} trainings, {bench.spent:.1f} of {bench.budget:.3g} spent; {leader}; "
             f"about {rest / 60:.1f} min of search left"
         )
 

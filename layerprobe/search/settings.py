@@ -98,6 +98,8 @@ def make_settings(preset: str | None, **given: Any) -> Settings:
     for name in ("lrs", "must_freeze", "must_train", "baselines"):
         if name in merged:
             merged[name] = tuple(merged[name])
+    if "lrs" in merged:  # one grid, one search, however it was written
+        merged["lrs"] = tuple(sorted(set(merged["lrs"])))
     if merged.get("budget") is None and merged.get("time") is None:
         merged["budget"] = DEFAULT_BUDGET
     return Settings(**merged)

@@ -306,8 +306,10 @@ def hide_password(url: str) -> str:
     if url.startswith("sqlite:///"):
         return url.removeprefix("sqlite:///")
     head, _, tail = url.partition("://")
-    user, at, host = tail.rpartition("@")
-    return f"{head}://{user.partition(':')[0]}{at}{host}"
+    user, at, rest = tail.rpartition("@")
+    host, _, query = rest.partition("?")
+    shown = "&".join(part for part in query.split("&") if not part.lower().startswith("password="))
+    return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
 
 
 def trial_from(attrs: Mapping[str, Any]) -> Trial:

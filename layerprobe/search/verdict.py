@@ -138,7 +138,7 @@ def verdict_sentence(
     accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
     if kind == "train everything":
         why = (
-            "the budget paid for one finalist, so no smaller plan was compared with it on several seeds"
+            "only one finalist finished on several seeds (the budget ended, or runs failed), so nothing was compared with it"
             if n_finalists < 2
             else "no smaller plan among the finalists came within one standard error of the best"
             if objective == "frugal"

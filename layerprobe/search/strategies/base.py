@@ -159,3 +159,20 @@ def frontier(bench: Bench, n: int, *, estimate: dict[Mask, float] | None = None)
     smaller = sorted(champions.values(), key=lambda mask: (-values[mask], bench.space.params(mask)))
     rest = [mask for mask in ranked if mask != best and mask not in smaller]
     return [best, *smaller, *rest][:n]
+
+
+def coarse_to_fine(sizes: list[int]) -> list[int]:
+    """The ends first, then middles of ever smaller gaps, so that any leading part is spread out.
+
+    >>> coarse_to_fine([0, 1, 2, 3, 4])
+    [4, 0, 2, 1, 3]
+    """
+    order = [sizes[-1], sizes[0]]
+    gaps = [(0, len(sizes) - 1)]
+    while gaps:
+        low, high = gaps.pop(0)
+        if high - low > 1:
+            middle = (low + high) // 2
+            order.append(sizes[middle])
+            gaps += [(low, middle), (middle, high)]
+    return list(dict.fromkeys(order))

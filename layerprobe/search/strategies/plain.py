@@ -7,7 +7,7 @@ import math
 from layerprobe.errors import BudgetError, UsageError
 from layerprobe.search.bench import Bench
 from layerprobe.search.space import Mask, Trial, structured_masks
-from layerprobe.search.strategies.base import MOST_FINALISTS, check_budget, frontier
+from layerprobe.search.strategies.base import MOST_FINALISTS, check_budget, coarse_to_fine, frontier
 
 
 class WithoutModel:
@@ -49,7 +49,8 @@ class Exhaustive(WithoutModel):
 class Family(WithoutModel):
     """Plans of one simple family (prefix, suffix or contiguous), each at every learning rate.
 
-    The family is valued on the short rung first where the budget does not pay for full length.
+    The family is valued on the short rung first where the budget does not pay for full length; on deep backbones a
+    spread of its sizes, as far as the budget goes.
     """
 
     def __init__(self, family: str) -> None:
@@ -61,7 +62,9 @@ class Family(WithoutModel):
         if bench.price(full) <= bench.left + 1e-9:
             bench.value(full)
             return
-        bench.value([Trial(mask, lr, 0, bench.fidelity) for mask in masks for lr in bench.lrs])
+        sizes = {sum(mask): [other for other in masks if sum(other) == sum(mask)] for mask in masks}
+        spread = [mask for size in coarse_to_fine(sorted(sizes)) for mask in sizes[size]]
+        bench.value([Trial(mask, lr, 0, bench.fidelity) for mask in spread for lr in bench.lrs])
 
 
 class RandomPlans(WithoutModel):

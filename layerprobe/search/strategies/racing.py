@@ -8,7 +8,7 @@ import numpy as np
 
 from layerprobe.search.bench import Bench, accuracy_of
 from layerprobe.search.space import Mask, Space, Trial, structured_masks
-from layerprobe.search.strategies.base import frontier
+from layerprobe.search.strategies.base import coarse_to_fine, frontier
 from layerprobe.search.surrogate import PlanModel, Scores, draw_by_scores
 
 POOL = 256
@@ -194,20 +194,3 @@ def spread_of_sizes(pool: list[Mask], n: int, scores: Scores, rng: np.random.Gen
                 chosen.append(by_size[size][depth])
         depth += 1
     return chosen[:n]
-
-
-def coarse_to_fine(sizes: list[int]) -> list[int]:
-    """The ends first, then middles of ever smaller gaps, so that any leading part is spread out.
-
-    >>> coarse_to_fine([0, 1, 2, 3, 4])
-    [4, 0, 2, 1, 3]
-    """
-    order = [sizes[-1], sizes[0]]
-    gaps = [(0, len(sizes) - 1)]
-    while gaps:
-        low, high = gaps.pop(0)
-        if high - low > 1:
-            middle = (low + high) // 2
-            order.append(sizes[middle])
-            gaps += [(low, middle), (middle, high)]
-    return list(dict.fromkeys(order))

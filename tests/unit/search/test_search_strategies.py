@@ -12,8 +12,8 @@ from layerprobe.search.baselines import report_arms, standard_arms
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of, structured_masks
 from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
-from layerprobe.search.strategies.base import finalist_count, frontier
-from layerprobe.search.strategies.racing import candidate_pool, coarse_to_fine, spread_of_sizes
+from layerprobe.search.strategies.base import coarse_to_fine, finalist_count, frontier
+from layerprobe.search.strategies.racing import candidate_pool, spread_of_sizes
 from layerprobe.search.surrogate import PlanModel
 from layerprobe.search.verdict import choose
 
@@ -247,9 +247,22 @@ def test_a_budget_too_small_for_one_plan_is_one_clear_line() -> None:
         run_strategy(make_strategy("racing"), make_bench(Landscape([0.0] * 5), budget=2.0))
 
 
-def test_exhaustive_says_what_it_would_need() -> None:
-    with pytest.raises(UsageError, match=r"exhaustive search needs .* full trainings, the budget is 20"):
+def test_exhaustive_says_what_it_would_need_and_runs_with_that() -> None:
+    with pytest.raises(
+        UsageError, match=r"exhaustive search needs .* full trainings, the budget is 20"
+    ) as told:
         run_strategy(make_strategy("exhaustive"), make_bench(Landscape([0.0] * 5), budget=20.0))
+    needed = float(str(told.value).split("needs ")[1].split()[0])
+    bench = make_bench(Landscape([0.0] * 5), budget=needed + 0.1)  # four digits are said
+    run_strategy(make_strategy("exhaustive"), bench)
+    assert len({trial.mask for trial in bench.history}) == 32
+
+
+def test_a_deep_family_is_spread_over_its_sizes() -> None:
+    bench = make_bench(Landscape([0.0] * 32), n_blocks=32, budget=20.0)
+    run_strategy(make_strategy("prefix"), bench)
+    sizes = {sum(trial.mask) for trial in bench.history}
+    assert {0, 8, 16, 24, 32} <= sizes and len(sizes) < 33
 
 
 def test_unknown_strategy_names_the_nearest() -> None:

@@ -81,7 +81,7 @@ def test_two_seeds_or_a_spread_of_zero_claim_nothing() -> None:
 
 
 def test_one_finalist_is_said_to_be_one() -> None:
-    assert "paid for one finalist" in verdict_sentence(ALL, SPACE, None, n_finalists=1)
+    assert "only one finalist" in verdict_sentence(ALL, SPACE, None, n_finalists=1)
 
 
 def test_probability_is_about_the_paired_seeds() -> None:
