@@ -138,7 +138,7 @@ def verdict_sentence(
     accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
     if kind == "train everything":
         why = (
-            "only one finalist finished on several seeds (the budget ended, or runs failed), so nothing was compared with it"
+            "only one finalist finished on several seeds (budget, or failed runs), so nothing was compared with it"
             if n_finalists < 2
             else "no smaller plan among the finalists came within one standard error of the best"
             if objective == "frugal"
