@@ -37,6 +37,8 @@ class Racing:
     """
 
     name = "racing"
+    _fitted: tuple[dict[Trial, float], PlanModel] | None = None
+    """The last model and what it was fitted to: finalists ask for it one by one."""
 
     def explore(self, bench: Bench) -> None:
         self._pool = pool = candidate_pool(bench.space, bench.scores, bench.rng)
@@ -123,8 +125,10 @@ class Racing:
         }
         if len(known) < 2:
             return None
-        model = PlanModel(bench.space.n_blocks, bench.lrs, bench.scores)
-        return model.fit(list(known), list(known.values()))
+        if self._fitted is None or self._fitted[0] != known:
+            model = PlanModel(bench.space.n_blocks, bench.lrs, bench.scores)
+            self._fitted = known, model.fit(list(known), list(known.values()))
+        return self._fitted[1]
 
     def _predict(self, bench: Bench, model: PlanModel, masks: list[Mask]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation at full length, plan by rate; −inf where the plan cannot be trained.
