@@ -129,7 +129,8 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
     own = at.iloc[0]
     part = frame[(frame["strategy"] == DEFAULT) & (frame["share"] == SHARE)]
     n = int(own["n_replays"])
-    basis = f"{own['n_tables']:.0f} tables, {n} replays"
+    answers = int(part.groupby("pair")["plan"].nunique().sum())
+    basis = f"{own['n_tables']:.0f} tables, {n} replays with {answers} different answers"
     worse = int((part["below_all"] > part["stderr"]).sum())
     frugal = int((part["excess_blocks"] <= 1).sum())
     shares = (part["excess_blocks"] <= 1).groupby(part["pair"]).mean()
@@ -195,7 +196,7 @@ def with_unseen(
     if not seen or rest.empty:
         return verdicts
     alone = {row["measure"]: row for row in bars(rest, summarise(rest, truths))}
-    column = f"on the {rest['pair'].nunique()} unseen tables"
+    column = f"on unseen tables ({', '.join(rest['pair'].unique())})"
     return [
         {**row, column: f"{alone[row['measure']]['measured']} ({alone[row['measure']]['reached']})"}
         for row in verdicts
@@ -295,6 +296,9 @@ be negative; *one standard error* is that of one plan's mean over those seeds, p
 trainings, and the exhaustive cost is every plan at every rate once, then the other seeds. *Sufficient* is the smallest
 number of trained blocks whose best plan is within one standard error of the optimum on validation. "Yes, not surely":
 the mean reaches the bar, the bad end of the interval does not.
+
+Where its pool holds every plan, as here, racing draws nothing at random, so that its replays of one table may all be
+one: read the number of different answers, not of replays.
 
 A plan is judged at the learning rate that the whole table gives it, the one with the best mean over the selection
 seeds. A strategy that saw fewer runs may have chosen another, at which a real search would have trained; the last two
