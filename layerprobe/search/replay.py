@@ -55,8 +55,14 @@ class ExhaustiveTable:
         return list(self.space.masks())
 
     def own_lr(self, mask: Mask) -> float:
-        """The mask's learning rate: the best mean validation accuracy over the selection repeats."""
-        return max(self.lrs, key=lambda lr: (float(self.validation(mask, lr).mean()), -lr))
+        """The mask's learning rate: best mean validation accuracy over the selection repeats that have every rate."""
+        compared = [
+            [self._accuracy(Trial(mask, lr, repeat)) for lr in self.lrs]
+            for repeat in range(self.seeds)
+            if all(Trial(mask, lr, repeat) in self.outcomes for lr in self.lrs)
+        ]
+        means = np.mean(compared, axis=0)
+        return self.lrs[min(range(len(self.lrs)), key=lambda i: (-means[i], self.lrs[i]))]
 
     def validation(self, mask: Mask, lr: float | None = None) -> np.ndarray:
         """Validation accuracy per selection repeat, at the mask's own rate or another."""
