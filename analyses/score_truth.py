@@ -105,6 +105,7 @@ def stored(s: Setup, folder: Path) -> tuple[ExhaustiveTable, int]:
     about = read_json(folder / "table.json", what="exhaustive table")
     n_test = int(about["counts"]["test"])
     model, task = s.path(about["model"], "models"), s.path(about["task"], "data")
+
     def make() -> dict[str, list[float]]:
         images = load_task(task, limit=about["counts"]["train"], seed=0)
         options = {} if is_vision(model) else {"patch_size": about["patch_size"], "stem": about["stem"]}
