@@ -24,7 +24,7 @@ from trainings import Trainings
 
 from layerprobe.backbones import load_backbone
 from layerprobe.cli.output import save_figure
-from layerprobe.errors import NotAvailableError
+from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.uncertainty import mean_interval
 from layerprobe.plotting.transfer import FAMILY_COLOURS
@@ -117,7 +117,10 @@ def stored(s: Setup, folder: Path) -> tuple[ExhaustiveTable, int]:
     made_from = {key: about[key] for key in ("split_hash", "model", "stem", "patch_size")}
     try:
         scores = s.kept(f"scores {table.name}", make, **made_from)
-    except NotAvailableError:  # the trainable scores, which came with the table, remain
+    except (
+        NotAvailableError,
+        UnknownNameError,
+    ):  # no such model or images here: the table's own scores remain
         return table, n_test
     return with_scores(table, scores), n_test
 

@@ -305,7 +305,7 @@ def test_the_page_of_replays_says_what_the_tables_say(
     frugal = next(bar for name, bar in bars.items() if name.startswith("replays with at most one"))
     assert frugal["measured"].startswith(f"{(own['excess_blocks'] <= 1).sum()} of {len(own)}")
     unseen = own[own["pair"] != "table0"]
-    assert frugal["on the 2 unseen tables"].startswith(
+    assert frugal["on unseen tables (table1, table2)"].startswith(
         f"{(unseen['excess_blocks'] <= 1).sum()} of {len(unseen)}"
     )
     assert (tmp_path / "out" / "regret.png").stat().st_size > 0
