@@ -139,9 +139,10 @@ def report_arms(
 
     Each baseline has its own learning rate, chosen on validation with the search's first seed among all rates at
     one length: what the search already valued where that is the whole grid, else the short rung. For training
-    everything, which the verdict is about, the two best of those rates are then compared at full length: short
-    runs favour other rates than long ones. The plan has the rate that the search gave it, which a strategy may
-    have inferred from other plans. `rates` are those of arms that a search of their own has chosen one for.
+    everything, which the verdict is about, rates are compared at full length, all of them where the search did
+    so, else the two best: short runs favour other rates than long ones. The plan has the rate that the search
+    gave it, which a strategy may have inferred from other plans. `rates` are those of arms that a search of their
+    own has chosen one for.
     """
     everyone = [Arm(PLAN, plan), *arms]
     chosen = {PLAN: plan_lr, **(rates or {})}
@@ -172,7 +173,10 @@ def report_arms(
 
 
 def _rate_at_full_length(arm: Arm, bench: Bench, value_batch: ValueBatch) -> float:
-    """The better at full length of the two rates that are best on the short rung."""
+    """The best rate at full length: of all where the search valued all, else of the two best on the short rung."""
+    full = [arm.trial(lr) for lr in bench.lrs]
+    if all(trial in bench.history for trial in full):
+        return max(full, key=lambda trial: (accuracy_of(bench.history[trial]), -trial.lr)).lr
     candidates = bench.lrs
     for length, kept in ((bench.fidelity, FULL_LENGTH_RATES), (1.0, 1)):
         trials = [arm.trial(lr, 0, length) for lr in candidates]

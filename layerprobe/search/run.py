@@ -30,8 +30,18 @@ from layerprobe.search.strategies.base import check_budget
 from layerprobe.search.study import Ledger, hide_password, storage_url
 from layerprobe.search.surrogate import Scores
 from layerprobe.search.valuing import ChainEvaluator
-from layerprobe.search.verdict import Finalist, choose, pooled_stderr, verdict_kind, verdict_sentence
+from layerprobe.search.verdict import (
+    Finalist,
+    choose,
+    contenders,
+    pooled_stderr,
+    verdict_kind,
+    verdict_sentence,
+)
 from layerprobe.search.workers import helpers
+
+REPORT_LINE_SECONDS = 15.0
+"""Between two lines of progress while the baselines train."""
 
 SCORE_COLUMNS = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
 
@@ -153,13 +163,13 @@ class _Search:
         )
         finalists = run_strategy(make_strategy(settings.strategy), bench)
         winner = choose(finalists, space, objective=settings.objective)
-        values = "; ".join(f"{describe_mask(f.mask)} {100 * f.mean:.1f} %" for f in finalists)
+        values = "; ".join(f"{describe_mask(f.mask)} {100 * f.mean:.1f} %" for f in contenders(finalists))
         self.say(f"on {len(winner.accuracies)} common seeds, validation: {values}")
         self.say(
             f"chosen on validation: {describe_mask(winner.mask)}; now {len(arms)} baselines on unseen seeds"
         )
         arms, rates = self.rival(arms, budget)
-        results = report_arms(winner.mask, winner.lr, arms, bench, self.value, rates=rates)
+        results = report_arms(winner.mask, winner.lr, arms, bench, self.report, rates=rates)
         return self.conclude(bench, finalists, winner, results, score_frame)
 
     def bench(self, budget: float, guides: Scores) -> Bench:
@@ -258,6 +268,24 @@ class _Search:
         """Answers to trials, from the ledger or by training."""
         return self.ledger.value(trials, self.evaluator)
 
+    def report(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
+        """Answers to the report's trials, with a line of progress every now and then."""
+        began = told = clock.monotonic()
+        found_before: int | None = None
+
+        def watch(finished: int, total: int) -> None:
+            nonlocal told, found_before
+            found_before = finished if found_before is None else found_before
+            now = clock.monotonic()
+            if found_before < finished < total and now - told >= REPORT_LINE_SECONDS:
+                told = now
+                rest = (now - began) / (finished - found_before) * (total - finished)
+                self.say(
+                    f"baselines: {finished} of {total} trainings of this step; about {rest / 60:.1f} min of it left"
+                )
+
+        return self.ledger.value(trials, self.evaluator, watch)
+
     def watch(self, bench: Bench) -> None:
         """One line of progress: best so far, budget left, expected end."""
         known = [mask for mask in bench.valued_masks() if bench.full(mask)] or bench.valued_masks()
@@ -293,7 +321,7 @@ class _Search:
             versus,
             objective=settings.objective,
             test_mean=plan_result.mean,
-            n_finalists=len(finalists),
+            n_finalists=sum(np.isfinite(f.mean) for f in finalists),
         )
         kind = verdict_kind(winner.mask, versus)
         records = self.ledger.records()
@@ -326,7 +354,7 @@ class _Search:
                 "trainable_parameters": plan_result.params,
             },
             "against_all": asdict(versus) if versus else None,
-            "standard_error": pooled_stderr(finalists),
+            "standard_error": pooled_stderr(contenders(finalists)),
             "objective": settings.objective,
             "strategy": settings.strategy,
             "budget": bench.budget,

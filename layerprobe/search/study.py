@@ -105,16 +105,21 @@ class Ledger:
             )
         return cls(storage, study)
 
-    def value(self, trials: Sequence[Trial], work: Work) -> dict[Trial, Outcome]:
+    def value(
+        self, trials: Sequence[Trial], work: Work, watch: Callable[[int, int], None] | None = None
+    ) -> dict[Trial, Outcome]:
         """Answers to all `trials`: looked up where finished, trained here, or awaited from other processes.
 
         `work` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
         an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
+        `watch` is told how many of how many trials are finished, at each look at the database.
         """
         wanted = {trial.key: trial for trial in trials}
         while True:
             owners = self._owners()
             done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
+            if watch is not None:
+                watch(len(done), len(wanted))
             if len(done) == len(wanted):
                 return {trial: done[trial.key] for trial in trials}
             missing = [trial for key, trial in wanted.items() if key not in owners]
@@ -174,12 +179,18 @@ class Ledger:
 
     def get(self, name: str) -> Any:
         """A fact kept with the search by `put`, or None."""
-        return self._study.user_attrs.get(f"fact:{name}")
+        kept = [frozen for frozen in self._trials() if frozen.user_attrs.get("fact") == name]
+        return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
 
     def put(self, name: str, value: Any) -> None:
         """Keep a fact (strict JSON) with the search; the first one stays, so that all processes agree."""
         if self.get(name) is None:
-            self._study.set_user_attr(f"fact:{name}", json.loads(json.dumps(value, allow_nan=False)))
+            # As a row that the database numbers: an attribute of the study would be the last writer's, and
+            # processes that started at one moment would go on with two budgets.
+            plain = json.loads(json.dumps(value, allow_nan=False))
+            self._study.add_trial(
+                optuna.create_trial(state=TrialState.FAIL, user_attrs={"fact": name, "value": plain})
+            )
 
     def close(self) -> None:
         """Let go of the database connections."""

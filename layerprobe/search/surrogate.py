@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from layerprobe.search.space import Mask, Trial
+from layerprobe.search.space import Trial
 
 Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -131,14 +131,11 @@ def standard_scores(scores: Scores) -> np.ndarray:
     return np.array(rows)
 
 
-def draw_by_scores(scores: Scores, n_blocks: int, size: int, rng: np.random.Generator) -> Mask:
-    """The `size` best blocks by one score, drawn at random, after noise of its standard error (Thompson)."""
+def order_by_scores(scores: Scores, n_blocks: int, rng: np.random.Generator) -> list[int]:
+    """All blocks, best first by one score, drawn at random, after noise of its standard error (Thompson)."""
     names = [name for name, (value, _) in scores.items() if np.isfinite(value).all() and np.std(value) > 0]
     if not names:
-        order = rng.permutation(n_blocks)
-    else:
-        value, stderr = scores[names[int(rng.integers(len(names)))]]
-        spread = np.where(np.isfinite(stderr), stderr, np.std(value))
-        order = np.argsort(-(value + spread * rng.standard_normal(n_blocks)), kind="stable")
-    chosen = set(order[:size].tolist())
-    return tuple(index in chosen for index in range(n_blocks))
+        return rng.permutation(n_blocks).tolist()
+    value, stderr = scores[names[int(rng.integers(len(names)))]]
+    spread = np.where(np.isfinite(stderr), stderr, np.std(value))
+    return np.argsort(-(value + spread * rng.standard_normal(n_blocks)), kind="stable").tolist()

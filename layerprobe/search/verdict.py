@@ -45,15 +45,22 @@ def pooled_stderr(finalists: Sequence[Finalist]) -> float:
     return math.sqrt(variance / min(len(group) for group in groups))
 
 
+def contenders(finalists: Sequence[Finalist]) -> list[Finalist]:
+    """The finalists with the most common seeds; the finals go on without the others, whose means are not comparable."""
+    usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
+    most = max((len(finalist.accuracies) for finalist in usable), default=0)
+    return [finalist for finalist in usable if len(finalist.accuracies) == most]
+
+
 def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "frugal") -> Finalist:
-    """The answer among finalists: the one-standard-error rule, or the best alone.
+    """The answer among the contenders: the one-standard-error rule, or the best alone.
 
     'frugal' takes, among plans whose mean over seeds is at most one standard error below the best, the one with the
     fewest trainable parameters; ties go to the better mean. 'accuracy' takes the best; ties go to fewer parameters.
 
     Parameters
     ----------
-    finalists : plans with the same number of common seeds.
+    finalists : plans on common seeds; those with fewer seeds than others are out of the race.
     space : tells parameters per plan.
 
     Raises
@@ -64,7 +71,7 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
     ----------
     Breiman, Friedman, Olshen, Stone, Classification and Regression Trees, 1984, section 3.4.3.
     """
-    usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
+    usable = contenders(finalists)
     if not usable:
         raise UsageError("no plan could be valued: every run failed; see the reasons in trials.csv")
     best = max(usable, key=lambda f: (f.mean, -space.params(f.mask)))

@@ -78,7 +78,7 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
 
     A plan that cannot be paid on all seeds is left out; one whose first run fails goes on at its next best rate.
     What is left then buys further common seeds, up to twice as many, for the contenders: the plans within two
-    standard errors of the best.
+    standard errors of the best. The others are returned as well, after them, with the seeds that they had.
     """
     rates = _opened(bench, strategy, masks)
     entered: list[Mask] = []
@@ -88,7 +88,9 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
             bench.value(wanted)
             entered.append(mask)
     finalists = _read(bench, entered, rates, bench.seeds)
+    retired: list[Finalist] = []
     for repeat in range(bench.seeds, bench.max_repeats or 2 * bench.seeds):
+        retired += [finalist for finalist in finalists if not math.isfinite(finalist.mean)]
         finalists = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
         best = max((finalist.mean for finalist in finalists), default=-math.inf)
         bar = best - 2 * pooled_stderr(finalists)
@@ -97,8 +99,9 @@ def finals(bench: Bench, strategy: Strategy, masks: list[Mask]) -> list[Finalist
         if len(entered) < 2 or bench.price(wanted) > bench.left + 1e-9:
             break
         bench.value(wanted)
+        retired += [finalist for finalist in finalists if finalist.mask not in entered]
         finalists = _read(bench, entered, rates, repeat + 1)
-    return finalists
+    return [*finalists, *retired]
 
 
 def _opened(bench: Bench, strategy: Strategy, masks: list[Mask]) -> dict[Mask, float]:

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from layerprobe.search.bench import Bench, accuracy_of
-from layerprobe.search.space import Mask, Space, Trial, structured_masks
+from layerprobe.search.space import Mask, Space, Trial, mask_of, structured_masks
 from layerprobe.search.strategies.base import coarse_to_fine, frontier
-from layerprobe.search.surrogate import PlanModel, Scores, draw_by_scores
+from layerprobe.search.surrogate import PlanModel, Scores, order_by_scores
 
 POOL = 256
 """Plans considered at all; every plan where there are no more than this many."""
@@ -24,7 +24,9 @@ BATCH = 4
 class Racing:
     """Score-guided racing.
 
-    1. Pool: every allowed plan, or simple families plus plans that the scores and their uncertainty propose.
+    1. Pool: every allowed plan where there are at most `POOL`, else simple families plus plans that the scores and
+       their uncertainty propose. In the first case the scores enter the model alone, as far as trainings bear them
+       out, and hardly ever move the answer (results/freeze_search).
     2. Anchors: the largest and the smallest plan at every learning rate, at full length. How the best rate moves
        with the number of trained blocks shows there; short runs favour other rates, and other plans.
     3. Where the pool does not hold every plan, half of what is left to explore goes into short schedules that
@@ -175,7 +177,9 @@ def candidate_pool(space: Space, scores: Scores, rng: np.random.Generator) -> li
             pool.setdefault(space.random_mask(rng))
         else:
             size = int(rng.integers(1, space.n_blocks))
-            pool.setdefault(space.repair(draw_by_scores(scores, space.n_blocks, size, rng)))
+            order = order_by_scores(scores, space.n_blocks, rng)
+            # With the order, so that constraints cost the blocks that the score wants least.
+            pool.setdefault(space.repair(mask_of(order[:size], space.n_blocks), order))
     return list(pool)
 
 
@@ -186,7 +190,7 @@ def spread_of_sizes(pool: list[Mask], n: int, scores: Scores, rng: np.random.Gen
         by_size.setdefault(sum(mask), []).append(mask)
     n_blocks = len(pool[0])
     for size, masks in by_size.items():
-        wished = [draw_by_scores(scores, n_blocks, size, rng) for _ in range(2)]
+        wished = [mask_of(order_by_scores(scores, n_blocks, rng)[:size], n_blocks) for _ in range(2)]
         rest = [masks[index] for index in rng.permutation(len(masks))]
         by_size[size] = [mask for mask in dict.fromkeys([*wished, *rest]) if mask in set(masks)]
     order = coarse_to_fine(sorted(by_size))

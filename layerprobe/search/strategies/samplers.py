@@ -53,7 +53,10 @@ class _Sampler(WithoutModel, ABC):
                     for index in range(bench.space.n_blocks)
                 )
                 lr = proposal.suggest_categorical("lr", list(bench.lrs))
-                asked.append((proposal, Trial(bench.space.repair(wanted), lr)))
+                if not bench.space.allows(wanted):
+                    # In an order of chance: always from one end would keep plans of that end out.
+                    wanted = bench.space.repair(wanted, bench.rng.permutation(bench.space.n_blocks).tolist())
+                asked.append((proposal, Trial(wanted, lr)))
             price = bench.price([trial for _, trial in asked])
             found = bench.value([trial for _, trial in asked])
             for proposal, trial in asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,31 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
     # The landscape gains most by block 1, which greedy selection cannot miss.
     assert baselines.loc["greedy", "plan"][1] == "#" and baselines.loc["greedy", "n_seeds"] == 2
     assert found.facts["spent"] <= 16.0 and "auto_rgn" not in found.facts["plan"]
+
+
+def test_the_baselines_tell_how_far_they_are(
+    tiny_model: Path, made_up, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("layerprobe.search.run.REPORT_LINE_SECONDS", 0.0)
+    backbone, task = parts(tiny_model)
+    found = lp.freeze_search(backbone, task, **{**made_up, "quiet": False})
+    told = re.findall(
+        r"baselines: (\d+) of (\d+) trainings of this step; about [\d.]+ min", capsys.readouterr().err
+    )
+    last = [(int(done), int(total)) for done, total in told][-1]
+    arms = found.trials[found.trials["repeat"] >= 1000]
+    assert last == (len(arms) - 1, len(arms))
+
+
+def test_training_everything_has_the_best_of_the_rates_that_the_search_compared_at_full_length(
+    tiny_model: Path, made_up
+) -> None:
+    backbone, task = parts(tiny_model)
+    found = lp.freeze_search(backbone, task, **{**made_up, "budget": 16.0})
+    everything = found.trials[(found.trials["trained_blocks"] == 3) & (found.trials["repeat"] == 0)]
+    assert set(everything["fidelity"]) == {1.0} and set(everything["lr"]) == set(made_up["lrs"])
+    best = everything.loc[everything["validation_accuracy"].idxmax(), "lr"]
+    assert found.baselines.set_index("arm").loc["all", "lr"] == best
 
 
 def test_an_unknown_baseline_is_named_before_any_work(tiny_model: Path, made_up, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
 from layerprobe.search.strategies.base import coarse_to_fine, finalist_count, frontier
 from layerprobe.search.strategies.racing import candidate_pool, spread_of_sizes
 from layerprobe.search.surrogate import PlanModel
-from layerprobe.search.verdict import choose
+from layerprobe.search.verdict import Finalist, choose, contenders
 
 LRS = (1e-4, 3e-4, 1e-3)
 
@@ -329,3 +329,27 @@ def test_large_backbones_get_a_limited_pool_over_all_sizes() -> None:
     spread = spread_of_sizes(pool, 8, {}, rng)
     assert {sum(mask) for mask in spread[:3]} == {24, 0, 12}
     assert sorted(coarse_to_fine(list(range(10)))) == list(range(10))
+
+
+def test_under_constraints_the_pool_keeps_the_blocks_that_the_scores_want() -> None:
+    space = Space((1,) * 24, Constraints(min_frozen=12))
+    late = {"rgn": (np.arange(24.0), np.full(24, 1e-9))}
+    pool = candidate_pool(space, late, np.random.default_rng(0))
+    assert all(sum(mask) <= 12 for mask in pool)
+    # Of 13 to 23 wanted blocks the 12 best stay, not the 12 that come first.
+    assert mask_of(range(12, 24), 24) in pool
+    assert not any(mask_of(range(24 - size, 36 - size), 24) in pool for size in range(13, 24))
+
+
+def test_finalists_that_fall_behind_stay_in_the_report_and_out_of_the_race() -> None:
+    landscape = Landscape([0.0, 0.0, 0.2, 0.0, 0.0], noise=0.005)
+    bench = make_bench(landscape, budget=60.0)
+    finalists = run_strategy(make_strategy("prefix"), bench)
+    seeds = {finalist.mask: len(finalist.accuracies) for finalist in finalists}
+    racing, behind = contenders(finalists), [f for f in finalists if f not in contenders(finalists)]
+    assert len(racing) >= 2 and behind and len(racing) + len(behind) == len(finalists)
+    assert max(seeds[f.mask] for f in behind) < min(seeds[f.mask] for f in racing)
+    assert max(f.mean for f in behind) < max(f.mean for f in racing)
+    # A mean over fewer seeds is no competitor, however lucky.
+    lucky = Finalist(behind[0].mask, behind[0].lr, (0.99,))
+    assert choose([*racing, lucky], bench.space) == choose(racing, bench.space)

@@ -42,12 +42,28 @@ class Counting:
 def test_finished_trials_are_looked_up_with_all_they_said(tmp_path: Path) -> None:
     work = Counting()
     ledger = Ledger.open(tmp_path / "study.db", {"budget": 1})
-    first = ledger.value(TRIALS, work)
+    seen = []
+    first = ledger.value(TRIALS, work, lambda finished, total: seen.append((finished, total)))
+    assert seen[0] == (0, len(TRIALS)) and seen[-1] == (len(TRIALS), len(TRIALS)) and seen == sorted(seen)
     again = Ledger.open(tmp_path / "study.db", {"budget": 1}).value(TRIALS[::-1], work)
     assert Counter(work.seen) == Counter(trial.key for trial in TRIALS)
     assert first == again
     assert first[TRIALS[3]] == Outcome(accuracy(TRIALS[3]), facts={"steps": 3})
     assert [trial for trial, _, _ in ledger.records()] == TRIALS
+
+
+def test_of_facts_put_at_one_moment_all_processes_read_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledgers = [Ledger.open(tmp_path / "study.db", {}) for _ in range(2)]
+    with monkeypatch.context() as neither_sees_the_other:
+        neither_sees_the_other.setattr(Ledger, "get", lambda *_: None)
+        for number, ledger in enumerate(ledgers):
+            ledger.put("budget", {"budget": number})
+    assert [ledger.get("budget") for ledger in ledgers] == [{"budget": 0}] * 2
+    assert ledgers[0].get("scores") is None
+    # Facts are no trials.
+    assert not ledgers[0].records() and ledgers[1].running() == 0
 
 
 def test_a_long_batch_waits_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
