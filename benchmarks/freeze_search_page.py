@@ -297,8 +297,9 @@ trainings, and the exhaustive cost is every plan at every rate once, then the ot
 number of trained blocks whose best plan is within one standard error of the optimum on validation. "Yes, not surely":
 the mean reaches the bar, the bad end of the interval does not.
 
-Where its pool holds every plan, as here, racing draws nothing at random, so that its replays of one table may all be
-one: read the number of different answers, not of replays.
+Replays differ in the strategy's own seed and in which of the table's selection seeds comes first. Where its pool holds
+every plan, as here, racing draws nothing at random and has only the latter, so that several of its replays of a table
+are one: read the number of different answers, not of replays.
 
 A plan is judged at the learning rate that the whole table gives it, the one with the best mean over the selection
 seeds. A strategy that saw fewer runs may have chosen another, at which a real search would have trained; the last two

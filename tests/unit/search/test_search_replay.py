@@ -81,6 +81,16 @@ def test_replays_are_cheap_and_find_the_block_that_matters(strategy: str) -> Non
     assert found["spent"] <= 0.6 * table.exhaustive_cost() + 1e-9
 
 
+def test_replays_start_at_different_repeats_of_the_table() -> None:
+    table = make_table()
+    mask, lr = table.space.all, table.lrs[0]
+    for seed in range(2 * table.seeds):
+        found = table.bench(99.0, seed=seed).value([Trial(mask, lr, repeat) for repeat in range(table.seeds)])
+        assert list(found.values()) == np.roll(table.validation(mask, lr), -seed).tolist()
+        short = Trial(mask, lr, 0, table.fidelity)
+        assert table.bench(99.0, seed=seed).value([short]) == {short: table.outcomes[short].accuracy}
+
+
 def test_measures_of_a_replay_agree_with_plain_counting() -> None:
     table = make_table()
     truth = Truth.of(table)
