@@ -95,9 +95,8 @@ class Racing:
         model = self._model(bench)
         if model is None:
             return []
-        best, _, _ = self._at_best_lr(bench, model, self._pool)
-        target = float(best.max()) - model.noise / math.sqrt(bench.seeds)
         mean, deviation = self._predict(bench, model, self._pool)
+        target = float(mean.max()) - model.noise / math.sqrt(bench.seeds)
         upper = mean + deviation
         for row, mask in enumerate(self._pool):
             for column, lr in enumerate(bench.lrs):
