@@ -222,7 +222,7 @@ class _Search:
             # Measured once, so that a search which goes on, or another process of it, walks the same way.
             return stored["budget"], [arm for arm in arms if arm.name in stored["arms"]]
         assert s.time is not None
-        seconds = self.pilot()
+        seconds = self.pilot(workers)
         left = max(0.0, s.time - (clock.monotonic() - self.began))
         total = 0.9 * left * workers / seconds
         kept = list(arms)
@@ -245,8 +245,8 @@ class _Search:
         stored = self.ledger.get("budget")
         return stored["budget"], [arm for arm in arms if arm.name in stored["arms"]]
 
-    def pilot(self) -> float:
-        """Seconds that a full training of everything takes here, its evaluation included.
+    def pilot(self, workers: int) -> float:
+        """Seconds that a full training of everything takes here, its evaluation included, with all workers busy.
 
         Raises
         ------
@@ -255,10 +255,15 @@ class _Search:
         s = self.settings
         rates = sorted(s.lrs)[: len(s.lrs) // 2 + 1]
         for lr in reversed(rates):
-            trial = Trial(self.space.all, lr, 0, s.fidelity)
-            outcome = self.value([trial])[trial]
-            if outcome.accuracy is not None:
-                return max(1e-9, float(outcome.facts.get("call_seconds", outcome.seconds)) / s.fidelity)
+            # As many at once as there are workers: they take cores and memory from each other.
+            outcomes = self.value(
+                [Trial(self.space.all, lr, repeat, s.fidelity) for repeat in range(workers)]
+            )
+            fine = [outcome for outcome in outcomes.values() if outcome.accuracy is not None]
+            if fine:
+                seconds = [float(outcome.facts.get("call_seconds", outcome.seconds)) for outcome in fine]
+                return max(1e-9, max(seconds) / s.fidelity)
+        outcome = next(iter(outcomes.values()))
         raise UsageError(
             f"training everything fails at the learning rates {', '.join(f'{lr:g}' for lr in rates)} "
             f"({outcome.reason}); give smaller --lrs"

@@ -13,9 +13,11 @@ import pytest
 import layerprobe as lp
 from layerprobe.bridge import Outcome
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
+from layerprobe.search import bench
 from layerprobe.search import run as run_module
 from layerprobe.search import valuing as valuing_module
 from layerprobe.search.settings import PRESETS, make_settings
+from layerprobe.search.space import Space, Trial
 
 FAST = {
     "budget": 5.0,
@@ -240,6 +242,21 @@ def test_time_is_turned_into_a_budget_by_the_first_training(
     assert 0.4 * 60 < total < 60, "search and report together stay within the time"
     with pytest.raises(UsageError, match=r"time 60.* there, 61.* here"):
         lp.freeze_search(backbone, task, time=61, output=tmp_path, **fast)
+
+
+def test_the_pilot_measures_with_all_workers_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Trial] = []
+
+    def value(self, trials):
+        asked.extend(trials)
+        return {t: bench.Outcome(0.5, facts={"call_seconds": 1.0 + t.repeat}) for t in trials}
+
+    monkeypatch.setattr(run_module._Search, "value", value)
+    search = run_module._Search.__new__(run_module._Search)
+    search.settings, search.space = make_settings(None, fidelity=0.5), Space((1, 1))
+    assert search.pilot(1) == 2.0 and [trial.repeat for trial in asked] == [0]
+    assert search.pilot(3) == 6.0 and [trial.repeat for trial in asked] == [0, 0, 1, 2]
+    assert {trial.fidelity for trial in asked} == {0.5}
 
 
 def test_the_block_that_helps_is_found_and_the_sentence_says_so(
