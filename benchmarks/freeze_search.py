@@ -18,6 +18,7 @@ import argparse
 import shlex
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -182,12 +183,13 @@ def replay_tables(arguments: argparse.Namespace) -> None:
                         )
                     except BudgetError:  # of this table and share, whatever the seed: no row
                         break
-        rows += [
-            {"share": SHARE}
-            | replay(table, truths[table.name], "racing", SHARE * cost, seed=seed, use_scores=False)
-            | {"strategy": "racing without scores"}
-            for seed in range(arguments.runs)
-        ]
+        with suppress(BudgetError):
+            rows += [
+                {"share": SHARE}
+                | replay(table, truths[table.name], "racing", SHARE * cost, seed=seed, use_scores=False)
+                | {"strategy": "racing without scores"}
+                for seed in range(arguments.runs)
+            ]
         rows.append({"share": 1.0} | whole_table(table, truths[table.name]))
     if not any(row["strategy"] != WHOLE_TABLE for row in rows):
         raise BudgetError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -228,4 +228,5 @@ def paired(a: Sequence[float | None], b: Sequence[float | None] | None) -> Compa
     both = [(x, y) for x, y in zip(a, b or (), strict=False) if x is not None and y is not None]
     if len(both) < 2 or not all(math.isfinite(x) and math.isfinite(y) for x, y in both):
         return None
-    return compare([x for x, _ in both], [y for _, y in both])
+    found = compare([x for x, _ in both], [y for _, y in both])
+    return replace(found, failed=len(a) - len(both))

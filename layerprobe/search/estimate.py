@@ -11,10 +11,8 @@ from layerprobe.backbones.loading import available_memory
 from layerprobe.backbones.sketch import Sketch
 from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
-from layerprobe.search.bench import Bench
-from layerprobe.search.settings import Settings, make_settings
+from layerprobe.search.settings import make_settings, refuse
 from layerprobe.search.space import Space
-from layerprobe.search.strategies.base import check_budget
 
 
 def search_facts(
@@ -37,7 +35,7 @@ def search_facts(
     settings = make_settings(preset, **given)
     n_blocks, width = seen.n_blocks, seen.width
     space = Space(_block_params(seen), settings.constraints)
-    _refuse(settings, space, output)
+    refuse(settings, space, output)
     arms = chosen_arms(settings.baselines, space, seed=settings.seed)
     report = arms_cost(arms, space, settings.lrs, settings.seeds, settings.fidelity) + settings.seeds
     if any(arm.name == GREEDY for arm in arms):
@@ -82,25 +80,6 @@ def parse_constraints(
         for name, text in given.items()
         if text is not None
     }
-
-
-def _refuse(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
-    """Build what the search is made of, so that its own checks speak."""
-    settings.check_output(output)
-    settings.chain.bridge_config()
-    settings.chain.finetune_config()
-    bench = Bench(
-        space,
-        lambda trials: {},
-        settings.lrs,
-        settings.seeds,
-        settings.budget or 0.0,
-        seed=settings.seed,
-        fidelity=settings.fidelity,
-        objective=settings.objective,
-    )
-    if settings.budget is not None:
-        check_budget(bench)
 
 
 def _block_params(seen: Sketch) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ import pandas as pd
 from layerprobe.files import write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.records import Record
-from layerprobe.search.baselines import PLAN, ArmResult
+from layerprobe.search.baselines import ArmResult
 from layerprobe.search.bench import Bench, Outcome, accuracy_of
 from layerprobe.search.space import Mask, Space, Trial, describe_mask, parse_strip, strip
-from layerprobe.search.verdict import pareto_front
+from layerprobe.search.verdict import Finalist, pareto_front
 from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
 
 SCHEMA = "layerprobe.search/v1"
@@ -181,14 +181,19 @@ def arm_frame(results: Sequence[ArmResult]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def pareto_frame(bench: Bench, chosen: Mask) -> pd.DataFrame:
-    """One row a plan valued at full length, cheapest first: accuracy, parameters, cost, on the front or not."""
+def pareto_frame(bench: Bench, chosen: Mask, finalists: Sequence[Finalist] = ()) -> pd.DataFrame:
+    """One row a plan valued at full length, cheapest first: accuracy, parameters, cost, on the front or not.
+
+    Finalists stand at the rate and with the seeds of the finals, other plans at the best rate that they were tried at.
+    """
     rows = []
+    final = {finalist.mask: finalist for finalist in finalists}
     for mask in bench.valued_masks():
         if not bench.full(mask):
             continue
-        lr = bench.best_lr(mask)
-        values = [v for v in bench.full(mask).get(lr, {}).values() if np.isfinite(v)]
+        lr = final[mask].lr if mask in final else bench.best_lr(mask)
+        seeds = final[mask].accuracies if mask in final else bench.full(mask).get(lr, {}).values()
+        values = [value for value in seeds if np.isfinite(value)]
         if not values:
             continue
         rows.append(
@@ -264,8 +269,3 @@ def layer_frame(bench: Bench, chosen: Mask, scores: pd.DataFrame) -> pd.DataFram
         }
     )
     return frame.join(scores.reset_index(drop=True)) if len(scores.columns) else frame
-
-
-def plan_row(baselines: pd.DataFrame) -> dict[str, Any]:
-    """The plan's own line of the baselines."""
-    return strict_rows(baselines[baselines["arm"] == PLAN])[0]

@@ -17,16 +17,16 @@ import pandas as pd
 
 from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import output_folder
+from layerprobe.plans import FreezePlan
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
 from layerprobe.search import result as frames
 from layerprobe.search.baselines import GREEDY, PLAN, Arm, arms_cost, chosen_arms, report_arms
 from layerprobe.search.bench import Bench, Outcome
 from layerprobe.search.scores import by_block, layer_scores, proposals
-from layerprobe.search.settings import Settings, identify, make_settings
+from layerprobe.search.settings import Settings, identify, make_settings, refuse
 from layerprobe.search.space import Space, Trial, blocks_of, describe_mask, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
-from layerprobe.search.strategies.base import check_budget
 from layerprobe.search.study import Ledger, hide_password, storage_url
 from layerprobe.search.surrogate import Scores
 from layerprobe.search.valuing import ChainEvaluator
@@ -100,11 +100,11 @@ def freeze_search(
     chosen = make_settings(preset, **settings)
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
-    chosen.check_output(output)
-    folder = output_folder(output) if output is not None else None
     backbone.prepare(task)
     evaluator = ChainEvaluator(backbone, task, chosen.chain, chosen.seed)
     space = Space(evaluator.block_params(), chosen.constraints)
+    refuse(chosen, space, output)
+    folder = output_folder(output) if output is not None else None
     identity = identify(backbone, task, chosen)
     with _storage(storage, folder) as url:
         ledger = Ledger.open(url, identity)
@@ -145,13 +145,11 @@ class _Search:
         self.backbone, self.task, self.settings = backbone, task, settings
         self.evaluator, self.space, self.ledger, self.quiet = evaluator, space, ledger, quiet
         self.began = clock.monotonic()
+        self.looked_up = 0.0  # full trainings that were finished before this process came
         self.trained_seconds = 0.0
 
     def run(self, workers: int) -> frames.SearchResult:
         settings, space = self.settings, self.space
-        if settings.budget is not None:
-            check_budget(self.bench(settings.budget, {}))
-        chosen_arms(settings.baselines, space, seed=settings.seed)  # a misspelt name is told before any work
         score_frame = self.scores() if settings.use_scores else pd.DataFrame(columns=SCORE_COLUMNS)
         guides = proposals(score_frame, space.n_blocks) if settings.use_scores else {}
         arms = chosen_arms(settings.baselines, space, seed=settings.seed, scores=guides)
@@ -162,7 +160,7 @@ class _Search:
             f"{settings.bridge_steps} bridge + {settings.finetune_steps} fine-tuning steps"
         )
         finalists = run_strategy(make_strategy(settings.strategy), bench)
-        winner = choose(finalists, space, objective=settings.objective)
+        winner = self.chosen(finalists, bench)
         values = "; ".join(f"{describe_mask(f.mask)} {100 * f.mean:.1f} %" for f in contenders(finalists))
         self.say(f"on {len(winner.accuracies)} common seeds, validation: {values}")
         self.say(
@@ -196,8 +194,21 @@ class _Search:
         bench = self.bench(budget, {})
         bench.watch = None
         finalists = run_strategy(make_strategy("greedy"), bench)
-        found = choose(finalists, self.space, objective=self.settings.objective)
+        try:
+            found = self.chosen(finalists, bench)
+        except UsageError as error:  # of a baseline; the search itself has its answer
+            self.say(f"greedy forward selection is left out: {error}")
+            return [arm for arm in arms if arm.name != GREEDY], {}
         return [Arm(GREEDY, found.mask) if arm.name == GREEDY else arm for arm in arms], {GREEDY: found.lr}
+
+    def chosen(self, finalists: Sequence[Finalist], bench: Bench) -> Finalist:
+        """The answer among finalists; where there is none, the error says why their runs failed."""
+        try:
+            return choose(finalists, self.space, objective=self.settings.objective)
+        except UsageError as error:
+            reasons = [outcome.reason for outcome in bench.history.values() if outcome.reason]
+            why = f"; the first of {len(reasons)} failures: {reasons[0]}" if reasons else ""
+            raise UsageError(f"{error}{why}") from None
 
     def scores(self) -> pd.DataFrame:
         """Transfer scores, computed by whoever comes first and kept with the search."""
@@ -239,7 +250,7 @@ class _Search:
             raise UsageError(
                 f"time {s.time:g} s is too small for one plan and its baseline: one training takes "
                 f"{seconds:.3g} s here, so allow at least {needed / (0.9 * workers) + s.time - left:.0f} s or "
-                "shorten the steps"
+                "shorten the steps, with another output folder: this one holds a search of the time that was given"
             )
         self.ledger.put("budget", {"budget": budget, "arms": [arm.name for arm in kept]})
         stored = self.ledger.get("budget")
@@ -271,7 +282,15 @@ class _Search:
 
     def value(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Answers to trials, from the ledger or by training."""
-        return self.ledger.value(trials, self.evaluator)
+        looks = 0
+
+        def watch(finished: int, total: int) -> None:
+            nonlocal looks
+            looks += 1
+            if finished == total and looks == 1:
+                self.looked_up += sum(self.space.cost(trial) for trial in trials)
+
+        return self.ledger.value(trials, self.evaluator, watch)
 
     def report(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Answers to the report's trials, with a line of progress every now and then."""
@@ -296,7 +315,8 @@ class _Search:
         known = [mask for mask in bench.valued_masks() if bench.full(mask)] or bench.valued_masks()
         best = max(known, key=bench.estimate)
         elapsed = clock.monotonic() - self.began
-        rest = elapsed * max(0.0, bench.budget - bench.spent) / max(bench.spent, 1e-9)
+        trained = bench.spent - self.looked_up
+        rest = elapsed * max(0.0, bench.budget - bench.spent) / trained if trained > 1e-9 else math.nan
         short = "" if bench.full(best) else " (short runs)"
         leader = (
             f"best so far {100 * bench.estimate(best):.1f} % with {describe_mask(best)}{short}"
@@ -304,8 +324,12 @@ class _Search:
             else "all runs have failed so far"
         )
         self.say(
-            f"{len(bench.history)} trainings, {bench.spent:.1f} of {bench.budget:.3g} spent; {leader}; "
-            f"about {rest / 60:.1f} min of search left"
+            f"{len(bench.history)} trainings, {bench.spent:.1f} of {bench.budget:.3g} spent; {leader}"
+            + (
+                f"; about {rest / 60:.1f} min of search left"
+                if math.isfinite(rest)
+                else ", all found finished"
+            )
         )
 
     def conclude(
@@ -406,7 +430,7 @@ class _Search:
                 "low": plan_result.low,
                 "high": plan_result.high,
                 "interval": "95 % t over unseen seeds",
-                "n_seeds": settings.seeds,
+                "n_seeds": sum(value is not None for value in plan_result.test),
             },
             against_all=facts["against_all"],
             runners_up=frames.strict_rows(finals[~finals["chosen"]]),
@@ -420,7 +444,7 @@ class _Search:
             table=frames.layer_frame(bench, winner.mask, by_block(score_frame, space.n_blocks)),
             trials=frames.trial_frame(records, space),
             baselines=baselines,
-            pareto=frames.pareto_frame(bench, winner.mask),
+            pareto=frames.pareto_frame(bench, winner.mask, finalists),
             finalists=finals,
             facts=facts,
         )
@@ -441,13 +465,19 @@ def keep_bridge(
         return
     target = folder / "bridge"
     checkpoint = find_checkpoint(target) if target.is_dir() else None
-    if checkpoint is not None and checkpoint.state["finished"]:
-        return
-    if not quiet:
-        note(f"bridge training under the chosen plan, {settings.bridge_steps} steps")
     config = settings.chain.bridge_config(
         lr=found.facts["plan"]["lr"], steps=settings.bridge_steps, seed=settings.seed
     )
+    if checkpoint is not None and checkpoint.state["finished"]:
+        kept, lr = FreezePlan.load(target / "plan.json"), checkpoint.state["config"]["lr"]
+        if kept.trainable != found.plan.trainable or lr != config.lr:
+            raise UsageError(
+                f"{target} holds the bridge of another plan or learning rate (lr {lr:g}, now {config.lr:g}); move it "
+                "away and repeat the command"
+            )
+        return
+    if not quiet:
+        note(f"bridge training under the chosen plan, {settings.bridge_steps} steps")
     run = bridge_train(
         backbone,
         task,

@@ -9,10 +9,13 @@ from typing import Any
 
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.search import defaults
-from layerprobe.search.baselines import ALL
+from layerprobe.search.baselines import ALL, chosen_arms
+from layerprobe.search.bench import Bench
 from layerprobe.search.defaults import DEFAULT_BUDGET, DEFAULT_LRS, PRESET_LOADING, PRESETS
-from layerprobe.search.space import Constraints
+from layerprobe.search.space import Constraints, Space
 from layerprobe.search.strategies import make_strategy
+from layerprobe.search.strategies.base import hold_back
+from layerprobe.search.strategies.plain import Exhaustive
 from layerprobe.search.valuing import Chain
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "Settings",
     "identify",
     "make_settings",
+    "refuse",
 ]
 
 
@@ -103,6 +107,28 @@ def make_settings(preset: str | None, **given: Any) -> Settings:
     if merged.get("budget") is None and merged.get("time") is None:
         merged["budget"] = DEFAULT_BUDGET
     return Settings(**merged)
+
+
+def refuse(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
+    """Build what the search is made of, so that its own checks speak before anything is computed or kept."""
+    settings.check_output(output)
+    settings.chain.bridge_config()
+    settings.chain.finetune_config()
+    chosen_arms(settings.baselines, space, seed=settings.seed)
+    bench = Bench(
+        space,
+        lambda trials: {},
+        settings.lrs,
+        settings.seeds,
+        settings.budget or 0.0,
+        seed=settings.seed,
+        fidelity=settings.fidelity,
+        objective=settings.objective,
+    )
+    if settings.budget is not None:
+        hold_back(bench)
+        if settings.strategy == Exhaustive.name:
+            Exhaustive.trials(bench)
 
 
 def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:

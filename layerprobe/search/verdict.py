@@ -73,7 +73,10 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
     """
     usable = contenders(finalists)
     if not usable:
-        raise UsageError("no plan could be valued: every run failed; see the reasons in trials.csv")
+        raise UsageError(
+            "no plan came through the finals: of each at least one run on the common seeds failed; "
+            "smaller --lrs may help"
+        )
     best = max(usable, key=lambda f: (f.mean, -space.params(f.mask)))
     if objective == "accuracy":
         return best
@@ -91,6 +94,8 @@ class Comparison:
     high: float
     probability: float
     n: int
+    failed: int = 0
+    """Seeds on which one of the two has no value, because its run failed."""
 
 
 def compare(plan: Sequence[float], other: Sequence[float]) -> Comparison:
@@ -107,7 +112,11 @@ def too_little(against_all: Comparison) -> str:
     """Why a comparison can claim nothing, whatever its interval; empty where it can."""
     if against_all.n < MIN_SEEDS:
         return f"{against_all.n} paired seeds are too few for a claim"
-    if against_all.low == against_all.high:
+    if against_all.failed:
+        runs = against_all.n + against_all.failed
+        return f"on {against_all.failed} of {runs} unseen seeds a run failed, and those are not in it"
+    # Differences of shares: equal ones may be apart by their rounding.
+    if math.isclose(against_all.low, against_all.high, rel_tol=0.0, abs_tol=1e-9):
         return "all seeds differ by the same amount, which is no measure of their spread"
     return ""
 
@@ -158,7 +167,9 @@ def verdict_sentence(
     if not any(mask):
         what = "Train the stem and head alone and freeze all blocks."
     if against_all is None:
-        return f"{what}{accuracy} Training everything was not run for comparison."
+        return (
+            f"{what}{accuracy} Too few runs on unseen seeds finished to compare it with training everything."
+        )
     low, high = 100 * against_all.low, 100 * against_all.high
     difference = 100 * against_all.difference
     interval = (

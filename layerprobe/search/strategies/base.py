@@ -43,13 +43,18 @@ def run_strategy(strategy: Strategy, bench: Bench) -> list[Finalist]:
     ------
     BudgetError : the budget does not pay for one plan.
     """
-    rung, dearest = check_budget(bench)
-    count = finalist_count(bench.budget, rung, dearest)
-    bench.held_back = min(count * dearest, bench.budget - rung)
+    hold_back(bench)
     strategy.explore(bench)
     bench.held_back = 0.0
     # More than that: what cheap plans and runs already paid for leave of the budget pays for some of the rest.
     return finals(bench, strategy, strategy.shortlist(bench, 2 * MOST_FINALISTS))
+
+
+def hold_back(bench: Bench) -> None:
+    """Put the finals' part of the budget aside; BudgetError as `check_budget`."""
+    rung, dearest = check_budget(bench)
+    count = finalist_count(bench.budget, rung, dearest)
+    bench.held_back = min(count * dearest, bench.budget - rung)
 
 
 def check_budget(bench: Bench) -> tuple[float, float]:

@@ -31,6 +31,11 @@ class Exhaustive(WithoutModel):
     name = "exhaustive"
 
     def explore(self, bench: Bench) -> None:
+        bench.value(self.trials(bench))
+
+    @staticmethod
+    def trials(bench: Bench) -> list[Trial]:
+        """All that it trains before the finals; an error where that is out of reach or budget."""
         if bench.space.count_upper() > 1 << 16:
             raise UsageError(
                 f"exhaustive search over 2^{len(bench.space.free)} plans is out of reach; "
@@ -43,7 +48,7 @@ class Exhaustive(WithoutModel):
                 f"exhaustive search needs {bench.price(trials) + MOST_FINALISTS * finalist:.4g} full trainings, "
                 f"the budget is {bench.budget:g}; use --strategy racing or a larger --budget"
             )
-        bench.value(trials)
+        return trials
 
 
 class Family(WithoutModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -28,7 +29,8 @@ class Racing:
        their uncertainty propose. In the first case the scores enter the model alone, as far as trainings bear them
        out, and hardly ever move the answer (results/freeze_search).
     2. Anchors: the largest and the smallest plan at every learning rate, at full length. How the best rate moves
-       with the number of trained blocks shows there; short runs favour other rates, and other plans.
+       with the number of trained blocks shows there; short runs favour other rates, and other plans, and stand in
+       only where the budget does not pay for full ones.
     3. Where the pool does not hold every plan, half of what is left to explore goes into short schedules that
        anneal fully, over a spread of sizes: they cover more blocks than a few long runs can.
     4. A model over plans and rates (`PlanModel`) reads all that and picks full-length trials, each at the rate that
@@ -45,7 +47,11 @@ class Racing:
     def explore(self, bench: Bench) -> None:
         self._pool = pool = candidate_pool(bench.space, bench.scores, bench.rng)
         ends = list(dict.fromkeys([max(pool, key=sum), min(pool, key=sum)]))
-        bench.value([Trial(mask, lr) for mask in ends for lr in bench.lrs])
+        anchors = [Trial(mask, lr) for mask in ends for lr in bench.lrs]
+        if bench.price(anchors) > bench.left + 1e-9:
+            # Half of the grid at full length compares no rates; the whole of it in short runs does.
+            anchors = [replace(trial, fidelity=bench.fidelity) for trial in anchors]
+        bench.value(anchors)
         if bench.space.count_upper() > len(pool):
             self._short_rung(bench)
         bench.value(self._proposals(bench, spread=True))
@@ -67,6 +73,8 @@ class Racing:
         order = frontier(bench, len(self._pool), estimate=values)
         if bench.objective == "accuracy":
             return order[:n]
+        if not order:  # nothing that the model would train; what was valued may know better
+            return frontier(bench, n)
         best = order[0]
         tolerance = model.noise / math.sqrt(bench.seeds)
         sure = dict(zip(self._pool, deviation.tolist(), strict=True))
@@ -135,7 +143,7 @@ class Racing:
         """Mean and deviation at full length, plan by rate; −inf where the plan cannot be trained.
 
         The model knows finite accuracies alone, and would go on hoping for a rate that fails; trainings diverge
-        at large rates, so those above it fall with it.
+        at large rates, so those above it fall with it, up to one that this plan was trained at.
         """
         mean, deviation = (
             values.reshape(len(masks), len(bench.lrs))
@@ -143,7 +151,9 @@ class Racing:
         )
         for row, mask in enumerate(masks):
             if failed := bench.failed_rates(mask):
-                mean[row, [lr in failed or lr > min(failed) for lr in bench.lrs]] = -math.inf
+                trained = max((lr for lr in bench.full(mask) if lr not in failed), default=0.0)
+                lost = [lr in failed or lr > max(min(failed), trained) for lr in bench.lrs]
+                mean[row, lost] = -math.inf
         return mean, deviation
 
     def _at_best_lr(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +297,40 @@ def test_mistakes_are_one_line_before_anything_is_trained(
         lp.freeze_search(backbone, task, **{**FAST, **settings})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"budget": 1.0},
+        {"baselines": ("all", "nosuch")},
+        {"seeds": 1},
+        {"lrs": (0.0,)},
+        {"precision": "float7"},
+        {"strategy": "exhaustive"},
+    ],
+)
+def test_a_refused_search_leaves_the_folder_to_the_next(
+    tiny_model: Path, made_up, tmp_path: Path, wrong
+) -> None:
+    backbone, task = parts(tiny_model)
+    with pytest.raises((UsageError, UnknownNameError)):
+        lp.freeze_search(backbone, task, output=tmp_path / "run", **{**made_up, **wrong})
+    assert lp.freeze_search(backbone, task, output=tmp_path / "run", **made_up).plan
+
+
+def test_without_a_plan_that_comes_through_the_error_says_why(tiny_model: Path, made_up, monkeypatch) -> None:
+    backbone, task = parts(tiny_model)
+    whole = valuing_module.value_plan
+
+    def fails_late(backbone, tensors, plan, **given):
+        found = whole(backbone, tensors, plan, **given)
+        late = given["seed"] != valuing_module.trial_seed(0, 0)
+        return replace(found, validation_accuracy=None, reason="diverged at step 7") if late else found
+
+    monkeypatch.setattr(valuing_module, "value_plan", fails_late)
+    with pytest.raises(UsageError, match=r"no plan came through the finals.*failures: diverged at step 7"):
+        lp.freeze_search(backbone, task, **made_up)
+
+
 def test_presets_give_way_to_what_is_asked_for() -> None:
     assert make_settings("quickstart").budget == PRESETS["quickstart"]["budget"]
     assert make_settings("quickstart", budget=50.0).budget == 50.0
@@ -314,3 +349,13 @@ def test_the_chosen_plan_is_bridge_trained_on_request(tiny_model: Path, made_up,
             assert (parameter == before[name]).all()
     again, _ = parts(tiny_model)
     lp.freeze_search(again, task, output=tmp_path, keep_bridge=True, **made_up)
+    # Another search in the same folder, its own database gone: the bridge there is of another plan or rate.
+    (tmp_path / "study.db").unlink()
+    with pytest.raises(UsageError, match="holds the bridge of another plan or learning rate"):
+        lp.freeze_search(
+            again,
+            task,
+            output=tmp_path,
+            keep_bridge=True,
+            **{**made_up, "lrs": (3e-4,), "must_train": (0, 1, 2)},
+        )

@@ -331,6 +331,25 @@ def test_large_backbones_get_a_limited_pool_over_all_sizes() -> None:
     assert sorted(coarse_to_fine(list(range(10)))) == list(range(10))
 
 
+@pytest.mark.parametrize("budget", [4.0, 7.0, 9.0, 11.0])
+def test_a_small_budget_compares_all_rates_rather_than_the_smallest_at_full_length(budget: float) -> None:
+    landscape = Landscape([0.0, 0.1, 0.0, 0.0, 0.0], best_lr=1e-3)
+    mask, bench = answer("racing", landscape, budget=budget)
+    assert {trial.lr for trial in landscape.trained if trial.mask == bench.space.all} == set(LRS)
+    assert bench.spent <= budget + 1e-9
+    finals = {trial.lr for trial in landscape.trained if trial.mask == mask and trial.repeat == 2}
+    assert finals == {1e-3}
+
+
+def test_a_rate_that_always_fails_does_not_end_a_search_in_an_error() -> None:
+    def smallest_fails(trials: list[Trial]) -> dict[Trial, Outcome]:
+        return {trial: Outcome(None if trial.lr == LRS[0] else 0.5, reason="diverged") for trial in trials}
+
+    bench = Bench(Space((1000,) * 4), smallest_fails, LRS[:2], seeds=2, budget=20.0)
+    found = choose(run_strategy(make_strategy("racing"), bench), bench.space)
+    assert found.lr == LRS[1] and found.mean == 0.5
+
+
 def test_under_constraints_the_pool_keeps_the_blocks_that_the_scores_want() -> None:
     space = Space((1,) * 24, Constraints(min_frozen=12))
     late = {"rgn": (np.arange(24.0), np.full(24, 1e-9))}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +18,7 @@ import pytest
 from layerprobe.errors import NotAvailableError, UsageError
 from layerprobe.search import study as study_module
 from layerprobe.search.bench import Outcome
+from layerprobe.search.processes import is_dead, this_worker
 from layerprobe.search.space import Trial
 from layerprobe.search.study import Ledger, hide_password, storage_url
 
@@ -150,6 +153,18 @@ def test_a_stale_heartbeat_from_another_machine_goes_back_into_the_queue(tmp_pat
     assert ledger.value(TRIALS[:1], work)[TRIALS[0]].accuracy == accuracy(TRIALS[0])
     assert time.time() - began < 20
     assert work.seen == [TRIALS[0].key] and ledger.running() == 0
+
+
+def test_only_a_process_that_can_be_looked_for_is_taken_for_dead() -> None:
+    code = "from layerprobe.search.processes import this_worker; print(this_worker())"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert is_dead(ended) and not is_dead(this_worker())
+    host, rest = ended.split(":", 1)
+    # The same name of a host elsewhere, or another container of this one: its process ids say nothing here.
+    assert not is_dead(f"{host.split('/')[0]}:{rest}") and not is_dead(f"{host}1:{rest}")
+    assert not is_dead("") and not is_dead("elsewhere:1:1")
 
 
 def test_two_claims_at_the_same_moment_give_the_trial_to_one(tmp_path: Path, monkeypatch) -> None:

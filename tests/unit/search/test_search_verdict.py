@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from layerprobe.errors import UsageError
+from layerprobe.search.baselines import paired
 from layerprobe.search.bench import Bench, Outcome
-from layerprobe.search.result import measured_gain
+from layerprobe.search.result import measured_gain, pareto_frame
 from layerprobe.search.space import Space, Trial, mask_of, trial_seed
 from layerprobe.search.verdict import (
     Comparison,
@@ -52,7 +53,7 @@ def test_ties_go_to_fewer_parameters_whatever_the_objective() -> None:
 
 def test_failed_finalists_are_never_chosen_and_all_failed_is_said() -> None:
     assert choose(finalists(all=(0.5, 0.5), one=(0.9, -math.inf)), SPACE).mask == ALL
-    with pytest.raises(UsageError, match="every run failed"):
+    with pytest.raises(UsageError, match="at least one run on the common seeds failed"):
         choose(finalists(one=(-math.inf, -math.inf)), SPACE)
 
 
@@ -78,6 +79,36 @@ def test_two_seeds_or_a_spread_of_zero_claim_nothing() -> None:
     assert verdict_kind(ONE, two) == verdict_kind(ONE, same_step) == "no difference found"
     assert verdict_sentence(ONE, SPACE, two).endswith("2 paired seeds are too few for a claim.")
     assert "No difference found" in verdict_sentence(ONE, SPACE, same_step)
+
+
+def test_equal_steps_of_whole_images_claim_nothing_whatever_their_rounding() -> None:
+    rng = np.random.default_rng(0)
+    for n in (100, 360, 1000):
+        for _ in range(300):
+            right = rng.integers(0, n - 5, 3)
+            step = compare(((right + 3) / n).tolist(), (right / n).tolist())
+            assert verdict_kind(ONE, step) == "no difference found"
+
+
+def test_seeds_on_which_a_run_failed_are_named_and_claim_nothing() -> None:
+    plan, everything = (0.80, None, 0.82, 0.81), (0.70, 0.75, 0.71, 0.72)
+    assert verdict_kind(ONE, paired(plan[:1] + plan[2:], everything[:1] + everything[2:])) == "better"
+    found = paired(plan, everything)
+    assert (found.n, found.failed) == (3, 1) and verdict_kind(ONE, found) == "no difference found"
+    assert "on 1 of 4 unseen seeds a run failed" in verdict_sentence(ONE, SPACE, found)
+    assert verdict_kind(ONE, paired((0.8, None, None), everything)) == "not compared"
+
+
+def test_the_front_shows_finalists_as_the_finals_saw_them() -> None:
+    history = {
+        Trial(mask, lr): Outcome(0.5 + 0.1 * (lr == 3e-3)) for mask in (ALL, ONE) for lr in (1e-3, 3e-3)
+    }
+    bench = Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history)
+    frame = pareto_frame(bench, ONE, [Finalist(ONE, 1e-3, (0.50, 0.52))]).set_index("plan")
+    one, everything = frame.loc[".#."], frame.loc["###"]
+    assert (one["lr"], one["n_seeds"], one["chosen"]) == (1e-3, 2, True)
+    assert one["validation_accuracy"] == pytest.approx(0.51)
+    assert (everything["lr"], everything["n_seeds"], everything["validation_accuracy"]) == (3e-3, 1, 0.6)
 
 
 def test_one_finalist_is_said_to_be_one() -> None:
