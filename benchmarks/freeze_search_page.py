@@ -308,9 +308,9 @@ columns of the second table say how often, and what that costs on validation.
 """
 SEEN = """
 The default strategy was last changed after a look at {seen}: there it inferred learning rates from short runs, which
-favour others than long ones do. Now it compares them at full length. Made-up landscapes decided which form of that
-stayed; no number was fitted to a table. Tables that had not been looked at then are the honest test, and have a column
-of their own.
+favour others than long ones do. Now it compares them at full length where the budget allows. Made-up landscapes decided
+which form of that stayed; no number was fitted to a table. Tables that had not been looked at then are the honest test,
+and have a column of their own.
 """
 UNSEEN = """
 The default strategy was not changed after a look at any of these tables.

@@ -27,7 +27,7 @@ class Racing:
 
     1. Pool: every allowed plan where there are at most `POOL`, else simple families plus plans that the scores and
        their uncertainty propose. In the first case the scores enter the model alone, as far as trainings bear them
-       out, and hardly ever move the answer (results/freeze_search).
+       out; they are not shown to help there (results/freeze_search).
     2. Anchors: the largest and the smallest plan at every learning rate, at full length. How the best rate moves
        with the number of trained blocks shows there; short runs favour other rates, and other plans, and stand in
        only where the budget does not pay for full ones.
