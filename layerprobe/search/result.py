@@ -181,6 +181,25 @@ def arm_frame(results: Sequence[ArmResult]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) -> pd.DataFrame:
+    """One row a finalist: validation accuracy over its common seeds, chosen or not."""
+    return pd.DataFrame(
+        [
+            {
+                "plan": strip(f.mask),
+                "blocks": describe_mask(f.mask),
+                "trained_blocks": sum(f.mask),
+                "trainable_parameters": space.params(f.mask),
+                "lr": f.lr,
+                "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
+                "n_seeds": len(f.accuracies),
+                "chosen": f.mask == chosen,
+            }
+            for f in finalists
+        ]
+    )
+
+
 def pareto_frame(bench: Bench, chosen: Mask, finalists: Sequence[Finalist] = ()) -> pd.DataFrame:
     """One row a plan valued at full length, cheapest first: accuracy, parameters, cost, on the front or not.
 

@@ -17,12 +17,12 @@ import pandas as pd
 
 from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import output_folder
-from layerprobe.plans import FreezePlan
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
 from layerprobe.search import result as frames
 from layerprobe.search.baselines import GREEDY, PLAN, Arm, arms_cost, chosen_arms, report_arms
 from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.kept_bridge import keep_bridge
 from layerprobe.search.scores import by_block, layer_scores, proposals
 from layerprobe.search.settings import Settings, identify, make_settings, refuse
 from layerprobe.search.space import Space, Trial, blocks_of, describe_mask, strip
@@ -398,21 +398,7 @@ class _Search:
             "score_columns": sorted(score_frame["metric"].unique()) if len(score_frame) else [],
         }
         baselines = frames.arm_frame(results)
-        finals = pd.DataFrame(
-            [
-                {
-                    "plan": strip(f.mask),
-                    "blocks": describe_mask(f.mask),
-                    "trained_blocks": sum(f.mask),
-                    "trainable_parameters": space.params(f.mask),
-                    "lr": f.lr,
-                    "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
-                    "n_seeds": len(f.accuracies),
-                    "chosen": f.mask == winner.mask,
-                }
-                for f in finalists
-            ]
-        )
+        finals = frames.finalist_frame(finalists, winner.mask, space)
         plan = self.evaluator.plan(winner.mask).with_found(  # type: ignore[attr-defined]
             method="freeze-search",
             answer=answer,
@@ -452,42 +438,6 @@ class _Search:
     def say(self, message: str) -> None:
         if not self.quiet:
             note(message)
-
-
-def keep_bridge(
-    backbone: Any, task: Any, found: frames.SearchResult, settings: Settings, folder: Path, *, quiet: bool
-) -> None:
-    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is."""
-    from layerprobe.bridge import bridge_train
-    from layerprobe.bridge.checkpoints import find_checkpoint
-
-    if not settings.bridge_steps:
-        return
-    target = folder / "bridge"
-    checkpoint = find_checkpoint(target) if target.is_dir() else None
-    config = settings.chain.bridge_config(
-        lr=found.facts["plan"]["lr"], steps=settings.bridge_steps, seed=settings.seed
-    )
-    if checkpoint is not None and checkpoint.state["finished"]:
-        kept, lr = FreezePlan.load(target / "plan.json"), checkpoint.state["config"]["lr"]
-        if kept.trainable != found.plan.trainable or lr != config.lr:
-            raise UsageError(
-                f"{target} holds the bridge of another plan or learning rate (lr {lr:g}, now {config.lr:g}); move it "
-                "away and repeat the command"
-            )
-        return
-    if not quiet:
-        note(f"bridge training under the chosen plan, {settings.bridge_steps} steps")
-    run = bridge_train(
-        backbone,
-        task,
-        plan=found.plan,
-        config=config,
-        output=target,
-        resume=checkpoint is not None,
-        quiet=quiet,
-    )
-    run.save(target)
 
 
 def _versions() -> dict[str, str | None]:
