@@ -146,7 +146,6 @@ class _Search:
         self.evaluator, self.space, self.ledger, self.quiet = evaluator, space, ledger, quiet
         self.began = clock.monotonic()
         self.looked_up = 0.0  # full trainings that were finished before this process came
-        self.trained_seconds = 0.0
 
     def run(self, workers: int) -> frames.SearchResult:
         settings, space = self.settings, self.space
