@@ -117,11 +117,8 @@ def stored(s: Setup, folder: Path) -> tuple[ExhaustiveTable, int]:
     made_from = {key: about[key] for key in ("split_hash", "model", "stem", "patch_size")}
     try:
         scores = s.kept(f"scores {table.name}", make, **made_from)
-    except (
-        NotAvailableError,
-        UnknownNameError,
-    ):  # no such model or images here: the table's own scores remain
-        return table, n_test
+    except (NotAvailableError, UnknownNameError):
+        return table, n_test  # no such model or images here: the table's own scores remain
     return with_scores(table, scores), n_test
 
 
