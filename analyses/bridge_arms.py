@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from layerprobe.backbones import load_backbone
-from layerprobe.bridge import BridgeConfig, FineTuneConfig, block_plan, evaluate_arms
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.bridge import plot_accuracy_against
 from layerprobe.tasks import load_task
+from layerprobe.training import BridgeConfig, FineTuneConfig, block_plan, evaluate_arms
 
 ARMS = ("language", "bridge", "full-bridge", "random", "random-bridge")
 SEEDS = (0, 1, 2)

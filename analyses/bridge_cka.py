@@ -21,11 +21,11 @@ from study import Answer, Setup, Size, against, mean_row, publish, run, setup, s
 from layerprobe.analyzers.features import Features, extract_features
 from layerprobe.analyzers.similarity import CKAMatrix, cka_matrix
 from layerprobe.backbones import Backbone
-from layerprobe.bridge import BridgeConfig, block_plan, bridge_train
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.studies import plot_lines
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
+from layerprobe.training import BridgeConfig, block_plan, bridge_train
 
 QUICK = Size(("minilm",), ("digits",), 300, 4)
 FULL = Size(("stories260k",), ("cifar10",), 1000, 8)

@@ -22,12 +22,12 @@ from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup,
 
 from layerprobe.analyzers.probe_study import probe_backbone
 from layerprobe.analyzers.probes import LinearProbes
-from layerprobe.bridge import BridgeConfig, bridge_train
 from layerprobe.cli.output import save_figure
-from layerprobe.metrics.uncertainty import paired_bootstrap, paired_seed_interval
+from layerprobe.metrics.intervals import paired_bootstrap, paired_seed_interval
 from layerprobe.plotting.studies import draw_levels, plot_lines
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
+from layerprobe.training import BridgeConfig, bridge_train
 
 QUICK = Size(("minilm",), ("digits",), 400, 4)
 FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100"), 1000, 8)

@@ -26,7 +26,7 @@ from layerprobe.backbones import load_backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
-from layerprobe.metrics.uncertainty import mean_interval
+from layerprobe.metrics.intervals import mean_interval
 from layerprobe.plotting.transfer import FAMILY_COLOURS
 from layerprobe.search.agreement import permutation_agreement
 from layerprobe.search.replay import ExhaustiveTable, Truth, score_agreement

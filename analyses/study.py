@@ -25,7 +25,7 @@ import pandas as pd
 from layerprobe.backbones import Backbone, load_backbone
 from layerprobe.errors import LayerprobeError
 from layerprobe.files import read_json, write_json, write_text
-from layerprobe.metrics.uncertainty import mean_interval, paired_seed_interval
+from layerprobe.metrics.intervals import mean_interval, paired_seed_interval
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
 from layerprobe.tables import tidy, write_frame

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 
 from layerprobe.backbones import load_backbone
-from layerprobe.bridge import FineTuneConfig, TaskTensors, all_trainable, block_plan
-from layerprobe.bridge.classifier import Classifier, Snapshot, set_training
-from layerprobe.bridge.cost import training_flops
-from layerprobe.bridge.guard import Guard
-from layerprobe.bridge.loop import autocast, make_accelerator, make_optimizer, training_steps
 from layerprobe.provenance import machine, versions
+from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, block_plan
+from layerprobe.training.classifier import Classifier, Snapshot, set_training
+from layerprobe.training.cost import training_flops
+from layerprobe.training.guard import Guard
+from layerprobe.training.loop import autocast, make_accelerator, make_optimizer, training_steps
 
 CLASSES = 10
 

@@ -39,11 +39,11 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifierCV, _logisti
 from threadpoolctl import threadpool_info
 
 from layerprobe.layers import parse_blocks
-from layerprobe.metrics.probing import C_GRID, LogisticProbe
-from layerprobe.metrics.probing_data import Standardised, objective
-from layerprobe.metrics.probing_ridge import ALPHA_GRID, ridge_sweep
-from layerprobe.metrics.probing_solver import LogisticPath
-from layerprobe.metrics.uncertainty import paired_bootstrap
+from layerprobe.metrics.intervals import paired_bootstrap
+from layerprobe.metrics.probing.data import Standardised, objective
+from layerprobe.metrics.probing.logistic import C_GRID, LogisticProbe
+from layerprobe.metrics.probing.ridge import ALPHA_GRID, ridge_sweep
+from layerprobe.metrics.probing.solver import LogisticPath
 from layerprobe.provenance import machine, versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -41,9 +41,9 @@ import numpy as np
 import torch
 
 from layerprobe.files import write_json
-from layerprobe.metrics.similarity import debiased_linear_cka
-from layerprobe.metrics.similarity_null import permutation_null
-from layerprobe.metrics.similarity_pairs import pairwise_cka
+from layerprobe.metrics.similarity.all_pairs import pairwise_cka
+from layerprobe.metrics.similarity.cka import debiased_linear_cka
+from layerprobe.metrics.similarity.permutation import permutation_null
 from layerprobe.provenance import machine, versions
 from layerprobe.tables import tidy, write_frame
 

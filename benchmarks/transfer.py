@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from layerprobe.files import write_json
-from layerprobe.metrics.transferability import SPECTRAL_SCORES, logme, loo_knn, readable_scores
+from layerprobe.metrics.transferability.scores import SPECTRAL_SCORES, logme, loo_knn, readable_scores
 from layerprobe.provenance import machine, versions
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.metrics.probing import fit_logistic_path
+from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.tasks import ImageSplit, Task
 
 HEADS = ("probe", "own")

@@ -12,7 +12,8 @@ import numpy as np
 
 from layerprobe.analyzers.outliers import OutlierReport, definitions, gaussian_tail, outlier_report
 from layerprobe.errors import UsageError
-from layerprobe.metrics.outlier_comparison import (
+from layerprobe.metrics.outliers import OutlierRules, merge_outliers
+from layerprobe.metrics.outliers.comparison import (
     Blocks,
     cliffs_delta,
     group_test,
@@ -20,7 +21,6 @@ from layerprobe.metrics.outlier_comparison import (
     log_ratios,
     ratio_of_ratios,
 )
-from layerprobe.metrics.outliers import OutlierRules, merge_outliers
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy

@@ -15,10 +15,10 @@ import numpy as np
 
 from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, fused_parts, places
 from layerprobe.errors import UsageError
-from layerprobe.metrics.outlier_codes import decoded
-from layerprobe.metrics.outlier_counting import Engine, make_engine
-from layerprobe.metrics.outlier_rules import OutlierRules, TensorOutliers
-from layerprobe.metrics.outlier_summary import needs_engine, summarize
+from layerprobe.metrics.outliers.codes import decoded
+from layerprobe.metrics.outliers.counting import Engine, make_engine
+from layerprobe.metrics.outliers.rules import OutlierRules, TensorOutliers
+from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from layerprobe.errors import UsageError
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.probing_checks import check_features, check_labels
+from layerprobe.metrics.validation import check_features, check_labels
 
 Layer = LayerRef | int
 

@@ -13,7 +13,7 @@ from layerprobe.analyzers.features import extract_features
 from layerprobe.analyzers.probes import LinearProbes, linear_probes
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.probing import C_GRID
+from layerprobe.metrics.probing.logistic import C_GRID
 from layerprobe.tasks import Task
 from layerprobe.tasks.task import ImageSplit
 

@@ -20,8 +20,8 @@ from layerprobe.analyzers.probe_inputs import (
     undefined,
 )
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing import C_GRID, ProbeResult, check_grid, check_refit, select_probe
-from layerprobe.metrics.uncertainty import PairedDifference, paired_bootstrap
+from layerprobe.metrics.intervals import PairedDifference, paired_bootstrap
+from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
@@ -303,7 +303,7 @@ def linear_probes(
     extras: Sequence[str] = (),
     quiet: bool = False,
 ) -> LinearProbes:
-    """Probe every layer with multinomial logistic regression; see `layerprobe.metrics.probing.select_probe`.
+    """Probe every layer with multinomial logistic regression; see `layerprobe.metrics.probing.logistic.select_probe`.
 
     Parameters
     ----------

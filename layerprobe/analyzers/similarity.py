@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from layerprobe.errors import UsageError
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.similarity_null import PermutationNull, permutation_null
-from layerprobe.metrics.similarity_pairs import PairwiseCKA, pairwise_cka
+from layerprobe.metrics.similarity.all_pairs import PairwiseCKA, pairwise_cka
+from layerprobe.metrics.similarity.permutation import PermutationNull, permutation_null
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record

@@ -22,7 +22,7 @@ from layerprobe.analyzers.trainability import TRAINABLE_SCORES, trainable_scores
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.transferability import HIGHER_IS_BETTER, half_sample_errors, readable_scores
+from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, half_sample_errors, readable_scores
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record

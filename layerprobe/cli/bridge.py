@@ -103,9 +103,9 @@ def bridge(
 
     Example: layerprobe bridge --model minilm --task digits --steps 200 -o run
     """
-    from layerprobe.bridge.config import BridgeConfig
     from layerprobe.cli.training import learning_rates, own_device
     from layerprobe.plans import FreezePlan
+    from layerprobe.training.config import BridgeConfig
 
     out = Output("bridge", as_json=as_json, folder=output, quiet=quiet)
     candidates = learning_rates(lrs) if lrs else ()
@@ -136,7 +136,7 @@ def bridge(
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
     check_folder(out, resume=resume)
     if dry_run:
-        from layerprobe.bridge.watching import tracking
+        from layerprobe.training.watching import tracking
 
         tracking(config.trackers, output)
         seen = sketch(ctx.params, device=device)
@@ -145,8 +145,8 @@ def bridge(
         out.dry_run({**facts, "output": str(output) if output else "none: pass -o to keep the model"})
         return
 
-    from layerprobe.bridge import bridge_train
     from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
+    from layerprobe.training import bridge_train
 
     backbone, loaded = load_pair(ctx.params, device=device)
     run = bridge_train(
@@ -170,7 +170,7 @@ def check_folder(out: Output, *, resume: bool) -> None:
 
     Not an error there: a command that is sent again until it is done begins with an empty folder.
     """
-    from layerprobe.bridge.checkpoints import find_checkpoint, refuse_used_folder
+    from layerprobe.training.checkpoints import find_checkpoint, refuse_used_folder
 
     if out.folder is None:
         if resume:

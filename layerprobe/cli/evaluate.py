@@ -94,9 +94,11 @@ def evaluate(
 
     Example: layerprobe evaluate --model minilm --task digits --arms language,random --seeds 3 --steps 100
     """
-    from layerprobe.bridge import BridgeConfig, FineTuneConfig, evaluate_arms
-    from layerprobe.bridge import evaluate as evaluate_one
-    from layerprobe.bridge.evaluate import (
+    from layerprobe.cli.training import learning_rates, seeds_of
+    from layerprobe.plans import FreezePlan
+    from layerprobe.training import BridgeConfig, FineTuneConfig, evaluate_arms
+    from layerprobe.training import evaluate as evaluate_one
+    from layerprobe.training.evaluate import (
         FEW_SHOTS,
         check_arms,
         check_mode,
@@ -104,8 +106,6 @@ def evaluate(
         check_seeds,
         planned_arms,
     )
-    from layerprobe.cli.training import learning_rates, seeds_of
-    from layerprobe.plans import FreezePlan
 
     out = Output("evaluate", as_json=as_json, folder=output, quiet=quiet)
     rates = learning_rates(lrs)

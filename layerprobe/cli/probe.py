@@ -74,7 +74,7 @@ def probe(
     asked = _names("control", controls, CONTROLS)
     further = _names("extra", extras, EXTRAS)
     Cs = None if strengths is None else _numbers(strengths)
-    from layerprobe.metrics.probing import C_GRID, check_grid, check_refit
+    from layerprobe.metrics.probing.logistic import C_GRID, check_grid, check_refit
 
     check_refit(refit)
     grid = check_grid(C_GRID if Cs is None else Cs)

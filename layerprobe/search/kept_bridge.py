@@ -21,8 +21,8 @@ def keep_bridge(
     ------
     UsageError : the finished one was trained under another plan or at another rate.
     """
-    from layerprobe.bridge import bridge_train
-    from layerprobe.bridge.checkpoints import find_checkpoint
+    from layerprobe.training import bridge_train
+    from layerprobe.training.checkpoints import find_checkpoint
 
     if not settings.bridge_steps:
         return

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from layerprobe.bridge import BridgeConfig, FineTuneConfig, TaskTensors, value_plan
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
 from layerprobe.search import defaults
 from layerprobe.search.bench import Outcome
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
+from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, value_plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.uncertainty import paired_seed_interval
+from layerprobe.metrics.intervals import paired_seed_interval
 from layerprobe.search.space import Mask, Space, describe_mask
 
 

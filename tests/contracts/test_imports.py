@@ -19,7 +19,7 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),
     **dict.fromkeys(SIBLINGS, 1),
     "analyzers": 2,
-    "bridge": 2,
+    "training": 2,
     "search": 3,
     "report": 4,
     "cli": 5,

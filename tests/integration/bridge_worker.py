@@ -112,9 +112,9 @@ if __name__ == "__main__":
     import torch
 
     from layerprobe.backbones import load_backbone
-    from layerprobe.bridge import BridgeConfig, block_plan, bridge_train
-    from layerprobe.bridge.classifier import digest
-    from layerprobe.bridge.sharding import full
     from layerprobe.tasks import load_task
+    from layerprobe.training import BridgeConfig, block_plan, bridge_train
+    from layerprobe.training.classifier import digest
+    from layerprobe.training.sharding import full
 
     main()

@@ -16,7 +16,7 @@ from layerprobe.analyzers.trainability import gradient_snr, only_these_train, tr
 from layerprobe.analyzers.transfer import transfer_scores
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.metrics.transferability import HIGHER_IS_BETTER, logme, neural_collapse
+from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, logme, neural_collapse
 from layerprobe.plotting.transfer import plot_transfer, transfer_figure
 from layerprobe.tasks import load_task
 

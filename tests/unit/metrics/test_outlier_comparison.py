@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.outlier_comparison import cliffs_delta, group_test, hedges_g, ratio_of_ratios
+from layerprobe.metrics.outliers.comparison import cliffs_delta, group_test, hedges_g, ratio_of_ratios
 
 
 def blocks(*ratios: float, n: int = 100_000) -> tuple[np.ndarray, np.ndarray]:

@@ -12,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.metrics import outlier_summary as module
-from layerprobe.metrics.outlier_counting import make_engine
 from layerprobe.metrics.outliers import (
     OutlierRules,
     merge_outliers,
@@ -21,6 +19,8 @@ from layerprobe.metrics.outliers import (
     outlier_statistics,
     quantile_name,
 )
+from layerprobe.metrics.outliers import summary as module
+from layerprobe.metrics.outliers.counting import make_engine
 
 ENGINES = ["torch", *(["numba"] if importlib.util.find_spec("numba") else [])]
 DTYPES = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerprobe.metrics.probing import fit_logistic_path
+from layerprobe.metrics.probing.logistic import fit_logistic_path
 
 
 def test_a_dead_column_changes_nothing() -> None:

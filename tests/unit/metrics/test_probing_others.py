@@ -7,10 +7,10 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing import fit_logistic_path
-from layerprobe.metrics.probing_curves import control_accuracy, few_shot_curve, online_code_length
-from layerprobe.metrics.probing_knn import knn_predict, select_knn
-from layerprobe.metrics.probing_ridge import ridge_sweep, select_ridge
+from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.logistic import fit_logistic_path
+from layerprobe.metrics.probing.neighbours import knn_predict, select_knn
+from layerprobe.metrics.probing.ridge import ridge_sweep, select_ridge
 
 
 def clusters(n: int, d: int, k: int, *, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

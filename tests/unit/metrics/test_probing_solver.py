@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing import C_GRID, fit_logistic_path, select_probe
-from layerprobe.metrics.probing_data import Standardised, objective
-from layerprobe.metrics.probing_solver import LogisticPath
+from layerprobe.metrics.probing.data import Standardised, objective
+from layerprobe.metrics.probing.logistic import C_GRID, fit_logistic_path, select_probe
+from layerprobe.metrics.probing.solver import LogisticPath
 
 
 def transformer_like(n: int = 600, d: int = 40, k: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

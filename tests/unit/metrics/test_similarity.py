@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics import similarity_gram, similarity_rows
-from layerprobe.metrics.similarity import (
+from layerprobe.metrics.similarity import gram, rows
+from layerprobe.metrics.similarity.all_pairs import feature_cost, gram_cost, paired_layers, pairwise_cka
+from layerprobe.metrics.similarity.cka import (
     BiasedEstimateWarning,
     debiased_hsic,
     debiased_linear_cka,
     linear_cka,
 )
-from layerprobe.metrics.similarity_pairs import feature_cost, gram_cost, paired_layers, pairwise_cka
 
 
 def related(n: int, d: int, e: int, *, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -195,19 +195,19 @@ def test_memory_mapped_half_precision_strided_and_torch_inputs_give_the_same(tmp
 def test_strips_and_tiles_of_any_size_give_the_same(monkeypatch) -> None:
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12], seed=5)
     whole = pairwise_cka(xs, ys, method="gram")
-    monkeypatch.setattr(similarity_gram, "PANEL_BYTES", 1)
+    monkeypatch.setattr(gram, "PANEL_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="gram")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, atol=1e-6)
 
 
 def test_pieces_of_the_feature_form_give_the_same(monkeypatch) -> None:
-    from layerprobe.metrics import similarity_features
+    from layerprobe.metrics.similarity import features
 
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12, 50], seed=5)
     whole = pairwise_cka(xs, ys, method="features")
-    monkeypatch.setattr(similarity_features, "PIECE_BYTES", 1)
-    monkeypatch.setattr(similarity_features, "ACCUMULATOR_BYTES", 1)
+    monkeypatch.setattr(features, "PIECE_BYTES", 1)
+    monkeypatch.setattr(features, "ACCUMULATOR_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="features")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, rtol=1e-4, atol=1e-6)
@@ -287,4 +287,4 @@ def test_shapes_that_do_not_pair_are_refused() -> None:
 
 def test_a_piece_of_the_scan_is_smaller_than_the_tests_above() -> None:
     """The streaming paths are only tested if the arrays above are longer than one piece."""
-    assert similarity_rows.SCAN_ROWS < 1100 and similarity_rows.FLOAT64_UP_TO < 1100
+    assert rows.SCAN_ROWS < 1100 and rows.FLOAT64_UP_TO < 1100

@@ -12,8 +12,8 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity import debiased_hsic, debiased_linear_cka
-from layerprobe.metrics.similarity_measures import (
+from layerprobe.metrics.similarity.cka import debiased_hsic, debiased_linear_cka
+from layerprobe.metrics.similarity.measures import (
     debiased_rbf_cka,
     mutual_knn,
     procrustes_distance,

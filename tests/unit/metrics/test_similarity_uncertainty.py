@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics import similarity_null
-from layerprobe.metrics.similarity import debiased_linear_cka
-from layerprobe.metrics.similarity_minibatch import MinibatchCKA
-from layerprobe.metrics.similarity_null import PermutationNull, permutation_null
-from layerprobe.metrics.similarity_pairs import pairwise_cka
+from layerprobe.metrics.similarity import permutation
+from layerprobe.metrics.similarity.all_pairs import pairwise_cka
+from layerprobe.metrics.similarity.cka import debiased_linear_cka
+from layerprobe.metrics.similarity.minibatch import MinibatchCKA
+from layerprobe.metrics.similarity.permutation import PermutationNull, permutation_null
 
 
 def mixed(
@@ -43,7 +43,7 @@ def test_the_null_holds_the_cka_of_really_shifted_images(n: int, alone: bool) ->
 def test_bands_of_diagonals_of_any_width_give_the_same(monkeypatch) -> None:
     xs = [np.random.default_rng(i).normal(size=(90, 5)) for i in range(2)]
     whole = permutation_null(xs, n_permutations=80)
-    monkeypatch.setattr(similarity_null, "BAND_BYTES", 8 * 2 * 90 * 7)
+    monkeypatch.setattr(permutation, "BAND_BYTES", 8 * 2 * 90 * 7)
     np.testing.assert_allclose(permutation_null(xs, n_permutations=80).samples, whole.samples, atol=2e-6)
 
 
@@ -57,7 +57,7 @@ def test_permuted_values_have_mean_zero_and_the_known_standard_deviation(n: int,
 
 
 def test_a_subset_of_many_images_is_rescaled_to_the_right_standard_deviation(monkeypatch) -> None:
-    monkeypatch.setattr(similarity_null, "MAX_IMAGES", 300)
+    monkeypatch.setattr(permutation, "MAX_IMAGES", 300)
     x, y = mixed(np.random.default_rng(0), 900, 0.0)
     null = permutation_null([x + 7], [y], n_permutations=3000)
     assert (null.n, null.n_used) == (900, 300)

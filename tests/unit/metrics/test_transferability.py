@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.transferability import (
+from layerprobe.metrics.transferability.scores import (
     HIGHER_IS_BETTER,
     gbc,
     h_score,
@@ -21,7 +21,7 @@ from layerprobe.metrics.transferability import (
     readable_scores,
     transrate,
 )
-from layerprobe.metrics.transferability_spectrum import class_spectrum
+from layerprobe.metrics.transferability.spectrum import class_spectrum
 
 SPECTRAL = {
     "logme": logme,
@@ -225,7 +225,7 @@ def test_loo_ridge_with_fewer_images_than_dimensions():
     X, y = CASES["n < d"]
     # The spectrum says which penalty was taken; the refits are independent of it.
     spectrum = class_spectrum(X, y)
-    from layerprobe.metrics.transferability import _gcv_penalty
+    from layerprobe.metrics.transferability.scores import _gcv_penalty
 
     assert loo_ridge(X, y) == loo_ridge_by_refitting(X, y, _gcv_penalty(spectrum))
 

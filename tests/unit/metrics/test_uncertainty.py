@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.uncertainty import (
+from layerprobe.metrics.intervals import (
     bootstrap_interval,
     mean_interval,
     paired_bootstrap,

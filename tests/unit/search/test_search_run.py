@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 
 import layerprobe as lp
-from layerprobe.bridge import Outcome
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.search import bench
 from layerprobe.search import run as run_module
 from layerprobe.search import valuing as valuing_module
 from layerprobe.search.settings import PRESETS, make_settings
 from layerprobe.search.space import Space, Trial
+from layerprobe.training import Outcome
 
 FAST = {
     "budget": 5.0,

@@ -1,0 +1,193 @@
+"""Probes at growing numbers of labels: the online code length, few-shot accuracy, and random labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from layerprobe.errors import UsageError
+from layerprobe.metrics.probing.logistic import C_GRID, check_grid, fit_logistic_path, select_probe
+from layerprobe.metrics.validation import check_features, check_labels
+
+SHOTS = (1, 2, 5, 10)
+"""Training images per class of the few-shot curve."""
+
+
+@dataclass(frozen=True)
+class CodeLength:
+    """Bits to send the labels, given the features, by a probe that learns as it goes.
+
+    Attributes
+    ----------
+    bits : length of the online code. uniform_bits : n·log2 K, the length without features.
+    compression : uniform_bits / bits; 1 = the features say nothing, higher = the labels are easier to read.
+    portions : ends of the portions, in rows.
+    """
+
+    bits: float
+    uniform_bits: float
+    compression: float
+    portions: list[int]
+
+
+def online_code_length(
+    X: np.ndarray,
+    y: np.ndarray,
+    n_classes: int,
+    *,
+    C: float = 1.0,
+    first: int | None = None,
+    seed: int = 0,
+    tol: float = 1e-4,
+    device: str = "cpu",
+) -> CodeLength:
+    """Description length of the labels by prequential coding with a linear probe.
+
+    The rows are shuffled and sent in portions that double: the first with log2 K bits a label, each later one
+    with the probe fitted on all before it. Predictions are mixed with the uniform distribution, as
+    (t·p + 1)/(t + K) after t rows, so that a class not met yet has a finite price.
+
+    Parameters
+    ----------
+    X : n×d features. y : labels in 0 … n_classes−1. C : inverse regularisation strength of all probes.
+    first : rows of the first portion; default n/128, at least K and 16.
+    seed : of the shuffle.
+
+    Returns
+    -------
+    CodeLength. Cost: about twice one fit on all rows.
+
+    Raises
+    ------
+    UsageError : unusable features, labels, C or first.
+
+    References
+    ----------
+    Voita, Titov, Information-theoretic probing with minimum description length, 2020, arXiv 2003.12298,
+    section 2.2.2 (theirs has portions of fixed percentages and no mixing).
+    """
+    rows = check_features(X, "X")
+    labels, _ = check_labels(y, len(rows), "y", n_classes)
+    check_grid([C])
+    n = len(rows)
+    start = max(n // 128, min(n_classes, n), 16) if first is None else first
+    if start < 1:
+        raise UsageError(f"the first portion needs at least one row, got {first}")
+    order = np.random.default_rng(seed).permutation(n)
+    rows, labels = rows[order], labels[order]
+    ends = [min(start, n)]
+    while ends[-1] < n:
+        ends.append(min(2 * ends[-1], n))
+    nats = ends[0] * np.log(n_classes)
+    for seen, end in pairwise(ends):
+        p = _predicted(
+            rows[:seen], labels[:seen], rows[seen:end], labels[seen:end], n_classes, C, tol, device
+        )
+        nats -= np.log((seen * p + 1) / (seen + n_classes)).sum()
+    bits, uniform = float(nats / np.log(2)), float(n * np.log2(n_classes))
+    return CodeLength(bits, uniform, uniform / bits, ends)
+
+
+def _predicted(
+    X: np.ndarray,
+    y: np.ndarray,
+    X_next: np.ndarray,
+    y_next: np.ndarray,
+    n_classes: int,
+    C: float,
+    tol: float,
+    device: str,
+) -> np.ndarray:
+    """Probability that a probe fitted on (X, y) gives each next label; 0 for a class not met yet."""
+    present, coded = np.unique(y, return_inverse=True)
+    column = np.full(n_classes, -1)
+    column[present] = np.arange(len(present))
+    known = column[y_next] >= 0
+    p = np.zeros(len(y_next))
+    if len(present) == 1:
+        p[known] = 1.0
+        return p
+    probe = fit_logistic_path(X, coded, [C], tol=tol, device=device)[0]
+    logs = probe.log_probabilities(X_next)
+    p[known] = np.exp(logs[known, column[y_next[known]]])
+    return p
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Test accuracy with `shots` training images per class, one value per draw of the images."""
+
+    shots: int
+    accuracies: np.ndarray
+
+
+def few_shot_curve(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    n_classes: int,
+    *,
+    shots: Sequence[int] = SHOTS,
+    draws: int = 3,
+    seed: int = 0,
+    Cs: Sequence[float] = C_GRID,
+    tol: float = 1e-4,
+    device: str = "cpu",
+) -> list[FewShot]:
+    """Probes on a few training images per class, several random draws each.
+
+    The draw with more shots contains the one with fewer. C is chosen on the whole validation split, so the
+    curve shows what the images teach, not what few labels allow to select; there is no refit.
+
+    Returns
+    -------
+    list of FewShot; a number of shots that some class cannot supply is left out.
+    """
+    X, y = check_features(train[0], "the training features"), np.asarray(train[1])
+    available = int(np.bincount(y, minlength=n_classes).min())
+    curve = []
+    for m in (m for m in shots if m <= available):
+        accuracies = []
+        for draw in range(draws):
+            order = np.random.default_rng([seed, draw]).permutation(len(y))
+            by_class = order[np.argsort(y[order], kind="stable")]
+            starts = np.r_[0, np.cumsum(np.bincount(y, minlength=n_classes))[:-1]]
+            chosen = by_class[(starts[:, None] + np.arange(m)).ravel()]
+            found = select_probe(
+                (X[chosen], y[chosen]),
+                validation,
+                test,
+                n_classes,
+                Cs=Cs,
+                refit="train",
+                tol=tol,
+                device=device,
+            )
+            accuracies.append(found.test_accuracy)
+        curve.append(FewShot(m, np.array(accuracies)))
+    return curve
+
+
+def control_accuracy(
+    X: np.ndarray, labels: np.ndarray, C: float, *, tol: float = 1e-4, device: str = "cpu"
+) -> float:
+    """Share of random labels that a probe of strength `C` learns by heart.
+
+    In a control task each type has one random label, and what a probe gets right there it can only have
+    memorised. For images the type is the image itself, so the control is judged on the images it was
+    trained on; selectivity is the accuracy on the real task minus this.
+
+    Parameters
+    ----------
+    X : n×d training features. labels : n random labels, any integers. C : of the probe on the real labels.
+
+    References
+    ----------
+    Hewitt, Liang, Designing and interpreting probes with control tasks, 2019, arXiv 1909.03368.
+    """
+    _, coded = np.unique(labels, return_inverse=True)
+    probe = fit_logistic_path(X, coded, [C], tol=tol, device=device)[0]
+    return float(np.mean(probe.predict(X) == coded))

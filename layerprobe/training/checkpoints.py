@@ -1,0 +1,281 @@
+"""A bridge run on disk: the backbone in its own class's format, everything else beside it, no pickle.
+
+    RUN/
+      layerprobe_run.json     what this is, and where its newest good backbone and stem are
+      plan.json  labels.csv   the freeze plan; the random label of every training image
+      history.csv             one row per optimizer step
+      checkpoints/step-00000400/   (the newest few)
+        backbone/             loads with AutoModel.from_pretrained
+        stem.safetensors  head.safetensors  optimizer.safetensors  state.json
+      final/                  the same at the end of a finished run
+
+A checkpoint folder is written aside and renamed, and only then does `layerprobe_run.json` name it: whatever
+moment a run is killed at, the run file points to a whole checkpoint or to none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+from layerprobe.files import cannot_write, read_json, write_json
+from layerprobe.training.classifier import Classifier
+from layerprobe.training.sharding import full, placed_like
+
+RUN_FILE = "layerprobe_run.json"
+RUN_SCHEMA = "layerprobe.bridge-run/v1"
+STATE_SCHEMA = "layerprobe.bridge-state/v1"
+FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found on disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.state["step"])
+
+
+def save_checkpoint(
+    run_folder: Path,
+    classifier: Classifier,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
+    *,
+    about: dict[str, Any],
+    keep: int,
+    final: bool = False,
+    weights: dict[str, Tensor] | None = None,
+    moments: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write one checkpoint, point the run file at it, and remove all but the newest `keep`.
+
+    Parameters
+    ----------
+    state : JSON values for `state.json`, with "step".
+    about : JSON values for the run file: `backbone.describe()`, task, configuration.
+    weights, moments : full tensors of classifier and optimizer where these are sharded over processes.
+
+    Raises
+    ------
+    LayerprobeError : the disk is full or cannot be written; the checkpoint before is untouched.
+    """
+    folder = run_folder / FINAL if final else run_folder / "checkpoints" / f"step-{state['step']:08d}"
+    aside = folder.with_name(f".{folder.name}.part")
+    with _clean(aside, run_folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        backbone = classifier.backbone
+        own = None if weights is None else _part(weights, "backbone.model.")
+        with _no_bars():
+            backbone.model.save_pretrained(aside / "backbone", state_dict=own)
+        if backbone.stem is not None:
+            stem = backbone.stem.state_dict() if weights is None else _part(weights, "backbone.stem.")
+            save_file(_plain(stem), aside / "stem.safetensors")
+        head = classifier.head.state_dict() if weights is None else _part(weights, "head.")
+        save_file(_plain(head), aside / "head.safetensors")
+        if moments is None and optimizer is not None:
+            moments = optimizer_tensors(optimizer, classifier)
+        if moments is not None:
+            save_file(_plain(moments), aside / "optimizer.safetensors")
+        write_json(aside / "state.json", {"schema": STATE_SCHEMA, **state})
+        for path in aside.rglob("*"):
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.replace(folder)
+        _flush(folder.parent)
+    where = folder.relative_to(run_folder)
+    stem_file = str(where / "stem.safetensors") if classifier.backbone.stem is not None else None
+    write_json(
+        run_folder / RUN_FILE,
+        {
+            "schema": RUN_SCHEMA,
+            **about,
+            "backbone": str(where / "backbone"),
+            "stem_file": stem_file,
+            "checkpoint": str(where),
+            "step": state["step"],
+            "finished": final,
+        },
+    )
+    # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
+    others = sorted(p for p in (run_folder / "checkpoints").glob("step-*") if p != folder)
+    earlier = [p for p in others if final or p.name < folder.name]
+    kept = set(earlier[len(earlier) - (keep - 1) :]) if keep > 1 else set()
+    for old in others:
+        if old not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def find_checkpoint(run_folder: Path) -> Checkpoint | None:
+    """The newest good checkpoint of a run, or None where there is none yet.
+
+    Raises
+    ------
+    BrokenFileError : the run file or the state it points to is unreadable.
+    """
+    run_file = run_folder / RUN_FILE
+    if not run_file.exists():
+        return None
+    run = read_json(run_file, what="bridge run")
+    if not isinstance(run, dict) or run.get("schema") != RUN_SCHEMA:
+        raise BrokenFileError(f"{run_file} is no bridge run that this version reads")
+    folder = (run_folder / str(run.get("checkpoint", ""))).resolve()
+    if not folder.is_relative_to(run_folder.resolve()):
+        raise BrokenFileError(f"{run_file} points outside its folder: {run.get('checkpoint')!r}")
+    state = read_json(folder / "state.json", what="state of the checkpoint")
+    if not isinstance(state, dict) or state.get("schema") != STATE_SCHEMA or "step" not in state:
+        raise BrokenFileError(f"{folder / 'state.json'} is no state that this version reads")
+    return Checkpoint(folder, {**state, "finished": bool(run.get("finished"))})
+
+
+def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
+    """Put a checkpoint's weights into `classifier`, bit for bit.
+
+    Raises
+    ------
+    BrokenFileError : a file is missing, truncated, or does not fit the model.
+    """
+    backbone = classifier.backbone
+    model = backbone.model
+    try:
+        with _no_bars():
+            saved = type(model).from_pretrained(
+                checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
+            )
+        _copy(dict(saved.named_parameters()) | dict(saved.named_buffers()), model)
+        if backbone.stem is not None:
+            _copy(load_file(checkpoint.folder / "stem.safetensors"), backbone.stem)
+        _copy(load_file(checkpoint.folder / "head.safetensors"), classifier.head)
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BrokenFileError(f"cannot read the checkpoint {checkpoint.folder}: {line}") from error
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: nn.Module) -> None:
+    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+        if source[name].shape != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
+        tensor.copy_(source[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, classifier: Classifier) -> dict[str, Tensor]:
+    """AdamW's state as "<parameter name>/<moment>" → whole tensor; parameters not stepped yet have none."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in trained_names(classifier, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            found[f"{name}/{key}"] = full(torch.as_tensor(value)).cpu()
+    return found
+
+
+def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, classifier: Classifier) -> None:
+    """Give AdamW the moments it had.
+
+    Raises
+    ------
+    BrokenFileError : the file is unreadable or names parameters that are not trained here.
+    """
+    path = checkpoint.folder / "optimizer.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BrokenFileError(f"cannot read the optimizer's state {path}: {error}") from error
+    parameters = trained_names(classifier, optimizer)
+    for key_name, value in tensors.items():
+        name, _, key = key_name.rpartition("/")
+        if name not in parameters:
+            raise BrokenFileError(f"{path} holds the state of {name}, which is not trained in this run")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = placed_like(value, parameter) if key != "step" else value
+
+
+def trained_names(classifier: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Name within the classifier → parameter, for all that the optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in classifier.named_parameters() if id(p) in held}
+
+
+def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
+    """A run folder is continued only when that is asked for, and never written over.
+
+    Raises
+    ------
+    UsageError : there is a run already.
+    """
+    checkpoint = find_checkpoint(run_folder)
+    if checkpoint is None:
+        return
+    if checkpoint.state["finished"]:
+        raise UsageError(
+            f"{run_folder} holds a finished run of {checkpoint.step} steps; choose another folder"
+        )
+    if not resume:
+        raise UsageError(
+            f"{run_folder} holds an unfinished run (step {checkpoint.step}); continue it with --resume, "
+            "or choose another folder"
+        )
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which know nothing of the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _clean(aside: Path, run_folder: Path) -> Iterator[None]:
+    """Turn a full disk or missing permission into one line, and leave no half checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good = None
+        with contextlib.suppress(BrokenFileError):
+            good = find_checkpoint(run_folder)
+        left = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
+        if isinstance(error, OSError):
+            raise LayerprobeError(f"{cannot_write(aside, error)}; {left}") from error
+        raise LayerprobeError(f"cannot write {aside}: {error}; {left}") from error

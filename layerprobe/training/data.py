@@ -1,0 +1,180 @@
+"""Images as tensors, in an order and with views that depend on the seed and the position alone.
+
+Nothing here keeps a state: batch number s of a run is a function of (seed, s, sample), so a resumed run,
+another worker count or another number of processes sees the same images, the same views and the same labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerprobe.errors import UsageError
+from layerprobe.training.config import TrainConfig, derive_seed
+
+IN_MEMORY_BYTES = 4 << 30
+"""Preprocessed splits up to this size are held in memory; larger ones are preprocessed batch by batch."""
+
+
+class Pixels:
+    """The preprocessed images of a split: float32, n×C×H×W, indexed by an array of positions."""
+
+    def __init__(self, backbone: Any, split: Any, *, max_bytes: int = IN_MEMORY_BYTES) -> None:
+        if len(split) == 0:
+            raise UsageError("the split holds no images")
+        self._backbone, self._split = backbone, split
+        first = self._load(np.arange(1))
+        self.shape = (len(split), *first.shape[1:])
+        self._all: Tensor | None = None
+        if first.element_size() * first.numel() * len(split) <= max_bytes:
+            self._all = torch.empty(self.shape, dtype=torch.float32)
+            for start in range(0, len(split), 1024):
+                rows = np.arange(start, min(start + 1024, len(split)))
+                self._all[start : start + len(rows)] = self._load(rows)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, indices: np.ndarray) -> Tensor:
+        if self._all is not None:
+            return self._all[torch.from_numpy(np.ascontiguousarray(indices))]
+        return self._load(indices)
+
+    def subset(self, rows: np.ndarray) -> Pixels:
+        """The images at `rows`, sharing what is in memory where possible."""
+        part = object.__new__(Pixels)
+        part._backbone, part._split = self._backbone, self._split.subset(rows)
+        part.shape = (len(rows), *self.shape[1:])
+        part._all = None if self._all is None else self._all[torch.from_numpy(rows)]
+        return part
+
+    def _load(self, indices: np.ndarray) -> Tensor:
+        with torch.no_grad():
+            return self._backbone.preprocess(self._split.images(indices)).to("cpu", torch.float32)
+
+
+@dataclass
+class TaskTensors:
+    """A task's splits, preprocessed once for one backbone and shared by all runs on them.
+
+    `labels[split]` is an int64 array in the order of `ids[split]`.
+    """
+
+    pixels: dict[str, Pixels]
+    labels: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray]
+    n_classes: int
+    flip: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, backbone: Any, task: Any, splits: tuple[str, ...] = ("train", "validation", "test")
+    ) -> TaskTensors:
+        """Preprocess `splits` of `task` the way `backbone` wants its images."""
+        return cls(
+            pixels={name: Pixels(backbone, task.splits[name]) for name in splits},
+            labels={name: np.asarray(task.splits[name].labels, dtype=np.int64) for name in splits},
+            ids={name: np.asarray(task.splits[name].ids) for name in splits},
+            n_classes=task.n_classes,
+            flip=task.channels == 3,
+            facts=task_facts(task),
+        )
+
+
+def task_facts(task: Any) -> dict[str, Any]:
+    """What identifies the data of a run: names, hash of the splits, counts."""
+    return {
+        "task": task.name,
+        "task_id": task.task_id,
+        "task_revision": task.revision,
+        "split_hash": task.split_hash,
+        "n_classes": task.n_classes,
+        "counts": {name: len(split) for name, split in task.splits.items()},
+    }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positions in the split of the images of one optimizer step, and how each is to be seen."""
+
+    indices: np.ndarray
+    """int64, b."""
+    shifts: np.ndarray
+    """int64, b×2, in pixels: down, right."""
+    flips: np.ndarray
+    """bool, b."""
+
+    def part(self, start: int, stop: int) -> Batch:
+        return Batch(self.indices[start:stop], self.shifts[start:stop], self.flips[start:stop])
+
+    def pieces(self, size: int | None) -> Iterator[Batch]:
+        """Micro-batches of at most `size` images, in order."""
+        n = len(self.indices)
+        step = size or n
+        for start in range(0, n, step):
+            yield self.part(start, min(start + step, n))
+
+
+class Order:
+    """The batches of a run: an endless row of permutations of the training set, cut into equal batches.
+
+    Every image comes once per epoch and no batch is short, also where a batch spans two epochs.
+    """
+
+    def __init__(self, n_images: int, shape: tuple[int, ...], config: TrainConfig, *, flip: bool) -> None:
+        self.n, self.config = n_images, config
+        self.flip = flip if config.flip is None else config.flip
+        self.reach = max(1, round(max(shape[-2:]) / 32)) if config.augment == "weak" else 0
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def batch(self, step: int) -> Batch:
+        """The images of optimizer step `step`, over all processes."""
+        size = self.config.batch_size
+        places = np.arange(step * size, (step + 1) * size)
+        parts = []
+        for epoch in range(int(places[0] // self.n), int(places[-1] // self.n) + 1):
+            here = places[places // self.n == epoch] % self.n
+            order, shifts, flips = self._epoch(epoch)
+            images = order[here]
+            parts.append((images, shifts[images], flips[images]))
+        return Batch(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def begins_epoch(self, step: int) -> bool:
+        """Whether the first image of an epoch is among those of `step`."""
+        size = self.config.batch_size
+        return -(-step * size // self.n) * self.n < (step + 1) * size
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            draw = np.random.default_rng(derive_seed(self.config.seed, "order", epoch))
+            order = draw.permutation(self.n)
+            shifts = draw.integers(-self.reach, self.reach + 1, size=(self.n, 2))
+            flips = draw.random(self.n) < (0.5 if self.flip and self.config.augment == "weak" else 0.0)
+            self._epochs = {k: v for k, v in self._epochs.items() if k >= epoch - 1}
+            self._epochs[epoch] = (order, shifts, flips)
+        return self._epochs[epoch]
+
+    @cached_property
+    def changes_views(self) -> bool:
+        """Whether an image looks different from one epoch to the next."""
+        return self.config.augment == "weak"
+
+
+def view(pixels: Tensor, batch: Batch) -> Tensor:
+    """The images of `batch` (b×C×H×W) as it wants them seen: shifted with repeated edges, mirrored."""
+    if not batch.shifts.any() and not batch.flips.any():
+        return pixels
+    b, _, height, width = pixels.shape
+    shifts = torch.from_numpy(batch.shifts)
+    rows = (torch.arange(height) - shifts[:, :1]).clamp_(0, height - 1)  # b×H
+    columns = (torch.arange(width) - shifts[:, 1:]).clamp_(0, width - 1)  # b×W
+    columns = torch.where(torch.from_numpy(batch.flips)[:, None], width - 1 - columns, columns)
+    flat = (rows[:, :, None] * width + columns[:, None, :]).view(b, 1, height * width)  # b×1×HW
+    return pixels.flatten(2).gather(2, flat.expand(b, pixels.shape[1], -1)).view_as(pixels)
