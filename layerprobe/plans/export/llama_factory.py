@@ -15,35 +15,30 @@ from layerprobe.errors import PlanError
 from layerprobe.layers import format_blocks
 from layerprobe.plans.export.names import ExportNames
 
-TARGET = "llama-factory"
 
-
-def write(names: ExportNames) -> str:
+def write_llama_factory(names: ExportNames) -> str:
     """A YAML fragment with the `freeze_…` options."""
-    plan = names.plan
+    n_blocks = names.plan.n_blocks
     inside = {block: [n for n in names.trainable if n.startswith(block + ".")] for block in names.blocks}
     touched = [index for index, block in enumerate(names.blocks) if inside[block]]
-    count = _signed_count(touched, plan.n_blocks)
+    count = _signed_count(touched, n_blocks)
     if count is None:
         raise PlanError(
             "LLaMA-Factory knows only the first or the last N layers, and this plan trains blocks "
-            f"{format_blocks(touched)} of {plan.n_blocks}"
+            f"{format_blocks(touched)} of {n_blocks}"
         )
-    if len(names.free_blocks) == len(touched):
-        modules = ["all"]
-    else:
-        # Part of each layer: the module that follows the layer's index is all that can be named.
-        modules = sorted({n[len(block) + 1 :].split(".")[0] for block in names.blocks for n in inside[block]})
-    extra = sorted(
-        {_module(n) for n in names.others if not n.startswith(tuple(b + "." for b in names.blocks))}
-    )
-    layers = _chosen_layers(count, plan.n_blocks)
+    # In a layer trained in part, the module that follows the layer's index is all that can be named.
+    parts = {n[len(block) + 1 :].split(".")[0] for block, members in inside.items() for n in members}
+    modules = ["all"] if len(names.free_blocks) == len(touched) else sorted(parts)
+    in_blocks = set().union(*inside.values())
+    extra = sorted({_module(name) for name in names.others if name not in in_blocks})
+    layers = range(n_blocks - count, n_blocks) if count > 0 else range(-count)
     wanted = [f".{i}.{'' if m == 'all' else m}" for i in layers for m in modules] + extra
-    names.require_exact((n for n in names.all if any(part in n for part in wanted)), TARGET)
+    names.require_exact((n for n in names.all if any(part in n for part in wanted)), "llama-factory")
     known = {_module(n) for n in names.all if re.search(r"\.\d+\.", n) is None}
     if unknown := [module for module in extra if module not in known]:
         raise PlanError(f"LLaMA-Factory finds extra modules by name alone and would not find '{unknown[0]}'")
-    text = names.comment(TARGET) + "finetuning_type: freeze\n"
+    text = names.comment("llama-factory") + "finetuning_type: freeze\n"
     text += f"freeze_trainable_layers: {count}\n"
     text += f'freeze_trainable_modules: "{",".join(modules)}"\n'
     return text + (f'freeze_extra_modules: "{",".join(extra)}"\n' if extra else "")
@@ -55,10 +50,6 @@ def _signed_count(blocks: list[int], n_blocks: int) -> int | None:
     if blocks == list(range(n_blocks - size, n_blocks)):
         return size
     return -size if blocks == list(range(size)) else None
-
-
-def _chosen_layers(count: int, n_blocks: int) -> range:
-    return range(n_blocks - count, n_blocks) if count > 0 else range(-count)
 
 
 def _module(name: str) -> str:

@@ -20,10 +20,8 @@ from layerprobe.errors import PlanError
 from layerprobe.plans.export.names import ExportNames
 from layerprobe.plans.plan import few
 
-TARGET = "peft"
 
-
-def write(names: ExportNames) -> str:
+def write_peft(names: ExportNames) -> str:
     """JSON with the arguments of `peft.LoraConfig`."""
     holders = _modules(names.all)
     trained = set(names.trainable)
@@ -45,20 +43,17 @@ def write(names: ExportNames) -> str:
     taken = [module for module in holders if any(module.endswith(entry) for entry in chosen)]
     names.require_exact(
         (n for n in names.all if n.startswith(tuple(module + "." for module in taken))),
-        TARGET,
+        "peft",
         ", because it compares the ends of module names; give the prefix of the model it will train",
     )
-    body = {
-        "target_modules": "dummy-target-modules",
-        "modules_to_save": chosen,
-    }
+    body = {"target_modules": "dummy-target-modules", "modules_to_save": chosen}
     return json.dumps(body, indent=1) + "\n"
 
 
 def _modules(names: Iterable[str]) -> list[str]:
     """Every dotted start of the names: the modules as far as they hold parameters."""
-    found: dict[str, None] = {}
+    modules: dict[str, None] = {}
     for name in names:
         parts = name.split(".")[:-1]
-        found.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
-    return list(found)
+        modules.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+    return list(modules)
