@@ -12,8 +12,9 @@ from hub_cache import put_dataset
 from task_files import picture, png, write_parquet
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.tasks import hub, load_task
+from layerprobe.tasks import load, load_task
 from layerprobe.tasks.catalog import TASKS
+from layerprobe.tasks.parquet import ColumnChoice, from_datasets
 
 
 def test_digits_are_embedded() -> None:
@@ -133,7 +134,7 @@ class TestOnline:
 
     @pytest.fixture(autouse=True)
     def _online(self, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
-        monkeypatch.setattr(hub, "offline_reason", lambda offline: None)
+        monkeypatch.setattr(load, "offline_reason", lambda offline: None)
 
     def fail_with(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         def load(*args: object, **kwargs: object) -> None:
@@ -211,7 +212,7 @@ def test_a_downloaded_image_folder_is_followed(tmp_path: Path) -> None:
     loaded = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "c")
     )
-    source = hub.from_datasets(loaded, hub.ColumnChoice(), "x/y", follow_paths=True)
+    source = from_datasets(loaded, ColumnChoice(), "x/y", follow_paths=True)
     assert np.array_equal(source.splits[0].images.pixels(0), picture(0))
     assert source.classes == ["cat", "dog"]
 
