@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import output_folder, atomic_write, write_json
+from layerprobe.files import atomic_write, output_folder, write_json
 from layerprobe.progress import note
 
 if TYPE_CHECKING:

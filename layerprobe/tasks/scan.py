@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from layerprobe.errors import LayerprobeError
-from layerprobe.files import cache_root, atomic_write
+from layerprobe.files import atomic_write, cache_root
 from layerprobe.progress import progress_bar
 from layerprobe.tasks.images import ArrayImages, ImageStore, decode_all
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, did_you_mean
-from layerprobe.files import output_folder, read_json, atomic_write, write_json
+from layerprobe.files import atomic_write, output_folder, read_json, write_json
 from layerprobe.provenance import command_line, provenance
 from layerprobe.records import Record
 from layerprobe.tables import COLUMNS, envelope, read_frame, strict_rows, tidy, write_frame
