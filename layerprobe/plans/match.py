@@ -69,15 +69,20 @@ def match_parameters(
     missing = [n for n in plan.parameters if n not in absent and prefix + n not in present]
     theirs = {prefix + n for n in plan.parameters}
     outside = tuple(n for n in present if n not in theirs)
-    patterns = _block_patterns(plan)
-    behind_prefix = [(n, n[len(prefix) :]) for n in outside if n.startswith(prefix)]
-    blocks = [n for n, bare in behind_prefix if any(pattern.match(bare) for pattern in patterns)]
+    blocks = _unplanned_blocks(plan, prefix, outside)
     if missing or blocks:
         bare_names = [n[len(prefix) :] for n in present if n.startswith(prefix)]
         raise PlanError(_mismatch(plan, bare_names, missing, blocks, "this model"))
     shapes = {n: tuple(present[prefix + n].shape) for n in plan.parameters if n not in absent}
     _check_shapes(plan, shapes, "this model")
     return NameMatch(prefix, absent, outside)
+
+
+def _unplanned_blocks(plan: PlanData, prefix: str, outside: Iterable[str]) -> list[str]:
+    """Names that lie in a numbered block beside those of the plan, and are not the plan's."""
+    patterns = _block_patterns(plan)
+    behind_prefix = [(name, name[len(prefix) :]) for name in outside if name.startswith(prefix)]
+    return [name for name, bare in behind_prefix if any(pattern.match(bare) for pattern in patterns)]
 
 
 def check_table(plan: PlanData, parameters: ParameterTable, *, name: str = "this backbone") -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
-from layerprobe.plans.export.llama_factory import write_llama_factory
+from layerprobe.plans.export.modules import write_llama_factory, write_peft
 from layerprobe.plans.export.names import (
     ExportNames,
     export_names,
@@ -15,7 +15,6 @@ from layerprobe.plans.export.names import (
     write_hf_trainer,
     write_regex,
 )
-from layerprobe.plans.export.peft import write_peft
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData
 
 
