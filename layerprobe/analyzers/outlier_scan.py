@@ -15,9 +15,9 @@ import numpy as np
 
 from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, fused_parts, places
 from layerprobe.errors import UsageError
+from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
 from layerprobe.metrics.outliers.counting import Engine, make_engine
-from layerprobe.metrics.outliers.rules import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 

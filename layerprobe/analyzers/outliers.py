@@ -13,7 +13,7 @@ from layerprobe.analyzers.outlier_scan import ScannedTensor, read_norms, scan
 from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
 from layerprobe.checkpoints import GROUPS, KINDS, Checkpoint, open_checkpoint
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
-from layerprobe.metrics.outliers.axes import norm_dimension_votes
+from layerprobe.metrics.outliers.moments import norm_dimension_votes
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy
