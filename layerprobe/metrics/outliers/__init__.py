@@ -188,9 +188,7 @@ def measure(result: TensorOutliers, d: Distribution, rules: OutlierRules) -> Non
         return
     measure_moments(result, d.order(0), d.order(d.n - 1))
     for rule, (center, bound) in thresholds(result, rules).items():
-        result.counts[rule] = d.count_beyond(
-            lambda v, c=center, b=bound: v - c > b, lambda v, c=center, b=bound: c - v > b
-        )
+        result.counts[rule] = d.count_far(center, bound)
     if rules.order:
         _measure_order(result, d, rules)
     result.counted = dict.fromkeys(result.counts, d.n)
@@ -231,17 +229,13 @@ def _measure_order(result: TensorOutliers, d: Distribution, rules: OutlierRules)
     result.values |= {quantile_name(q): d.quantile(q) for q in rules.quantiles}
     for z in rules.mad_z:
         if mad > 0:
-            counts[f"madz{z:g}"] = d.count_beyond(
-                lambda v, z=z: 0.6745 * (v - median) / mad > z,
-                lambda v, z=z: 0.6745 * (median - v) / mad > z,
-            )
+            counts[f"madz{z:g}"] = d.count_far(median, z, factor=0.6745, unit=mad)
         else:
             result.reasons[f"madz{z:g}"] = "the MAD is 0: at least half of the entries are equal"
     if rules.tukey:
         q1, q3 = d.quantile(0.25), d.quantile(0.75)
         for fence in rules.tukey:
-            upper, lower = q3 + fence * (q3 - q1), q1 - fence * (q3 - q1)
-            counts[f"tukey{fence:g}"] = d.count_beyond(lambda v, b=upper: v > b, lambda v, b=lower: v < b)
+            counts[f"tukey{fence:g}"] = d.count_outside(q1 - fence * (q3 - q1), q3 + fence * (q3 - q1))
     _hill(result, d, rules.tail)
 
 

@@ -172,9 +172,15 @@ class Distribution:
             total += int(counts[test(values)].sum())
         return total
 
-    def count_beyond(self, above: Test, below: Test) -> int:
-        """How many entries satisfy one of two monotone predicates that exclude each other."""
-        return self.count_where(above) + self.count_where(below)
+    def count_far(self, center: float, bound: float, *, factor: float = 1.0, unit: float = 1.0) -> int:
+        """How many entries have factor · |value − center| / unit > bound."""
+        return self.count_where(lambda v: factor * (v - center) / unit > bound) + self.count_where(
+            lambda v: factor * (center - v) / unit > bound
+        )
+
+    def count_outside(self, low: float, high: float) -> int:
+        """How many entries lie below `low` or above `high`."""
+        return self.count_where(lambda v: v > high) + self.count_where(lambda v: v < low)
 
     def order(self, rank: int) -> float:
         """The `rank`-th smallest entry, from 0."""
