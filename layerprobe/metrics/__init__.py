@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "MinibatchCKA": "similarity.minibatch",
+    "MinibatchCKA": "similarity.all_pairs",
     "rsa": "similarity.measures",
     "mutual_knn": "similarity.measures",
     "pwcca": "similarity.measures",
@@ -27,10 +27,10 @@ _PUBLIC = {
     "group_test": "outliers.comparison",
     "permutation_null": "similarity.permutation",
     "pairwise_cka": "similarity.all_pairs",
-    "linear_cka": "similarity.cka",
-    "debiased_linear_cka": "similarity.cka",
-    "debiased_hsic": "similarity.cka",
-    "BiasedEstimateWarning": "similarity.cka",
+    "linear_cka": "similarity.measures",
+    "debiased_linear_cka": "similarity.measures",
+    "debiased_hsic": "similarity.measures",
+    "BiasedEstimateWarning": "similarity.measures",
     "gbc": "transferability.scores",
     "h_score": "transferability.scores",
     "half_sample_errors": "transferability.scores",

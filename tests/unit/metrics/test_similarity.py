@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity import gram, rows
-from layerprobe.metrics.similarity.all_pairs import feature_cost, gram_cost, paired_layers, pairwise_cka
-from layerprobe.metrics.similarity.cka import (
+from layerprobe.metrics.similarity import FLOAT64_UP_TO, SCAN_ROWS, hsic, paired_layers
+from layerprobe.metrics.similarity.all_pairs import pairwise_cka
+from layerprobe.metrics.similarity.measures import (
     BiasedEstimateWarning,
     debiased_hsic,
     debiased_linear_cka,
@@ -195,19 +195,17 @@ def test_memory_mapped_half_precision_strided_and_torch_inputs_give_the_same(tmp
 def test_strips_and_tiles_of_any_size_give_the_same(monkeypatch) -> None:
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12], seed=5)
     whole = pairwise_cka(xs, ys, method="gram")
-    monkeypatch.setattr(gram, "PANEL_BYTES", 1)
+    monkeypatch.setattr(hsic, "PANEL_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="gram")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, atol=1e-6)
 
 
 def test_pieces_of_the_feature_form_give_the_same(monkeypatch) -> None:
-    from layerprobe.metrics.similarity import features
-
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12, 50], seed=5)
     whole = pairwise_cka(xs, ys, method="features")
-    monkeypatch.setattr(features, "PIECE_BYTES", 1)
-    monkeypatch.setattr(features, "ACCUMULATOR_BYTES", 1)
+    monkeypatch.setattr(hsic, "PIECE_BYTES", 1)
+    monkeypatch.setattr(hsic, "ACCUMULATOR_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="features")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, rtol=1e-4, atol=1e-6)
@@ -226,8 +224,8 @@ def test_auto_takes_the_form_with_fewer_multiplications() -> None:
     wide = [np.random.default_rng(0).normal(size=(100, 300))]
     narrow = [np.random.default_rng(0).normal(size=(3000, 3))]
     for layers, method in ((wide, "gram"), (narrow, "features")):
-        xs, _ = paired_layers(layers, None, rows_x=None, rows_y=None, names_x=None, names_y=None)
-        assert (gram_cost(xs, None) < feature_cost(xs, None)) == (method == "gram")
+        xs, _ = paired_layers(layers, None)
+        assert (hsic.gram_cost(xs, None) < hsic.feature_cost(xs, None)) == (method == "gram")
         assert pairwise_cka(layers).method == method
 
 
@@ -261,7 +259,7 @@ def test_non_finite_values_are_counted_and_located(n: int) -> None:
     message = r"block\.12\.mlp_out holds 3 non-finite values \(first: image 18\)"
     with pytest.raises(UsageError, match=message):
         pairwise_cka([x], [y], names_x=["block.12.mlp_out"])
-    with pytest.raises(UsageError, match=r"X holds 3 non-finite values \(first: row 18\)"):
+    with pytest.raises(UsageError, match=r"X holds 3 non-finite values \(first: image 18\)"):
         debiased_linear_cka(x, y)
 
 
@@ -277,7 +275,7 @@ def test_shapes_that_do_not_pair_are_refused() -> None:
         pairwise_cka([x[:3]])
     with pytest.raises(UsageError, match="at least 4 images; got 3"):
         debiased_linear_cka(x[:3], x[:3])
-    with pytest.raises(UsageError, match=r"images × features, got shape \(5, 2, 2\)"):
+    with pytest.raises(UsageError, match=r"n×d features, one row per image, got shape \(5, 2, 2\)"):
         pairwise_cka([np.zeros((5, 2, 2))])
     with pytest.raises(UsageError, match="no layers"):
         pairwise_cka([])
@@ -287,4 +285,4 @@ def test_shapes_that_do_not_pair_are_refused() -> None:
 
 def test_a_piece_of_the_scan_is_smaller_than_the_tests_above() -> None:
     """The streaming paths are only tested if the arrays above are longer than one piece."""
-    assert rows.SCAN_ROWS < 1100 and rows.FLOAT64_UP_TO < 1100
+    assert SCAN_ROWS < 1100 and FLOAT64_UP_TO < 1100

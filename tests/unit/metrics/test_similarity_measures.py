@@ -12,8 +12,9 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity.cka import debiased_hsic, debiased_linear_cka
 from layerprobe.metrics.similarity.measures import (
+    debiased_hsic,
+    debiased_linear_cka,
     debiased_rbf_cka,
     mutual_knn,
     procrustes_distance,

@@ -9,9 +9,8 @@ import pytest
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.similarity import permutation
-from layerprobe.metrics.similarity.all_pairs import pairwise_cka
-from layerprobe.metrics.similarity.cka import debiased_linear_cka
-from layerprobe.metrics.similarity.minibatch import MinibatchCKA
+from layerprobe.metrics.similarity.all_pairs import MinibatchCKA, pairwise_cka
+from layerprobe.metrics.similarity.measures import debiased_linear_cka
 from layerprobe.metrics.similarity.permutation import PermutationNull, permutation_null
 
 
