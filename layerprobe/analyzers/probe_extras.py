@@ -10,9 +10,8 @@ import numpy as np
 from layerprobe.errors import UnknownNameError, did_you_mean
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.knn_ridge import select_knn, select_ridge
 from layerprobe.metrics.probing.logistic import ProbeResult
-from layerprobe.metrics.probing.neighbours import select_knn
-from layerprobe.metrics.probing.ridge import select_ridge
 from layerprobe.tasks.random_labels import random_labels
 
 Pair = tuple[np.ndarray, np.ndarray]

@@ -187,7 +187,8 @@ def _readable_rows(
     scores = readable_scores(X, labels, scores=names)
     errors = half_sample_errors(X, labels, n_replicates=n_replicates, seed=seed) if n_replicates else {}
     rows = []
-    for name, (value, reason) in scores.items():
+    for name, score in scores.items():
+        value = score.value
         stderr = errors[name].value if name in errors else None
         if name == "knn" and value is not None:
             stderr = float(np.sqrt(value * (1 - value) / len(X)))
@@ -198,7 +199,7 @@ def _readable_rows(
                 "metric": f"transfer_{name}",
                 **_measured(value, stderr),
                 "n": len(X),
-                "reason": reason,
+                "reason": score.reason,
                 "family": "readable",
                 "higher_is_better": HIGHER_IS_BETTER[name],
             }

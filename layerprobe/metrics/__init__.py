@@ -58,10 +58,10 @@ _PUBLIC = {
     "online_code_length": "probing.curves",
     "few_shot_curve": "probing.curves",
     "control_accuracy": "probing.curves",
-    "knn_predict": "probing.neighbours",
-    "select_knn": "probing.neighbours",
-    "ridge_sweep": "probing.ridge",
-    "select_ridge": "probing.ridge",
+    "knn_predict": "probing.knn_ridge",
+    "select_knn": "probing.knn_ridge",
+    "ridge_sweep": "probing.knn_ridge",
+    "select_ridge": "probing.knn_ridge",
 }
 
 __all__ = sorted(_PUBLIC)

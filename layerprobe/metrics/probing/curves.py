@@ -16,7 +16,7 @@ SHOTS = (1, 2, 5, 10)
 """Training images per class of the few-shot curve."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodeLength:
     """Bits to send the labels, given the features, by a probe that learns as it goes.
 
@@ -88,7 +88,7 @@ def online_code_length(
         )
         nats -= np.log((seen * p + 1) / (seen + n_classes)).sum()
     bits, uniform = float(nats / np.log(2)), float(n * np.log2(n_classes))
-    return CodeLength(bits, uniform, uniform / bits, ends)
+    return CodeLength(bits=bits, uniform_bits=uniform, compression=uniform / bits, portions=ends)
 
 
 def _predicted(

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import Interval, wilson_interval
-from layerprobe.metrics.probing.data import Standardised
+from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.solver import LogisticFit, LogisticPath
 from layerprobe.metrics.validation import check_features, check_labels
 
@@ -19,7 +19,7 @@ C_GRID = tuple(10.0**power for power in range(-4, 4))
 REFITS = ("train+validation", "train")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogisticProbe:
     """A linear classifier for raw features: standardisation by the training split, then weights.
 
@@ -52,7 +52,7 @@ class LogisticProbe:
         return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeResult:
     """A probe with its C chosen on validation and its accuracy measured once on test.
 
@@ -197,4 +197,6 @@ def refit_probe(
 
 
 def _as_probe(fit: LogisticFit, data: Standardised) -> LogisticProbe:
-    return LogisticProbe(fit.coef, fit.intercept, data.mean, data.scale, fit.C, fit)
+    return LogisticProbe(
+        coef=fit.coef, intercept=fit.intercept, mean=data.mean, scale=data.scale, C=fit.C, fit=fit
+    )

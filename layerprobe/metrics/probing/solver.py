@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerprobe.metrics.probing.data import Standardised, lower_gram
+from layerprobe.metrics.probing import Standardised, lower_gram
 
 _MEMORY = 20  # L-BFGS pairs: each costs two passes over the K×d weights, small beside n×d×K
 _LOOSE = 2e-6  # L-BFGS's own estimate of what is left, at which the Newton steps take over
@@ -32,7 +32,7 @@ _SAFETY = 0.5  # the decrement has been seen up to 2 times too small, so it must
 _LOG_TINY = -40.0  # below exp(−40) probabilities are cut, because subnormal numbers are slow on CPUs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogisticFit:
     """One fitted probe, in the units of the features that were given.
 
@@ -230,18 +230,12 @@ class LogisticPath:
         line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, penalty)
         step = line.search(1.0)
         moved_W, moved_b = self.W + step * dW.double(), self.b + step * db.double()
-        moved = self._value(moved_W, moved_b, penalty)
+        moved = self.X.loss(self.y, moved_W @ self.rotation.T, moved_b)
+        moved += 0.5 * penalty * float((moved_W * moved_W).sum())
+        self.evaluations += 1
         if moved < value:
             self.W, self.b, value = moved_W, moved_b, moved
         return value, solution.decrement * unit, solution.gap * unit
-
-    def _value(self, W: torch.Tensor, b: torch.Tensor, penalty: float) -> float:
-        coef, loss = W @ self.rotation.T, 0.0
-        for rows, block in self.X.blocks(self.device):
-            logits = torch.addmm(b, block, coef.T)
-            loss += float(torch.nn.functional.cross_entropy(logits, self.y[rows], reduction="sum"))
-        self.evaluations += 1
-        return loss + 0.5 * penalty * float((W * W).sum())
 
 
 class _Line:

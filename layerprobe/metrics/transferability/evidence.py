@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.transferability.spectrum import Array, ClassSpectrum
+from layerprobe.metrics.transferability import Array, ClassSpectrum
 
 
 def maximum_evidence(spectrum: ClassSpectrum) -> Array:

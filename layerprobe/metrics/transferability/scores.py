@@ -8,14 +8,16 @@ All scores but `knn` cost O(n·d·min(n, d)).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from layerprobe.errors import UsageError
+from layerprobe.metrics.probing.knn_ridge import leave_one_out, majority
+from layerprobe.metrics.transferability import ClassSpectrum, check_labelled, class_spectrum
 from layerprobe.metrics.transferability.evidence import maximum_evidence
-from layerprobe.metrics.transferability.spectrum import ClassSpectrum, checked, class_spectrum
+from layerprobe.records import Estimate
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "logme": True,
@@ -27,13 +29,6 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "knn": True,
 }
 """The readable scores and their direction: True where a larger value promises better transfer."""
-
-
-class Score(NamedTuple):
-    """A value, or None and the reason why there is none."""
-
-    value: float | None
-    reason: str | None = None
 
 
 def logme(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) -> float:
@@ -245,11 +240,15 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
     n, values = spectrum.n_samples, spectrum.eigenvalues
     damped = 1.0 / (values + _gcv_penalty(spectrum))
     leverage = 1.0 / n + spectrum.scores**2 @ damped
-    fitted = spectrum.scores @ (spectrum.class_sums * damped).T + spectrum.counts / n
-    # Leaving row i out divides all its fitted values by the same 1 − h_i, after h_i·y is taken away.
     own = np.repeat(np.arange(len(spectrum.classes)), spectrum.counts)
-    fitted[np.arange(n), own] -= leverage
-    return float((fitted.argmax(axis=1) == own).mean())
+    arrays = (
+        spectrum.scores,
+        spectrum.class_sums[None] * damped,
+        spectrum.counts / n,
+        leverage[:, None],
+        own,
+    )
+    return float(leave_one_out(*(torch.from_numpy(array) for array in arrays))[0])
 
 
 def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) -> float:
@@ -267,7 +266,7 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
     """
     if n_neighbours < 1:
         raise UsageError(f"knn needs at least one neighbour: n_neighbours={n_neighbours}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     if len(X) < 2:
         raise UsageError("knn leaves one image out: it needs at least two")
     X = X.astype(np.float64)
@@ -275,19 +274,17 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
     lengths = np.einsum("ij,ij->i", X, X)
     k = min(n_neighbours, len(X) - 1)
     classes, own = np.unique(y, return_inverse=True)
+    bank, target = torch.from_numpy(X), torch.from_numpy(own)
+    # A vote is worth 1, and a little more the nearer it is: less than a vote in sum, so it only breaks ties.
+    worth = 1 + 2.0 ** -torch.arange(2, k + 2, dtype=torch.float64)
     hits = 0
     for start in range(0, len(X), 512):
-        stop = min(start + 512, len(X))
-        distances = lengths - 2 * X[start:stop] @ X.T
-        distances[np.arange(stop - start), np.arange(start, stop)] = np.inf
-        nearest = np.argpartition(distances, k - 1, axis=1)[:, :k]
-        rank = np.argsort(np.take_along_axis(distances, nearest, axis=1), axis=1, kind="stable")
-        neighbours = own[np.take_along_axis(nearest, rank, axis=1)]
-        votes = np.zeros((stop - start, len(classes)))
-        # A vote is worth 1, and a little more the nearer it is: less than a vote in sum, so it only breaks ties.
-        for position in range(k):
-            np.add.at(votes, (np.arange(stop - start), neighbours[:, position]), 1 + 2.0 ** -(position + 2))
-        hits += int((votes.argmax(axis=1) == own[start:stop]).sum())
+        rows = torch.arange(start, min(start + 512, len(X)))
+        distances = torch.addmm(torch.from_numpy(lengths), bank[rows], bank.T, alpha=-2)
+        distances[rows - start, rows] = torch.inf
+        nearest = distances.topk(k, dim=1, largest=False).indices
+        found = majority(target[nearest], worth.expand(len(rows), k), len(classes))
+        hits += int((found == target[rows]).sum())
     return hits / len(X)
 
 
@@ -305,7 +302,7 @@ SPECTRAL_SCORES = tuple(_SPECTRAL)
 
 def readable_scores(
     features: ArrayLike, labels: ArrayLike, *, scores: tuple[str, ...] = tuple(HIGHER_IS_BETTER)
-) -> dict[str, Score]:
+) -> dict[str, Estimate]:
     """The battery: every score of `scores`, from one Gram matrix and one eigendecomposition.
 
     Parameters
@@ -315,7 +312,7 @@ def readable_scores(
 
     Returns
     -------
-    dict name → Score(value, reason); a score that is undefined here has value None and says why.
+    dict name → Estimate with value and reason; a score that is undefined here has value None and says why.
 
     Raises
     ------
@@ -324,17 +321,17 @@ def readable_scores(
     unknown = [name for name in scores if name not in HIGHER_IS_BETTER]
     if unknown:
         raise UsageError(f"unknown transfer scores {unknown}; known: {', '.join(HIGHER_IS_BETTER)}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     try:
         spectrum = class_spectrum(X, y)
     except UsageError as error:
-        return {name: Score(None, str(error)) for name in scores}
-    found: dict[str, Score] = {}
+        return {name: Estimate(value=None, reason=str(error)) for name in scores}
+    found: dict[str, Estimate] = {}
     for name in scores:
         try:
-            found[name] = Score(loo_knn(X, y) if name == "knn" else _SPECTRAL[name](spectrum))
+            found[name] = Estimate(value=loo_knn(X, y) if name == "knn" else _SPECTRAL[name](spectrum))
         except UsageError as error:
-            found[name] = Score(None, str(error))
+            found[name] = Estimate(value=None, reason=str(error))
     return found
 
 
@@ -345,7 +342,7 @@ def half_sample_errors(
     n_replicates: int = 50,
     seed: int = 0,
     scores: tuple[str, ...] = SPECTRAL_SCORES,
-) -> Mapping[str, Score]:
+) -> Mapping[str, Estimate]:
     """Standard errors of the readable scores, by the half-sample bootstrap within classes.
 
     A replicate keeps a random half of each class, without repeats. Its spread around the mean replicate
@@ -356,7 +353,7 @@ def half_sample_errors(
 
     Returns
     -------
-    dict name → Score(standard error, reason why there is none).
+    dict name → Estimate whose value is the standard error, or the reason why there is none.
 
     References
     ----------
@@ -365,19 +362,19 @@ def half_sample_errors(
     """
     if n_replicates < 2:
         raise UsageError(f"a spread needs at least two replicates: n_replicates={n_replicates}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     rng = np.random.default_rng(seed)
     replicates = [
         readable_scores(X[rows], y[rows], scores=scores)
         for rows in (half_sample(y, rng) for _ in range(n_replicates))
     ]
-    errors: dict[str, Score] = {}
+    errors = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        values = np.array([r[name].value for r in replicates], dtype=float)
-        errors[name] = (
-            Score(float(values.std(ddof=1))) if missing is None else Score(None, f"half samples: {missing}")
-        )
+        if missing is not None:
+            errors[name] = Estimate(value=None, reason=f"half samples: {missing}")
+        else:
+            errors[name] = Estimate(value=float(np.std([r[name].value for r in replicates], ddof=1)))
     return errors
 
 

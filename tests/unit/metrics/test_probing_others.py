@@ -8,9 +8,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.knn_ridge import knn_predict, ridge_sweep, select_knn, select_ridge
 from layerprobe.metrics.probing.logistic import fit_logistic_path
-from layerprobe.metrics.probing.neighbours import knn_predict, select_knn
-from layerprobe.metrics.probing.ridge import ridge_sweep, select_ridge
 
 
 def clusters(n: int, d: int, k: int, *, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
