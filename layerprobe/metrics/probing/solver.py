@@ -27,6 +27,7 @@ from layerprobe.metrics.probing import Standardised, lower_gram
 _MEMORY = 20  # L-BFGS pairs: each costs two passes over the K×d weights, small beside n×d×K
 _LOOSE = 2e-6  # L-BFGS's own estimate of what is left, at which the Newton steps take over
 _CG_STEPS = 150
+_MOST_EVALUATIONS = 5000  # per fit
 _DELAY = 6  # steps of conjugate gradients over which the decay of their gains is judged
 _SAFETY = 0.5  # the decrement has been seen up to 2 times too small, so it must be below half of `tol`
 _LOG_TINY = -40.0  # below exp(−40) probabilities are cut, because subnormal numbers are slow on CPUs
@@ -75,9 +76,8 @@ class LogisticPath:
         *,
         tol: float = 1e-4,
         device: str = "cpu",
-        max_evaluations: int = 5000,
     ) -> None:
-        self.X, self.tol, self.max_evaluations = X, tol, max_evaluations
+        self.X, self.tol = X, tol
         self.device = torch.device(device)
         self.n, self.k = len(X), n_classes
         self.y = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)).to(self.device)
@@ -118,11 +118,11 @@ class LogisticPath:
         start = self.evaluations
         before = (self.W, self.b)
         self._extrapolate(C)
-        self._lbfgs(C, _LOOSE, start + self.max_evaluations)
+        self._lbfgs(C, _LOOSE, start + _MOST_EVALUATIONS)
         while True:
             value, decrement, gap = self._newton(C)
             converged = min(decrement, gap) <= _SAFETY * self.tol
-            if converged or self.evaluations - start >= self.max_evaluations:
+            if converged or self.evaluations - start >= _MOST_EVALUATIONS:
                 break
         self._before = before
         return LogisticFit(
@@ -144,8 +144,7 @@ class LogisticPath:
         dW, db = W - self._before[0].float(), b - self._before[1].float()
         if not dW.any():
             return
-        logits = torch.addmm(b, self.Z, W.T)
-        line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, 1 / C)
+        line = _Line(self, torch.addmm(b, self.Z, W.T), W, torch.cat([dW, db[:, None]], 1), 1 / C)
         self.evaluations += 1
         step = line.search(1.0)
         self.W, self.b = (W + step * dW).double(), (b + step * db).double()
@@ -162,12 +161,11 @@ class LogisticPath:
         self.evaluations += 1
         while self.evaluations < budget:
             direction = -_two_loop(g, pairs, inverse, scale)
-            dW, db = direction[:, :-1], direction[:, -1]
-            line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, penalty)
+            line = _Line(self, logits, W, direction, penalty)
             step = line.search(1.0)
             if step == 0:
                 break
-            W, b = W + step * dW, b + step * db
+            W, b = W + step * direction[:, :-1], b + step * direction[:, -1]
             new = self._gradient(line.R, W, penalty)
             self.evaluations += 1
             logits, change, bend = line.logits, step * direction, new - g
@@ -223,34 +221,31 @@ class LogisticPath:
         logits = torch.addmm(b, self.Z, W.T)
         system = _NewtonSystem(self, _softmax(logits), penalty)
         self.evaluations += 1
-        solution = system.solve((g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2)
+        direction, decrement, gap = system.solve(
+            (g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2
+        )
         unit = 0.5 * float(size) ** 2 / value
-        direction = solution.direction * size.float()
-        dW, db = direction[:, :-1] - direction[:, :-1].mean(0), direction[:, -1]
-        line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, penalty)
-        step = line.search(1.0)
-        moved_W, moved_b = self.W + step * dW.double(), self.b + step * db.double()
+        direction *= size.float()
+        direction[:, :-1] -= direction[:, :-1].mean(0)
+        step = _Line(self, logits, W, direction, penalty).search(1.0)
+        moved_W = self.W + step * direction[:, :-1].double()
+        moved_b = self.b + step * direction[:, -1].double()
         moved = self.X.loss(self.y, moved_W @ self.rotation.T, moved_b)
         moved += 0.5 * penalty * float((moved_W * moved_W).sum())
         self.evaluations += 1
         if moved < value:
             self.W, self.b, value = moved_W, moved_b, moved
-        return value, solution.decrement * unit, solution.gap * unit
+        return value, decrement * unit, gap * unit
 
 
 class _Line:
     """F along one direction, from cached logits: each trial is one softmax."""
 
     def __init__(
-        self,
-        path: LogisticPath,
-        logits: torch.Tensor,
-        slope: torch.Tensor,
-        W: torch.Tensor,
-        dW: torch.Tensor,
-        penalty: float,
+        self, path: LogisticPath, logits: torch.Tensor, W: torch.Tensor, step: torch.Tensor, penalty: float
     ) -> None:
-        self.start, self.along, self.y = logits, slope, path.column
+        dW, db = step[:, :-1], step[:, -1]
+        self.start, self.along, self.y = logits, torch.addmm(db, path.Z, dW.T), path.column
         self.penalty = penalty
         self.ww, self.wd, self.dd = (float(torch.sum(a * c)) for a, c in ((W, W), (W, dW), (dW, dW)))
 
@@ -292,13 +287,6 @@ class _Line:
         return low
 
 
-@dataclass
-class _Solution:
-    direction: torch.Tensor
-    decrement: float
-    gap: float
-
-
 class _NewtonSystem:
     """Products with the Hessian at given probabilities, the intercepts eliminated, and its solution by CG."""
 
@@ -335,9 +323,10 @@ class _NewtonSystem:
         self.path.evaluations += 1
         return torch.addmm(V, T.T, self.path.Z, beta=self.penalty), shift
 
-    def solve(self, g: torch.Tensor, enough: float) -> _Solution:
+    def solve(self, g: torch.Tensor, enough: float) -> tuple[torch.Tensor, float, float]:
         """Conjugate gradients on H x = −g, until gᵀH⁻¹g is known well enough or proven small enough.
 
+        Returns x, the estimate of gᵀH⁻¹g and an upper bound of it.
         gᵀH⁻¹g = q + rᵀH⁻¹r, where q grows with every step and rᵀH⁻¹r ≤ C ‖r‖², since H ⪰ I/C on the weights.
         """
         residual, shift = self.eliminate(g)
@@ -369,7 +358,7 @@ class _NewtonSystem:
                 break
             p = z + (rz / old) * p
         decrement = min(bound, q + rest)
-        return _Solution(torch.cat([x, shift[:, None]], 1), decrement, gap)
+        return torch.cat([x, shift[:, None]], 1), decrement, gap
 
 
 def _tail(gains: Sequence[float]) -> float:

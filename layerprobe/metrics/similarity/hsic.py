@@ -77,21 +77,21 @@ def gram_terms(
     """HSIC₁ sums, by groups of images, from centred Gram tiles.
 
     The rows come in the random `order`; consecutive ones form units of `unit` rows (the last one padded with
-    zeros), units form groups. For
-    every pair of units the products of all layers' Gram blocks are one small batched product of at most
-    `unit` terms, then summed. Diagonals of the Gram matrices are taken out before any product.
+    zeros), units form groups. For every pair of units the products of all layers' Gram blocks are one small
+    batched product of at most `unit` terms. Diagonals of the Gram matrices are taken out before any product.
     """
     layers = xs + (ys or [])
     n, a = xs[0].n, len(xs)
     dtype = np.float64 if n <= FLOAT64_UP_TO else np.float32
-    unit = unit_rows(n)
+    unit = _unit_rows(n)
     padded = math.ceil(n / unit) * unit
-    group_of_unit = group_ids(padded // unit)
-    groups = int(group_of_unit[-1]) + 1
+    # At most `MAX_GROUPS` groups of consecutive units, as equal as can be.
+    groups = min(MAX_GROUPS, padded // unit)
+    group_of_unit = (np.arange(padded // unit) * groups) // (padded // unit)
     cross = np.zeros((groups, groups, a, len(ys or xs)))
     own = None if ys is None else np.zeros((groups, groups, len(layers)))
     diagonals = np.zeros((len(layers), padded))
-    strip = strip_rows(padded, sum(layer.d for layer in layers) * np.dtype(dtype).itemsize)
+    strip = _strip_rows(padded, sum(layer.d for layer in layers) * np.dtype(dtype).itemsize)
     panels = [np.empty((strip, layer.d), dtype) for layer in layers]
     chunk = np.empty((min(TILE_ROWS, padded), max(layer.d for layer in layers)), dtype)
     buffer = torch.from_numpy(np.empty(len(layers) * len(chunk) * strip, dtype)).to(device)
@@ -144,17 +144,12 @@ def _tile_rows(left: int, right: int, padded: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def unit_rows(n: int) -> int:
+def _unit_rows(n: int) -> int:
     """Rows per unit: a power of two ≤ 128 that leaves at least 30 units where there are as many images."""
     return 2 ** min(7, max(0, int(math.log2(n / 30)) if n >= 30 else 0))
 
 
-def group_ids(units: int) -> NDArray[np.intp]:
-    """Group of each unit: at most `MAX_GROUPS` groups of consecutive units, as equal as can be."""
-    return (np.arange(units) * min(MAX_GROUPS, units)) // units
-
-
-def strip_rows(padded: int, bytes_per_row: int) -> int:
+def _strip_rows(padded: int, bytes_per_row: int) -> int:
     """Rows per strip: a multiple of the diagonal's rows, equal strips, within `PANEL_BYTES`."""
     most = max(DIAGONAL_ROWS, PANEL_BYTES // bytes_per_row // DIAGONAL_ROWS * DIAGONAL_ROWS)
     strips = math.ceil(padded / most)
@@ -282,18 +277,18 @@ class _Products:
         self._right = np.empty((self.piece, widest), self.dtype)
         self.diagonals = np.zeros((len(layers), n))
 
-    def rows(self, index: int, start: int, stop: int, buffer: NDArray[np.generic]) -> torch.Tensor:
-        layer = self.layers[index]
-        out = buffer.reshape(-1)[: (stop - start) * layer.d].reshape(stop - start, layer.d)
-        layer.fill(self.order[start:stop], out)
-        return torch.from_numpy(out).to(self.device)
+        for index, piece in itertools.product(range(len(layers)), self._pieces(n)):
+            norms = torch.linalg.vector_norm(self.rows(index, piece, self._left), dim=1).double()
+            self.diagonals[index, piece] = norms.square().cpu().numpy()
 
-    def diagonal(self, index: int) -> None:
-        for start in range(0, self.layers[0].n, self.piece):
-            stop = min(start + self.piece, self.layers[0].n)
-            rows = self.rows(index, start, stop, self._left)
-            norms = torch.linalg.vector_norm(rows, dim=1).double()
-            self.diagonals[index, start:stop] = norms.square().cpu().numpy()
+    def _pieces(self, stop: int) -> list[slice]:
+        return [slice(start, min(start + self.piece, stop)) for start in range(0, stop, self.piece)]
+
+    def rows(self, index: int, piece: slice, buffer: NDArray[Any]) -> torch.Tensor:
+        layer, count = self.layers[index], piece.stop - piece.start
+        out = buffer.reshape(-1)[: count * layer.d].reshape(count, layer.d)
+        layer.fill(self.order[piece], out)
+        return torch.from_numpy(out).to(self.device)
 
     def against(self, left: int, rights: list[int]) -> list[tuple[float, FloatArray]]:
         """For each right layer: ‖XᵀY‖²_F, and xₐᵀ(XᵀY)yₐ for the sampled rows a."""
@@ -309,25 +304,22 @@ class _Products:
         return found
 
     def _block(self, left: int, rights: list[int]) -> list[tuple[float, FloatArray]]:
-        n, d = self.layers[0].n, self.layers[left].d
+        d = self.layers[left].d
         totals = [
             torch.zeros(d, self.layers[right].d, dtype=torch.float64, device=self.device) for right in rights
         ]
-        for start in range(0, n, self.piece):
-            stop = min(start + self.piece, n)
-            x = self.rows(left, start, stop, self._left)
+        for piece in self._pieces(self.layers[0].n):
+            x = self.rows(left, piece, self._left)
             for right, total in zip(rights, totals, strict=True):
-                y = x if right == left else self.rows(right, start, stop, self._right)
-                total += x.T @ y
+                total += x.T @ (x if right == left else self.rows(right, piece, self._right))
         found = []
         for right, total in zip(rights, totals, strict=True):
             product = total.to(getattr(torch, self.dtype.name))
             pulls = np.empty(self.sample)
-            for start in range(0, self.sample, self.piece):
-                stop = min(start + self.piece, self.sample)
-                x = self.rows(left, start, stop, self._left)
-                y = x if right == left else self.rows(right, start, stop, self._right)
-                pulls[start:stop] = torch.linalg.vecdot(x @ product, y).double().cpu().numpy()
+            for piece in self._pieces(self.sample):
+                x = self.rows(left, piece, self._left)
+                y = x if right == left else self.rows(right, piece, self._right)
+                pulls[piece] = torch.linalg.vecdot(x @ product, y).double().cpu().numpy()
             found.append((float(total.square_().sum()), pulls))
         return found
 
@@ -343,8 +335,6 @@ def feature_terms(
     layers = xs + (ys or [])
     n, a = xs[0].n, len(xs)
     products = _Products(layers, order, device)
-    for index in range(len(layers)):
-        products.diagonal(index)
     second = list(range(a)) if ys is None else list(range(a, len(layers)))
     norms = np.zeros((len(layers), len(layers)))
     pulls = np.zeros((len(layers), len(layers), products.sample))
@@ -373,7 +363,7 @@ def feature_terms(
     count = min(n, KERNEL_ROWS, products.piece)
     grams = np.empty((len(layers), count, count))
     for index in range(len(layers)):
-        rows = products.rows(index, 0, count, products._left)
+        rows = products.rows(index, slice(0, count), products._left)
         grams[index] = (rows @ rows.T).double().cpu().numpy()
     off_diagonal = ~np.eye(count, dtype=bool)
 
