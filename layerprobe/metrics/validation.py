@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 
+if TYPE_CHECKING:
+    import torch
+
+Ids = Sequence[Any] | np.ndarray | None
+
 _ROWS = 1024  # rows searched for non-finite values at a time
 
 
-def as_features(X: Any, name: str) -> np.ndarray:
+def as_features(X: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
     """`X` (array, memory-mapped file or torch tensor) as an n×d array of numbers, its values not yet looked at.
 
     Raises
@@ -31,7 +36,7 @@ def as_features(X: Any, name: str) -> np.ndarray:
     return array
 
 
-def check_finite(array: np.ndarray, name: str, ids: Sequence[Any] | np.ndarray | None = None) -> None:
+def check_finite(array: np.ndarray, name: str, ids: Ids = None) -> None:
     """Raises UsageError with the number of non-finite values and the first row (or its id) that holds one."""
     with np.errstate(over="ignore", invalid="ignore"):
         # A sum is finite only if all its terms are, unless it overflows: the cheap test first.
@@ -51,7 +56,7 @@ def check_finite(array: np.ndarray, name: str, ids: Sequence[Any] | np.ndarray |
         )
 
 
-def check_features(X: Any, name: str, ids: Sequence[Any] | np.ndarray | None = None) -> np.ndarray:
+def check_features(X: ArrayLike | torch.Tensor, name: str, ids: Ids = None) -> np.ndarray:
     """`X` as an n×d float array of finite numbers.
 
     `name` is how the message calls it (for example "block.12.mlp_out"); `ids` names its rows.

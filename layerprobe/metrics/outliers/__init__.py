@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -68,9 +67,11 @@ class OutlierRules:
             raise UsageError(f"top cannot be negative, got {self.top}")
 
     @classmethod
-    def sigma_only(cls, sigmas: tuple[float, ...] = (3.0, 6.0), **rules: Any) -> OutlierRules:
-        """The counts beyond kσ and the moments alone: the quickest that answers the main question."""
-        return cls(sigmas=sigmas, curve=(), mean_multiples=(), order=False, **rules)
+    def sigma_only(
+        cls, sigmas: tuple[float, ...] = (3.0, 6.0), *, absolute: tuple[float, ...] = (), top: int = 3
+    ) -> OutlierRules:
+        """The counts beyond kσ (and `absolute`) and the moments alone: the quickest that answers the main question."""
+        return cls(sigmas=sigmas, absolute=absolute, top=top, curve=(), mean_multiples=(), order=False)
 
     @property
     def all_sigmas(self) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -80,7 +80,7 @@ class TorchEngine:
     def __init__(self) -> None:
         import torch
 
-        self._torch: Any = torch
+        self._torch = torch
         self._folded = np.empty(0, np.int16)
         self._folded_counts = np.zeros(1 << 15, np.int64)
         self._kept: list[np.ndarray] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import (
@@ -21,6 +22,9 @@ from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_ta
 from layerprobe.metrics.outliers.counting import Engine, TopEntries, make_engine
 from layerprobe.metrics.outliers.moments import AxisSpread, Moments, chunk_moments
 
+if TYPE_CHECKING:
+    import torch
+
 SORT_BELOW = 1 << 20
 """float32 tensors with fewer entries are sorted; larger ones are binned by their upper 16 bits."""
 
@@ -31,7 +35,11 @@ Passes = Callable[[], Iterator[np.ndarray]]
 
 
 def outlier_statistics(
-    weight: Any, *, rules: OutlierRules | None = None, engine: str = "auto", chunk: int = 1 << 19
+    weight: ArrayLike | torch.Tensor,
+    *,
+    rules: OutlierRules | None = None,
+    engine: str = "auto",
+    chunk: int = 1 << 19,
 ) -> TensorOutliers:
     """All quantities of an array or torch tensor in its own precision (bfloat16 and float8 included).
 
@@ -49,7 +57,7 @@ def outlier_statistics(
     return summarize(passes, dtype, raw.shape, rules=rules, engine=make_engine(engine))
 
 
-def outlier_ratio(weight: Any, *, n_sigma: float = 6.0) -> float:
+def outlier_ratio(weight: ArrayLike | torch.Tensor, *, n_sigma: float = 6.0) -> float:
     """Share of entries lying more than `n_sigma` deviations from the tensor's mean.
 
     Mean and (population) deviation run over the whole tensor; another population is another function.
@@ -342,7 +350,7 @@ def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorO
     return result
 
 
-def _raw_codes(weight: Any) -> tuple[np.ndarray, str]:
+def _raw_codes(weight: ArrayLike | torch.Tensor) -> tuple[np.ndarray, str]:
     if hasattr(weight, "detach"):
         import torch
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.validation import as_features, check_finite, check_same_rows
@@ -50,7 +50,9 @@ class CentredRows:
     UsageError : not n×d, or non-finite values (their number and the first row are named).
     """
 
-    def __init__(self, array: Any, *, name: str, rows: NDArray[np.intp] | None = None) -> None:
+    def __init__(
+        self, array: ArrayLike | torch.Tensor, *, name: str, rows: NDArray[np.intp] | None = None
+    ) -> None:
         self.name = name
         self.array = as_features(array, name)
         self.n, self.d = self.array.shape
