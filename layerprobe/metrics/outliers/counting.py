@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from typing import Protocol
 
 import numpy as np
 
@@ -22,34 +21,6 @@ _UPPER = 1 if sys.byteorder == "little" else 0
 
 _KEPT = 1 << 20  # keys of `low_halves` kept back until they are counted
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-class Engine(Protocol):
-    """What counts. `name` is "numba" or "torch"."""
-
-    name: str
-
-    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Add the histogram of a uint8 or uint16 chunk; return the `block_maxima` of its codes, sign cleared.
-
-        `counts` (int64, one per code) is in the engine's own order until `in_code_order`.
-        """
-
-    def in_code_order(self, counts: np.ndarray) -> np.ndarray:
-        """The finished counts, indexed by code."""
-
-    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
-        """Add the histogram of a float32 chunk by upper 16 bits.
-
-        Returns the `block_maxima` of the bit patterns with the sign cleared, the moments of the finite entries,
-        and the sum of their magnitudes.
-        """
-
-    def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
-        """Count the lower 16 bits of the entries whose upper 16 bits have a slot ≥ 0: `low[slot, lower] += 1`."""
-
-    def flush(self, low: np.ndarray) -> None:
-        """Add what `low_halves` has kept back to `low`."""
 
 
 def make_engine(name: str = "auto") -> Engine:
@@ -73,7 +44,10 @@ def make_engine(name: str = "auto") -> Engine:
 
 
 class TorchEngine:
-    """Counts with `torch.bincount`, the quickest counting loop that a plain installation has."""
+    """Counts with `torch.bincount`, the quickest counting loop that a plain installation has.
+
+    What every engine does is documented here.
+    """
 
     name = "torch"
 
@@ -87,6 +61,10 @@ class TorchEngine:
         self._n_kept = 0
 
     def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Add the histogram of a uint8 or uint16 chunk; return the `block_maxima` of its codes, sign cleared.
+
+        `counts` (int64, one per code) is in the engine's own order until `in_code_order`.
+        """
         if chunk.dtype == np.uint8:
             return self._bytes(chunk, counts)
         signed = chunk.view(np.int16)
@@ -114,6 +92,7 @@ class TorchEngine:
         return maxima
 
     def in_code_order(self, counts: np.ndarray) -> np.ndarray:
+        """The finished counts, indexed by code."""
         if counts.size == 1 << 16:
             counts[:0x4000] += self._folded_counts[:0x4000]
             counts[0x8001:0xC000] += self._folded_counts[:0x4000:-1]
@@ -132,12 +111,14 @@ class TorchEngine:
         return block_maxima(chunk, 0x7F)
 
     def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
+        """Add the histogram of a float32 chunk by upper 16 bits; return block maxima, moments and Σ|w|."""
         # The upper halves are codes like those of bfloat16, and are counted like them.
         self.codes(np.ascontiguousarray(chunk.view(np.uint16)[_UPPER::2]), counts)
         maxima = block_maxima(chunk.view(np.uint32), 0x7FFFFFFF)
         return maxima, *chunk_moments(chunk, bool(maxima.max() < 0x7F800000))
 
     def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
+        """Count the lower 16 bits of the entries whose upper 16 bits have a slot ≥ 0: `low[slot, lower] += 1`."""
         bits = chunk.view(np.uint32)
         chosen = slot[bits >> np.uint32(16)]
         hit = np.flatnonzero(chosen >= 0)
@@ -148,8 +129,9 @@ class TorchEngine:
             self.flush(low)
 
     def flush(self, low: np.ndarray) -> None:
+        """Add what `low_halves` has kept back to `low`."""
         if self._kept:
-            add_keys(low, np.concatenate(self._kept))
+            _add_keys(low, np.concatenate(self._kept))
         self._kept, self._n_kept = [], 0
 
 
@@ -200,7 +182,7 @@ class NumbaEngine:
         self._n_keys = self._compiled.collect_low(chunk.view(np.uint32), slot, self._keys, self._n_keys)
 
     def flush(self, low: np.ndarray) -> None:
-        add_keys(low, self._keys[: self._n_keys])
+        _add_keys(low, self._keys[: self._n_keys])
         self._n_keys = 0
 
 
@@ -212,7 +194,7 @@ def block_maxima(bits: np.ndarray, mask: int | None = None) -> np.ndarray:
     return maxima if whole * BLOCK == bits.size else np.append(maxima, magnitude[whole * BLOCK :].max())
 
 
-def add_keys(low: np.ndarray, keys: np.ndarray) -> None:
+def _add_keys(low: np.ndarray, keys: np.ndarray) -> None:
     """Count `keys` (slot in the upper, code in the lower 16 bits) into the table `low` (slots × 65,536)."""
     found, counts = np.unique(keys, return_counts=True)
     low.reshape(-1)[found] += counts.astype(low.dtype)
@@ -288,3 +270,6 @@ class TopEntries:
     def entries(self) -> list[tuple[float, int]]:
         """(value, flat index) by falling magnitude."""
         return list(zip(self._value.tolist(), self._index.tolist(), strict=True))
+
+
+Engine = TorchEngine | NumbaEngine

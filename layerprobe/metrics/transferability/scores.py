@@ -15,8 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing.knn_ridge import leave_one_out, majority
-from layerprobe.metrics.transferability import ClassSpectrum, check_labelled, class_spectrum
-from layerprobe.metrics.transferability.evidence import maximum_evidence
+from layerprobe.metrics.transferability import (
+    ClassSpectrum,
+    check_labelled,
+    class_spectrum,
+    maximum_evidence,
+)
 from layerprobe.records import Estimate
 
 HIGHER_IS_BETTER: dict[str, bool] = {
