@@ -106,7 +106,7 @@ def group_test(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> GroupTest:
-    """Do two groups of models differ in their outlier ratio? Each model counts once, whatever its size.
+    """Difference of the outlier ratio between two groups of models; each model counts once, whatever its size.
 
     The value is exp(mean ln ratio of the first − of the second). Its interval resamples models, and blocks
     within models. The p-value is two-sided on the difference of mean log ratios under all relabellings of the

@@ -162,7 +162,7 @@ def _central(values: np.ndarray, s1: float, s2: float, s3: float, s4: float) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class AxisOutliers:
-    """Lines (rows or columns) whose deviation stands out: how many, the greatest z and the lines, worst first."""
+    """Lines (rows or columns) whose deviation is an outlier: how many, the greatest z and the lines, worst first."""
 
     n: int
     count: int
@@ -213,7 +213,7 @@ class AxisSpread:
             self._seen += length
 
     def outliers(self) -> dict[str, AxisOutliers | str]:
-        """For "row" and "column": what stands out, or the reason why that is undefined."""
+        """For "row" and "column": the outliers, or the reason why they are undefined."""
         return {
             "row": _line_outliers(self._row_sums, self.columns),
             "column": _line_outliers(self._column_sums, self.rows),

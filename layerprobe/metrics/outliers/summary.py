@@ -116,17 +116,17 @@ def summarize(
         passes = _also_into(spread, passes)
     if not rules.order and dtype == "float32" and size >= SORT_BELOW:
         result = _from_comparisons(passes, size, rules)
-        result.axes = spread.outliers() if spread is not None else {}
-        return result
-    if not needs_engine(dtype, size):
-        result, distribution = _from_sorting(passes, dtype, size, rules)
-    elif dtype in CODE_DTYPES:
-        result, distribution = _from_codes(passes, dtype, size, rules, engine or make_engine())
     else:
-        result, distribution = _from_bins(passes, size, rules, engine or make_engine())
-    with np.errstate(over="ignore", invalid="ignore"):
-        measure(result, distribution, rules)
-    result.axes = spread.outliers() if spread is not None else {}
+        if not needs_engine(dtype, size):
+            result, distribution = _from_sorting(passes, dtype, size, rules)
+        elif dtype in CODE_DTYPES:
+            result, distribution = _from_codes(passes, dtype, size, rules, engine or make_engine())
+        else:
+            result, distribution = _from_bins(passes, size, rules, engine or make_engine())
+        with np.errstate(over="ignore", invalid="ignore"):
+            measure(result, distribution, rules)
+    if spread is not None:
+        result.axes = spread.outliers()
     return result
 
 

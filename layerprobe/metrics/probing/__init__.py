@@ -1,4 +1,4 @@
-"""How much of a label simple classifiers read off features; here: the features standardised, block by block."""
+"""Simple classifiers on frozen features; here: the features, standardised block by block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Standardised:
     """Features with the column means and deviations of a training split, read in float64 blocks of rows.
 
     Columns without variation are centred and left unscaled, so they are zero on the training split. So are dead
-    ones, whose deviation is below a billionth of the largest: trained norms switch dimensions off with weights
-    near 1e-30, and dividing by that would make a probe whose own weights are near 1e30.
+    ones, whose deviation is below a billionth of the largest: trained norms can have weights near 1e-30, and
+    dividing by that would give the probe weights near 1e30.
     """
 
     def __init__(self, X: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> None:

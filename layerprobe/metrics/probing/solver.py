@@ -4,12 +4,11 @@ For standardised features X (n×d), labels y in 0 … K−1, weights W (K×d) an
 
     F(W, b) = Σ_i [ logsumexp(W x_i + b) − (W x_i + b)_{y_i} ] + ‖W‖² / (2C)
 
-which is scikit-learn's objective divided by C, intercept unpenalised. Three things make it fast. The features
-are rotated onto their principal axes once, where the Hessian is close to diagonal, so that an exact diagonal
-preconditions L-BFGS well. Line searches run on cached logits: a trial step costs one softmax and no matrix
-product. Work is float32; gradients of the last Newton steps and every reported number are float64, on the
-features as they came. And one thing makes it honest: a fit ends with a conjugate-gradient solve of the Newton
-system, whose decrement ½ gᵀH⁻¹g estimates F − min F; a fit that is not within tolerance says so.
+which is scikit-learn's objective divided by C, intercept unpenalised. The features are rotated onto their
+principal axes once, where an exact diagonal preconditions L-BFGS well. Line searches run on cached logits: a
+trial step costs one softmax and no matrix product. Work is float32; the last Newton steps and every reported
+number are float64. A fit ends with a conjugate-gradient solve of the Newton system, whose decrement
+½ gᵀH⁻¹g estimates F − min F and decides whether the fit counts as converged.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class PairwiseCKA:
     ----------
     values, stderr : layers of X × layers of Y; NaN where undefined.
     reasons : per cell, why it is undefined, or None.
-    influence : groups of images × layers of X × layers of Y: how each group pulls each cell. Its sum of
+    influence : groups of images × layers of X × layers of Y: how each group moves each cell. Its sum of
         squares over groups is the delete-a-group variance before the small-sample correction.
     n : images. method : "gram", "features" or "minibatch".
     """
@@ -77,7 +77,7 @@ def pairwise_cka(
     rows_x, rows_y : row orders that pair the images, where they are not stored in the same order.
     names_x, names_y : what errors call the layers.
     method : "gram", "features", or "auto" for the one with fewer multiplications.
-    seed : deals the images into groups for the standard errors; values depend on it only by rounding.
+    seed : assigns images to groups for the standard errors; values depend on it only by rounding.
     device : where the products run ("cpu", "cuda").
     progress : called with the share of the work done since the last call.
 
@@ -109,9 +109,8 @@ def pairwise_cka(
 class MinibatchCKA:
     """Sums of HSIC₁ over batches, weighted by b(b−3), and their ratio at the end.
 
-    Every batch is an unbiased look at the same quantities, so batches of any size mix, and the standard error
-    comes from their spread. The value is that of the whole data set up to its own error, not to rounding:
-    pairs of images in different batches are never compared.
+    Every batch gives unbiased estimates of the same quantities, so batches of any size mix, and the standard
+    error comes from their spread. Pairs of images in different batches are never compared.
 
     References
     ----------

@@ -315,12 +315,12 @@ class _Products:
         found = []
         for right, total in zip(rights, totals, strict=True):
             product = total.to(getattr(torch, self.dtype.name))
-            pulls = np.empty(self.sample)
+            shares = np.empty(self.sample)
             for piece in self._pieces(self.sample):
                 x = self.rows(left, piece, self._left)
                 y = x if right == left else self.rows(right, piece, self._right)
-                pulls[piece] = torch.linalg.vecdot(x @ product, y).double().cpu().numpy()
-            found.append((float(total.square_().sum()), pulls))
+                shares[piece] = torch.linalg.vecdot(x @ product, y).double().cpu().numpy()
+            found.append((float(total.square_().sum()), shares))
         return found
 
 
@@ -337,23 +337,23 @@ def feature_terms(
     products = _Products(layers, order, device)
     second = list(range(a)) if ys is None else list(range(a, len(layers)))
     norms = np.zeros((len(layers), len(layers)))
-    pulls = np.zeros((len(layers), len(layers), products.sample))
+    shares = np.zeros((len(layers), len(layers), products.sample))
     wanted = {
         i: [j for j in second if ys is not None or j >= i] + ([] if ys is None else [i]) for i in range(a)
     }
     wanted |= {} if ys is None else {j: [j] for j in second}
     work = sum(layers[i].d * layers[j].d for i, js in wanted.items() for j in js)
     for i, js in wanted.items():
-        for j, (norm, pull) in zip(js, products.against(i, js), strict=True):
+        for j, (norm, share_of_row) in zip(js, products.against(i, js), strict=True):
             norms[i, j] = norms[j, i] = norm
-            pulls[i, j] = pulls[j, i] = pull
+            shares[i, j] = shares[j, i] = share_of_row
         progress(sum(layers[i].d * layers[j].d for j in js) / work)
 
     k = products.diagonals
     traces = k.sum(axis=1)
     totals = norms - n / (n - 2) * (k @ k.T) + np.outer(traces, traces) / ((n - 1) * (n - 2))
     sampled = k[:, : products.sample]
-    parts = pulls - n / (n - 2) * sampled[:, None] * sampled[None, :]
+    parts = shares - n / (n - 2) * sampled[:, None] * sampled[None, :]
     parts += (np.outer(traces, traces) / ((n - 1) * (n - 2) * n))[:, :, None]
     parts = parts.transpose(2, 0, 1)
     first = list(range(a))
@@ -373,12 +373,12 @@ def feature_terms(
             for j in range(c.shape[1]):
                 x, y = grams[first[i]], grams[second[j]]
                 kernel = c[i, j] * x * y - u[i, j] * x * x - v[i, j] * y * y
-                pull = (
+                share_of_row = (
                     c[i, j] * part_cross[:count, i, j]
                     - u[i, j] * part_x[:count, i]
                     - v[i, j] * part_y[:count, j]
                 )
-                kernel -= (pull[:, None] + pull[None, :]) / n
+                kernel -= (share_of_row[:, None] + share_of_row[None, :]) / n
                 found[i, j] = np.square(kernel[off_diagonal]).sum() * (n * (n - 1)) / (count * (count - 1))
         return found
 

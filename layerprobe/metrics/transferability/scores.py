@@ -1,4 +1,4 @@
-"""Readable transfer scores: what the features of one layer already say about the labels of a task.
+"""Readable transfer scores: how well the features of one layer predict the labels of a task, without training.
 
 Each function takes n×d features X and n integer labels ≥ 0, or a `ClassSpectrum` made from them once;
 `readable_scores` computes all of them from one Gram matrix and one eigendecomposition.
@@ -377,7 +377,7 @@ def half_sample_errors(
 
 
 def half_sample(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Rows of a random half of each class; of an odd class, the spare image is in or out by a coin."""
+    """Rows of a random half of each class; the odd image of a class is in or out at random."""
     kept = []
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
