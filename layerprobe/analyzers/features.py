@@ -314,7 +314,7 @@ def layer_name(layer: Layer) -> str:
 
 def row_name(block: object, site: object) -> str:
     """What terminal tables call the layer of a table row: "embed", "block 3" or "block 3 mlp_out"."""
-    if pd.isna(block):  # type: ignore[call-overload]
+    if pd.isna(block):
         return str(site)
     return f"block {block:.0f}" + ("" if pd.isna(site) or site == "resid_post" else f" {site}")
 
