@@ -9,8 +9,8 @@
         stem.safetensors  head.safetensors  optimizer.safetensors  state.json
       final/                  the same at the end of a finished run
 
-A checkpoint folder is written aside and renamed, and only then does `layerprobe_run.json` name it: whatever
-moment a run is killed at, the run file points to a whole checkpoint or to none.
+A checkpoint folder is written under another name and renamed, and only then does `layerprobe_run.json` name
+it: whenever a run is killed, the run file points to a whole checkpoint or to none.
 """
 
 from __future__ import annotations
@@ -21,22 +21,32 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
-from layerprobe.training.classifier import Classifier
-from layerprobe.training.sharding import full, placed_like
+from layerprobe.training.classifier import Classifier, state_tensors, whole
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.training.config import BridgeConfig
 
 RUN_FILE = "layerprobe_run.json"
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 STATE_SCHEMA = "layerprobe.bridge-state/v1"
 FINAL = "final"
+MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
+"""Settings that a continued run may have otherwise than it began with."""
 
 
 @dataclass(frozen=True)
@@ -54,23 +64,23 @@ class Checkpoint:
 
 def save_checkpoint(
     run_folder: Path,
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer | None,
+    backbone: Backbone,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor] | None,
     state: dict[str, Any],
     *,
     about: dict[str, Any],
     keep: int,
     final: bool = False,
-    weights: dict[str, Tensor] | None = None,
-    moments: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint, point the run file at it, and remove all but the newest `keep`.
 
     Parameters
     ----------
+    weights : whole tensors of the classifier, see `classifier_tensors`.
+    moments : the optimizer's, see `optimizer_tensors`; None leaves them out.
     state : JSON values for `state.json`, with "step".
     about : JSON values for the run file: `backbone.describe()`, task, configuration.
-    weights, moments : full tensors of classifier and optimizer where these are sharded over processes.
 
     Raises
     ------
@@ -81,17 +91,13 @@ def save_checkpoint(
     with _clean(aside, run_folder):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        backbone = classifier.backbone
-        own = None if weights is None else _part(weights, "backbone.model.")
-        with _no_bars():
-            backbone.model.save_pretrained(aside / "backbone", state_dict=own)
+        with _no_transformers_bars():
+            backbone.model.save_pretrained(  # type: ignore[operator]
+                aside / "backbone", state_dict=_part(weights, "backbone.model.")
+            )
         if backbone.stem is not None:
-            stem = backbone.stem.state_dict() if weights is None else _part(weights, "backbone.stem.")
-            save_file(_plain(stem), aside / "stem.safetensors")
-        head = classifier.head.state_dict() if weights is None else _part(weights, "head.")
-        save_file(_plain(head), aside / "head.safetensors")
-        if moments is None and optimizer is not None:
-            moments = optimizer_tensors(optimizer, classifier)
+            save_file(_plain(_part(weights, "backbone.stem.")), aside / "stem.safetensors")
+        save_file(_plain(_part(weights, "head.")), aside / "head.safetensors")
         if moments is not None:
             save_file(_plain(moments), aside / "optimizer.safetensors")
         write_json(aside / "state.json", {"schema": STATE_SCHEMA, **state})
@@ -102,19 +108,16 @@ def save_checkpoint(
         aside.replace(folder)
         _flush(folder.parent)
     where = folder.relative_to(run_folder)
-    stem_file = str(where / "stem.safetensors") if classifier.backbone.stem is not None else None
-    write_json(
-        run_folder / RUN_FILE,
-        {
-            "schema": RUN_SCHEMA,
-            **about,
-            "backbone": str(where / "backbone"),
-            "stem_file": stem_file,
-            "checkpoint": str(where),
-            "step": state["step"],
-            "finished": final,
-        },
-    )
+    run = {
+        "schema": RUN_SCHEMA,
+        **about,
+        "backbone": str(where / "backbone"),
+        "stem_file": str(where / "stem.safetensors") if backbone.stem is not None else None,
+        "checkpoint": str(where),
+        "step": state["step"],
+        "finished": final,
+    }
+    write_json(run_folder / RUN_FILE, run)
     # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
     others = sorted(p for p in (run_folder / "checkpoints").glob("step-*") if p != folder)
     earlier = [p for p in others if final or p.name < folder.name]
@@ -157,11 +160,11 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
     backbone = classifier.backbone
     model = backbone.model
     try:
-        with _no_bars():
+        with _no_transformers_bars():
             saved = type(model).from_pretrained(
                 checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
             )
-        _copy(dict(saved.named_parameters()) | dict(saved.named_buffers()), model)
+        _copy(state_tensors(saved), model)
         if backbone.stem is not None:
             _copy(load_file(checkpoint.folder / "stem.safetensors"), backbone.stem)
         _copy(load_file(checkpoint.folder / "head.safetensors"), classifier.head)
@@ -172,22 +175,27 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: nn.Module) -> None:
-    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+    for name, tensor in state_tensors(target).items():
         if source[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
         tensor.copy_(source[name])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, classifier: Classifier) -> dict[str, Tensor]:
+def classifier_tensors(classifier: Classifier) -> dict[str, Tensor]:
+    """The classifier's state, sharded tensors gathered."""
+    return {name: whole(tensor) for name, tensor in classifier.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: Optimizer, classifier: Classifier) -> dict[str, Tensor]:
     """AdamW's state as "<parameter name>/<moment>" → whole tensor; parameters not stepped yet have none."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in trained_names(classifier, optimizer).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = full(torch.as_tensor(value)).cpu()
-    return found
+    return {
+        f"{name}/{key}": whole(torch.as_tensor(value))
+        for name, parameter in _trained_by_name(classifier, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, classifier: Classifier) -> None:
+def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Classifier) -> None:
     """Give AdamW the moments it had.
 
     Raises
@@ -199,19 +207,42 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, cla
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenFileError(f"cannot read the optimizer's state {path}: {error}") from error
-    parameters = trained_names(classifier, optimizer)
+    parameters = _trained_by_name(classifier, optimizer)
     for key_name, value in tensors.items():
         name, _, key = key_name.rpartition("/")
         if name not in parameters:
             raise BrokenFileError(f"{path} holds the state of {name}, which is not trained in this run")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = placed_like(value, parameter) if key != "step" else value
+        if key != "step" or optimizer.defaults.get("fused"):  # else the step is counted on the CPU
+            value = value.to(parameter.device)
+        if key != "step" and isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][key] = value
 
 
-def trained_names(classifier: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Name within the classifier → parameter, for all that the optimizer holds."""
+def _trained_by_name(classifier: Classifier, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return {name: p for name, p in classifier.named_parameters() if id(p) in held}
+
+
+def shard(classifier: Classifier, device: torch.device) -> None:
+    """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
+
+    Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
+    parameters may be mixed in any way, inside a block too.
+
+    Raises
+    ------
+    UsageError : there is one process only.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with: accelerate launch"
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # One group per block, one for the head (it may have another dtype), one for all the rest.
+    for module in [*classifier.backbone.blocks, classifier.head, classifier]:
+        fully_shard(module, mesh=mesh)
 
 
 def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
@@ -235,6 +266,43 @@ def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
         )
 
 
+def refuse_other_run(
+    found: Checkpoint, run_folder: Path | None, config: BridgeConfig, identity: dict[str, Any]
+) -> None:
+    """Continue only what is the same run: data, labels, plan, model, settings.
+
+    Parameters
+    ----------
+    identity : of the run that wants to continue: "data", "backbone", "trainable_digest", "origin".
+
+    Raises
+    ------
+    UsageError : which of them is another one.
+    """
+    state = found.state
+    now, then = identity["data"], state["data"]
+    if now != then:
+        what = next(key for key in now if now[key] != then.get(key))
+        raise UsageError(
+            f"the training images changed since the checkpoint at step {found.step}: {what} is not the same "
+            f"({then.get('images')} images then, {now['images']} now); use the same --task, --limit and --seed"
+        )
+    settings = config.to_dict()
+    for key, value in state["config"].items():
+        ours = list(settings[key]) if isinstance(settings.get(key), tuple) else settings.get(key)
+        if key not in MAY_CHANGE and ours != value:
+            raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {ours}")
+    for key, value in state["backbone"].items():
+        if identity["backbone"][key] != value:
+            raise UsageError(
+                f"the run in {run_folder} trains a backbone with {key}={value}, not {identity['backbone'][key]}"
+            )
+    if state["trainable_digest"] != identity["trainable_digest"]:
+        raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
+    if state["origin"] != identity["origin"]:
+        raise UsageError(f"the run in {run_folder} started from other weights than these")
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -252,8 +320,8 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which know nothing of the run's."""
+def _no_transformers_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break the run's."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
