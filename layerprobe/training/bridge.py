@@ -172,9 +172,11 @@ class _Training:
         with _gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
             self._enter_phase(self.start)
             optimizer = self.accelerator.prepare(self.optimizer)
-            model = self.classifier if config.shard else self.accelerator.prepare(self.classifier)
+            model: Any = self.classifier if config.shard else self.accelerator.prepare(self.classifier)
+            if config.compile:
+                model = torch.compile(model)
             steps = training_steps(
-                torch.compile(model) if config.compile else model,
+                model,
                 optimizer,
                 self.pixels,
                 self.labels,

@@ -193,7 +193,12 @@ def _group_drift(pairs: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     if not skipped:
         why = "no matrix changed"
     return [
-        {"metric": metric, "value": value, "n": n, "reason": reasons.get(metric, why) if value is None else None}
+        {
+            "metric": metric,
+            "value": value,
+            "n": n,
+            "reason": reasons.get(metric, why) if value is None else None,
+        }
         for metric, value, n in found
     ]
 

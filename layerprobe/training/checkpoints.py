@@ -158,7 +158,7 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
     BrokenFileError : a file is missing, truncated, or does not fit the model.
     """
     backbone = classifier.backbone
-    model = backbone.model
+    model: Any = backbone.model
     try:
         with _no_transformers_bars():
             saved = type(model).from_pretrained(

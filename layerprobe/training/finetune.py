@@ -11,21 +11,19 @@ import numpy as np
 
 from layerprobe.errors import UsageError
 from layerprobe.tasks.random_labels import random_labels
-from layerprobe.training.classifier import Classifier, Snapshot, set_training
+from layerprobe.training.classifier import Classifier, Snapshot, predict, set_training, training_flops
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, TrainConfig
-from layerprobe.training.cost import training_flops
-from layerprobe.training.data import Pixels, TaskTensors
-from layerprobe.training.guard import Guard
+from layerprobe.training.data import TaskTensors
+from layerprobe.training.freeze_check import FrozenCheck
 from layerprobe.training.loop import (
+    BlockRates,
     DivergedError,
     make_accelerator,
     make_optimizer,
     make_prefix,
-    own_random_state,
-    predict,
+    preserved_rng,
     training_steps,
 )
-from layerprobe.training.relative import RelativeRates
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -41,7 +39,7 @@ class Outcome:
     validation_accuracy, test_accuracy : shares in [0, 1]; None: not asked for, or the run failed (`reason`).
     bridge_accuracy : random-label train accuracy over the last tenth of the bridge; chance is 1/K.
     train_seconds : wall time of the steps alone. call_seconds : of the whole call, evaluation included.
-    train_flops : matrix-product operations of the steps, see `layerprobe.training.cost.training_flops`.
+    train_flops : matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
     trainable_parameters : of the backbone, in fine-tuning; stem and head are trained besides.
     validation_correct, test_correct : bool, one per image, for paired comparisons; not stored.
     """
@@ -110,7 +108,7 @@ def train_and_score(
     finetune : the same for the fine-tuning.
     finetune_plan : another plan for the second stage; None keeps `plan`.
     test : also measure accuracy on the test split. Selection must not.
-    auto_rgn : every block learns at a rate of its own, see `layerprobe.training.relative.RelativeRates`.
+    auto_rgn : every block learns at a rate of its own, see `layerprobe.training.loop.BlockRates`.
 
     Raises
     ------
@@ -124,7 +122,7 @@ def train_and_score(
         steps += bridge.n_steps(len(tensors.labels["train"]))
     seconds = flops = 0.0
     bridge_accuracy = validation = tested = reason = None
-    with Snapshot.restored(backbone), own_random_state():
+    with Snapshot.restored(backbone), preserved_rng():
         try:
             if bridge is not None:
                 label_seed = bridge.seed if bridge.label_seed is None else bridge.label_seed
@@ -197,20 +195,19 @@ def run_stage(
 ) -> Stage:
     """Train `backbone` in place with a new head, on the training images (or its `rows`), verified."""
     classifier = Classifier(backbone, n_classes, seed=config.seed)
-    guard = Guard(plan, classifier)
+    check = FrozenCheck(plan, classifier)
     set_training(classifier)
-    pixels: Pixels = tensors.pixels["train"]
+    pixels = tensors.pixels["train"]
     if rows is not None:
         pixels, labels = pixels.subset(rows), labels[rows]
-    device = next(classifier.parameters()).device
-    accelerator = make_accelerator(device)
+    accelerator = make_accelerator(classifier.device)
     if accelerator.num_processes > 1:
         raise UsageError(
             f"fine-tuning and plan values run in one process, not {accelerator.num_processes}; only the bridge "
             "spreads over processes"
         )
     optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
-    prefix = make_prefix(classifier, pixels, config, device=device)
+    prefix = make_prefix(classifier, pixels, config)
     n_steps = config.n_steps(len(pixels))
     began = time.perf_counter()
     history = list(
@@ -224,12 +221,12 @@ def run_stage(
             n_steps=n_steps,
             flip=tensors.flip,
             prefix=prefix,
-            relative=RelativeRates(optimizer) if auto_rgn else None,
+            block_rates=BlockRates(optimizer) if auto_rgn else None,
         )
     )
     seconds = time.perf_counter() - began
     optimizer.zero_grad()
-    guard.verify(after=f"{n_steps} steps")
+    check.verify(after=f"{n_steps} steps")
     last = history[-max(1, n_steps // 10) :]
     return Stage(
         classifier,

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import BridgeConfig, bridge_train, checkpoints
-from layerprobe.training.classifier import digest
 from layerprobe.training.loop import DivergedError
 
 SMALL = BridgeConfig(steps=6, batch_size=16, lr=3e-3, random_classes=4, checkpoint_every=2)
 
 
 def digests(module):
-    return {name: digest(p) for name, p in module.named_parameters()}
+    return {name: tensor_digest(p) for name, p in module.named_parameters()}
 
 
 def steps_kept(folder):
@@ -29,7 +29,7 @@ def steps_kept(folder):
 @pytest.fixture
 def at_step(monkeypatch):
     """Call something when so many steps are done."""
-    from layerprobe.training.history import History
+    from layerprobe.training.bridge_run import History
 
     add = History.add
 

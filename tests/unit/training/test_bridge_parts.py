@@ -8,11 +8,10 @@ import torch
 
 from layerprobe.errors import PlanError, UsageError
 from layerprobe.training import TaskTensors, all_trainable, block_plan
-from layerprobe.training.classifier import Classifier, Prefix, Snapshot, frozen_depth, set_training
+from layerprobe.training.bridge_run import drift_rows, initial_weights
+from layerprobe.training.classifier import Classifier, Snapshot, set_training, training_flops
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
-from layerprobe.training.cost import training_flops
-from layerprobe.training.drift import drift_rows, initial_weights
-from layerprobe.training.guard import Guard
+from layerprobe.training.freeze_check import FrozenCheck
 from layerprobe.training.loop import make_optimizer, make_prefix
 
 FAMILIES = ["gpt2", "llama", "bert", "vit"]
@@ -23,7 +22,7 @@ def test_the_optimizer_holds_stem_head_and_exactly_the_plan(family, make_backbon
     backbone = make_backbone(family)
     plan = block_plan(backbone, [1])
     classifier = Classifier(backbone, 4, seed=0)
-    Guard(plan, classifier)
+    FrozenCheck(plan, classifier)
     optimizer = make_optimizer(classifier, FineTuneConfig(weight_decay=0.3))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {name for name, p in classifier.named_parameters() if id(p) in held}
@@ -39,7 +38,7 @@ def test_the_optimizer_holds_stem_head_and_exactly_the_plan(family, make_backbon
 def test_positions_and_norms_are_not_decayed(make_backbone):
     backbone = make_backbone("gpt2")
     classifier = Classifier(backbone, 4, seed=0)
-    Guard(all_trainable(backbone), classifier)
+    FrozenCheck(all_trainable(backbone), classifier)
     decayed, kept = make_optimizer(classifier, FineTuneConfig()).param_groups
     assert kept["weight_decay"] == 0
     assert any(p is backbone.model.wpe.weight for p in kept["params"])
@@ -56,7 +55,7 @@ def test_nothing_to_train_is_said(make_backbone):
 def test_dropout_acts_only_where_something_trains(make_backbone):
     backbone = make_backbone("gpt2")
     classifier = Classifier(backbone, 4, seed=0)
-    Guard(block_plan(backbone, [2]), classifier)
+    FrozenCheck(block_plan(backbone, [2]), classifier)
     set_training(classifier)
     acting = {
         name for name, m in backbone.model.named_modules() if isinstance(m, torch.nn.Dropout) and m.training
@@ -70,14 +69,11 @@ def test_dropout_acts_only_where_something_trains(make_backbone):
 def test_a_kept_prefix_gives_the_logits_of_the_whole_model(family, first_trained, make_backbone, task):
     backbone = make_backbone(family)
     classifier = Classifier(backbone, 4, seed=0)
-    Guard(block_plan(backbone, range(first_trained, 4), stem="frozen"), classifier)
-    set_training(classifier)
-    classifier.eval()
+    FrozenCheck(block_plan(backbone, range(first_trained, 4), stem="frozen"), classifier)
     pixels = TaskTensors.of(backbone, task, ("train",)).pixels["train"]
-    depth = frozen_depth(classifier, pixels[np.arange(1)])
-    assert depth == first_trained
-    prefix = Prefix(classifier, depth)
-    prefix.fill(lambda rows: pixels[rows], len(pixels), 16)
+    prefix = make_prefix(classifier, pixels, BridgeConfig(augment="none", micro_batch=16))
+    assert prefix.depth == first_trained
+    classifier.eval()
     rows = np.array([5, 0, 63, 17])
     whole = classifier(pixels[rows])
     ran = []
@@ -101,8 +97,8 @@ def test_a_prefix_is_kept_only_where_nothing_before_it_changes(make_backbone, ta
 
     def prefix(plan, config):
         classifier = Classifier(backbone, 4, seed=0)
-        Guard(plan, classifier)
-        return make_prefix(classifier, pixels, config, device=torch.device("cpu"))
+        FrozenCheck(plan, classifier)
+        return make_prefix(classifier, pixels, config)
 
     assert prefix(block_plan(backbone, [3], stem="frozen"), still).depth == 3
     assert prefix(block_plan(backbone, [3]), still) is None  # the stem trains
@@ -118,7 +114,7 @@ def test_cost_is_six_operations_per_weight_and_token_where_all_trains(make_backb
 
     def cost(plan, **options):
         classifier = Classifier(backbone, 4, seed=0)
-        Guard(plan, classifier)
+        FrozenCheck(plan, classifier)
         return training_flops(classifier, shape, 10, **options)
 
     attention = 4 * tokens**2 * width
@@ -163,7 +159,7 @@ def test_drift_of_a_known_change(make_backbone):
 def test_the_guard_sees_a_frozen_stem_or_head_that_moved(make_backbone):
     backbone = make_backbone("gpt2")
     classifier = Classifier(backbone, 4, seed=0)
-    guard = Guard(block_plan(backbone, [0], stem="frozen"), classifier)
+    guard = FrozenCheck(block_plan(backbone, [0], stem="frozen"), classifier)
     guard.verify(after="0 steps")
     with torch.no_grad():
         backbone.stem.projection.bias += 1
@@ -187,7 +183,7 @@ def test_a_snapshot_restores_also_after_an_exception_and_sees_what_it_cannot(mak
 
 
 def test_spreading_needs_processes(make_backbone):
-    from layerprobe.training.sharding import shard
+    from layerprobe.training.checkpoints import shard
 
     with pytest.raises(UsageError, match="start them with: accelerate launch"):
         shard(Classifier(make_backbone(), 4, seed=0), torch.device("cpu"))

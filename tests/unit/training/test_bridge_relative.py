@@ -7,10 +7,9 @@ import torch
 
 from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, all_trainable, train_and_score
 from layerprobe.training.classifier import Classifier
-from layerprobe.training.data import Order
-from layerprobe.training.guard import Guard
-from layerprobe.training.loop import make_optimizer
-from layerprobe.training.relative import RelativeRates
+from layerprobe.training.data import BatchSampler
+from layerprobe.training.freeze_check import FrozenCheck
+from layerprobe.training.loop import BlockRates, make_optimizer
 
 
 def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
@@ -25,7 +24,7 @@ def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
         {"block": "", "params": [parameter(1.0, 100.0, 2)]},
         {"block": "block.0", "params": [parameter(2.0, 1.0, 5)]},
     ]
-    rates = RelativeRates(torch.optim.SGD(groups, lr=9.0))
+    rates = BlockRates(torch.optim.SGD(groups, lr=9.0))
     rates.measure()
     assert rates.shares == pytest.approx({"block.0": 0.25, "block.1": 1.0})
     rates.apply(0.1)
@@ -35,7 +34,7 @@ def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
 def test_every_block_has_groups_of_its_own_and_all_parameters_are_held_once(make_backbone) -> None:
     backbone = make_backbone("gpt2")
     classifier = Classifier(backbone, 4, seed=0)
-    Guard(all_trainable(backbone), classifier)
+    FrozenCheck(all_trainable(backbone), classifier)
     plain, split = (
         make_optimizer(classifier, FineTuneConfig(), by_block=by_block).param_groups
         for by_block in (False, True)
@@ -51,7 +50,7 @@ def test_every_block_has_groups_of_its_own_and_all_parameters_are_held_once(make
 
 @pytest.mark.parametrize(("n", "size"), [(10, 4), (8, 4), (3, 8), (12, 12)])
 def test_the_first_step_of_an_epoch_is_the_one_with_its_first_image(n: int, size: int) -> None:
-    order = Order(n, (n, 3, 8, 8), BridgeConfig(batch_size=size), flip=False)
+    order = BatchSampler(n, (n, 3, 8, 8), BridgeConfig(batch_size=size), flip=False)
     for step in range(12):
         expected = any(place % n == 0 for place in range(step * size, (step + 1) * size))
         assert order.begins_epoch(step) == expected

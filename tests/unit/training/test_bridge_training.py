@@ -8,12 +8,12 @@ from transformers import AutoModel
 
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import PlanError, UsageError
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import BridgeConfig, all_trainable, block_plan, bridge_train
-from layerprobe.training.classifier import digest
 
 
 def digests(module):
-    return {n: digest(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    return {n: tensor_digest(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
 SMALL = BridgeConfig(steps=6, batch_size=16, lr=3e-3, random_classes=4, weight_decay=0.1)
@@ -31,7 +31,7 @@ def test_frozen_tensors_are_bit_identical_and_trained_ones_change(family, precis
     moved = {name for name in before if before[name] != after[name]}
     assert moved == set(plan.trainable)
     for name, old in stem.items():
-        assert digest(backbone.stem.state_dict()[name]) != old
+        assert tensor_digest(backbone.stem.state_dict()[name]) != old
     assert run.value("trained_tensors_changed") == len(plan.trainable)
     drift = run.to_frame().query("metric == 'weight_change'").set_index("block")["value"]
     assert drift[0] == 0 and drift[2] == 0 and drift[1] > 0 and drift[3] > 0
@@ -92,7 +92,7 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, n_steps):
-    from layerprobe.training.history import History
+    from layerprobe.training.bridge_run import History
 
     add = History.add
 

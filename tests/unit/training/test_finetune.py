@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,
@@ -17,12 +18,11 @@ from layerprobe.training import (
     block_plan,
     train_and_score,
 )
-from layerprobe.training.classifier import digest
 
 
 def digests(backbone):
     state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    return {name: digest(tensor) for name, tensor in state.items()}
+    return {name: tensor_digest(tensor) for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])

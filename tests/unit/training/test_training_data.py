@@ -11,27 +11,27 @@ from sklearn.metrics import mutual_info_score
 from layerprobe.tasks import load_task
 from layerprobe.tasks.random_labels import random_labels
 from layerprobe.training.config import TrainConfig
-from layerprobe.training.data import Batch, Order, view
+from layerprobe.training.data import Batch, BatchSampler, augmented
 
 
 def test_every_image_comes_once_per_epoch_also_across_batch_borders():
-    order = Order(10, (10, 3, 8, 8), TrainConfig(batch_size=4), flip=True)
+    order = BatchSampler(10, (10, 3, 8, 8), TrainConfig(batch_size=4), flip=True)
     seen = np.concatenate([order.batch(step).indices for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert not np.array_equal(seen[:10], seen[10:])
 
 
 def test_a_batch_larger_than_the_data_takes_whole_epochs():
-    batch = Order(3, (3, 3, 8, 8), TrainConfig(batch_size=7), flip=True).batch(0)
+    batch = BatchSampler(3, (3, 3, 8, 8), TrainConfig(batch_size=7), flip=True).batch(0)
     assert np.bincount(batch.indices).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
 
 
 def test_a_step_is_the_same_whether_or_not_the_steps_before_it_were_taken():
     config = TrainConfig(batch_size=4, seed=3)
-    walked = Order(10, (10, 3, 8, 8), config, flip=True)
+    walked = BatchSampler(10, (10, 3, 8, 8), config, flip=True)
     for step in range(8):
         late = walked.batch(step)
-    straight = Order(10, (10, 3, 8, 8), config, flip=True).batch(7)
+    straight = BatchSampler(10, (10, 3, 8, 8), config, flip=True).batch(7)
     for field in ("indices", "shifts", "flips"):
         assert np.array_equal(getattr(late, field), getattr(straight, field))
 
@@ -39,7 +39,7 @@ def test_a_step_is_the_same_whether_or_not_the_steps_before_it_were_taken():
 def test_views_shift_and_mirror_as_they_say():
     pixels = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).view(2, 1, 3, 4)
     batch = Batch(np.array([0, 1]), np.array([[1, 0], [0, -1]]), np.array([False, True]))
-    seen = view(pixels, batch)
+    seen = augmented(pixels, batch)
     down = torch.cat([pixels[0, 0, :1], pixels[0, 0, :2]])  # one row down, the top one repeated
     assert torch.equal(seen[0, 0], down)
     # Mirrored after the shift: output column j shows source column W−1−(j+1), kept inside the image.
@@ -48,9 +48,9 @@ def test_views_shift_and_mirror_as_they_say():
 
 
 def test_grey_images_are_never_mirrored_unless_asked():
-    grey = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50), flip=False).batch(0)
-    asked = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50, flip=True), flip=False).batch(0)
-    plain = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50, augment="none"), flip=True).batch(0)
+    grey = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50), flip=False).batch(0)
+    asked = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50, flip=True), flip=False).batch(0)
+    plain = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50, augment="none"), flip=True).batch(0)
     assert not grey.flips.any() and grey.shifts.any()
     assert 10 < asked.flips.sum() < 40
     assert not plain.flips.any() and not plain.shifts.any()
