@@ -27,7 +27,7 @@ from layerprobe.tasks.random_labels import random_labels
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.classifier import Classifier, Snapshot, autocast, in_batches, predict, set_training
-from layerprobe.training.config import BridgeConfig, text_hash
+from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.finetune import run_stage
 from layerprobe.training.freeze_check import FrozenCheck, all_trainable
@@ -47,9 +47,6 @@ from layerprobe.training.loop import (
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.tasks import Task
-
-_KIND = ("model_id", "revision", "init", "n_blocks", "patch_size", "image_size", "attention", "pooling")
-"""What of `Backbone.describe()` must be the same when a run is continued."""
 
 
 def bridge_train(
@@ -136,7 +133,7 @@ class _Training:
         self.classifier = Classifier(backbone, config.random_classes, seed=config.seed)
         # Digests before any training: a continued run is held to these too.
         self.check = FrozenCheck(plan, self.classifier)
-        self.identity = self._identity()
+        self.identity = checkpoints.identity(tensors, self.labels, plan, self.about, self.check)
         self.before = initial_weights(backbone)
         self.start = 0
         if found is not None:
@@ -164,8 +161,6 @@ class _Training:
             raise UsageError("choose the learning rate with one process first, then pass one --lr")
         return choose_rate(self.backbone, self.tensors, self.labels, self.plan, config, quiet=self.quiet)
 
-    # -- the run -----------------------------------------------------------------------------------------
-
     def run(self) -> BridgeRun:
         config = self.config.replace(lr=self.lr)
         every = config.checkpoint_every or max(1, math.ceil(self.n_steps / 10))
@@ -187,7 +182,10 @@ class _Training:
                 flip=self.tensors.flip,
                 before_step=self._enter_phase,
             )
-            self._write_first_files()
+            if self.folder is not None and self.is_main and not self.start:
+                self.plan.save(self.folder / "plan.json")
+                table = pd.DataFrame({"id": self.tensors.ids["train"], "label": self.labels})
+                write_frame(table, self.folder / "labels.csv")
             if config.trackers:
                 settings = {
                     k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()
@@ -290,15 +288,6 @@ class _Training:
             run.save(self.folder)
         return run
 
-    # -- files -------------------------------------------------------------------------------------------
-
-    def _write_first_files(self) -> None:
-        if self.folder is None or not self.is_main or self.start:
-            return
-        self.plan.save(self.folder / "plan.json")
-        table = pd.DataFrame({"id": self.tensors.ids["train"], "label": self.labels})
-        write_frame(table, self.folder / "labels.csv")
-
     def _save(self, done: int, *, final: bool = False) -> Verification:
         """Check the frozen tensors, then write history and checkpoint where there is a folder."""
         verified = self.check.verify(after=f"{done} steps")
@@ -330,20 +319,6 @@ class _Training:
                 )
         self.accelerator.wait_for_everyone()
         return verified
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same when the run is continued, besides the settings."""
-        return {
-            "data": {
-                "images": len(self.labels),
-                "ids": text_hash("\n".join(map(str, self.tensors.ids["train"]))),
-                "labels": text_hash(self.labels.tobytes().hex()),
-                "revision": self.tensors.facts["task_revision"],
-            },
-            "backbone": {key: self.about[key] for key in _KIND},
-            "origin": self.check.before.to_dict(),
-            "trainable_digest": text_hash("\n".join(self.plan.trainable)),
-        }
 
     def _note_other_machine(self, found: checkpoints.Checkpoint) -> None:
         """Say where a continued run cannot end with the same bits."""
@@ -378,11 +353,7 @@ def choose_rate(
     """The rate of `config.lrs` with the lowest loss after `config.lr_steps` steps, each annealed to its end.
 
     The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
-    training with weak augmentation shows one time in eighteen. The backbone is handed back as it was.
-
-    Raises
-    ------
-    DivergedError : all of them diverged.
+    training with weak augmentation shows one time in eighteen.
     """
     steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
     rows = np.arange(min(len(labels), 2048))
@@ -413,13 +384,11 @@ def _gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    with warnings.catch_warnings():
-        # Newer transformers have another name for it, which the oldest supported ones lack.
-        warnings.simplefilter("ignore", FutureWarning)
+    # Newer transformers have another name for it, which the oldest supported ones lack.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             model.gradient_checkpointing_disable()

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -36,15 +37,30 @@ from torch.optim import Optimizer
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
 from layerprobe.training.classifier import Classifier, state_tensors, whole
+from layerprobe.training.config import text_hash
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
+    from layerprobe.plans import FreezePlan
     from layerprobe.training.config import BridgeConfig
+    from layerprobe.training.data import TaskTensors
+    from layerprobe.training.freeze_check import FrozenCheck
 
 RUN_FILE = "layerprobe_run.json"
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 STATE_SCHEMA = "layerprobe.bridge-state/v1"
 FINAL = "final"
+SAME_BACKBONE = (
+    "model_id",
+    "revision",
+    "init",
+    "n_blocks",
+    "patch_size",
+    "image_size",
+    "attention",
+    "pooling",
+)
+"""What of `Backbone.describe()` must be the same when a run is continued."""
 MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
 """Settings that a continued run may have otherwise than it began with."""
 
@@ -75,16 +91,9 @@ def save_checkpoint(
 ) -> Path:
     """Write one checkpoint, point the run file at it, and remove all but the newest `keep`.
 
-    Parameters
-    ----------
-    weights : whole tensors of the classifier, see `classifier_tensors`.
-    moments : the optimizer's, see `optimizer_tensors`; None leaves them out.
-    state : JSON values for `state.json`, with "step".
-    about : JSON values for the run file: `backbone.describe()`, task, configuration.
-
-    Raises
-    ------
-    LayerprobeError : the disk is full or cannot be written; the checkpoint before is untouched.
+    `weights` and `moments` come from `classifier_tensors` and `optimizer_tensors`; `state` and `about` are JSON
+    values for `state.json` (with "step") and for the run file. LayerprobeError where the disk is full or cannot
+    be written; the checkpoint before is untouched then.
     """
     folder = run_folder / FINAL if final else run_folder / "checkpoints" / f"step-{state['step']:08d}"
     aside = folder.with_name(f".{folder.name}.part")
@@ -95,11 +104,11 @@ def save_checkpoint(
             backbone.model.save_pretrained(  # type: ignore[operator]
                 aside / "backbone", state_dict=_part(weights, "backbone.model.")
             )
-        if backbone.stem is not None:
-            save_file(_plain(_part(weights, "backbone.stem.")), aside / "stem.safetensors")
-        save_file(_plain(_part(weights, "head.")), aside / "head.safetensors")
-        if moments is not None:
-            save_file(_plain(moments), aside / "optimizer.safetensors")
+        stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")
+        for name, tensors in (("stem", stem), ("head", head), ("optimizer", moments)):
+            if tensors is not None and (tensors or name == "optimizer"):
+                plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+                save_file(plain, aside / f"{name}.safetensors")
         write_json(aside / "state.json", {"schema": STATE_SCHEMA, **state})
         for path in aside.rglob("*"):
             _flush(path)
@@ -129,12 +138,7 @@ def save_checkpoint(
 
 
 def find_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint of a run, or None where there is none yet.
-
-    Raises
-    ------
-    BrokenFileError : the run file or the state it points to is unreadable.
-    """
+    """The newest good checkpoint of a run, None where there is none yet, BrokenFileError where it is unreadable."""
     run_file = run_folder / RUN_FILE
     if not run_file.exists():
         return None
@@ -151,12 +155,7 @@ def find_checkpoint(run_folder: Path) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
-    """Put a checkpoint's weights into `classifier`, bit for bit.
-
-    Raises
-    ------
-    BrokenFileError : a file is missing, truncated, or does not fit the model.
-    """
+    """Put a checkpoint's weights into `classifier`, bit for bit; BrokenFileError where they cannot be read."""
     backbone = classifier.backbone
     model: Any = backbone.model
     try:
@@ -196,12 +195,7 @@ def optimizer_tensors(optimizer: Optimizer, classifier: Classifier) -> dict[str,
 
 
 def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Classifier) -> None:
-    """Give AdamW the moments it had.
-
-    Raises
-    ------
-    BrokenFileError : the file is unreadable or names parameters that are not trained here.
-    """
+    """Give AdamW the moments it had; BrokenFileError for a file that is unreadable or of other parameters."""
     path = checkpoint.folder / "optimizer.safetensors"
     try:
         tensors = load_file(path)
@@ -229,11 +223,7 @@ def shard(classifier: Classifier, device: torch.device) -> None:
     """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
 
     Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
-    parameters may be mixed in any way, inside a block too.
-
-    Raises
-    ------
-    UsageError : there is one process only.
+    parameters may be mixed in any way, inside a block too. UsageError for a single process.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise UsageError(
@@ -246,12 +236,7 @@ def shard(classifier: Classifier, device: torch.device) -> None:
 
 
 def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
-    """A run folder is continued only when that is asked for, and never written over.
-
-    Raises
-    ------
-    UsageError : there is a run already.
-    """
+    """UsageError for a folder that holds a run, unless it is unfinished and to be resumed."""
     checkpoint = find_checkpoint(run_folder)
     if checkpoint is None:
         return
@@ -266,26 +251,34 @@ def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
         )
 
 
+def identity(
+    tensors: TaskTensors, labels: np.ndarray, plan: FreezePlan, about: dict[str, Any], check: FrozenCheck
+) -> dict[str, Any]:
+    """What `state.json` holds and must be the same when the run is continued, besides the settings."""
+    return {
+        "data": {
+            "images": len(labels),
+            "ids": text_hash("\n".join(map(str, tensors.ids["train"]))),
+            "labels": text_hash(labels.tobytes().hex()),
+            "revision": tensors.facts["task_revision"],
+        },
+        "backbone": {key: about[key] for key in SAME_BACKBONE},
+        "origin": check.before.to_dict(),
+        "trainable_digest": text_hash("\n".join(plan.trainable)),
+    }
+
+
 def refuse_other_run(
-    found: Checkpoint, run_folder: Path | None, config: BridgeConfig, identity: dict[str, Any]
+    found: Checkpoint, run_folder: Path | None, config: BridgeConfig, now: dict[str, Any]
 ) -> None:
-    """Continue only what is the same run: data, labels, plan, model, settings.
-
-    Parameters
-    ----------
-    identity : of the run that wants to continue: "data", "backbone", "trainable_digest", "origin".
-
-    Raises
-    ------
-    UsageError : which of them is another one.
-    """
+    """UsageError unless `now`, the `identity` of the run that continues, and its settings are those of `found`."""
     state = found.state
-    now, then = identity["data"], state["data"]
-    if now != then:
-        what = next(key for key in now if now[key] != then.get(key))
+    data, then = now["data"], state["data"]
+    if data != then:
+        what = next(key for key in data if data[key] != then.get(key))
         raise UsageError(
             f"the training images changed since the checkpoint at step {found.step}: {what} is not the same "
-            f"({then.get('images')} images then, {now['images']} now); use the same --task, --limit and --seed"
+            f"({then.get('images')} images then, {data['images']} now); use the same --task, --limit and --seed"
         )
     settings = config.to_dict()
     for key, value in state["config"].items():
@@ -293,22 +286,18 @@ def refuse_other_run(
         if key not in MAY_CHANGE and ours != value:
             raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {ours}")
     for key, value in state["backbone"].items():
-        if identity["backbone"][key] != value:
+        if now["backbone"][key] != value:
             raise UsageError(
-                f"the run in {run_folder} trains a backbone with {key}={value}, not {identity['backbone'][key]}"
+                f"the run in {run_folder} trains a backbone with {key}={value}, not {now['backbone'][key]}"
             )
-    if state["trainable_digest"] != identity["trainable_digest"]:
+    if state["trainable_digest"] != now["trainable_digest"]:
         raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
-    if state["origin"] != identity["origin"]:
+    if state["origin"] != now["origin"]:
         raise UsageError(f"the run in {run_folder} started from other weights than these")
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _flush(path: Path) -> None:

@@ -47,11 +47,8 @@ class Classifier(nn.Module):
 
 
 def set_training(classifier: Classifier) -> None:
-    """Training mode for what trains, evaluation mode (no dropout) for what is frozen.
-
-    A block is in training mode where any of its parameters trains. What lies outside the blocks follows
-    whether anything outside them trains.
-    """
+    """Training mode for each block, and for all that lies outside the blocks, where any parameter of it trains;
+    evaluation mode (no dropout) for what is frozen."""
     backbone = classifier.backbone
     blocks = backbone.blocks
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -73,12 +70,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 autocast where asked for, else nothing.
-
-    Raises
-    ------
-    NotAvailableError : the accelerator has no bfloat16.
-    """
+    """bfloat16 autocast where asked for, else nothing; NotAvailableError where the accelerator lacks it."""
     if precision == "float32":
         return contextlib.nullcontext()
     if device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -105,10 +97,7 @@ def predict(classifier: Classifier, pixels: ImageTensors, *, precision: str = "f
 
 
 class Snapshot:
-    """A backbone's exact state, held in memory, so that one loaded model can serve many runs.
-
-    >>> # with Snapshot.restored(backbone):  train at will; afterwards every bit is as before
-    """
+    """A backbone's exact state, held in memory, so that one loaded model can serve many runs."""
 
     def __init__(self, backbone: nn.Module) -> None:
         self._tensors = {name: tensor.detach().clone() for name, tensor in state_tensors(backbone).items()}
@@ -116,12 +105,7 @@ class Snapshot:
         self._modes = {name: module.training for name, module in backbone.named_modules()}
 
     def restore(self, backbone: nn.Module) -> None:
-        """Put everything back and check every bit.
-
-        Raises
-        ------
-        PlanError : the backbone gained, lost or reshaped a tensor, or one does not read back bit by bit.
-        """
+        """Put everything back and check every bit; PlanError where that fails."""
         state = state_tensors(backbone)
         if odd := sorted(state.keys() ^ self._tensors.keys()):
             raise PlanError(
@@ -201,10 +185,7 @@ def training_flops(
     4·T²·d per image and block forward (T tokens of width d), and twice that backward. Stem, head, norms and
     the optimizer are left out; they are the same for every plan.
 
-    Parameters
-    ----------
-    shape : n×C×H×W of the images.
-    cached_depth : blocks at the input end whose outputs are kept, at no cost per step.
+    `shape` is n×C×H×W; `cached_depth` blocks at the input end have their outputs kept, at no cost per step.
     """
     backbone = classifier.backbone
     sample = torch.zeros((1, *shape[1:]), device=classifier.device)

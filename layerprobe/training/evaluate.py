@@ -291,12 +291,7 @@ def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
 
 
 def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
-    """The checkpoint's own classifier; its classes are matched by name, else by index.
-
-    Raises
-    ------
-    UsageError : the checkpoint has no classifier, or one of other classes.
-    """
+    """The checkpoint's own classifier; its classes are matched by name, else by index."""
 
     def accuracy(split: ImageSplit) -> float:
         pixels = ImageTensors(backbone, split)

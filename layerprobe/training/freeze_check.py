@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class FrozenCheck:
-    """Applies `plan` to a classifier and remembers every tensor that must not change.
+    """Applies `plan` to a classifier and remembers every tensor that must not change: the plan's frozen
+    parameters, the buffers of its frozen blocks, and stem or head where the plan freezes them.
 
-    These are the plan's frozen parameters, the buffers of its frozen blocks, and stem or head where the
-    plan freezes them. `before` are the digests of the whole model at the start.
+    `before` are the digests of the whole model at the start.
     """
 
     def __init__(self, plan: FreezePlan, classifier: Classifier) -> None:
@@ -39,12 +39,7 @@ class FrozenCheck:
         self._outside = {name: tensor_digest(tensor) for name, tensor in self._frozen_outside().items()}
 
     def verify(self, *, after: str) -> Verification:
-        """Compare every frozen tensor with what it was; the answer counts the trainable ones that moved.
-
-        Raises
-        ------
-        PlanError : a frozen tensor changed; names it and says after what.
-        """
+        """Compare every frozen tensor with what it was; PlanError names one that changed and says after what."""
         found = self.plan.verify(self._classifier.backbone.model, self._digests)
         now = self._frozen_outside()
         changed = [name for name, before in self._outside.items() if tensor_digest(now[name]) != before]

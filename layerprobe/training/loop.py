@@ -55,10 +55,7 @@ class Step:
 
 
 def make_accelerator(device: torch.device | str, **options: Any) -> Accelerator:
-    """An Accelerator on `device`; under `accelerate launch` or `torchrun`, one of many processes.
-
-    Precision is left to the loop's own autocast, so that one process may train in several precisions.
-    """
+    """An Accelerator on `device`, one of many under `accelerate launch`; precision is left to `autocast`."""
     device = torch.device(device)
     if PartialState._shared_state and PartialState().num_processes == 1:
         # Accelerate remembers the first device of the process; a later model may live elsewhere.
@@ -93,11 +90,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
 
-    With `by_block`, every block has parameter groups of its own (`BlockRates`).
-
-    Raises
-    ------
-    UsageError : nothing is left to train.
+    With `by_block`, every block has parameter groups of its own (`BlockRates`). UsageError where nothing trains.
     """
     layout = classifier.backbone.layout
     groups = {f"backbone.model.{name}": group for name, group in layout.parameter_groups.items()}
@@ -123,22 +116,14 @@ def make_optimizer(
 class BlockRates:
     """Auto-RGN: block b learns at ‖g_b‖/‖θ_b‖ ÷ (the largest such ratio of all blocks) of the learning rate.
 
-    Measured anew at the first step of every epoch. What lies outside the blocks learns at the full rate: stem
-    and head are new here, so their ratio says nothing about pretrained weights (a bias that starts at zero
-    has none at all).
-
-    The authors measure five batches before each epoch, forget Adam's moments there, and have a ratio per
-    tensor, the head's included. Here it is one batch, the epoch's first, which costs no additional step; the
-    moments stay; and the ratio is the block's, the unit of a freeze plan.
-
-    Parameters
-    ----------
-    optimizer : from `make_optimizer` with `by_block`.
+    For an optimizer from `make_optimizer` with `by_block`. What lies outside the blocks learns at the full
+    rate: stem and head are new, so their ratio says nothing about pretrained weights. Where the authors measure
+    five batches before each epoch, forget Adam's moments, and have a ratio per tensor, here it is the epoch's
+    first batch, the moments stay, and the ratio is the block's, the unit of a freeze plan.
 
     References
     ----------
-    Lee, Chen, Tajwar, Kumar, Yao, Liang, Finn, Surgical Fine-Tuning Improves Adaptation to Distribution
-    Shifts, ICLR 2023, arXiv 2210.11466, section 4.
+    Lee et al., Surgical Fine-Tuning Improves Adaptation to Distribution Shifts, ICLR 2023, arXiv 2210.11466, section 4.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -192,8 +177,7 @@ def training_steps(
     labels : int64, one per image of `pixels`.
     start : the first step to take; those before it were taken by an earlier run.
     before_step : called with the step's index before it begins; hands back the prefix to use from then on.
-    block_rates : gives every block a learning rate of its own; for runs that are not continued, since it is
-        saved nowhere.
+    block_rates : measured at each epoch's first step; for runs that are not continued, since it is not saved.
 
     Raises
     ------
@@ -256,8 +240,9 @@ def _accumulate_gradients(
                 stack.enter_context(_no_gradient_sync(accelerator, model))
             if prefix is not None:
                 stack.enter_context(prefix.used(piece.indices))
-            # Dropout alone draws from torch's generator.
-            _seed(derive_seed(config.seed, "dropout", step, accelerator.process_index, number), device)
+            # For dropout. On a CPU torch.manual_seed would visit every accelerator at every step.
+            seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+            seed(derive_seed(config.seed, "dropout", step, accelerator.process_index, number))
             with autocast(device, config.precision):
                 logits = model(images)
             loss = cross_entropy(logits.float(), targets, reduction="sum")
@@ -293,20 +278,11 @@ def _no_gradient_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[No
         model.set_requires_gradient_sync(True)
 
 
-def _seed(seed: int, device: torch.device) -> None:
-    if device.type == "cpu":
-        # torch.manual_seed would also visit every accelerator at every step.
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
 class FrozenPrefix:
     """The outputs of the frozen blocks at the input end, computed once per image instead of once per step.
 
-    Valid where nothing that acts before block `depth` trains: neither stem, embeddings nor positions. Inside
-    `used`, those blocks hand on the kept outputs of block `depth`-1. The model's own code does everything
-    else, so masks and rotary tables stay its own.
+    Inside `used`, those blocks hand on the kept outputs of block `depth`-1; the model's own code does everything
+    else. Made by `make_prefix`.
     """
 
     def __init__(self, classifier: Classifier, depth: int, pixels: ImageTensors, *, batch_size: int) -> None:
@@ -346,10 +322,8 @@ class FrozenPrefix:
 
 
 def make_prefix(classifier: Classifier, pixels: ImageTensors, config: TrainConfig) -> FrozenPrefix | None:
-    """The frozen prefix's outputs for all images, where that is sound and fits in memory; else None.
-
-    Sound: no augmentation changes the images, and nothing that acts before the prefix's end trains.
-    """
+    """The frozen prefix's outputs for all images, where they fit in memory; None where augmentation or
+    training before the prefix's end would change them."""
     if not config.cache_prefix or config.augment != "none" or config.compile:
         return None
     set_training(classifier)

@@ -1,4 +1,4 @@
-"""Order, views and labels: functions of seed and position, uniform, and blind to what the images show."""
+"""Batches, augmentation and labels: functions of seed and position, uniform, and blind to what the images show."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sklearn.metrics import mutual_info_score
 
 from layerprobe.tasks import load_task
 from layerprobe.tasks.random_labels import random_labels
+from layerprobe.training import BridgeConfig
 from layerprobe.training.config import TrainConfig
 from layerprobe.training.data import Batch, BatchSampler, augmented
 
@@ -67,10 +68,9 @@ def test_random_labels_of_real_images_are_uniform_and_say_nothing_about_their_cl
     assert (np.array(null) >= found).mean() > 0.01
 
 
-def test_the_rate_climbs_then_falls_to_its_end():
-    config = TrainConfig(lr=2.0, warmup=0.2, final_lr=0.1)
-    rates = [config.rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[19] == rates[20] == 2.0
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (8, 4), (3, 8), (12, 12)])
+def test_the_first_step_of_an_epoch_is_the_one_with_its_first_image(n: int, size: int) -> None:
+    order = BatchSampler(n, (n, 3, 8, 8), BridgeConfig(batch_size=size), flip=False)
+    for step in range(12):
+        expected = any(place % n == 0 for place in range(step * size, (step + 1) * size))
+        assert order.begins_epoch(step) == expected
