@@ -295,7 +295,7 @@ def main() -> None:
                         )
             classifier.zero_grad()
             if snapshot is not None:
-                snapshot.restore(backbone)
+                snapshot.restore()
     for name, times in loops.items():
         value = statistics.median(times)
         ratio = statistics.median([t / o for t, o in zip(times, loops["layerprobe"], strict=True)])

@@ -23,7 +23,6 @@ from layerprobe.plans.plan import TRAINABLE
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tables import write_frame
-from layerprobe.tasks.random_labels import random_labels
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.classifier import Classifier, Snapshot, autocast, in_batches, predict, set_training
@@ -120,8 +119,7 @@ class _Training:
     ) -> None:
         self.backbone, self.tensors, self.pixels = backbone, tensors, tensors.pixels["train"]
         self.plan, self.folder, self.quiet = plan, folder, quiet
-        label_seed = config.seed if config.label_seed is None else config.label_seed
-        self.labels = random_labels(tensors.ids["train"], config.random_classes, label_seed)
+        self.labels = tensors.random_labels(config)
         self.n_steps = config.n_steps(len(self.pixels))
         self.accelerator = make_accelerator(backbone.device, **tracker_options(config.trackers, folder))
         if self.accelerator.num_processes > 1:
@@ -361,9 +359,9 @@ def choose_rate(
     losses: dict[float, float] = {}
     for lr in config.lrs:
         trial = config.replace(lr=lr, steps=steps, lrs=())
-        with Snapshot.restored(backbone):
+        with Snapshot(backbone):
             try:
-                stage = run_stage(backbone, tensors, labels, config.random_classes, plan=plan, config=trial)
+                stage = run_stage(backbone, tensors, trial, plan=plan)
                 model = stage.classifier.eval()
                 with autocast(model.device, config.precision):
                     logits = in_batches(model, plain, device=model.device)

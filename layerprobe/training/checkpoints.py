@@ -333,6 +333,5 @@ def _clean(aside: Path, run_folder: Path) -> Iterator[None]:
         with contextlib.suppress(BrokenFileError):
             good = find_checkpoint(run_folder)
         left = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-        if isinstance(error, OSError):
-            raise LayerprobeError(f"{cannot_write(aside, error)}; {left}") from error
-        raise LayerprobeError(f"cannot write {aside}: {error}; {left}") from error
+        why = cannot_write(aside, error) if isinstance(error, OSError) else f"cannot write {aside}: {error}"
+        raise LayerprobeError(f"{why}; {left}") from error

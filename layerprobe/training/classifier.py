@@ -97,16 +97,20 @@ def predict(classifier: Classifier, pixels: ImageTensors, *, precision: str = "f
 
 
 class Snapshot:
-    """A backbone's exact state, held in memory, so that one loaded model can serve many runs."""
+    """A backbone's exact state, held in memory, so that one loaded model can serve many runs.
+
+    As a context manager it restores that state on the way out, also after an exception.
+    """
 
     def __init__(self, backbone: nn.Module) -> None:
+        self._backbone = backbone
         self._tensors = {name: tensor.detach().clone() for name, tensor in state_tensors(backbone).items()}
         self._trainable = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._modes = {name: module.training for name, module in backbone.named_modules()}
 
-    def restore(self, backbone: nn.Module) -> None:
+    def restore(self) -> None:
         """Put everything back and check every bit; PlanError where that fails."""
-        state = state_tensors(backbone)
+        state = state_tensors(self._backbone)
         if odd := sorted(state.keys() ^ self._tensors.keys()):
             raise PlanError(
                 f"the backbone cannot be restored: it gained or lost {len(odd)} tensors ({odd[0]})"
@@ -114,26 +118,21 @@ class Snapshot:
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(self._tensors[name])
-        wrong = [name for name, tensor in state.items() if not _same_bits(tensor, self._tensors[name])]
-        if wrong:
+        if wrong := [name for name, tensor in state.items() if not _same_bits(tensor, self._tensors[name])]:
             raise PlanError(
                 f"the backbone was not restored exactly: {len(wrong)} tensors differ ({wrong[0]})"
             )
-        for name, parameter in backbone.named_parameters():
+        for name, parameter in self._backbone.named_parameters():
             parameter.requires_grad_(self._trainable[name])
             parameter.grad = None
-        for name, module in backbone.named_modules():
+        for name, module in self._backbone.named_modules():
             module.training = self._modes[name]
 
-    @classmethod
-    @contextlib.contextmanager
-    def restored(cls, backbone: nn.Module) -> Iterator[Snapshot]:
-        """Restore on the way out, also after an exception."""
-        snapshot = cls(backbone)
-        try:
-            yield snapshot
-        finally:
-            snapshot.restore(backbone)
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.restore()
 
 
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:

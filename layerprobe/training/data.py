@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import UsageError
-from layerprobe.training.config import TrainConfig, derive_seed
+from layerprobe.tasks.random_labels import random_labels
+from layerprobe.training.config import BridgeConfig, TrainConfig, derive_seed
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -95,6 +96,11 @@ class TaskTensors:
             flip=task.channels == 3,
             facts=task_facts(task),
         )
+
+    def random_labels(self, config: BridgeConfig) -> np.ndarray:
+        """The bridge's label of every training image: int64 n."""
+        seed = config.seed if config.label_seed is None else config.label_seed
+        return random_labels(self.ids["train"], config.random_classes, seed)
 
 
 def task_facts(task: Task) -> dict[str, Any]:
