@@ -188,10 +188,10 @@ class Evaluation(Record):
             facts = {"arm": trial.arm, "lr": trial.lr, "seed": trial.seed, "chosen": chosen}
             for cost in ("trainable_parameters", "train_flops", "train_seconds"):
                 facts[cost] = getattr(trial, cost)
-            judged = [("validation_accuracy", "validation", trial.validation_accuracy, trial.n_validation)]
+            scored = [("validation_accuracy", "validation", trial.validation_accuracy, trial.n_validation)]
             if chosen:
-                judged.append(("test_accuracy", "test", trial.test_accuracy, trial.n_test))
-            for metric, split, value, n in judged:
+                scored.append(("test_accuracy", "test", trial.test_accuracy, trial.n_test))
+            for metric, split, value, n in scored:
                 reason = None if value is not None else trial.reason or "not judged"
                 row = {"metric": metric, "split": split, "value": value, "n": n, "reason": reason}
                 rows.append(row | facts)

@@ -175,31 +175,22 @@ def _group_drift(pairs: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
         ranks.append(_effective_rank(change))
         if (first := _spectral_norm(start)) > 0:
             ratios.append(_spectral_norm(end) / first)
-    why = f"{skipped} changed matrices are larger than {SPECTRUM_LIMIT:,} entries"
+    why = "no matrix changed"
+    if skipped:
+        why = f"{skipped} changed matrices are larger than {SPECTRUM_LIMIT:,} entries"
     entries = sum(end.numel() for _, end in pairs if end.ndim == 2)
     shares = [total / entries if entries else None for total in outliers]
+    share = (moved / norm) ** 0.5 if norm else None
     found = [
-        ("weight_change", (moved / norm) ** 0.5 if norm else None, sum(end.numel() for _, end in pairs)),
-        ("update_rank", sum(ranks) / len(ranks) if ranks else None, len(ranks)),
-        ("spectral_norm_ratio", sum(ratios) / len(ratios) if ratios else None, len(ratios)),
-        ("outlier_ratio_6sigma_before", shares[0], entries),
-        ("outlier_ratio_6sigma_after", shares[1], entries),
+        ("weight_change", share, sum(end.numel() for _, end in pairs), "all weights were zero"),
+        ("update_rank", sum(ranks) / len(ranks) if ranks else None, len(ranks), why),
+        ("spectral_norm_ratio", sum(ratios) / len(ratios) if ratios else None, len(ratios), why),
+        ("outlier_ratio_6sigma_before", shares[0], entries, "no matrices"),
+        ("outlier_ratio_6sigma_after", shares[1], entries, "no matrices"),
     ]
-    reasons = {
-        "weight_change": "all weights were zero",
-        "outlier_ratio_6sigma_before": "no matrices",
-        "outlier_ratio_6sigma_after": "no matrices",
-    }
-    if not skipped:
-        why = "no matrix changed"
     return [
-        {
-            "metric": metric,
-            "value": value,
-            "n": n,
-            "reason": reasons.get(metric, why) if value is None else None,
-        }
-        for metric, value, n in found
+        {"metric": metric, "value": value, "n": n, "reason": reason if value is None else None}
+        for metric, value, n, reason in found
     ]
 
 

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
+from layerprobe.tables import strict_value
 from layerprobe.training.classifier import Classifier, state_tensors, whole
 from layerprobe.training.config import text_hash
 
@@ -50,16 +51,7 @@ RUN_FILE = "layerprobe_run.json"
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 STATE_SCHEMA = "layerprobe.bridge-state/v1"
 FINAL = "final"
-SAME_BACKBONE = (
-    "model_id",
-    "revision",
-    "init",
-    "n_blocks",
-    "patch_size",
-    "image_size",
-    "attention",
-    "pooling",
-)
+BACKBONE = ("model_id", "revision", "init", "n_blocks", "patch_size", "image_size", "attention", "pooling")
 """What of `Backbone.describe()` must be the same when a run is continued."""
 MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
 """Settings that a continued run may have otherwise than it began with."""
@@ -96,25 +88,25 @@ def save_checkpoint(
     be written; the checkpoint before is untouched then.
     """
     folder = run_folder / FINAL if final else run_folder / "checkpoints" / f"step-{state['step']:08d}"
-    aside = folder.with_name(f".{folder.name}.part")
-    with _clean(aside, run_folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.part")
+    with _disk_errors(temporary, run_folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         with _no_transformers_bars():
             backbone.model.save_pretrained(  # type: ignore[operator]
-                aside / "backbone", state_dict=_part(weights, "backbone.model.")
+                temporary / "backbone", state_dict=_part(weights, "backbone.model.")
             )
         stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")
         for name, tensors in (("stem", stem), ("head", head), ("optimizer", moments)):
             if tensors is not None and (tensors or name == "optimizer"):
                 plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-                save_file(plain, aside / f"{name}.safetensors")
-        write_json(aside / "state.json", {"schema": STATE_SCHEMA, **state})
-        for path in aside.rglob("*"):
+                save_file(plain, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", {"schema": STATE_SCHEMA, **state})
+        for path in temporary.rglob("*"):
             _flush(path)
         if folder.exists():
             shutil.rmtree(folder)
-        aside.replace(folder)
+        temporary.replace(folder)
         _flush(folder.parent)
     where = folder.relative_to(run_folder)
     run = {
@@ -128,12 +120,10 @@ def save_checkpoint(
     }
     write_json(run_folder / RUN_FILE, run)
     # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
-    others = sorted(p for p in (run_folder / "checkpoints").glob("step-*") if p != folder)
-    earlier = [p for p in others if final or p.name < folder.name]
-    kept = set(earlier[len(earlier) - (keep - 1) :]) if keep > 1 else set()
-    for old in others:
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    others = set((run_folder / "checkpoints").glob("step-*")) - {folder}
+    earlier = sorted(p for p in others if final or p.name < folder.name)
+    for old in others.difference(earlier[1 - keep :] if keep > 1 else []):
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -189,7 +179,7 @@ def optimizer_tensors(optimizer: Optimizer, classifier: Classifier) -> dict[str,
     """AdamW's state as "<parameter name>/<moment>" → whole tensor; parameters not stepped yet have none."""
     return {
         f"{name}/{key}": whole(torch.as_tensor(value))
-        for name, parameter in _trained_by_name(classifier, optimizer).items()
+        for name, parameter in classifier.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
@@ -201,7 +191,7 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Cla
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenFileError(f"cannot read the optimizer's state {path}: {error}") from error
-    parameters = _trained_by_name(classifier, optimizer)
+    parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
     for key_name, value in tensors.items():
         name, _, key = key_name.rpartition("/")
         if name not in parameters:
@@ -212,11 +202,6 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Cla
         if key != "step" and isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         optimizer.state[parameter][key] = value
-
-
-def _trained_by_name(classifier: Classifier, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in classifier.named_parameters() if id(p) in held}
 
 
 def shard(classifier: Classifier, device: torch.device) -> None:
@@ -262,7 +247,7 @@ def identity(
             "labels": text_hash(labels.tobytes().hex()),
             "revision": tensors.facts["task_revision"],
         },
-        "backbone": {key: about[key] for key in SAME_BACKBONE},
+        "backbone": {key: about[key] for key in BACKBONE},
         "origin": check.before.to_dict(),
         "trainable_digest": text_hash("\n".join(plan.trainable)),
     }
@@ -280,11 +265,10 @@ def refuse_other_run(
             f"the training images changed since the checkpoint at step {found.step}: {what} is not the same "
             f"({then.get('images')} images then, {data['images']} now); use the same --task, --limit and --seed"
         )
-    settings = config.to_dict()
+    settings = strict_value(config.to_dict())
     for key, value in state["config"].items():
-        ours = list(settings[key]) if isinstance(settings.get(key), tuple) else settings.get(key)
-        if key not in MAY_CHANGE and ours != value:
-            raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {ours}")
+        if key not in MAY_CHANGE and settings.get(key) != value:
+            raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {settings.get(key)}")
     for key, value in state["backbone"].items():
         if now["backbone"][key] != value:
             raise UsageError(
@@ -323,15 +307,15 @@ def _no_transformers_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _clean(aside: Path, run_folder: Path) -> Iterator[None]:
+def _disk_errors(temporary: Path, run_folder: Path) -> Iterator[None]:
     """Turn a full disk or missing permission into one line, and leave no half checkpoint."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         good = None
         with contextlib.suppress(BrokenFileError):
             good = find_checkpoint(run_folder)
         left = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-        why = cannot_write(aside, error) if isinstance(error, OSError) else f"cannot write {aside}: {error}"
+        why = cannot_write(temporary, error if isinstance(error, OSError) else OSError(str(error)))
         raise LayerprobeError(f"{why}; {left}") from error

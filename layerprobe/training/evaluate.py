@@ -1,6 +1,6 @@
 """Test accuracy of a backbone: fine-tuned, with few images, by a linear probe, or by its own head.
 
-Every arm takes its own learning rate, chosen on validation images; test images are judged at that rate.
+Every arm takes its own learning rate, chosen on validation images; test accuracy is taken at that rate.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def evaluate(
 
     Parameters
     ----------
-    run_or_backbone : a `BridgeRun`, or a backbone; it is handed back bit for bit as it was.
+    run_or_backbone : a `BridgeRun`, or a backbone; it is restored bit for bit.
     mode : "finetune" (under `plan`, or everything), "fewshot" (the same on `config.shots` images per class),
         "probe" (logistic regression on frozen features) or "own-head" (the checkpoint's own classifier).
     plan : stays frozen in fine-tuning; None takes the run's own plan, or trains everything.
@@ -236,7 +236,7 @@ def _with_provenance(
 
 
 class _TrialStore:
-    """Finished trainings of one evaluation on disk, found again when exactly the same is asked."""
+    """Finished trainings of one evaluation on disk, reused for exactly the same settings."""
 
     def __init__(self, output: str | Path | None, settings: Mapping[str, Any]) -> None:
         self._key = text_hash(json.dumps(settings, sort_keys=True, default=str))

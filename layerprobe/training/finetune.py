@@ -92,7 +92,7 @@ def train_and_score(
     test: bool = False,
     auto_rgn: bool = False,
 ) -> Outcome:
-    """Random-label bridge, then fine-tuning, under `plan`; the backbone is handed back bit for bit as it was.
+    """Random-label bridge, then fine-tuning, under `plan`; the backbone is restored bit for bit afterwards.
 
     Each stage anneals its learning rate over its own steps. The seeds fix labels, head, order, augmentation and
     dropout: plans trained with the same seeds are paired.
