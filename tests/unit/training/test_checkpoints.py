@@ -1,25 +1,26 @@
-"""What goes wrong on the way: full disks, interrupts, other data, other settings, broken files. One line each."""
+"""Run folders: full disks, interrupts, other data, other settings, broken files. One line each."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
-from layerprobe.training import BridgeConfig, bridge_train, checkpoints
-from layerprobe.training.classifier import digest
+from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+from layerprobe.plans.apply import tensor_digest
+from layerprobe.training import BridgeConfig, block_plan, bridge_train, checkpoints
+from layerprobe.training.classifier import Classifier
 from layerprobe.training.loop import DivergedError
 
 SMALL = BridgeConfig(steps=6, batch_size=16, lr=3e-3, random_classes=4, checkpoint_every=2)
 
 
 def digests(module):
-    return {name: digest(p) for name, p in module.named_parameters()}
+    return {name: tensor_digest(p) for name, p in module.named_parameters()}
 
 
 def steps_kept(folder):
@@ -29,7 +30,7 @@ def steps_kept(folder):
 @pytest.fixture
 def at_step(monkeypatch):
     """Call something when so many steps are done."""
-    from layerprobe.training.history import History
+    from layerprobe.training.bridge_run import History
 
     add = History.add
 
@@ -127,12 +128,6 @@ def test_a_loss_that_is_no_number_names_the_step_and_the_last_good_checkpoint(
         bridge_train(backbone, task, config=SMALL, output=tmp_path)
 
 
-def test_a_rate_that_diverges_says_so(make_backbone, task):
-    config = SMALL.replace(lr=300.0, steps=100, clip_norm=None, warmup=0.0)
-    with pytest.raises(DivergedError, match=r"step \d+ of 100: .*(learning rate|--lr)"):
-        bridge_train(make_backbone(), task, config=config)
-
-
 @pytest.fixture
 def unfinished(make_backbone, task, tmp_path, at_step):
     """The folder of a run that was interrupted after three of six steps."""
@@ -152,7 +147,6 @@ def test_a_run_is_continued_only_when_asked(unfinished, make_backbone, task):
 
 
 def test_only_the_same_run_is_continued(unfinished, make_backbone, task, model_folder):
-    from layerprobe.training import block_plan
 
     again = {"output": unfinished, "resume": True}
     with pytest.raises(UsageError, match=r"begun with lr=0\.003, not 0\.1"):
@@ -172,7 +166,6 @@ def test_only_the_same_run_is_continued(unfinished, make_backbone, task, model_f
 
 
 def test_another_number_of_processes_is_said(unfinished, make_backbone, task, capsys):
-    import json
 
     state = unfinished / "checkpoints" / "step-00000003" / "state.json"
     kept = json.loads(state.read_text())
@@ -192,7 +185,6 @@ def test_a_truncated_checkpoint_is_named(unfinished, make_backbone, task, name):
 
 
 def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, task):
-    import json
 
     run_file = unfinished / checkpoints.RUN_FILE
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "checkpoint": "../elsewhere"}))
@@ -200,44 +192,8 @@ def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, 
         bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(make_backbone, task, tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UsageError, match="is not writable"):
-        bridge_train(make_backbone(), task, config=SMALL, output=tmp_path / "run")
+def test_spreading_needs_processes(make_backbone):
+    from layerprobe.training.checkpoints import shard
 
-
-def test_an_output_that_is_a_file(make_backbone, task, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="is a file; name a folder with -o"):
-        bridge_train(make_backbone(), task, config=SMALL, output=tmp_path / "file")
-
-
-@pytest.mark.skipif(
-    not Path("/proc/self").is_dir(), reason="needs a file system where nobody may create folders"
-)
-def test_a_place_where_no_folder_can_be_made(make_backbone, task):
-    with pytest.raises(UsageError, match=r"output folder /proc/run is not writable"):
-        bridge_train(make_backbone(), task, config=SMALL, output="/proc/run")
-
-
-def test_a_tracker_that_is_not_installed(make_backbone, task, tmp_path):
-    with pytest.raises(NotAvailableError, match=r"tracker 'neverheard' is not installed; installed: "):
-        bridge_train(make_backbone(), task, config=SMALL.replace(trackers=("neverheard",)), output=tmp_path)
-
-
-def test_plans_are_scored_in_one_process(make_backbone, task, monkeypatch):
-    from types import SimpleNamespace
-
-    from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, finetune
-
-    monkeypatch.setattr(finetune, "make_accelerator", lambda *_args: SimpleNamespace(num_processes=2))
-    backbone = make_backbone()
-    with pytest.raises(UsageError, match="fine-tuning and plan values run in one process, not 2"):
-        finetune.train_and_score(
-            backbone,
-            TaskTensors.of(backbone, task),
-            all_trainable(backbone),
-            bridge=None,
-            finetune=FineTuneConfig(),
-        )
+    with pytest.raises(UsageError, match="start them with: accelerate launch"):
+        shard(Classifier(make_backbone(), 4, seed=0), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Evaluation: intervals, choice of the learning rate, arms, and finished work found again."""
+"""Evaluation: choice of the learning rate, arms, and finished work found again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.metrics.intervals import wilson_interval
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,
@@ -16,62 +16,8 @@ from layerprobe.training import (
     evaluate,
     evaluate_arms,
 )
-from layerprobe.training.classifier import digest
-from layerprobe.training.evaluation import Evaluation, Trial
 
 QUICK = FineTuneConfig(steps=3, batch_size=16, lrs=(1e-3,), flip=False)
-ABOUT = {"model": "tiny", "revision": None, "task": "corners"}
-
-
-def trial(arm, seed, test, *, lr=1e-3, validation=0.5):
-    return Trial(arm, lr, seed, validation, test, 100, 100, 10, 1e9, 1.0)
-
-
-def test_one_seed_has_a_wilson_interval_and_several_a_t_interval():
-    one = Evaluation("finetune", [trial("model", 0, 0.6)], {"model": 1e-3}, ABOUT)
-    assert one.interval("model")[1:3] == pytest.approx(wilson_interval(60, 100))
-    assert "Wilson" in one.interval("model")[3]
-    three = Evaluation(
-        "finetune", [trial("model", s, v) for s, v in enumerate((0.5, 0.6, 0.7))], {"model": 1e-3}, ABOUT
-    )
-    mean, low, high, kind = three.interval("model")
-    # s.d. 0.1 over 3 seeds; t(0.975, 2 d.f.) = 4.302653
-    assert (mean, high - mean, mean - low) == pytest.approx(
-        (0.6, 4.302653 * 0.1 / 3**0.5, 4.302653 * 0.1 / 3**0.5)
-    )
-    assert kind == "t 95% over 3 seeds"
-
-
-def test_differences_pair_common_seeds_and_say_what_they_answer():
-    trials = [trial("language", s, v) for s, v in enumerate((0.50, 0.60, 0.71))]
-    trials += [trial("random", s, v) for s, v in enumerate((0.40, 0.50, 0.60))]
-    record = Evaluation("finetune", trials, {"language": 1e-3, "random": 1e-3}, ABOUT)
-    (row,) = record.differences()
-    assert (row["arm"], row["versus"], row["n"]) == ("language", "random", 3)
-    assert row["value"] == pytest.approx(0.31 / 3)
-    assert row["low"] > 0
-    assert "Does language pretraining help? yes: language − random = +10.33 points" in record.summary()
-    frame = record.to_frame()
-    assert frame.query("metric == 'test_accuracy_difference'")["value"].item() == pytest.approx(0.31 / 3)
-
-
-def test_rejected_learning_rates_are_never_judged_on_test_in_the_table():
-    trials = [
-        trial("model", 0, 0.9, lr=1e-2, validation=0.1),
-        trial("model", 0, 0.6, lr=1e-3, validation=0.5),
-    ]
-    frame = Evaluation("finetune", trials, {"model": 1e-3}, ABOUT).to_frame()
-    assert set(frame.query("metric == 'test_accuracy'")["lr"]) == {1e-3}
-    assert len(frame.query("metric == 'validation_accuracy'")) == 2
-
-
-def test_an_arm_that_diverged_is_a_row_with_a_reason():
-    bad = Trial("model", 1.0, 0, None, None, 100, 100, 10, 0.0, 0.0, reason="diverged: step 3")
-    record = Evaluation("finetune", [bad], {"model": 1.0}, ABOUT)
-    row = record.to_frame().query("metric == 'test_accuracy_mean'").iloc[0]
-    assert row["reason"] == "diverged: step 3"
-    assert row["value"] is None or row["value"] != row["value"]
-    record.to_json()
 
 
 def test_each_rate_is_tried_and_the_best_on_validation_is_taken(make_backbone, task):
@@ -91,10 +37,10 @@ def test_a_bridge_run_is_fine_tuned_under_its_own_plan_and_left_as_it_was(make_b
         plan=block_plan(backbone, [1]),
         config=BridgeConfig(steps=2, batch_size=16, random_classes=4),
     )
-    before = {n: digest(p) for n, p in backbone.named_parameters()}
+    before = {n: tensor_digest(p) for n, p in backbone.named_parameters()}
     record = evaluate(run, task, config=QUICK)
     assert record.trials[0].trainable_parameters == run.plan.counts["trainable_parameters"]
-    assert {n: digest(p) for n, p in backbone.named_parameters()} == before
+    assert {n: tensor_digest(p) for n, p in backbone.named_parameters()} == before
 
 
 def test_few_shots_use_so_many_images_per_class(make_backbone, task):
@@ -107,11 +53,11 @@ def test_few_shots_use_so_many_images_per_class(make_backbone, task):
 
 def test_a_probe_reads_what_the_frozen_output_says(make_backbone, task):
     backbone = make_backbone("gpt2")
-    before = {n: digest(p) for n, p in backbone.named_parameters()}
+    before = {n: tensor_digest(p) for n, p in backbone.named_parameters()}
     record = evaluate(backbone, task, mode="probe")
     assert record.accuracies("model")[0] > 0.45  # chance is 0.25
     assert record.chosen == {"model": None}
-    assert {n: digest(p) for n, p in backbone.named_parameters()} == before
+    assert {n: tensor_digest(p) for n, p in backbone.named_parameters()} == before
 
 
 def test_arms_share_seeds_and_finished_trainings_are_kept(make_backbone, task, tmp_path, monkeypatch):
@@ -156,15 +102,3 @@ def test_an_unknown_arm_and_mode(make_backbone, task):
         evaluate_arms(lambda init, seed: make_backbone(), task, ["langage"])
     with pytest.raises(UnknownNameError, match="unknown mode 'prob'"):
         evaluate(make_backbone(), task, mode="prob")
-
-
-def test_figures_draw_every_arm(tmp_path):
-    from matplotlib.figure import Figure
-
-    from layerprobe.plotting.bridge import plot_accuracy_against
-
-    trials = [trial(arm, s, 0.5 + 0.01 * s) for arm in ("language", "random") for s in range(3)]
-    record = Evaluation("finetune", trials, {"language": 1e-3, "random": 1e-3}, ABOUT)
-    for x in ("train_flops", "train_seconds", "trainable_parameters"):
-        ax = plot_accuracy_against(record.to_frame(), x, ax=Figure().subplots())
-        assert {t.get_text() for t in ax.get_legend().get_texts()} == {"language", "random"}

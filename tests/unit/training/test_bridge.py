@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModel
 
 from layerprobe.backbones import load_backbone
-from layerprobe.errors import PlanError, UsageError
+from layerprobe.errors import NotAvailableError, PlanError, UsageError
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import BridgeConfig, all_trainable, block_plan, bridge_train
-from layerprobe.training.classifier import digest
+from layerprobe.training.loop import DivergedError
 
 
 def digests(module):
-    return {n: digest(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
+    return {n: tensor_digest(t) for n, t in [*module.named_parameters(), *module.named_buffers()]}
 
 
 SMALL = BridgeConfig(steps=6, batch_size=16, lr=3e-3, random_classes=4, weight_decay=0.1)
@@ -31,7 +35,7 @@ def test_frozen_tensors_are_bit_identical_and_trained_ones_change(family, precis
     moved = {name for name in before if before[name] != after[name]}
     assert moved == set(plan.trainable)
     for name, old in stem.items():
-        assert digest(backbone.stem.state_dict()[name]) != old
+        assert tensor_digest(backbone.stem.state_dict()[name]) != old
     assert run.value("trained_tensors_changed") == len(plan.trainable)
     drift = run.to_frame().query("metric == 'weight_change'").set_index("block")["value"]
     assert drift[0] == 0 and drift[2] == 0 and drift[1] > 0 and drift[3] > 0
@@ -92,7 +96,7 @@ class Stop(Exception):
 
 
 def stop_after(monkeypatch, n_steps):
-    from layerprobe.training.history import History
+    from layerprobe.training.bridge_run import History
 
     add = History.add
 
@@ -206,8 +210,33 @@ def test_a_plan_for_another_model(make_backbone, task):
         bridge_train(make_backbone("gpt2"), task, plan=plan, config=SMALL)
 
 
-def test_all_mistakes_in_the_settings_at_once():
-    with pytest.raises(
-        UsageError, match=r"lr must be a positive number, not -1; batch_size must be at least 1"
-    ):
-        BridgeConfig(lr=-1, batch_size=0)
+def test_a_rate_that_diverges_says_so(make_backbone, task):
+    config = SMALL.replace(lr=300.0, steps=100, clip_norm=None, warmup=0.0)
+    with pytest.raises(DivergedError, match=r"step \d+ of 100: .*(learning rate|--lr)"):
+        bridge_train(make_backbone(), task, config=config)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(make_backbone, task, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="is not writable"):
+        bridge_train(make_backbone(), task, config=SMALL, output=tmp_path / "run")
+
+
+def test_an_output_that_is_a_file(make_backbone, task, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file; name a folder with -o"):
+        bridge_train(make_backbone(), task, config=SMALL, output=tmp_path / "file")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="needs a file system where nobody may create folders"
+)
+def test_a_place_where_no_folder_can_be_made(make_backbone, task):
+    with pytest.raises(UsageError, match=r"output folder /proc/run is not writable"):
+        bridge_train(make_backbone(), task, config=SMALL, output="/proc/run")
+
+
+def test_a_tracker_that_is_not_installed(make_backbone, task, tmp_path):
+    with pytest.raises(NotAvailableError, match=r"tracker 'neverheard' is not installed; installed: "):
+        bridge_train(make_backbone(), task, config=SMALL.replace(trackers=("neverheard",)), output=tmp_path)

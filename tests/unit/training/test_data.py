@@ -1,4 +1,4 @@
-"""Order, views and labels: functions of seed and position, uniform, and blind to what the images show."""
+"""Batches, augmentation and labels: functions of seed and position, uniform, and blind to what the images show."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from sklearn.metrics import mutual_info_score
 
 from layerprobe.tasks import load_task
 from layerprobe.tasks.random_labels import random_labels
+from layerprobe.training import BridgeConfig
 from layerprobe.training.config import TrainConfig
-from layerprobe.training.data import Batch, Order, view
+from layerprobe.training.data import Batch, BatchSampler, augmented
 
 
 def test_every_image_comes_once_per_epoch_also_across_batch_borders():
-    order = Order(10, (10, 3, 8, 8), TrainConfig(batch_size=4), flip=True)
+    order = BatchSampler(10, (10, 3, 8, 8), TrainConfig(batch_size=4), flip=True)
     seen = np.concatenate([order.batch(step).indices for step in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert not np.array_equal(seen[:10], seen[10:])
 
 
 def test_a_batch_larger_than_the_data_takes_whole_epochs():
-    batch = Order(3, (3, 3, 8, 8), TrainConfig(batch_size=7), flip=True).batch(0)
+    batch = BatchSampler(3, (3, 3, 8, 8), TrainConfig(batch_size=7), flip=True).batch(0)
     assert np.bincount(batch.indices).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
 
 
 def test_a_step_is_the_same_whether_or_not_the_steps_before_it_were_taken():
     config = TrainConfig(batch_size=4, seed=3)
-    walked = Order(10, (10, 3, 8, 8), config, flip=True)
+    walked = BatchSampler(10, (10, 3, 8, 8), config, flip=True)
     for step in range(8):
         late = walked.batch(step)
-    straight = Order(10, (10, 3, 8, 8), config, flip=True).batch(7)
+    straight = BatchSampler(10, (10, 3, 8, 8), config, flip=True).batch(7)
     for field in ("indices", "shifts", "flips"):
         assert np.array_equal(getattr(late, field), getattr(straight, field))
 
@@ -39,7 +40,7 @@ def test_a_step_is_the_same_whether_or_not_the_steps_before_it_were_taken():
 def test_views_shift_and_mirror_as_they_say():
     pixels = torch.arange(2 * 1 * 3 * 4, dtype=torch.float32).view(2, 1, 3, 4)
     batch = Batch(np.array([0, 1]), np.array([[1, 0], [0, -1]]), np.array([False, True]))
-    seen = view(pixels, batch)
+    seen = augmented(pixels, batch)
     down = torch.cat([pixels[0, 0, :1], pixels[0, 0, :2]])  # one row down, the top one repeated
     assert torch.equal(seen[0, 0], down)
     # Mirrored after the shift: output column j shows source column W−1−(j+1), kept inside the image.
@@ -48,9 +49,9 @@ def test_views_shift_and_mirror_as_they_say():
 
 
 def test_grey_images_are_never_mirrored_unless_asked():
-    grey = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50), flip=False).batch(0)
-    asked = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50, flip=True), flip=False).batch(0)
-    plain = Order(50, (50, 3, 8, 8), TrainConfig(batch_size=50, augment="none"), flip=True).batch(0)
+    grey = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50), flip=False).batch(0)
+    asked = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50, flip=True), flip=False).batch(0)
+    plain = BatchSampler(50, (50, 3, 8, 8), TrainConfig(batch_size=50, augment="none"), flip=True).batch(0)
     assert not grey.flips.any() and grey.shifts.any()
     assert 10 < asked.flips.sum() < 40
     assert not plain.flips.any() and not plain.shifts.any()
@@ -67,10 +68,9 @@ def test_random_labels_of_real_images_are_uniform_and_say_nothing_about_their_cl
     assert (np.array(null) >= found).mean() > 0.01
 
 
-def test_the_rate_climbs_then_falls_to_its_end():
-    config = TrainConfig(lr=2.0, warmup=0.2, final_lr=0.1)
-    rates = [config.rate(step, 100) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[19] == rates[20] == 2.0
-    assert rates[20:] == sorted(rates[20:], reverse=True)
-    assert rates[-1] == pytest.approx(0.2, rel=0.01)
+@pytest.mark.parametrize(("n", "size"), [(10, 4), (8, 4), (3, 8), (12, 12)])
+def test_the_first_step_of_an_epoch_is_the_one_with_its_first_image(n: int, size: int) -> None:
+    order = BatchSampler(n, (n, 3, 8, 8), BridgeConfig(batch_size=size), flip=False)
+    for step in range(12):
+        expected = any(place % n == 0 for place in range(step * size, (step + 1) * size))
+        assert order.begins_epoch(step) == expected
