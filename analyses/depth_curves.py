@@ -220,7 +220,7 @@ def difference(
         kind = "wider of the 95 % intervals over images and over seeds"
     n = len(a[0])
     return Answer(
-        key, claim, images.difference, low, high, kind, n, "test images", n_seeds, short(model), short(task)
+        key, claim, images.value, low, high, kind, n, "test images", n_seeds, short(model), short(task)
     )
 
 

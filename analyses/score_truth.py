@@ -217,7 +217,7 @@ def claims(frame: pd.DataFrame) -> list[Answer]:
             Answer(
                 "score",
                 f"τ of {score} ({rows['family'].iloc[0]})",
-                found.mean,
+                found.value,
                 found.low,
                 found.high,
                 kind,

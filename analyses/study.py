@@ -267,7 +267,7 @@ def against(
     return Answer(
         key,
         claim,
-        pair.difference,
+        pair.value,
         pair.low,
         pair.high,
         kind,
@@ -297,7 +297,7 @@ def mean_row(values: Sequence[float], **row: Any) -> dict[str, Any]:
         return {**empty, "n_seeds": len(values), "reason": "a training failed", **row}
     found = mean_interval(values)
     return {
-        "value": found.mean,
+        "value": found.value,
         "stderr": found.stderr,
         "low": found.low,
         "high": found.high,

@@ -49,7 +49,7 @@ def over_tables(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
     if len(means) < 2:
         return means[0], math.nan, math.nan
     found = mean_interval(means)
-    return found.mean, found.low, found.high
+    return found.value, found.low, found.high
 
 
 def summarise(frame: pd.DataFrame, truths: dict[str, Truth]) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def _with_interval(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:+.2f} | single measurement"
     found = mean_interval(values)
-    return f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
+    return f"{found.value:+.2f} | {found.low:+.2f} to {found.high:+.2f}"
 
 
 def figure(summary: pd.DataFrame) -> Any:

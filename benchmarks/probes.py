@@ -222,7 +222,7 @@ def contest(name: str, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test:
     frame["test_accuracy"] = frame["correct"].map(np.mean)
     exact = {row.C: row.correct for row in frame[frame.solver == "reference"].itertuples()}
     against = [paired_bootstrap(row.correct, exact[row.C]) for row in frame.itertuples()]
-    frame["accuracy_minus_reference"] = [d.difference for d in against]
+    frame["accuracy_minus_reference"] = [d.value for d in against]
     frame["accuracy_low"], frame["accuracy_high"] = [d.low for d in against], [d.high for d in against]
     totals = frame.groupby("solver")["cpu_seconds"].sum()
     ours = (totals["layerprobe"] + totals["layerprobe again"]) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +16,30 @@ from layerprobe.tables import envelope, write_frame
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its uncertainty, in the unit of the quantity.
+
+    Attributes
+    ----------
+    value : the number; None where it is undefined, then `reason` says why.
+    low, high : ends of the interval; None where none could be estimated.
+    stderr : standard error of `value`.
+    n : how many values (seeds, batches, images) it rests on.
+    pvalue : two-sided p-value against no effect, not corrected for several comparisons.
+    probability : probability that the true value is above 0, under a flat prior.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    stderr: float | None = None
+    n: int | None = None
+    pvalue: float | None = None
+    probability: float | None = None
+    reason: str | None = None
 
 
 class Record(ABC):

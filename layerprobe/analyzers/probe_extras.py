@@ -91,16 +91,16 @@ def _few_shot(parts: Sequence[Pair], _: ProbeResult, setting: ExtraSetting) -> l
     )
     rows = []
     for point in curve:
-        mean, low, high, stderr, draws = mean_interval(point.accuracies)
+        found = mean_interval(point.accuracies)
         rows.append(
             {
                 "metric": "few_shot_accuracy",
                 "split": "test",
-                "value": mean,
-                "stderr": stderr,
-                "n": draws,
-                "low": low,
-                "high": high,
+                "value": found.value,
+                "stderr": found.stderr,
+                "n": found.n,
+                "low": found.low,
+                "high": found.high,
                 "shots": point.shots,
             }
         )

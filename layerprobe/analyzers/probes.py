@@ -20,11 +20,11 @@ from layerprobe.analyzers.probe_inputs import (
     undefined,
 )
 from layerprobe.errors import UsageError
-from layerprobe.metrics.intervals import PairedDifference, paired_bootstrap
+from layerprobe.metrics.intervals import paired_bootstrap
 from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.records import Record
+from layerprobe.records import Estimate, Record
 from layerprobe.tables import tidy
 
 
@@ -104,14 +104,14 @@ class LinearProbes(Record):
         best = [-1.0 if r is None else float(r.val_accuracy.max()) for r in self.results]
         return int(np.argmax(best)) if max(best) >= 0 else None
 
-    def compare(self, a: int, b: int, *, seed: int = 0) -> PairedDifference:
+    def compare(self, a: int, b: int, *, seed: int = 0) -> Estimate:
         """Test accuracy of layer index `a` minus that of `b`, by paired bootstrap over test images."""
         for index in (a, b):
             if self.results[index] is None:
                 raise UsageError(f"{name_of(self.layers[index])} has no probe: {self.reasons[index]}")
         return paired_bootstrap(self.correct[a], self.correct[b], seed=seed)
 
-    def compare_control(self, index: int, name: str, *, seed: int = 0) -> PairedDifference | None:
+    def compare_control(self, index: int, name: str, *, seed: int = 0) -> Estimate | None:
         """Test accuracy of layer index `index` minus that of a control, by paired bootstrap over test images.
 
         A control with the same layers ("random") is read at the same layer, another ("pixels") at its own
@@ -166,11 +166,11 @@ class LinearProbes(Record):
                         "seed": self.seed,
                         "metric": "probe_accuracy_minus_control",
                         "split": "test",
-                        "value": difference.difference,
+                        "value": difference.value,
                         "n": self.counts["test"],
                         "low": difference.low,
                         "high": difference.high,
-                        "pvalue": difference.p,
+                        "pvalue": difference.pvalue,
                         "control": name,
                     }
                 )
@@ -209,11 +209,11 @@ class LinearProbes(Record):
                         **place,
                         "metric": "probe_accuracy_minus_best",
                         "split": "test",
-                        "value": difference.difference,
+                        "value": difference.value,
                         "n": n,
                         "low": difference.low,
                         "high": difference.high,
-                        "pvalue": difference.p,
+                        "pvalue": difference.pvalue,
                     }
                 )
             final = result.probe.fit

@@ -40,6 +40,7 @@ _PUBLIC = {
     "neural_collapse": "transferability.scores",
     "readable_scores": "transferability.scores",
     "transrate": "transferability.scores",
+    "Estimate": "intervals",
     "Interval": "intervals",
     "MeanInterval": "intervals",
     "PairedDifference": "intervals",

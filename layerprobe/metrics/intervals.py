@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from layerprobe.errors import UsageError
+from layerprobe.records import Estimate
+
+MeanInterval = PairedDifference = PairedSeeds = Estimate  # names of earlier releases
 
 
 class Interval(NamedTuple):
@@ -18,34 +22,6 @@ class Interval(NamedTuple):
 
     low: float
     high: float
-
-
-class MeanInterval(NamedTuple):
-    """A mean with its t interval. `stderr` is the standard error of the mean, `n` the number of values."""
-
-    mean: float
-    low: float
-    high: float
-    stderr: float
-    n: int
-
-
-class PairedDifference(NamedTuple):
-    """Mean of a − b over the same samples, its percentile interval, two-sided p-value."""
-
-    difference: float
-    low: float
-    high: float
-    p: float
-
-
-class PairedSeeds(NamedTuple):
-    """Mean of a − b over common seeds, its t interval, and the probability that a's mean is above b's."""
-
-    difference: float
-    low: float
-    high: float
-    probability: float
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Interval:
@@ -88,7 +64,7 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
     return Interval(low, high)
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     """Mean of a handful of runs with Student's t interval (n − 1 degrees of freedom).
 
     Parameters
@@ -98,7 +74,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
 
     Returns
     -------
-    MeanInterval. Equal values give an interval of width 0.
+    Estimate with low, high, stderr and n. Equal values give an interval of width 0.
 
     Raises
     ------
@@ -113,7 +89,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
     _normal_quantile(confidence)
     mean, stderr = float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
     half = float(special.stdtrit(len(x) - 1, 0.5 + confidence / 2)) * stderr
-    return MeanInterval(mean, mean - half, mean + half, stderr, len(x))
+    return Estimate(value=mean, low=mean - half, high=mean + half, stderr=stderr, n=len(x))
 
 
 def bootstrap_interval(
@@ -166,7 +142,7 @@ def paired_bootstrap(
     n_resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> PairedDifference:
+) -> Estimate:
     """Difference of two accuracies (or of any per-sample scores) measured on the same samples.
 
     Samples are resampled in pairs, so that what is hard for both does not widen the interval.
@@ -180,7 +156,7 @@ def paired_bootstrap(
 
     Returns
     -------
-    PairedDifference: mean(a − b), its percentile interval, and the two-sided bootstrap p-value
+    Estimate: mean(a − b), its percentile interval, n, and the two-sided bootstrap p-value
     2·min(P(d* ≤ 0), P(d* ≥ 0)), at least 2/(n_resamples + 1). Not corrected for several comparisons.
 
     Raises
@@ -189,7 +165,7 @@ def paired_bootstrap(
 
     Examples
     --------
-    >>> paired_bootstrap([1, 1, 1, 0], [1, 1, 1, 0]).p
+    >>> paired_bootstrap([1, 1, 1, 0], [1, 1, 1, 0]).pvalue
     1.0
     """
     difference = _paired(correct_a, correct_b, "paired_bootstrap")
@@ -205,10 +181,11 @@ def paired_bootstrap(
         found = np.array([difference[rng.integers(0, n, n)].mean() for _ in range(n_resamples)])
     tail = min(int((found <= 0).sum()), int((found >= 0).sum()))
     low, high = _percentiles(found, confidence)
-    return PairedDifference(float(difference.mean()), low, high, min(1.0, 2 * (tail + 1) / (n_resamples + 1)))
+    pvalue = min(1.0, 2 * (tail + 1) / (n_resamples + 1))
+    return Estimate(value=float(difference.mean()), low=low, high=high, n=n, pvalue=pvalue)
 
 
-def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> PairedSeeds:
+def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Estimate:
     """Difference of two arms that were run with the same seeds.
 
     Parameters
@@ -218,7 +195,7 @@ def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
 
     Returns
     -------
-    PairedSeeds: mean(a − b) with its t interval, and the probability that a's expected value exceeds b's
+    Estimate: mean(a − b) with its t interval, and the probability that a's expected value exceeds b's
     (Student's t with n − 1 degrees of freedom, flat prior; one minus the one-sided p-value).
     Where all differences are equal, the interval has width 0 and the probability is 0, 0.5 or 1.
 
@@ -232,12 +209,25 @@ def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
     0.963
     """
     difference = _paired(a, b, "paired_seed_interval")
-    mean, low, high, stderr, n = mean_interval(difference, confidence)
-    if stderr > 0:
-        probability = float(stats.t.cdf(mean / stderr, n - 1))
+    mean = mean_interval(difference, confidence)
+    assert mean.value is not None and mean.stderr is not None
+    if mean.stderr > 0:
+        probability = float(stats.t.cdf(mean.value / mean.stderr, len(difference) - 1))
     else:
-        probability = 0.5 + 0.5 * float(np.sign(mean))
-    return PairedSeeds(mean, low, high, probability)
+        probability = 0.5 + 0.5 * float(np.sign(mean.value))
+    return dataclasses.replace(mean, probability=probability)
+
+
+def interval_in_words(
+    low: float, high: float, *, scale: float = 100.0, digits: int = 1, sign: bool = False
+) -> str:
+    """The ends of an interval as text; shares become percent by the default scale.
+
+    >>> interval_in_words(-0.001, 0.007, sign=True)
+    '-0.1 to +0.7'
+    """
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{scale * low:{form}} to {scale * high:{form}}"
 
 
 def _normal_quantile(confidence: float) -> float:

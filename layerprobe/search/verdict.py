@@ -101,7 +101,7 @@ class Comparison:
 def compare(plan: Sequence[float], other: Sequence[float]) -> Comparison:
     """Paired difference plan − other over common seeds, with t interval and P(plan is better)."""
     paired = paired_seed_interval(plan, other)
-    return Comparison(paired.difference, paired.low, paired.high, paired.probability, len(plan))
+    return Comparison(paired.value, paired.low, paired.high, paired.probability, len(plan))  # type: ignore[arg-type]
 
 
 MIN_SEEDS = 3

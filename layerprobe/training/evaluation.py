@@ -76,7 +76,7 @@ class Evaluation(Record):
         """Seed → test accuracy at the chosen rate."""
         return {t.seed: t.test_accuracy for t in self.of(arm) if t.test_accuracy is not None}
 
-    def interval(self, arm: str) -> tuple[float, float, float, str] | None:
+    def interval(self, arm: str) -> tuple[Any, Any, Any, str] | None:
         """Mean, low, high and the interval's kind; None where no seed gave an accuracy."""
         found = self.accuracies(arm)
         percent = f"{self.confidence:.0%}"
@@ -88,7 +88,7 @@ class Evaluation(Record):
             low, high = wilson_interval(round(value * n), n, self.confidence)
             return value, low, high, f"Wilson {percent} over {n:,} images, 1 seed"
         spread = mean_interval(list(found.values()), self.confidence)
-        return spread.mean, spread.low, spread.high, f"t {percent} over {len(found)} seeds"
+        return spread.value, spread.low, spread.high, f"t {percent} over {len(found)} seeds"
 
     def differences(self) -> list[dict[str, Any]]:
         """Paired differences in test accuracy over common seeds, for the pairs of `COMPARISONS` at hand."""
@@ -104,7 +104,7 @@ class Evaluation(Record):
             else:
                 pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
                 row |= {
-                    "value": pair.difference,
+                    "value": pair.value,
                     "low": pair.low,
                     "high": pair.high,
                     "probability": pair.probability,

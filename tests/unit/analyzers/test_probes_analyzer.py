@@ -85,7 +85,7 @@ def test_noise_stays_at_chance_and_the_interval_says_so() -> None:
 
 def test_paired_comparison_sees_the_better_layer(probed: LinearProbes) -> None:
     difference = probed.compare(1, 0)
-    assert difference.difference == pytest.approx(probed.test_accuracy[1] - probed.test_accuracy[0])
+    assert difference.value == pytest.approx(probed.test_accuracy[1] - probed.test_accuracy[0])
     assert difference.low > 0
     with pytest.raises(UsageError, match=r"block\.1\.resid_post has no probe: constant layer"):
         probed.compare(2, 0)
@@ -286,7 +286,7 @@ def test_a_backbone_beside_its_twin_and_the_pixels(tmp_path: Path) -> None:
     pixels = record.compare_control(0, "pixels")
     assert pixels is not None
     control = record.controls["pixels"].test_accuracy[0]
-    assert pixels.difference == pytest.approx(record.test_accuracy[0] - control)
+    assert pixels.value == pytest.approx(record.test_accuracy[0] - control)
     frame = record.to_frame()
     tested = frame[(frame.metric == "probe_accuracy") & (frame.split == "test")]
     assert tested.control.fillna("").tolist() == [

@@ -80,7 +80,7 @@ def test_paired_bootstrap_covers_and_its_p_is_uniform_under_no_difference(scores
             a, b = rng.normal(size=(2, 200)) + rng.normal(size=200)
         found = paired_bootstrap(a, b, n_resamples=400, seed=trial)
         covered.append(found.low <= 0 <= found.high)
-        p_values.append(found.p)
+        p_values.append(found.pvalue)
     assert 0.90 <= np.mean(covered) <= 0.99
     assert np.mean(np.asarray(p_values) < 0.05) <= 0.11
     assert 0.4 <= np.mean(p_values) <= 0.7
@@ -93,10 +93,10 @@ def test_paired_bootstrap_uses_the_pairing() -> None:
     a[:40] = True
     paired = paired_bootstrap(a, shared)
     shuffled = paired_bootstrap(a, rng.permutation(shared))
-    assert paired.difference == pytest.approx(a.mean() - shared.mean())
+    assert paired.value == pytest.approx(a.mean() - shared.mean())
     assert paired.high - paired.low < 0.3 * (shuffled.high - shuffled.low)
-    assert paired.p < 0.001
-    assert paired_bootstrap(shared, a).difference == -paired.difference
+    assert paired.pvalue < 0.001
+    assert paired_bootstrap(shared, a).value == -paired.value
 
 
 def test_paired_seeds_agree_with_the_paired_t_test() -> None:
@@ -114,7 +114,7 @@ def test_paired_seeds_agree_with_the_paired_t_test() -> None:
 def test_paired_seeds_without_spread(shift: float, probability: float) -> None:
     b = np.array([1.0, 2.0, 4.0])
     found = paired_seed_interval(b + shift, b)
-    assert found == (shift, shift, shift, probability)
+    assert (found.value, found.low, found.high, found.probability) == (shift, shift, shift, probability)
 
 
 @pytest.mark.parametrize(
