@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import BrokenFileError
+from layerprobe.metrics.intervals import interval_in_words
 
 MAX_FIGURE_BYTES = 20 << 20
 
@@ -73,23 +73,19 @@ def table(
     if not rows:
         return '<p class="soft">none</p>'
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    left = {n for n in names if any(isinstance(row.get(n), str) for row in rows)}
-    head = "".join(f"<th{_left(n in left)}>{text(n)}</th>" for n in names)
+    left = {n: ' class="t"' if any(isinstance(row.get(n), str) for row in rows) else "" for n in names}
+    head = "".join(f"<th{left[n]}>{text(n)}</th>" for n in names)
     lines = []
     for row in rows:
         marked = ' class="mark"' if mark is not None and row.get(names[0]) == mark else ""
-        cells = "".join(f"<td{_left(n in left)}>{text(cell(row.get(n)))}</td>" for n in names)
+        cells = "".join(f"<td{left[n]}>{text(cell(row.get(n)))}</td>" for n in names)
         lines.append(f"<tr{marked}>{cells}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _left(yes: bool) -> str:
-    return ' class="t"' if yes else ""
-
-
 def cell(value: Any) -> str:
     """A number as people read it; a dash for what is undefined."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -102,16 +98,14 @@ def cell(value: Any) -> str:
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent with one decimal."""
-    if value is None or math.isnan(value):
+    if value is None or value != value:
         return "–"
-    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return f"{100 * value:{'+' if sign else ''}.1f}"
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
     """`low to high` in per cent, or a dash."""
-    if low is None or high is None:
-        return "–"
-    return f"{percent(low, sign=sign)} to {percent(high, sign=sign)}"
+    return "–" if low is None or high is None else interval_in_words(low, high, sign=sign)
 
 
 def figure(path: Path, caption: str) -> str:
@@ -138,12 +132,8 @@ def figure(path: Path, caption: str) -> str:
 
 def strip(flags: Sequence[bool]) -> str:
     """The blocks of a plan from input to output, trained ones filled."""
-    cells = "".join(
-        f'<span class="on" title="block {i}: trained">{i}</span>'
-        if on
-        else f'<span title="block {i}: frozen">{i}</span>'
-        for i, on in enumerate(flags)
-    )
+    looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
+    cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
     return (
         f'<div class="strip">{cells}</div><p class="soft">blocks from input to output; '
         "filled = trained, pale = frozen</p>"
@@ -153,3 +143,20 @@ def strip(flags: Sequence[bool]) -> str:
 def folded(title: str, inner: str) -> str:
     """Something for those who want to look closer."""
     return f"<details><summary>{text(title)}</summary>{inner}</details>"
+
+
+def repeat_section(provenance: Mapping[str, Any]) -> str:
+    """The command that repeats a result, and the versions and machine it was made with."""
+    arguments = "\n".join(
+        f"#   {key} = {value}" for key, value in (provenance.get("arguments") or {}).items()
+    )
+    line = provenance.get("command_line") or f"# from Python: {provenance.get('command')} with\n{arguments}"
+    entries = []
+    for section, values in provenance.items():
+        if isinstance(values, Mapping):
+            entries += [(f"{section}.{key}", value) for key, value in values.items()]
+        elif section != "command_line":
+            entries.append((section, values))
+    known = [{"entry": entry, "value": str(value)} for entry, value in entries if value is not None]
+    details = folded("arguments, versions, machine", table(known))
+    return f"<h2>How to repeat this</h2><pre>{text(line)}</pre>{details}"
