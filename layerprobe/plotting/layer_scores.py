@@ -69,14 +69,12 @@ def plot_transfer(
 def transfer_figure(frame: pd.DataFrame) -> Figure:
     """All scores of a table as small panels, a band of rows per family; bands are 95 % intervals."""
     columns = 4
-    groups = [
-        (str(family), list(rows["metric"].unique())) for family, rows in frame.groupby("family", sort=False)
-    ]
+    groups = [(name, rows["metric"].unique()) for name, rows in frame.groupby("family", sort=False)]
     heights = [-(-len(metrics) // columns) for _, metrics in groups]
     figure = Figure(figsize=(3.1 * columns, 2.5 * sum(heights) + 0.5 * len(groups)), layout="constrained")
     bands = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
     for band, (family, metrics) in zip(bands, groups, strict=True):
-        band.suptitle(f"{FAMILY_TITLES[family]} (band: 95 %)", fontsize=11, x=0.01, ha="left")
+        band.suptitle(f"{FAMILY_TITLES[str(family)]} (band: 95 %)", fontsize=11, x=0.01, ha="left")
         for panel, metric in zip(_panels(band, len(metrics), columns), metrics, strict=True):
             plot_transfer(frame, metric, ax=panel)
     return figure

@@ -1,7 +1,4 @@
-"""Figures of outlier parameters: by depth and kind, block × kind, the fall of the tail, two models side by side.
-
-Frames come from `OutlierReport.to_frame` and `OutlierComparison.to_frame`.
-"""
+"""Figures of outlier parameters, from the tables of `OutlierReport` and `OutlierComparison`."""
 
 from __future__ import annotations
 

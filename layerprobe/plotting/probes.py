@@ -30,25 +30,26 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     ax = ax if ax is not None else look.new_axes(max(7.4, 4.4 + 0.36 * len(main)), 3.9)
     layers = list(dict.fromkeys(main["layer"]))
     name = look.only_name(main, "model", "layers probed")
-    _curve(ax, layers, main, **{"color": look.BLUE, "label": name, **style})
+    _curve(ax, layers, main, {"color": look.BLUE, "label": name, **style})
     random = tested[tested["control"] == "random"]
     if len(random):
-        _curve(ax, layers, random, color=look.ORANGE, label="random init", linestyle="--", marker="s")
+        dashed = {"color": look.ORANGE, "label": "random init", "linestyle": "--", "marker": "s"}
+        _curve(ax, layers, random, dashed)
     for control, name in (("pixels", "raw pixels"), ("chance", "chance: most frequent class")):
-        drawn: dict[str, Any] = (
-            {"color": look.GREEN, "linestyle": "-."} if control == "pixels" else {"linestyle": ":"}
-        )
+        colour, dashes = (look.GREEN, "-.") if control == "pixels" else (look.LINE_GREY, ":")
         rows = tested[tested["control"] == control]
         for value, low, high in 100 * rows[["value", "low", "high"]].to_numpy(float):
-            look.reference_line(ax, value, label=f"{name}, {value:.1f} %", linewidth=1.5, **drawn)
+            label = f"{name}, {value:.1f} %"
+            look.reference_line(ax, value, color=colour, linestyle=dashes, linewidth=1.5, label=label)
             if control == "pixels":
-                ax.axhspan(low, high, color=look.GREEN, alpha=0.12, lw=0)
+                ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
     memorised = frame[(frame["metric"] == "control_accuracy") & (frame["split"] == "train")]
     memorised = memorised[memorised["control"] == "labels"]
     memorised = _with_layers(memorised[memorised["model"].isna() | memorised["model"].isin(main["model"])])
     if len(memorised):
-        bare, dashed = memorised.assign(low=np.nan, high=np.nan), {"linestyle": "--", "marker": "x"}
-        _curve(ax, layers, bare, color=look.PINK, label="random labels learnt by heart", **dashed)
+        memorised = memorised.assign(low=np.nan, high=np.nan)
+        dashed = {"color": look.PINK, "label": "random labels memorised", "linestyle": "--", "marker": "x"}
+        _curve(ax, layers, memorised, dashed)
     look.layer_axis(ax, layers)
     task, n = look.only_name(frame, "task"), main["n"].dropna()
     counted = f"{int(n.iloc[0]):,} test images" if len(n) else "no test images"
@@ -67,7 +68,7 @@ def plot_probe_strength(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
         raise UsageError("there is nothing to draw: the table holds no validation accuracy")
     ax = ax if ax is not None else look.new_axes(5.2, 3.9)
     plain = validated.assign(low=np.nan, high=np.nan)
-    colours = _one_line_a_layer(plain, "C", ax, **{"linewidth": 1.4, **style})
+    colours = _one_line_a_layer(plain, "C", ax, {"linewidth": 1.4, **style})
     taken = validated.merge(tested[["layer", "C"]])
     for layer, C, value in zip(taken["layer"], taken["C"], taken["value"], strict=True):
         ax.plot([C], [100 * float(value)], "o", color=colours[layer], markersize=8, fillstyle="none")
@@ -86,7 +87,7 @@ def plot_few_shot(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) 
     layers = list(dict.fromkeys(rows["layer"]))
     shift = [1.03 ** (layers.index(layer) - len(layers) / 2) for layer in rows["layer"]]
     shifted = rows.assign(place=rows["shots"].astype(float) * shift)
-    _one_line_a_layer(shifted, "place", ax, bars=True, **{"linewidth": 1.2, **style})
+    _one_line_a_layer(shifted, "place", ax, {"bars": True, "linewidth": 1.2, **style})
     shots = sorted(int(value) for value in rows["shots"].unique())
     ax.set(xticks=shots, xticklabels=shots, ylim=(0, None))
     ax.minorticks_off()
@@ -98,14 +99,14 @@ def _with_layers(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(layer=look.layer_names(frame))
 
 
-def _curve(ax: Axes, layers: list[str], rows: pd.DataFrame, **style: Any) -> None:
+def _curve(ax: Axes, layers: list[str], rows: pd.DataFrame, style: dict[str, Any]) -> None:
     """A line with its band in per cent, of the rows whose layer is on the axis."""
     rows = rows[rows["layer"].isin(layers)]
     known = (100 * rows[column].to_numpy(float) for column in ("value", "low", "high"))
     look.draw_line(ax, [layers.index(layer) for layer in rows["layer"]], *known, **{"markersize": 4, **style})
 
 
-def _one_line_a_layer(rows: pd.DataFrame, x: str, ax: Axes, **style: Any) -> dict[str, Any]:
+def _one_line_a_layer(rows: pd.DataFrame, x: str, ax: Axes, style: dict[str, Any]) -> dict[str, Any]:
     """Lines from light (input) to dark (output) over a logarithmic axis; their colours by layer."""
     layers = list(dict.fromkeys(rows["layer"]))
     shades = map(tuple, mpl.colormaps["viridis_r"](np.linspace(0.08, 1, len(layers))))

@@ -1,7 +1,4 @@
-"""Figures of freeze plans and their search: the front of accuracy against size, the ranking of arms, block strips.
-
-Frames come from a `SearchResult`, from the CSV files of its run folder, or from `plan_frame`.
-"""
+"""Figures of plans and their search: frames come from a `SearchResult`, its CSV files, or `plan_frame`."""
 
 from __future__ import annotations
 
@@ -117,7 +114,7 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
         trained = look.ORANGE if chosen else look.BLUE
         cells.append({block: trained if mark == "#" else legend["frozen"] for block, mark in enumerate(plan)})
         notes.append(f"{100 * accuracy:.1f} %" + ("  ← the plan" if chosen else ""))
-    ax = _strips(ax, cells, notes, legend, **style)
+    ax = _strips(ax, cells, notes, legend, style)
     ax.set(xlim=(-0.6, 1.25 * len(cells[0]) + 1.2), yticks=[])
     ax.set_xlabel("block, input to output; right: validation accuracy")
     return ax
@@ -147,7 +144,7 @@ def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> A
     sums = frame.groupby("plan")[["value", "n"]].sum().loc[names]
     notes = [f"{share:.1%}" for share in sums["value"] / sums["n"]]
     legend = {state: colour for state, colour in STATE_COLOURS.items() if (inside["state"] == state).any()}
-    ax = _strips(ax, cells, notes, legend, **style)
+    ax = _strips(ax, cells, notes, legend, style)
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("block, input to output; right: share of parameters trained")
     return ax
@@ -158,7 +155,7 @@ def _strips(
     cells: Sequence[Mapping[Any, str]],
     notes: Sequence[str],
     legend: Mapping[str, str],
-    **style: Any,
+    style: dict[str, Any],
 ) -> Axes:
     """One row of cells (block → colour) a plan, from top to bottom, with a note on its right."""
     n_blocks = 1 + int(max(max(row) for row in cells if row))

@@ -1,8 +1,4 @@
-"""Figures that several studies share: lines with bands, and claims with their intervals.
-
-Frames are tables of the studies (`analyses/`): `value`, `low` and `high` with one more column that says
-which line a row belongs to.
-"""
+"""Figures that several studies (`analyses/`) share: lines with bands, and claims with their intervals."""
 
 from __future__ import annotations
 

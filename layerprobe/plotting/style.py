@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import ArrayLike
 
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 """Okabe and Ito's colours, told apart by colour-blind readers; markers differ as well."""
@@ -28,10 +29,10 @@ def new_axes(width: float, height: float) -> Axes:
 
 def draw_line(
     ax: Axes,
-    x: Any,
-    y: Any,
-    low: Any = None,
-    high: Any = None,
+    x: ArrayLike,
+    y: ArrayLike,
+    low: ArrayLike | None = None,
+    high: ArrayLike | None = None,
     *,
     bars: bool = False,
     orient: str = "x",
@@ -75,9 +76,9 @@ def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: A
     draw(value, **{"color": LINE_GREY, "linestyle": "--", "linewidth": 1, **style})
 
 
-def legend_outside(ax: Axes, **style: Any) -> None:
+def legend_outside(ax: Axes, fontsize: float | None = None) -> None:
     """The legend beside the axes, where no curve can run through it."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, **style)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=fontsize)
 
 
 def ratio_axis(ax: Axes, ticks: Sequence[float]) -> None:
@@ -106,7 +107,7 @@ def layer_axis(ax: Axes, names: Sequence[str]) -> None:
     ax.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
 
 
-def short_name(model: Any) -> str:
+def short_name(model: object) -> str:
     """The last part of a model's name or folder."""
     return str(model).rstrip("/").rsplit("/", 1)[-1]
 
