@@ -14,25 +14,16 @@ from layerprobe.metrics.intervals import interval_in_words
 MAX_FIGURE_BYTES = 20 << 20
 
 STYLE = """
-:root {
-  color-scheme: light;
-  --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef;
-}
-body {
-  font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem;
-}
+:root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); }
+body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .3rem; }
 h2 { font-size: 1.15rem; margin-top: 2.4rem; }
-.answer {
-  font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; margin: 1.2rem 0;
-}
+.answer { font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 .strip { display: flex; gap: 3px; margin: 1rem 0 .2rem; }
-.strip span {
-  flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px;
-  background: var(--frozen);
-}
+.strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; }
+.strip span { background: var(--frozen); }
 .strip span.on { background: var(--train); color: #fff; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
@@ -98,9 +89,7 @@ def cell(value: Any) -> str:
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent with one decimal."""
-    if value is None or value != value:
-        return "–"
-    return f"{100 * value:{'+' if sign else ''}.1f}"
+    return "–" if value is None or value != value else f"{100 * value:{'+' if sign else ''}.1f}"
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
@@ -117,27 +106,22 @@ def figure(path: Path, caption: str) -> str:
     """
     size = path.stat().st_size
     if size > MAX_FIGURE_BYTES:
-        raise BrokenFileError(
-            f"figure {path} has {size:,} bytes; more than {MAX_FIGURE_BYTES:,} are not embedded"
-        )
+        most = f"{MAX_FIGURE_BYTES:,}"
+        raise BrokenFileError(f"figure {path} has {size:,} bytes; more than {most} are not embedded")
     data = path.read_bytes()
     if not data.startswith(b"\x89PNG"):
         raise BrokenFileError(f"{path} is no PNG file")
     code = base64.b64encode(data).decode("ascii")
-    return (
-        f'<figure><img alt="{text(caption)}" src="data:image/png;base64,{code}">'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
-    )
+    image = f'<img alt="{text(caption)}" src="data:image/png;base64,{code}">'
+    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def strip(flags: Sequence[bool]) -> str:
     """The blocks of a plan from input to output, trained ones filled."""
     looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
     cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
-    return (
-        f'<div class="strip">{cells}</div><p class="soft">blocks from input to output; '
-        "filled = trained, pale = frozen</p>"
-    )
+    legend = "blocks from input to output; filled = trained, pale = frozen"
+    return f'<div class="strip">{cells}</div><p class="soft">{legend}</p>'
 
 
 def folded(title: str, inner: str) -> str:
@@ -147,9 +131,8 @@ def folded(title: str, inner: str) -> str:
 
 def repeat_section(provenance: Mapping[str, Any]) -> str:
     """The command that repeats a result, and the versions and machine it was made with."""
-    arguments = "\n".join(
-        f"#   {key} = {value}" for key, value in (provenance.get("arguments") or {}).items()
-    )
+    given = (provenance.get("arguments") or {}).items()
+    arguments = "\n".join(f"#   {key} = {value}" for key, value in given)
     line = provenance.get("command_line") or f"# from Python: {provenance.get('command')} with\n{arguments}"
     entries = []
     for section, values in provenance.items():
