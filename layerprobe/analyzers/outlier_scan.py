@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, fused_parts, places
+from layerprobe.checkpoints import (
+    CHUNK_BYTES,
+    Checkpoint,
+    StoredTensor,
+    TensorRole,
+    fused_parts,
+    tensor_roles,
+)
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers.codes import decoded
 from layerprobe.metrics.outliers.counting import Engine, make_engine
@@ -33,7 +40,7 @@ class ScannedTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    place: Place
+    place: TensorRole
     found: TensorOutliers | None = None
     skip: str | None = None
     tied_to: str | None = None
@@ -62,7 +69,7 @@ def scan(
         raise UsageError(f"threads must be at least 1, got {threads}")
     rows: list[ScannedTensor] = []
     work: list[tuple[StoredTensor, ScannedTensor]] = []
-    located = places({tensor.name: tensor.shape for tensor in checkpoint.tensors})
+    located = tensor_roles({tensor.name: tensor.shape for tensor in checkpoint.tensors})
     for tensor in checkpoint.tensors:
         place = located[tensor.name]
         skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from layerprobe.analyzers.outlier_scan import ScannedTensor, read_norms, scan
-from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
+from layerprobe.backbones.resolve import RUN_FILE, resolve_model, weights_hash
 from layerprobe.checkpoints import GROUPS, KINDS, Checkpoint, open_checkpoint
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
 from layerprobe.metrics.outliers.axes import norm_dimension_votes

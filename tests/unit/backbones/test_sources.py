@@ -13,7 +13,7 @@ from families import save
 
 from layerprobe.backbones import load_backbone, resolve_model
 from layerprobe.backbones.catalog import MODELS
-from layerprobe.backbones.sources import weights_hash
+from layerprobe.backbones.resolve import weights_hash
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 
 
