@@ -12,7 +12,7 @@ Everything is read off the module tree, so that a new architecture works without
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -47,7 +47,7 @@ class Layout:
 def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     """The part that images go through: the image tower of a two-tower model, the encoder of an
     encoder-decoder, else the base model under a task head."""
-    base: PreTrainedModel = getattr(model, "base_model", model)  # type: ignore[assignment]
+    base = cast("PreTrainedModel", getattr(model, "base_model", model))
     for candidate in (model, base):
         tower: PreTrainedModel | None = getattr(candidate, "vision_model", None)
         if isinstance(tower, nn.Module):
