@@ -67,14 +67,14 @@ class Backbone(nn.Module):
         *,
         init: str = "pretrained",
         seed: int = 0,
-        stem_kind: str = "random",
+        stem: str = "random",
         patch_size: int | None = None,
         image_size: int | None = None,
         attention: str | None = None,
         pooling: str | None = None,
     ) -> None:
         super().__init__()
-        check_choices(init=init, stem=stem_kind, attention=attention, pooling=pooling)
+        check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
         self.model = image_or_text_tower(full)
         self.config: PretrainedConfig = self.model.config
         self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
@@ -86,7 +86,7 @@ class Backbone(nn.Module):
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config)
         self.modality = "vision" if self.model.main_input_name == "pixel_values" else "language"
-        self.stem_kind = stem_kind
+        self.stem_kind = stem
         self.pooling = pooling or "mean"
         self.patch_size = patch_size
         self.image_size = image_size
@@ -115,18 +115,16 @@ class Backbone(nn.Module):
         if self.device.type == "meta":
             self.attention = attention
             return
-        pretrained = "causal" if self._is_causal(None) else "bidirectional"
+        pretrained = "causal" if self._is_causal() else "bidirectional"
         self.attention = attention or pretrained
         if self.attention == pretrained:
             return
         self._attention_override = self.attention
-        if self._is_causal(self.attention) != (self.attention == "causal"):
+        if self._is_causal() != (self.attention == "causal"):
             raise UsageError(
                 f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
                 f"its {pretrained} mask is built into the blocks"
             )
-
-    # -- structure ---------------------------------------------------------------------------------------
 
     @property
     def n_blocks(self) -> int:
@@ -149,13 +147,6 @@ class Backbone(nn.Module):
     def weights_bytes(self) -> int:
         """Bytes that the whole checkpoint takes in `dtype`."""
         return self.n_parameters * self.dtype.itemsize
-
-    @property
-    def has_own_head(self) -> bool:
-        """Whether the checkpoint brought an image classifier of its own."""
-        return bool(self._with_head)
-
-    # -- images in ---------------------------------------------------------------------------------------
 
     def prepare(self, task: HasImages) -> Backbone:
         """Settle what depends on the images: their size, the patch size, and the stem. Idempotent.
@@ -191,11 +182,6 @@ class Backbone(nn.Module):
         self.image_size, self.patch_size = size, patch_size
         return PatchStem(channels, patch_size, self.embedding_width)
 
-    def restore(self, stem: PatchStem) -> None:
-        """Take over a trained stem, as a bridge run saved it."""
-        self.stem = stem
-        self.preprocessing = for_language(self.image_size, stem.channels)
-
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 images H×W or H×W×C → float32 pixels B×C×H×W on the CPU."""
         if self.preprocessing is None:
@@ -218,8 +204,6 @@ class Backbone(nn.Module):
     def _embedding(self) -> nn.Embedding:
         return self.model.get_input_embeddings()  # type: ignore[return-value]
 
-    # -- forward -----------------------------------------------------------------------------------------
-
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
@@ -240,13 +224,9 @@ class Backbone(nn.Module):
 
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens B×T×D (what the stem makes) → the model's last hidden states B×T×D."""
-        return self._language(tokens, self._attention_override)
-
-    def _language(self, tokens: Tensor, attention: str | None) -> Tensor:
-        mask = None if attention is None else _mask(attention, tokens)
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
-        if mask is not None:
-            extra["attention_mask"] = mask
+        if self._attention_override is not None:
+            extra["attention_mask"] = _mask(self._attention_override, tokens)
         return self._run(inputs_embeds=tokens, **extra)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -284,18 +264,16 @@ class Backbone(nn.Module):
         return logits
 
     @torch.no_grad()
-    def _is_causal(self, attention: str | None) -> bool:
+    def _is_causal(self) -> bool:
         """Found by trying: does the first of three tokens change when the last one does?"""
         was_training = self.model.training
         self.model.eval()
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randn(2, 3, self.embedding_width, generator=generator).to(self.device, self.dtype)
         tokens[1, :2] = tokens[0, :2]
-        hidden = self._language(tokens, attention)
+        hidden = self.forward_tokens(tokens)
         self.model.train(was_training)
         return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
-
-    # -- dry runs, on the meta device --------------------------------------------------------------------
 
     def expect_images(self, size: int | None) -> None:
         """What `prepare` does for images of this size (None: of several sizes), without values."""
@@ -328,8 +306,6 @@ class Backbone(nn.Module):
         if n_tokens is not None:
             return str(n_tokens)
         return f"{USUAL_TOKENS}, assumed: how many there are is known once the images are read"
-
-    # -- what this is ------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the features, as plain values, for provenance and cache keys."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from layerprobe.backbones.backbone import Backbone, check_choices
-from layerprobe.backbones.image_input import PatchStem
+from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
@@ -63,10 +63,11 @@ def load_backbone(
     """
     check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
     target = choose_device(device)
-    torch_dtype = choose_dtype(dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
     with _quiet_transformers():
-        full = _build(source, init, seed, target, torch_dtype, trust_remote_code)
+        full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
     full.eval()
     # Without a classifier of its own, nothing beside the tower is used again.
     (full if hasattr(full, "classifier") else image_or_text_tower(full)).to(target)
@@ -78,7 +79,7 @@ def load_backbone(
         **_image_settings(
             full,
             source,
-            stem_kind=stem,
+            stem=stem,
             patch_size=patch_size,
             image_size=image_size,
             attention=attention,
@@ -120,27 +121,15 @@ def load_for_dry_run(
     return backbone
 
 
-_RUN_KEYS = {
-    "stem_kind": "stem",
-    "patch_size": "patch_size",
-    "image_size": "image_size",
-    "attention": "attention",
-    "pooling": "pooling",
-}
-
-
 def _image_settings(model: nn.Module, source: ModelSource, **asked: Any) -> dict[str, Any]:
     """How images enter: as asked, and what was left open as a bridge run had it."""
-    if source.run is None:
+    run = source.run
+    if run is None:
         return asked
-    settings = {
-        key: source.run.get(_RUN_KEYS[key]) if value in (None, "random") else value
-        for key, value in asked.items()
-    }
-    settings["stem_kind"] = settings["stem_kind"] or "random"
+    settings = {key: run.get(key) if value in (None, "random") else value for key, value in asked.items()}
     if image_or_text_tower(model).main_input_name == "pixel_values":
-        settings |= {"attention": None, "stem_kind": "random", "image_size": asked["image_size"]}
-    return settings
+        return settings | {"attention": None, "stem": "random", "image_size": asked["image_size"]}
+    return settings | {"stem": settings["stem"] or "random"}
 
 
 def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
@@ -238,8 +227,7 @@ def _pretrained_model(
         for name, parameter in model.named_parameters()
         if name in loading["missing_keys"] and id(parameter) in of_tower
     )
-    unused = [n for n in missing if ".pooler." in f".{n}" or n.startswith("pooler.")]
-    if set(missing) - set(unused):
+    if not all(".pooler." in f".{name}" for name in missing):  # which no feature passes through
         raise BrokenFileError(
             f"{source.folder} lacks {len(missing)} tensors of {type(tower).__name__} (first: {missing[0]}); "
             "they would be random numbers, so nothing was loaded"
@@ -265,26 +253,23 @@ def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:
     channels = columns // (patch * patch)
     stem = PatchStem(channels, patch, rows)
     stem.load_state_dict(state)
-    backbone.restore(stem.to(backbone.device, backbone.dtype))
+    backbone.stem = stem.to(backbone.device, backbone.dtype)
+    backbone.preprocessing = for_language(backbone.image_size, channels)
 
 
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or the best one here, with a note. One that is missing is an error."""
     if name is None:
-        if torch.cuda.is_available():
-            best = "cuda"
-        elif torch.backends.mps.is_available():
-            best = "mps"
-        else:
-            return torch.device("cpu")
-        note(f"device: {best} (choose with --device)")
+        mps = torch.backends.mps.is_available()
+        best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if best != "cpu":
+            note(f"device: {best} (choose with --device)")
         return torch.device(best)
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UnknownNameError(f"unknown device '{name}'; examples: cpu, cuda, cuda:1, mps") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else None
-    if count is not None and (device.index or 0) >= count:
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise NotAvailableError(
             f"device '{name}' was asked for, but torch {torch.__version__} sees {count} CUDA devices; "
             "use --device cpu"
@@ -292,15 +277,6 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise NotAvailableError(f"device '{name}' was asked for, but it is not here; use --device cpu")
     return device
-
-
-def choose_dtype(name: str | None) -> torch.dtype:
-    """`float32` (default), `bfloat16` or `float16`."""
-    if name is None:
-        return torch.float32
-    if name not in DTYPES:
-        raise UnknownNameError(f"unknown dtype '{name}'; choose one of: {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def _check_memory(full: nn.Module, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:

@@ -58,18 +58,11 @@ class Capture(Mapping[LayerRef, Tensor]):
     """The captured tensors of the last forward pass, by layer. Made by `capture`."""
 
     def __init__(
-        self,
-        backbone: Hookable,
-        layers: Sequence[LayerRef],
-        *,
-        pool: Pool | None,
-        stop_early: bool,
-        detach: bool,
+        self, backbone: Hookable, layers: Sequence[LayerRef], *, pool: Pool | None, stop_early: bool
     ) -> None:
         self.layers = list(dict.fromkeys(layers))
         self._pool = pool
         self._stop_early = stop_early
-        self._detach = detach
         self._seen: dict[LayerRef, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._backbone = backbone
@@ -137,10 +130,9 @@ class Capture(Mapping[LayerRef, Tensor]):
             raise LayerprobeError(
                 f"{layer}: expected B×T×D activations from {type(module).__name__}, got a {found}"
             )
-        if self._detach:
-            value = value.detach()
+        value = value.detach()
         kept = value if self._pool is None else self._pool(value)
-        if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and self._detach:
+        if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
             # Some blocks add in place afterwards, and a view would keep the whole tensor alive.
             kept = kept.clone()
         self._seen[layer] = kept
@@ -163,7 +155,6 @@ def capture(
     *,
     pool: Pool | None = None,
     stop_early: bool = False,
-    detach: bool = True,
 ) -> Capture:
     """A context manager that captures layers of every forward pass inside it.
 
@@ -179,14 +170,13 @@ def capture(
     pool : applied to each B×T×D tensor on its device at once, so that no whole activation is kept.
     stop_early : end the forward pass when the last requested layer was seen; code after the call in the
         `with` body is then skipped.
-    detach : False keeps the autograd graph (and the tensors themselves, not copies).
 
     Raises
     ------
     UnknownNameError : a block that does not exist. UsageError : a site this model has not.
     LayerprobeError : on leaving, when a requested layer never ran.
     """
-    return Capture(backbone, layers, pool=pool, stop_early=stop_early, detach=detach)
+    return Capture(backbone, layers, pool=pool, stop_early=stop_early)
 
 
 def check_layers(layers: Sequence[LayerRef], backbone: Hookable) -> None:
