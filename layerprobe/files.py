@@ -21,7 +21,7 @@ _HASHED_AT_ONCE = 32 << 20
 
 
 @contextlib.contextmanager
-def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed to disk and renamed into place.
 
     Nothing is left behind when the body raises, and an existing file stays as it was.
@@ -52,7 +52,7 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half of it."""
-    with write_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(text, encoding="utf-8")
     return Path(path)
 

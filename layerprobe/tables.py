@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.files import write_aside
+from layerprobe.files import atomic_write
 
 if TYPE_CHECKING:
     # Loaded by the functions that need it: a command that only prints a short table stays small.
@@ -106,7 +106,7 @@ def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix not in (".csv", ".parquet"):
         raise UsageError(f"cannot tell the table format of {target}: end it with .csv or .parquet")
-    with write_aside(target) as aside:
+    with atomic_write(target) as aside:
         if target.suffix == ".csv":
             frame.to_csv(aside, index=False)
         else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import output_folder, write_aside, write_json
+from layerprobe.files import atomic_write, output_folder, write_json
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def save_figure(draw: Draw, path: Path) -> None:
 
     drawn = draw()
     figure: Any = drawn if hasattr(drawn, "savefig") else drawn.get_figure()
-    with write_aside(path) as aside:
+    with atomic_write(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight", format="png")
     plt.close(figure)
 

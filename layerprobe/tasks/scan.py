@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from layerprobe.errors import LayerprobeError
-from layerprobe.files import cache_root, write_aside
+from layerprobe.files import atomic_write, cache_root
 from layerprobe.progress import progress_bar
 from layerprobe.tasks.images import ArrayImages, ImageStore, decode_all
 
@@ -123,7 +123,7 @@ def _remember(key: str, found: Scan) -> None:
     # A cache that cannot be written costs time at the next call, and nothing now.
     with (
         contextlib.suppress(LayerprobeError),
-        write_aside(_cache_file(key)) as aside,
+        atomic_write(_cache_file(key)) as aside,
         aside.open("wb") as stream,
     ):
         np.savez(stream, digests=digests, groups=found.groups, facts=np.array(facts, dtype=np.int64))

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, did_you_mean
-from layerprobe.files import output_folder, read_json, write_aside, write_json
+from layerprobe.files import atomic_write, output_folder, read_json, write_json
 from layerprobe.provenance import command_line, provenance
 from layerprobe.records import Record
 from layerprobe.tables import COLUMNS, envelope, read_frame, strict_rows, tidy, write_frame
@@ -20,7 +20,7 @@ from layerprobe.tables import COLUMNS, envelope, read_frame, strict_rows, tidy, 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "table.csv"
     target.write_text("old")
-    with pytest.raises(RuntimeError), write_aside(target) as aside:
+    with pytest.raises(RuntimeError), atomic_write(target) as aside:
         aside.write_text("half of the n")
         raise RuntimeError
     assert target.read_text() == "old"
@@ -30,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with (
         pytest.raises(LayerprobeError, match=r"the disk is full: .*x\.json was not written"),
-        write_aside(tmp_path / "x.json"),
+        atomic_write(tmp_path / "x.json"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
 
