@@ -12,7 +12,7 @@ import numpy as np
 from layerprobe.analyzers.outlier_scan import ScannedTensor, open_model, read_norms, scan
 from layerprobe.checkpoints import GROUPS, KINDS
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
-from layerprobe.metrics.outliers.axes import norm_dimension_votes
+from layerprobe.metrics.outliers.moments import norm_dimension_votes
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy

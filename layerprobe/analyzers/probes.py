@@ -23,9 +23,8 @@ from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.layers import EMBED, LayerRef
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.knn_ridge import select_knn, select_ridge
 from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
-from layerprobe.metrics.probing.neighbours import select_knn
-from layerprobe.metrics.probing.ridge import select_ridge
 from layerprobe.metrics.validation import check_features, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
