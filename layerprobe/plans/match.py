@@ -52,14 +52,8 @@ def match_parameters(
 ) -> NameMatch:
     """Find the plan's parameters among `present`, whose names are free of wrappers' segments.
 
-    Parameters
-    ----------
-    prefix : skip the search and take this one.
-    without : modules of the plan (`pooler`) that this model is meant not to have.
-
-    Raises
-    ------
-    PlanError : a name is missing, a block of the model is not in the plan, two prefixes fit, or a shape differs.
+    PlanError where a name is missing, a block of the model is not in the plan, two prefixes fit, or a shape
+    differs.
     """
     optional = names_within(plan, without)
     wanted = plan.parameters.keys() - optional

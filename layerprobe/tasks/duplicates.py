@@ -69,10 +69,6 @@ def scan_images(
 
     The stored bytes give the ids, because they do not depend on the version of an image decoder;
     decoded pixels give the groups of equal images, because one picture may be stored in two ways.
-
-    Raises
-    ------
-    BrokenFileError : the first image that cannot be read.
     """
     if fingerprint is None:
         return _look(images, official, name)
@@ -199,16 +195,7 @@ def sample_ids(
     """Unique ids: the digest of what is stored, and "-2", "-3", … for further rows that store the same.
 
     Such rows are counted in the order of (official split, label, file name), so that neither row
-    order nor the layout of files plays a part.
-
-    Parameters
-    ----------
-    digests : per row. official : per row, the source's split.
-    names : row → file name; needed for rows that share a digest.
-
-    Returns
-    -------
-    array of str.
+    order nor the layout of files plays a part. `names` holds the rows that share a digest.
     """
     ids = list(digests)
     for rows in repeated(digests):

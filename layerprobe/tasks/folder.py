@@ -28,14 +28,7 @@ _MAX_DEFLATE_RATIO = 1040
 
 
 def read_folder(folder: Path, choice: ColumnChoice) -> Source:
-    """Read a folder of parquet files, of IDX files, or of class folders; whichever it holds.
-
-    Raises
-    ------
-    UnknownNameError : no such folder.
-    UsageError : nothing in it that is known, or a column that does not exist.
-    BrokenFileError : a file that cannot be read.
-    """
+    """Read a folder of parquet files, of IDX files, or of class folders; whichever it holds."""
     kind, files = _list_folder(folder, choice)
     if kind == "parquet":
         return read_parquet(files, folder if folder.is_dir() else folder.parent, choice)
@@ -65,13 +58,7 @@ def peek_folder(name: str, folder: Path, choice: ColumnChoice) -> tuple[int | No
 
 
 def _list_folder(folder: Path, choice: ColumnChoice) -> tuple[str, list[Path]]:
-    """What a folder seems to hold, "parquet", "idx" or "classes", and the files of the first two.
-
-    Raises
-    ------
-    UnknownNameError : no such folder.
-    UsageError : a label column was chosen where there are no columns.
-    """
+    """What a folder seems to hold, "parquet", "idx" or "classes", and the files of the first two."""
     if folder.is_file() and folder.suffix == ".parquet":
         return "parquet", [folder]
     if not folder.is_dir():

@@ -127,12 +127,7 @@ def _parse_name(name: str, label: str | None) -> tuple[str, TaskEntry | None, Co
 
 
 def _local_folder(base: str, data_dir: str | Path | None) -> Path | None:
-    """The folder that a task's name means, there or not; None for an alias and a data set of the hub.
-
-    Raises
-    ------
-    UnknownNameError : none of the three.
-    """
+    """The folder that a task's name means, there or not; None for an alias and a data set of the hub."""
     if data_dir is not None:
         return Path(data_dir).expanduser()
     if base in TASKS:
@@ -163,11 +158,6 @@ def _read_hub(
 
     Offline, the files in the hub cache come first (`hf download --repo-type dataset`), then what
     `datasets.load_dataset` prepared earlier.
-
-    Raises
-    ------
-    NotAvailableError : not cached while offline or unreachable; or gated.
-    UnknownNameError : the hub has no such data set, revision or configuration.
     """
     why = offline_reason(offline)
     if why is None:

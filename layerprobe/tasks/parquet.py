@@ -47,13 +47,7 @@ class Columns:
 
 
 def choose_columns(schema: pa.Schema, choice: ColumnChoice, place: str) -> Columns:
-    """Find the image and the label column in an Arrow schema, helped by its Hugging Face metadata.
-
-    Raises
-    ------
-    UsageError : no such column, or several that would do.
-    UnknownNameError : the label column the user asked for does not exist.
-    """
+    """Find the image and the label column in an Arrow schema, helped by its Hugging Face metadata."""
     features = _hub_features(schema)
     image = _choose_image(schema, features, choice, place)
     label = _choose_label(schema, features, choice, image, place)
@@ -192,12 +186,7 @@ def first_parquet_image(paths: Sequence[Path], root: Path, choice: ColumnChoice)
 
 
 def _files_by_split(paths: Sequence[Path], root: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each split by their names, and remarks on what was left out.
-
-    Raises
-    ------
-    UsageError : several data sets. BrokenFileError : a shard that is named and missing.
-    """
+    """The files of each split by their names, and remarks on what was left out."""
     by_split: dict[str, list[Path]] = {}
     for path in paths:
         word = split_word(path.stem) or split_word(path.relative_to(root).parent.as_posix()) or "all"
@@ -293,13 +282,7 @@ def _check_shards(files: Sequence[Path]) -> None:
 def from_datasets(
     splits: Mapping[str, datasets.Dataset], choice: ColumnChoice, place: str, *, follow_paths: bool = False
 ) -> Source:
-    """Take over what `datasets` loaded; its Arrow tables are memory-mapped and stay where they are.
-
-    Parameters
-    ----------
-    splits : name → `datasets.Dataset`, without selections or transforms.
-    follow_paths : see `ArrowImages`.
-    """
+    """Take over what `datasets` loaded, without selections; its Arrow tables stay memory-mapped where they are."""
     first = next(iter(splits.values()))
     columns = choose_columns(first.features.arrow_schema, choice, place)
     known = [name for name in splits if name.lower() in SPLIT_WORDS]

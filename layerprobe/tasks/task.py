@@ -179,25 +179,14 @@ def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
     return digest.hexdigest()
 
 
-def number_labels(
+def _number_labels(
     values: Sequence[np.ndarray], names: list[str] | None, place: str
 ) -> tuple[list[np.ndarray], list[str]]:
     """Labels 0, 1, … and their names, the same for all splits.
 
-    With noted names the numbers stay as they are. Otherwise the classes are the sorted distinct
-    values over all splits, so that labels 1 to 26, or texts, become 0 to 25.
-
-    Parameters
-    ----------
-    values : per split, int64 (−1: no label) or object array of str (None: no label).
-
-    Returns
-    -------
-    per split an int64 array (−1: no label), and the class names.
-
-    Raises
-    ------
-    BrokenFileError : a number outside the noted names.
+    `values` are int64 (−1: no label) or str (None: no label). With noted names the numbers stay as they
+    are. Otherwise the classes are the sorted distinct values over all splits, so that labels 1 to 26, or
+    texts, become 0 to 25.
     """
     if names is not None:
         for split in values:
@@ -217,7 +206,7 @@ def labelled(
     splits: list[SourceSplit], values: list[np.ndarray], names: list[str] | None, place: str
 ) -> Source:
     """Number the labels, and leave out splits whose labels are withheld (as in ImageNet's test set)."""
-    numbered, classes = number_labels(values, names, place)
+    numbered, classes = _number_labels(values, names, place)
     kept, remarks = [], []
     for split, labels in zip(splits, numbered, strict=True):
         n_without = int((labels < 0).sum())
