@@ -74,7 +74,7 @@ def transfer(
         return
 
     from layerprobe.analyzers.transfer import transfer_scores
-    from layerprobe.plotting.transfer import transfer_figure
+    from layerprobe.plotting.layer_scores import transfer_figure
 
     backbone, loaded = load_pair(ctx.params)
     record = transfer_scores(
@@ -90,6 +90,4 @@ def transfer(
         cache_dir=cache_dir,
         quiet=quiet,
     )
-    wide = record.wide()
-    table = [{"layer": layer, **row} for layer, row in zip(wide.index, wide.to_dict("records"), strict=True)]
-    out.finish(record, table=table, figures={"transfer": lambda: transfer_figure(record.to_frame())})
+    out.finish(record, table=record.table(), figures={"transfer": lambda: transfer_figure(record.to_frame())})
