@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import PlanError
+from layerprobe.files import tensor_digest
 from layerprobe.plans.match import block_modules, clean_name, match_parameters
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 ERROR = "error"
-_HASHED_AT_ONCE = 32 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,24 +230,6 @@ def verify_plan(
         changed=tuple(name for name in trainable if name in changed),
         unchanged=tuple(name for name in trainable if name not in changed),
     )
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """sha256 over dtype, shape and bytes, so that -0.0 differs from 0.0 and a NaN equals itself.
-
-    Of a tensor that is sharded over processes, the part that lies here.
-    """
-    import torch
-
-    local = tensor.detach()
-    if hasattr(local, "to_local"):
-        local = local.to_local()
-    digest = hashlib.sha256(f"{local.dtype}{tuple(local.shape)}".encode())
-    flat = local.contiguous().reshape(-1).view(torch.uint8)
-    # In pieces, so that a large embedding on an accelerator needs no second copy of itself here.
-    for start in range(0, flat.numel(), _HASHED_AT_ONCE):
-        digest.update(flat[start : start + _HASHED_AT_ONCE].cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def _effect(plan: PlanData) -> _Effect:
