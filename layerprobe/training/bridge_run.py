@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import BrokenFileError
-from layerprobe.metrics.outliers import outlier_ratio
+from layerprobe.metrics.outliers.summary import outlier_ratio
 from layerprobe.plans import FreezePlan
 from layerprobe.records import Record
 from layerprobe.tables import tidy, write_frame
