@@ -1,4 +1,4 @@
-"""From a tensor's name to its place: which block, which module kind, which way the matrix lies.
+"""From a tensor's name to its role: which block, which module kind, which way the matrix lies.
 
 The names are those of the transformers library's families; an unknown name is kind "other", never an error.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from layerprobe.checkpoints.safetensors import StoredTensor
 
 KINDS = (
     "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "fc", "down", "router",
@@ -27,6 +29,9 @@ _BUFFER = re.compile(
     r"(?:attn|attention)\.(?:masked_bias|bias)$|(?:^|\.)(?:inv_freq|position_ids|token_type_ids|attn_mask"
     r"|relative_position_index|num_batches_tracked|running_mean|running_var|freqs_cis)$"
 )
+_CONV1D = re.compile(r"\.c_(?:attn|proj|fc)\.weight$")
+_SIDE_BY_SIDE = re.compile(r"(?:^|\.)(?:c_attn|qkv|to_qkv|qkv_proj|in_proj|in_proj_weight)(?:\.weight)?$")
+# `query_key_value` (GPT-NeoX, BLOOM, Falcon) interleaves q, k and v head by head and is left whole.
 _BIAS = re.compile(r"(?:^|[._])(?:bias|\w*_bias)$")
 _RULES = tuple(
     (kind, re.compile(rf"(?:^|\.)(?:{pattern})(?:\.weight)?$", re.I))
@@ -61,9 +66,9 @@ _RULES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor belongs.
+@dataclass(frozen=True, kw_only=True)
+class TensorRole:
+    """Where a tensor belongs and what it does there.
 
     `block` counts from 0 within its `stack` (the name before the list of blocks: a model with an encoder
     and a decoder has two); both are None outside the blocks. `transposed` is true for the Conv1D matrices
@@ -77,43 +82,41 @@ class Place:
     transposed: bool = False
 
 
-def places(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """The place of every tensor of a checkpoint, from names and shapes.
+def tensor_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRole]:
+    """The role of every tensor of a checkpoint, from names and shapes.
 
     All are needed at once: where blocks are nested (Swin: `layers.1.blocks.0`) their count runs through,
     and whether `c_proj` is transposed shows only at its siblings.
 
-    >>> places({"h.3.mlp.c_fc.weight": (8, 32)})["h.3.mlp.c_fc.weight"]
-    Place(block=3, stack='', kind='fc', group='blocks', transposed=True)
+    >>> tensor_roles({"h.3.mlp.c_fc.weight": (8, 32)})["h.3.mlp.c_fc.weight"]
+    TensorRole(block=3, stack='', kind='fc', group='blocks', transposed=True)
     """
     matches = {name: _BLOCK.match(name) for name in shapes}
-    keys: dict[str, set[tuple[int, int]]] = {}
+    nested: dict[str, set[tuple[int, int]]] = {}
     for match in matches.values():
         if match is not None and match["inner"] is not None:
-            keys.setdefault(match["stack"], set()).add((int(match["outer"]), int(match["inner"])))
-    running = {stack: {key: i for i, key in enumerate(sorted(found))} for stack, found in keys.items()}
+            nested.setdefault(match["stack"], set()).add((int(match["outer"]), int(match["inner"])))
+    running = {stack: {key: i for i, key in enumerate(sorted(keys))} for stack, keys in nested.items()}
     conv1d = any(_is_conv1d(name, shape) for name, shape in shapes.items())
-    found = {}
+    roles = {}
     for name, shape in shapes.items():
         match = matches[name]
         block: int | None = None
-        stack, rest = None, name
         if match is not None:
-            stack, rest = match["stack"].rstrip("."), match["rest"]
-            outer = int(match["outer"])
+            block = int(match["outer"])
             if match["stack"] in running:
                 # What a stage holds beside its blocks (a down-sampling layer) is outside the blocks.
                 inner = match["inner"]
-                block = running[match["stack"]][outer, int(inner)] if inner is not None else None
-            else:
-                block = outer
-            stack = stack if block is not None else None
-        kind = module_kind(rest, shape)
-        transposed = (
-            conv1d and len(shape) == 2 and re.search(r"\.c_(?:attn|proj|fc)\.weight$", name) is not None
+                block = None if inner is None else running[match["stack"]][block, int(inner)]
+        kind = module_kind(match["rest"] if match is not None else name, shape)
+        roles[name] = TensorRole(
+            block=block,
+            stack=match["stack"].rstrip(".") if match is not None and block is not None else None,
+            kind=kind,
+            group=_group(kind, block, shape),
+            transposed=conv1d and len(shape) == 2 and _CONV1D.search(name) is not None,
         )
-        found[name] = Place(block, stack, kind, _group(kind, block, shape), transposed)
-    return found
+    return roles
 
 
 def module_kind(name: str, shape: tuple[int, ...]) -> str:
@@ -148,3 +151,29 @@ def _group(kind: str, block: int | None, shape: tuple[int, ...]) -> str:
     if block is not None and kind != "buffer":
         return "blocks" if len(shape) >= 2 else "norms_biases"
     return "other"
+
+
+def fused_parts(tensor: StoredTensor, role: TensorRole) -> list[tuple[str, StoredTensor]]:
+    """(kind, part) for a matrix that holds several modules side by side (GPT-2's c_attn); else an empty list.
+
+    A part is named like its matrix with the kind in brackets. Grouped-query matrices (more columns than
+    thirds) are cut by q having as many outputs as inputs, k and v sharing the rest.
+    """
+    if len(tensor.shape) != 2 or tensor.skip is not None or tensor.alias_of is not None:
+        return []
+    outputs, inputs = reversed(tensor.shape) if role.transposed else tensor.shape
+    kinds: tuple[str, ...]
+    if role.kind == "gate_up" and outputs % 2 == 0:
+        kinds, sizes = ("gate", "up"), [outputs // 2] * 2
+    elif role.kind == "qkv" and _SIDE_BY_SIDE.search(tensor.name) and inputs < outputs <= 3 * inputs:
+        rest = outputs - inputs
+        if rest % 2:
+            return []
+        kinds, sizes = ("q", "k", "v"), [inputs, rest // 2, rest // 2]
+    else:
+        return []
+    parts, start = [], 0
+    for kind, size in zip(kinds, sizes, strict=True):
+        parts.append((kind, tensor.part(kind, start, start + size, columns=role.transposed)))
+        start += size
+    return parts

@@ -8,18 +8,21 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from layerprobe.backbones.backbone import Backbone, check_choices
-from layerprobe.backbones.sources import ModelSource, inside, resolve_model
-from layerprobe.backbones.stem import PatchStem
+from layerprobe.backbones.image_input import PatchStem, for_language
+from layerprobe.backbones.layout import image_or_text_tower
+from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.progress import note
 
-INITS = ("pretrained", "random")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -46,7 +49,8 @@ def load_backbone(
     name : alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run.
     revision : branch, tag or commit on the hub.
     init : "pretrained", or "random" for the control of the same architecture, drawn with `seed`.
-    device : "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so.
+    device : "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has
+        names and shapes but no values, and takes no memory: what a dry run looks at.
     dtype : "float32" (default), "bfloat16" or "float16".
     stem : how the image stem of a language backbone starts: "random" or "pca".
     patch_size, image_size : pixels per side; defaults follow the task (about 8 × 8 patches) or the model.
@@ -57,65 +61,78 @@ def load_backbone(
     ------
     UnknownNameError, NotAvailableError, BrokenFileError, UsageError : see the messages.
     """
-    check_init(init)
-    check_choices(stem=stem, attention=attention, pooling=pooling)
+    check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
     target = choose_device(device)
-    torch_dtype = choose_dtype(dtype)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
-    check_memory(source, torch_dtype, target, trust_remote_code=trust_remote_code)
     with _quiet_transformers():
-        config = load_config(source, trust_remote_code=trust_remote_code)
-        full = _build(source, config, init, seed, torch_dtype, trust_remote_code)
-    model = image_or_text_tower(full)
-    head = full if model is not full and hasattr(full, "classifier") else None
-    model.to(target).eval()
-    if head is not None:
-        head.to(target).eval()
-    settings = image_entry(
-        model,
+        full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
+    full.eval()
+    # Without a classifier of its own, nothing beside the tower is used again.
+    (full if hasattr(full, "classifier") else image_or_text_tower(full)).to(target)
+    backbone = Backbone(
+        full,
         source,
-        stem_kind=stem,
-        patch_size=patch_size,
-        image_size=image_size,
-        attention=attention,
-        pooling=pooling,
+        init=init,
+        seed=seed,
+        **_image_settings(
+            full,
+            source,
+            stem=stem,
+            patch_size=patch_size,
+            image_size=image_size,
+            attention=attention,
+            pooling=pooling,
+        ),
     )
-    backbone = Backbone(model, model.config, source, init=init, seed=seed, with_head=head, **settings)
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
-        _restore_stem(backbone, source)
+        _restore_stem(backbone, source.run)
     return backbone.eval()
 
 
-_RUN_KEYS = {
-    "stem_kind": "stem",
-    "patch_size": "patch_size",
-    "image_size": "image_size",
-    "attention": "attention",
-    "pooling": "pooling",
-}
+def load_for_dry_run(
+    name: str,
+    *,
+    task_size: int | None,
+    task_size_certain: bool = True,
+    device: str | None = None,
+    **options: Any,
+) -> Backbone:
+    """The backbone on the meta device: refuses what `load_backbone` and `prepare` would, as far as shapes tell.
+
+    Parameters
+    ----------
+    task_size : pixels per side of the task's images, None where unknown. With `task_size_certain` False it is
+        a guess, by which tokens are counted but nothing is refused.
+    device : where the run would be; kept as `run_device`.
+    options : as of `load_backbone`.
+    """
+    run_device = choose_device(device)
+    backbone = load_backbone(name, device="meta", **options)
+    backbone.run_device = run_device
+    if task_size or backbone.image_size:
+        try:
+            backbone.expect_images(task_size)
+        except UsageError:
+            # The first image may be of another size than the others, which are then all resized.
+            if task_size_certain or backbone.image_size:
+                raise
+    return backbone
 
 
-def image_entry(model: nn.Module, source: ModelSource, **asked: Any) -> dict[str, Any]:
+def _image_settings(model: nn.Module, source: ModelSource, **asked: Any) -> dict[str, Any]:
     """How images enter: as asked, and what was left open as a bridge run had it."""
-    if source.run is None:
+    run = source.run
+    if run is None:
         return asked
-    settings = {
-        key: source.run.get(_RUN_KEYS[key]) if value in (None, "random") else value
-        for key, value in asked.items()
-    }
-    settings["stem_kind"] = settings["stem_kind"] or "random"
-    if getattr(model, "main_input_name", "") == "pixel_values":
-        settings |= {"attention": None, "stem_kind": "random", "image_size": asked["image_size"]}
-    return settings
+    settings = {key: run.get(key) if value in (None, "random") else value for key, value in asked.items()}
+    if image_or_text_tower(model).main_input_name == "pixel_values":
+        return settings | {"attention": None, "stem": "random", "image_size": asked["image_size"]}
+    return settings | {"stem": settings["stem"] or "random"}
 
 
-def check_init(init: str) -> None:
-    """UnknownNameError for what is not in `INITS`."""
-    if init not in INITS:
-        raise UnknownNameError(f"unknown init '{init}'; choose one of: {', '.join(INITS)}")
-
-
-def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
     """The model's configuration; remote code runs only when the user said so."""
     from transformers import AutoConfig
 
@@ -133,7 +150,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def _architecture(config: Any) -> Any:
+def _architecture(config: PretrainedConfig) -> Any:
     """The class the checkpoint was saved from, so that no layer is invented; else the AutoModel."""
     import transformers
 
@@ -145,22 +162,50 @@ def _architecture(config: Any) -> Any:
 
 
 def _build(
-    source: ModelSource, config: Any, init: str, seed: int, dtype: torch.dtype, trust_remote_code: bool
+    source: ModelSource,
+    init: str,
+    seed: int,
+    target: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> nn.Module:
+    """The whole model: without values for the meta device, else on the CPU."""
+    config = _load_config(source, trust_remote_code)
+    if (
+        target.type == "meta" or not trust_remote_code
+    ):  # the repository's code cannot be sized without running it
+        with torch.device("meta"):
+            skeleton = _random_model(config, trust_remote_code)
+        if target.type == "meta":
+            return skeleton.to(dtype)
+        _check_memory(skeleton, source, dtype, target)
+    if init == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _random_model(config, trust_remote_code).to(dtype)
+    return _pretrained_model(source, config, dtype, trust_remote_code)
+
+
+def _random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    """The architecture with the weights that its constructor draws."""
+    from transformers import AutoModel
+
+    architecture = _architecture(config)
+    if architecture is AutoModel:
+        made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        return made
+    return architecture(config)
+
+
+def _pretrained_model(
+    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> nn.Module:
+    """The checkpoint's model; BrokenFileError where weights are missing that the tower needs."""
     from safetensors import SafetensorError
     from transformers import AutoModel
 
     architecture = _architecture(config)
     auto = architecture is AutoModel
-    if init == "random":
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            made: nn.Module = (
-                AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-                if auto
-                else architecture(config)
-            )
-        return made.to(dtype)
     extra = {"trust_remote_code": trust_remote_code} if auto else {}
     try:
         model, loading = architecture.from_pretrained(
@@ -182,8 +227,7 @@ def _build(
         for name, parameter in model.named_parameters()
         if name in loading["missing_keys"] and id(parameter) in of_tower
     )
-    unused = [n for n in missing if ".pooler." in f".{n}" or n.startswith("pooler.")]
-    if set(missing) - set(unused):
+    if not all(".pooler." in f".{name}" for name in missing):  # which no feature passes through
         raise BrokenFileError(
             f"{source.folder} lacks {len(missing)} tensors of {type(tower).__name__} (first: {missing[0]}); "
             "they would be random numbers, so nothing was loaded"
@@ -191,56 +235,41 @@ def _build(
     return model
 
 
-def image_or_text_tower(model: nn.Module) -> nn.Module:
-    """The part that images go through: the image tower of a two-tower model, the encoder of an
-    encoder-decoder, else the base model under a task head."""
-    base: nn.Module = getattr(model, "base_model", model)
-    for candidate in (model, base):
-        tower = getattr(candidate, "vision_model", None)
-        if isinstance(tower, nn.Module):
-            return tower
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model.get_encoder()  # type: ignore[operator]
-    return base
-
-
-def _restore_stem(backbone: Backbone, source: ModelSource) -> None:
+def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:
+    """Give the backbone the trained stem of its bridge run."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    run_folder = Path(source.name).expanduser()
-    path = inside(run_folder, str(source.run["stem_file"]), run_folder)  # type: ignore[index]
+    run_folder = Path(backbone.name).expanduser()
+    path = inside(run_folder, str(run["stem_file"]), run_folder)
     try:
         state = load_file(path)
         rows, columns = state["projection.weight"].shape
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise BrokenFileError(f"cannot read the stem {path}: {_short(error)}") from error
     patch = int(backbone.patch_size or 0)
-    if not patch or columns % (patch * patch) or rows != backbone._embedding_width():
+    if not patch or columns % (patch * patch) or rows != backbone.embedding_width:
         raise BrokenFileError(f"the stem {path} ({rows}×{columns}) does not fit patch size {patch}")
     channels = columns // (patch * patch)
     stem = PatchStem(channels, patch, rows)
     stem.load_state_dict(state)
-    backbone.restore(stem.to(backbone.device, backbone.dtype))
+    backbone.stem = stem.to(backbone.device, backbone.dtype)
+    backbone.preprocessing = for_language(backbone.image_size, channels)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, or the best one here, chosen aloud. One that is missing is an error."""
+    """The device asked for, or the best one here, with a note. One that is missing is an error."""
     if name is None:
-        if torch.cuda.is_available():
-            best = "cuda"
-        elif torch.backends.mps.is_available():
-            best = "mps"
-        else:
-            return torch.device("cpu")
-        note(f"device: {best} (choose with --device)")
+        mps = torch.backends.mps.is_available()
+        best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if best != "cpu":
+            note(f"device: {best} (choose with --device)")
         return torch.device(best)
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UnknownNameError(f"unknown device '{name}'; examples: cpu, cuda, cuda:1, mps") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else None
-    if count is not None and (device.index or 0) >= count:
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise NotAvailableError(
             f"device '{name}' was asked for, but torch {torch.__version__} sees {count} CUDA devices; "
             "use --device cpu"
@@ -250,52 +279,9 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def choose_dtype(name: str | None) -> torch.dtype:
-    """`float32` (default), `bfloat16` or `float16`."""
-    if name is None:
-        return torch.float32
-    if name not in DTYPES:
-        raise UnknownNameError(f"unknown dtype '{name}'; choose one of: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def load_skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> nn.Module:
-    """The checkpoint's architecture on the meta device: every name and shape, no weights and no memory."""
-    from transformers import AutoModel
-
-    with _quiet_transformers():
-        config = load_config(source, trust_remote_code=trust_remote_code)
-        architecture = _architecture(config)
-        with torch.device("meta"):
-            model: nn.Module = (
-                AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-                if architecture is AutoModel
-                else architecture(config)
-            )
-    return model
-
-
-def count_parameters(source: ModelSource, *, trust_remote_code: bool = False) -> int:
-    """Parameters of the whole checkpoint's architecture, counted without taking memory."""
-    return sum(p.numel() for p in load_skeleton(source, trust_remote_code=trust_remote_code).parameters())
-
-
-def estimate_memory(
-    source: ModelSource, dtype: torch.dtype, *, trust_remote_code: bool = False
-) -> dict[str, int]:
-    """Bytes that the weights take in `dtype`, from the configuration alone."""
-    parameters = count_parameters(source, trust_remote_code=trust_remote_code)
-    size = torch.empty((), dtype=dtype).element_size()
-    return {"parameters": parameters, "weights_bytes": parameters * size}
-
-
-def check_memory(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
-) -> None:
+def _check_memory(full: nn.Module, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse weights that cannot fit before anything is loaded."""
-    if trust_remote_code:
-        return  # the architecture is the repository's own and cannot be sized without running it
-    needed = estimate_memory(source, dtype)["weights_bytes"]
+    needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize
     free = available_memory(device)
     if free is not None and needed > free:
         kind = str(dtype).removeprefix("torch.")

@@ -59,8 +59,6 @@ class FeatureStore:
         text = json.dumps([self.key, n_rows, dtype], sort_keys=True)
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:20]
 
-    # -- reading -----------------------------------------------------------------------------------------
-
     def has(self, layer: LayerRef) -> bool:
         """Whether the layer is there, whole."""
         return self._path(layer).is_file()
@@ -88,14 +86,9 @@ class FeatureStore:
             return (np.asarray(array).astype(np.uint32) << 16).view(np.float32)
         return array
 
-    # -- writing -----------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def writer(self, layers: Sequence[LayerRef], *, batch_size: int) -> Iterator[StoreWriter]:
-        """Append batches to `layers`; other processes that want the same store wait.
-
-        A part that an earlier run left for the same layers and batch size is continued.
-        """
+        """Append batches to `layers`, where an earlier run stopped; other processes that want the store wait."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / "lock").open("w")
@@ -133,18 +126,15 @@ class StoreWriter:
             return 0
         try:
             progress = read_json(path, what="progress")
-        except BrokenFileError:
+            rows = progress.pop("rows")
+        except (BrokenFileError, AttributeError, KeyError, TypeError):
             return 0
-        if not isinstance(progress, dict) or {k: progress.get(k) for k in self._request} != self._request:
+        if progress != self._request or not isinstance(rows, int) or not 0 < rows <= self.store.n_rows:
             return 0
-        rows = progress.get("rows")
-        if not isinstance(rows, int) or not 0 < rows <= self.store.n_rows:
+        parts = {layer: self.store._part(layer) for layer in self.layers}
+        if not all(part.is_file() for part in parts.values()):
             return 0
-        for layer in self.layers:
-            part = self.store._part(layer)
-            if not part.is_file():
-                self._files.clear()
-                return 0
+        for layer, part in parts.items():
             self._files[layer] = np.lib.format.open_memmap(part, mode="r+")
         return rows
 

@@ -10,8 +10,7 @@ import torch
 from families import save
 
 from layerprobe.backbones import load_backbone
-from layerprobe.backbones.preprocess import for_vision
-from layerprobe.backbones.stem import PatchStem, default_patch_size, patchify
+from layerprobe.backbones.image_input import PatchStem, default_patch_size, for_vision, patchify
 from layerprobe.errors import UnknownNameError, UsageError
 
 RNG = np.random.default_rng(1)

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerprobe.backbones.catalog import MODELS
+from layerprobe.backbones.catalog import MODELS, PACKAGES
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, did_you_mean
-from layerprobe.files import read_json
+from layerprobe.files import read_json, weight_files
 
 RUN_FILE = "layerprobe_run.json"
 """A folder with this file is a bridge run: it names the folder of the backbone and the file of the stem."""
 
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 
-WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "model*.bin", "*.pth")
 _FULL_HASH_LIMIT = 256 << 20
 _SAMPLE = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSource:
     """Where a model's files are on this machine."""
 
@@ -55,13 +54,13 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
     if as_path.is_dir():
         return _local(name, as_path)
     if name in MODELS:
-        entry = MODELS[name]
-        if entry.package and revision is None and (packaged := _package_folder(*entry.package)):
-            return ModelSource(name, entry.hub_id, weights_hash(packaged), packaged, "package")
-        return _from_hub(name, entry.hub_id, revision, offline)
+        hub_id = MODELS[name].hub_id
+        if name in PACKAGES and revision is None and (packaged := _package_folder(*PACKAGES[name])):
+            return _on_disk(name, hub_id, packaged, "package")
+        return _from_hub(name, hub_id, revision, offline)
     if as_path.exists():
         raise UnknownNameError(f"{name} is a file; name the folder that holds config.json and the weights")
-    if _looks_like_path(name):
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownNameError(f"there is no folder {name}")
     if "/" not in name:
         raise UnknownNameError(
@@ -69,10 +68,6 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
             "(a hub id is written owner/name)"
         )
     return _from_hub(name, name, revision, offline)
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.sep * 2 in name
 
 
 def _local(name: str, folder: Path) -> ModelSource:
@@ -83,12 +78,18 @@ def _local(name: str, folder: Path) -> ModelSource:
             found = run.get("schema") if isinstance(run, dict) else type(run).__name__
             raise BrokenFileError(f"{run_file} is no bridge run that this version reads: schema {found!r}")
         backbone = inside(folder, str(run.get("backbone", "backbone")), run_file)
-        check_weights(backbone)
-        return ModelSource(
-            name, str(run.get("model_id", folder.name)), weights_hash(backbone), backbone, "bridge", run
-        )
-    check_weights(folder)
-    return ModelSource(name, folder.resolve().name, weights_hash(folder), folder, "local")
+        return _on_disk(name, str(run.get("model_id", folder.name)), backbone, "bridge", run)
+    return _on_disk(name, folder.resolve().name, folder, "local")
+
+
+def _on_disk(
+    name: str, model_id: str, folder: Path, origin: str, run: dict[str, Any] | None = None
+) -> ModelSource:
+    """A folder that is no snapshot of the hub, named by a hash of its weights."""
+    _check_weights(folder)
+    return ModelSource(
+        name=name, model_id=model_id, revision=weights_hash(folder), folder=folder, origin=origin, run=run
+    )
 
 
 def _package_folder(package: str, inner: str) -> Path | None:
@@ -116,7 +117,7 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
         folder = Path(
             snapshot_download(hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted)
         )
-        if not weight_files(folder) and not offline:
+        if not offline and not any(folder.glob("*.safetensors")):
             folder = Path(
                 snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
             )
@@ -141,8 +142,8 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise NotAvailableError(f"cannot download '{hub_id}': {_first_line(error)}") from error
-    check_weights(folder)
-    return ModelSource(name, hub_id, folder.name, folder, "hub")
+    _check_weights(folder)
+    return ModelSource(name=name, model_id=hub_id, revision=folder.name, folder=folder, origin="hub")
 
 
 def _offline_reason(offline: bool) -> str:
@@ -157,30 +158,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files in `folder` that hold weights, sorted; safetensors win over pickled ones."""
-    for pattern in WEIGHT_PATTERNS:
-        if found := sorted(path for path in folder.glob(pattern) if not path.name.startswith(".")):
-            return found
-    return []
-
-
-def check_weights(folder: Path) -> None:
+def _check_weights(folder: Path) -> None:
     """Refuse a folder that cannot be a model: no configuration, no weights, an index that leaves it."""
     if not (folder / "config.json").is_file():
         raise BrokenFileError(
             f"{folder} holds no config.json, so it is no model folder (nor a bridge run: no {RUN_FILE})"
         )
-    if not weight_files(folder):
-        raise BrokenFileError(f"{folder} holds no weights: looked for {', '.join(WEIGHT_PATTERNS)}")
-    for index in folder.glob("*.index.json"):
-        shards = read_json(index, what="weight index")
-        names = shards.get("weight_map") if isinstance(shards, dict) else None
-        if not isinstance(names, dict):
-            raise BrokenFileError(f"{index} has no weight_map")
-        for shard in sorted({str(value) for value in names.values()}):
-            if not inside(folder, shard, index).is_file():
-                raise BrokenFileError(f"{index} names a missing shard: {shard}")
+    if not weight_files(folder)[0]:
+        raise BrokenFileError(f"{folder} holds no weights: looked for *.safetensors, *.bin, *.pth, *.pt")
 
 
 def inside(folder: Path, relative: str, named_by: Path) -> Path:
@@ -197,7 +182,7 @@ def weights_hash(folder: Path) -> str:
     checkpoint takes a fraction of a second. Checkpoints that differ only between the samples share a name.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
+    for path in weight_files(folder)[0]:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
         with path.open("rb") as stream:
