@@ -8,15 +8,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from layerprobe.errors import PlanError
+from layerprobe.files import tensor_digest
 from layerprobe.plans.matching import NameMatch, block_modules, check_shapes, clean_name, match_names
 from layerprobe.plans.plan import FROZEN, TRAINABLE, FreezePlan, few
 
 ERROR = "error"
-_HASHED_AT_ONCE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -233,22 +232,6 @@ def verify_plan(
         changed=changed,
         unchanged=tuple(name for name in trainable if name not in set(changed)),
     )
-
-
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """sha256 over dtype, shape and bytes, so that -0.0 differs from 0.0 and a NaN equals itself.
-
-    Of a tensor that is sharded over processes, the part that lies here.
-    """
-    local = tensor.detach()
-    if hasattr(local, "to_local"):
-        local = local.to_local()
-    digest = hashlib.sha256(f"{local.dtype}{tuple(local.shape)}".encode())
-    flat = local.contiguous().reshape(-1).view(torch.uint8)
-    # In pieces, so that a large embedding on an accelerator needs no second copy of itself here.
-    for start in range(0, flat.numel(), _HASHED_AT_ONCE):
-        digest.update(flat[start : start + _HASHED_AT_ONCE].cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def plan_key(plan: FreezePlan) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
 from layerprobe.metrics.probing.logistic import select_probe
@@ -21,7 +22,7 @@ from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
-from layerprobe.training.classifier import evaluating, in_batches
+from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
 from layerprobe.training.finetune import Outcome, train_and_score
@@ -315,7 +316,8 @@ def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
 
 def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
     """Class of the checkpoint → class of the task."""
-    names = [str(backbone.config.id2label[i]) for i in range(len(backbone.config.id2label))]
+    id2label: Any = backbone.config.id2label
+    names = [str(id2label[i]) for i in range(len(id2label))]
     theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
     if sorted(theirs) == sorted(ours):
         return np.array([ours.index(name) for name in theirs])

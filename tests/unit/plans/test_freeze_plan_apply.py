@@ -27,8 +27,9 @@ from freeze_plan_examples import (
 from torch import nn
 
 from layerprobe.errors import PlanError
+from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan, parameter_table
-from layerprobe.plans.apply import Fingerprint, _remembered, tensor_digest
+from layerprobe.plans.apply import Fingerprint, _remembered
 
 BLOCKS = [0, 1, 10]
 
