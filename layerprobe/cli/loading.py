@@ -48,14 +48,14 @@ def sketch(given: Mapping[str, Any], **changes: Any) -> Backbone:
     """
     from layerprobe.backbones.backbone import MIXED_SIZE
     from layerprobe.backbones.load import load_for_dry_run
-    from layerprobe.tasks.glance import glance_at_task
+    from layerprobe.tasks.load import peek_image_size
 
     chosen = {**given, **changes}
-    seen = glance_at_task(chosen["task"], data_dir=chosen["data_dir"])
+    side, certain = peek_image_size(chosen["task"], data_dir=chosen["data_dir"])
     return load_for_dry_run(
         chosen["model"],
-        task_size=MIXED_SIZE if seen.mixed else seen.image_size,
-        task_size_certain=seen.certain,
+        task_size=MIXED_SIZE if side == 0 else side,
+        task_size_certain=certain,
         **_part(chosen, _ENTRY),
     )
 
@@ -63,7 +63,7 @@ def sketch(given: Mapping[str, Any], **changes: Any) -> Backbone:
 def check_split(split: str, *others: str) -> None:
     """UnknownNameError for a split that no task has, nor is one of `others`."""
     from layerprobe.errors import UnknownNameError, did_you_mean
-    from layerprobe.tasks.splits import SPLITS
+    from layerprobe.tasks.split import SPLITS
 
     known = (*SPLITS, *others)
     if split not in known:

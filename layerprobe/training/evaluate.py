@@ -80,7 +80,7 @@ def evaluate(
             finetune = _finetune_at(config, tensors, lr, seed)
             return train_and_score(backbone, tensors, used, bridge=None, finetune=finetune, test=True)
 
-        settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": _plan_key(used)}
+        settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": used.content_hash()}
         store = _TrialStore(output, settings)
         result = _compare(run, ["model"], mode, config.lrs, seeds, about, store, quiet)
     return _with_provenance(result, {"mode": mode, "seeds": list(seeds), **config.to_dict()}, plan, output)
@@ -129,7 +129,7 @@ def evaluate_arms(
         "finetune": finetune.to_dict(),
         "scope": scope,
         "about": {k: v for k, v in about.items() if k not in ("init", "seed", "stem_hash")},
-        "plan": _plan_key(plan),
+        "plan": None if plan is None else plan.content_hash(),
     }
     mode = "finetune" if finetune.shots is None else "fewshot"
     store = _TrialStore(output, settings)
@@ -265,13 +265,6 @@ class _TrialStore:
         if self._path is not None:
             write_json(self._path, {"settings": self._key, "trials": self._found})
         return trial
-
-
-def _plan_key(plan: FreezePlan | None) -> str | None:
-    """Of what a stored trial was trained under; also the states, which name stem and head."""
-    if plan is None:
-        return None
-    return text_hash("\n".join([json.dumps(plan.states, sort_keys=True), *plan.trainable]))
 
 
 # -- without training the backbone -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import pytest
 from freeze_plan_examples import FAMILIES, N_BLOCKS, bare_model, groups_of
 from torch import nn
 
-from layerprobe.errors import UsageError
 from layerprobe.plans import (
     norm_parameter_names,
     parameter_table,
@@ -14,7 +13,6 @@ from layerprobe.plans import (
     standard_blocks,
     standard_plans,
 )
-from layerprobe.plans.baselines import guess_norm_names
 
 
 def test_the_blocks_of_each_baseline() -> None:
@@ -43,14 +41,9 @@ def test_random_plans_repeat_by_seed_and_differ_between_seeds() -> None:
 
 
 def test_random_plans_reach_every_block_equally_often() -> None:
-    counts = [sum(block in random_blocks(6, seed, size=2) for seed in range(3000)) for block in range(6)]
-    # Binomial with p = 1/3: mean 1000, standard deviation 26.
-    assert all(abs(count - 1000) < 5 * 26 for count in counts)
-
-
-def test_a_random_plan_cannot_be_larger_than_the_model() -> None:
-    with pytest.raises(UsageError, match="cannot draw 7 of 6 blocks"):
-        random_blocks(6, 0, size=7)
+    counts = [sum(block in random_blocks(6, seed) for seed in range(3000)) for block in range(6)]
+    # Binomial with p = 1/2: mean 1500, standard deviation 27.4.
+    assert all(abs(count - 1500) < 5 * 27.4 for count in counts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,12 +60,6 @@ def test_norms_by_class_are_the_norm_modules_of_the_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_norms_by_name_agree_with_norms_by_class(family: str) -> None:
-    model = bare_model(family)
-    assert set(guess_norm_names(parameter_table(model))) == set(norm_parameter_names(model))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_norms_only_trains_every_norm_and_nothing_else(family: str) -> None:
     model = bare_model(family)
     table = parameter_table(model)
@@ -82,18 +69,20 @@ def test_norms_only_trains_every_norm_and_nothing_else(family: str) -> None:
     assert set(plan.trainable) == set(names)
     assert set(plan.block_states) == {"partial"} and not any(plan.blocks)
     assert plan.found == {"baseline": "norms"}
-    assert standard_plans(table, groups_of(family, table), model_id=family)["norms"] == plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_and_none(family: str) -> None:
-    table = parameter_table(bare_model(family))
-    plans = standard_plans(table, groups_of(family, table), model_id=family)
+    model = bare_model(family)
+    table, norm_names = parameter_table(model), norm_parameter_names(model)
+    plans = standard_plans(table, groups_of(family, table), model_id=family, norm_names=norm_names)
     assert list(plans) == [
         "all", "none", "norms", "first-5", "last-5", "first-half", "last-half", "random-0",
     ]  # fmt: skip
     embeddings = {n for n, g in groups_of(family, table).items() if g == "embeddings"}
     assert set(plans["all"].frozen) == embeddings
     assert plans["none"].trainable == ()
-    freed = standard_plans(table, groups_of(family, table), model_id=family, embeddings="trainable")
+    freed = standard_plans(
+        table, groups_of(family, table), model_id=family, norm_names=norm_names, embeddings="trainable"
+    )
     assert freed["all"].frozen == () and set(freed["none"].trainable) == embeddings

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import UsageError
-from layerprobe.tasks.splits import SHARES, assign, cut, limited_sizes, sample_ids, stratified_order
+from layerprobe.tasks.duplicates import sample_ids
+from layerprobe.tasks.split import SHARES, assign, cut, limited_sizes, stratified_order
 
 
 def some_rows(seed: int, n: int = 300, n_classes: int = 5, n_groups: int = 260):

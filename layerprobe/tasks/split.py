@@ -3,55 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from layerprobe.errors import UsageError
 
 SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "t10k": "test",
+}
+"""How files and folders call their splits, and how layerprobe does."""
+
 _WORD = "<U10"  # numpy would cut "validation" off at the length of the longest word so far
 VALIDATION_SHARE = 0.10
 SHARES = {"test": 0.25, "validation": 0.15}
 
 
-def sample_ids(
-    digests: Sequence[str], official: Sequence[str], labels: np.ndarray, names: Mapping[int, str]
-) -> np.ndarray:
-    """Unique ids: the digest of what is stored, and "-2", "-3", … for further rows that store the same.
-
-    Such rows are counted in the order of (official split, label, file name), so that neither row
-    order nor the layout of files plays a part.
-
-    Parameters
-    ----------
-    digests : per row. official : per row, the source's split.
-    names : row → file name; needed for rows that share a digest.
-
-    Returns
-    -------
-    array of str.
-    """
-    ids = list(digests)
-    for rows in repeated(digests):
-        rows.sort(key=lambda row: (official[row], int(labels[row]), names[row]))
-        for number, row in enumerate(rows[1:], start=2):
-            ids[row] = f"{ids[row]}-{number}"
-    return np.array(ids)
-
-
-def repeated(keys: Sequence[Any]) -> list[list[int]]:
-    """Lists of the rows that share a key, where more than one does."""
-    first: dict[Any, int] = {}
-    more: dict[Any, list[int]] = {}
-    for row, key in enumerate(keys):
-        if key not in first:
-            first[key] = row
-        else:
-            more.setdefault(key, [first[key]]).append(row)
-    return list(more.values())
+def split_word(name: str) -> str | None:
+    """The split that a file or folder name speaks of, if it does."""
+    for word in re.split(r"[^a-z0-9]+", name.lower()):
+        if word in SPLIT_WORDS:
+            return SPLIT_WORDS[word]
+    return None
 
 
 def assign(
@@ -129,7 +113,7 @@ def cut(
     by_class: dict[int, list[tuple[int, list[int]]]] = defaultdict(list)
     for rows in members.values():
         label = min(int(labels[row]) for row in rows)
-        by_class[label].append((_hash("cut", seed, min(str(ids[row]) for row in rows)), rows))
+        by_class[label].append((keyed_hash("cut", seed, min(str(ids[row]) for row in rows)), rows))
     split = np.full(len(labels), "train", dtype=_WORD)
     for candidates in by_class.values():
         n_class = sum(len(rows) for _, rows in candidates)
@@ -157,7 +141,7 @@ def stratified_order(labels: np.ndarray, ids: np.ndarray, seed: int) -> np.ndarr
     -------
     int64 array, a permutation of the rows.
     """
-    hashes = np.array([_hash("order", seed, sample) for sample in ids.tolist()], dtype=np.uint64)
+    hashes = np.array([keyed_hash("order", seed, sample) for sample in ids.tolist()], dtype=np.uint64)
     by_class = np.lexsort((hashes, labels))
     _, counts = np.unique(labels, return_counts=True)
     place = np.empty(len(labels))
@@ -196,32 +180,7 @@ def limited_sizes(
     return kept
 
 
-def duplicates(
-    split: np.ndarray, official: Sequence[str], labels: np.ndarray, groups: np.ndarray
-) -> dict[str, Any]:
-    """Counts of equal images: within and across the source's splits, dropped, and with two labels.
-
-    `surplus` is rows minus distinct images. `across` counts distinct images.
-    """
-    source = np.array(official)
-    names = sorted(set(source.tolist()), key=[*SPLITS, "all"].index)
-    within = {name: int((source == name).sum() - len(np.unique(groups[source == name]))) for name in names}
-    across = {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            shared = np.intersect1d(groups[source == first], groups[source == second])
-            across[f"{first} and {second}"] = len(shared)
-    several = repeated(groups.tolist())
-    two_labels = sum(len({int(labels[row]) for row in rows}) > 1 for rows in several)
-    dropped = Counter(source[split == ""].tolist())
-    return {
-        "surplus": within,
-        "across": across,
-        "distinct_images_with_several_labels": two_labels,
-        "dropped": {name: dropped.get(name, 0) for name in names},
-    }
-
-
-def _hash(purpose: str, seed: int, text: str) -> int:
+def keyed_hash(purpose: str, seed: int, text: str) -> int:
+    """64 bits that depend on all three alone."""
     key = f"{purpose}/{seed}".encode()
     return int.from_bytes(hashlib.blake2b(text.encode(), key=key, digest_size=8).digest(), "little")

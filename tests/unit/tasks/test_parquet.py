@@ -9,7 +9,7 @@ import pytest
 from task_files import picture, png, write_parquet
 
 from layerprobe.errors import BrokenFileError
-from layerprobe.tasks import load_task, sources
+from layerprobe.tasks import load_task, parquet
 
 
 def test_mapped_and_read_are_the_same(
@@ -24,7 +24,7 @@ def test_mapped_and_read_are_the_same(
             class_names={"label": ["a", "b", "c"]},
         )
     read = load_task(str(tmp_path / "x"))
-    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path / "cache"))
     mapped = load_task(str(tmp_path / "x"))
     assert list((hub_cache.parent / "datasets").rglob("*.arrow"))
@@ -43,6 +43,6 @@ def test_a_broken_file_is_named_there_too(
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
     path.write_bytes(content)
-    monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(parquet, "IN_MEMORY_BYTES", 0)
     with pytest.raises(BrokenFileError, match=r"x\.parquet"):
         load_task(str(tmp_path))

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_cache import put_dataset
-from task_files import picture, png, write_parquet
+from task_files import picture, png, write_class_folders, write_idx, write_parquet
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.tasks import hub, load_task
+from layerprobe.tasks import load, load_task
 from layerprobe.tasks.catalog import TASKS
+from layerprobe.tasks.parquet import ColumnChoice, from_datasets
 
 
 def test_digits_are_embedded() -> None:
@@ -54,6 +55,23 @@ def test_the_table_is_literal_and_needs_no_heavy_import() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_the_image_size_is_known_before_images_are_read(tmp_path: Path) -> None:
+    assert load.peek_image_size("cifar100") == (32, True)
+    assert load.peek_image_size("food101") == (0, True)
+    assert load.peek_image_size("someone/pictures") == (None, True)
+    write_class_folders(tmp_path / "folders", {"cat": 2, "dog": 2})
+    assert load.peek_image_size(str(tmp_path / "folders")) == (6, False)
+    write_parquet(tmp_path / "x.parquet", [png(picture(0)[:4])], {"label": [0]})
+    assert load.peek_image_size(str(tmp_path / "x.parquet")) == (0, True)
+    write_idx(tmp_path / "idx" / "t10k-images-idx3-ubyte", np.zeros((2, 7, 7), np.uint8))
+    write_idx(tmp_path / "idx" / "t10k-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    assert load.peek_image_size(str(tmp_path / "idx")) == (7, True)
+    with pytest.raises(UnknownNameError, match="unknown task 'cifar1000'"):
+        load.peek_image_size("cifar1000")
+    with pytest.raises(UsageError, match="no label columns"):
+        load.peek_image_size("digits:fine")
 
 
 def cifar100_files(folder: Path) -> dict[str, bytes | Path]:
@@ -133,7 +151,7 @@ class TestOnline:
 
     @pytest.fixture(autouse=True)
     def _online(self, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
-        monkeypatch.setattr(hub, "offline_reason", lambda offline: None)
+        monkeypatch.setattr(load, "offline_reason", lambda offline: None)
 
     def fail_with(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         def load(*args: object, **kwargs: object) -> None:
@@ -205,13 +223,12 @@ class TestOnline:
 
 def test_a_downloaded_image_folder_is_followed(tmp_path: Path) -> None:
     import datasets
-    from task_files import write_class_folders
 
     write_class_folders(tmp_path / "data", {"cat": 10, "dog": 10})
     loaded = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "c")
     )
-    source = hub.from_datasets(loaded, hub.ColumnChoice(), "x/y", follow_paths=True)
+    source = from_datasets(loaded, ColumnChoice(), "x/y", follow_paths=True)
     assert np.array_equal(source.splits[0].images.pixels(0), picture(0))
     assert source.classes == ["cat", "dog"]
 

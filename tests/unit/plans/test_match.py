@@ -10,7 +10,7 @@ from freeze_plan_examples import trained_names
 
 from layerprobe.backbones.layout import find_layout, image_or_text_tower
 from layerprobe.plans import FreezePlan, parameter_table, standard_plans
-from layerprobe.plans.matching import block_modules
+from layerprobe.plans.match import block_modules
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -24,8 +24,6 @@ def test_every_family_can_be_frozen_by_plan(family: str, tmp_path: Path) -> None
     )
     assert block_modules(plans["all"]) == list(layout.block_names)
     assert set(plans["norms"].trainable) == set(layout.norm_names)
-    # A model's norms can be told from names and shapes alone.
-    assert standard_plans(table, layout.parameter_groups, model_id=family, first=1) == plans
     for name in ("norms", "first-1", "random-0"):
         plan = FreezePlan.load(plans[name].save(tmp_path / "plan.json"))
         assert plan == plans[name]

@@ -12,7 +12,7 @@ from task_files import picture, write_idx
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.tasks import load_task
-from layerprobe.tasks.idx import read_idx
+from layerprobe.tasks.folder import read_idx
 
 
 @pytest.mark.parametrize("name", ["a-idx3-ubyte", "a-idx3-ubyte.gz"])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from layerprobe.errors import PlanError, did_you_mean
-from layerprobe.plans.plan import FreezePlan, ParameterTable, few
+from layerprobe.plans.plan import ParameterTable, PlanData, few
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
@@ -39,52 +43,55 @@ class NameMatch:
     outside: tuple[str, ...]
 
 
-def match_names(
-    plan: FreezePlan,
-    names: Iterable[str],
+def match_parameters(
+    plan: PlanData,
+    present: Mapping[str, nn.Parameter],
     *,
     prefix: str | None = None,
     without: Iterable[str] = (),
-    name: str = "this model",
 ) -> NameMatch:
-    """Find the plan's names among `names`, which wrappers' segments were removed from.
+    """Find the plan's parameters among `present`, whose names are free of wrappers' segments.
 
-    Parameters
-    ----------
-    prefix : skip the search and take this one.
-    without : modules of the plan (`pooler`) that this model is meant not to have.
-
-    Raises
-    ------
-    PlanError : a name is missing, a block of the model is not in the plan, or two prefixes fit.
+    PlanError where a name is missing, a block of the model is not in the plan, two prefixes fit, or a shape
+    differs.
     """
-    present = dict.fromkeys(names)
-    lacking = names_within(plan, without)
-    wanted = plan.parameters.keys() - lacking
-    found = wanted | {n for n in lacking if (prefix or "") + n in present}
+    optional = names_within(plan, without)
+    wanted = plan.parameters.keys() - optional
     if prefix is None:
-        prefix = _find_prefix(plan, wanted, present, name)
-        found = wanted | {n for n in lacking if prefix + n in present}
-    missing = [n for n in plan.parameters if n in found and prefix + n not in present]
+        prefix = _find_prefix(wanted, present)
+    absent = frozenset(n for n in optional if prefix + n not in present)
+    missing = [n for n in plan.parameters if n not in absent and prefix + n not in present]
     theirs = {prefix + n for n in plan.parameters}
     outside = tuple(n for n in present if n not in theirs)
-    inside = [n for n in outside if n.startswith(prefix) and in_a_block(plan, n[len(prefix) :])]
-    if missing or inside:
-        bare = [n[len(prefix) :] for n in present if n.startswith(prefix)]
-        raise PlanError(_mismatch(plan, bare, missing, inside, name))
-    return NameMatch(prefix, frozenset(plan.parameters.keys() - found), outside)
+    blocks = _unplanned_blocks(plan, prefix, outside)
+    if missing or blocks:
+        bare_names = [n[len(prefix) :] for n in present if n.startswith(prefix)]
+        raise PlanError(_mismatch(plan, bare_names, missing, blocks, "this model"))
+    shapes = {n: tuple(present[prefix + n].shape) for n in plan.parameters if n not in absent}
+    _check_shapes(plan, shapes, "this model")
+    return NameMatch(prefix, absent, outside)
 
 
-def check_table(plan: FreezePlan, parameters: ParameterTable, *, name: str = "this backbone") -> None:
-    """Raise PlanError unless a bare base model has exactly the plan's names and shapes."""
+def _unplanned_blocks(plan: PlanData, prefix: str, outside: Iterable[str]) -> list[str]:
+    """Names that lie in a numbered block beside those of the plan, and are not the plan's."""
+    patterns = _block_patterns(plan)
+    behind_prefix = [(name, name[len(prefix) :]) for name in outside if name.startswith(prefix)]
+    return [name for name, bare in behind_prefix if any(pattern.match(bare) for pattern in patterns)]
+
+
+def check_table(plan: PlanData, parameters: ParameterTable, *, name: str = "this backbone") -> None:
+    """Raise PlanError unless `parameters`, of a bare base model, are the ones the plan was made for.
+
+    Names and shapes must agree. The dtype may differ: a plan found in float32 holds in bfloat16.
+    """
     missing = [n for n in plan.parameters if n not in parameters]
     extra = [n for n in parameters if n not in plan.parameters]
     if missing or extra:
         raise PlanError(_mismatch(plan, parameters, missing, extra, name))
-    check_shapes(plan, {n: shape for n, (shape, _) in parameters.items()}, name)
+    _check_shapes(plan, {n: shape for n, (shape, _) in parameters.items()}, name)
 
 
-def check_shapes(plan: FreezePlan, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+def _check_shapes(plan: PlanData, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
     """Raise PlanError where a shape (of those given) differs from the plan's."""
     wrong = [n for n, shape in shapes.items() if tuple(shape) != plan.parameters[n].shape]
     if wrong:
@@ -96,7 +103,7 @@ def check_shapes(plan: FreezePlan, shapes: Mapping[str, tuple[int, ...]], name: 
         )
 
 
-def block_modules(plan: FreezePlan) -> list[str]:
+def block_modules(plan: PlanData) -> list[str]:
     """Dotted module name of every block, `h.0`, `h.1`, …, read off the names of its parameters."""
     members: list[list[list[str]]] = [[] for _ in range(plan.n_blocks)]
     for parameter_name, parameter in plan.parameters.items():
@@ -125,19 +132,14 @@ def _common_start(lists: list[list[str]]) -> list[str]:
     return shared
 
 
-def in_a_block(plan: FreezePlan, name: str) -> bool:
-    """Whether `name` lies in a numbered block beside those of the plan, known to it or not."""
-    return any(pattern.match(name) for pattern in _block_patterns(plan))
-
-
-def _block_patterns(plan: FreezePlan) -> list[re.Pattern[str]]:
+def _block_patterns(plan: PlanData) -> list[re.Pattern[str]]:
     """One pattern per container of blocks; its group is the index."""
     containers = dict.fromkeys(module.rpartition(".")[0] for module in block_modules(plan))
     return [re.compile((re.escape(c) + r"\." if c else "") + r"(\d+)\.") for c in containers]
 
 
-def _find_prefix(plan: FreezePlan, wanted: Iterable[str], present: Iterable[str], name: str) -> str:
-    wanted = set(wanted)
+def _find_prefix(wanted: Collection[str], present: Iterable[str]) -> str:
+    """The prefix under which all of `wanted` stand, else the one under which most of them do."""
     counts: Counter[str] = Counter()
     for candidate in present:
         segments = candidate.split(".")
@@ -147,7 +149,7 @@ def _find_prefix(plan: FreezePlan, wanted: Iterable[str], present: Iterable[str]
     whole = [prefix for prefix, count in counts.items() if count == len(wanted)]
     if len(whole) > 1:
         raise PlanError(
-            f"{name} holds the plan's model {len(whole)} times, under {few(map(repr, sorted(whole)))}; "
+            f"this model holds the plan's model {len(whole)} times, under {few(map(repr, sorted(whole)))}; "
             "choose one with prefix="
         )
     if whole:
@@ -155,7 +157,7 @@ def _find_prefix(plan: FreezePlan, wanted: Iterable[str], present: Iterable[str]
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def _mismatch(plan: FreezePlan, names: Iterable[str], missing: list[str], extra: list[str], name: str) -> str:
+def _mismatch(plan: PlanData, names: Iterable[str], missing: list[str], extra: list[str], name: str) -> str:
     names = list(names)
     if not any(n in plan.parameters for n in names):
         return (
@@ -178,23 +180,20 @@ def _mismatch(plan: FreezePlan, names: Iterable[str], missing: list[str], extra:
     return f"{plan.source} was made for {plan.model_id}: " + " ".join(parts)
 
 
-def names_within(plan: FreezePlan, modules: Iterable[str]) -> frozenset[str]:
+def names_within(plan: PlanData, modules: Iterable[str]) -> frozenset[str]:
     """The plan's names in `modules` (`pooler`); PlanError for a module that holds none."""
-    found: set[str] = set()
+    names: set[str] = set()
     for module in modules:
         inside = [n for n in plan.parameters if n == module or n.startswith(module + ".")]
         if not inside:
-            raise PlanError(f"without={module!r}: the plan has no such module{_nearest(plan, module)}")
-        found.update(inside)
-    return frozenset(found)
-
-
-def _nearest(plan: FreezePlan, module: str) -> str:
-    """The modules of the plan that are spelt like `module`, as the tail of an error message."""
-    dotted = (name.split(".") for name in plan.parameters)
-    modules = {".".join(parts[:depth]) for parts in dotted for depth in range(1, len(parts))}
-    suggestion = did_you_mean(module, sorted(modules))
-    return f".{suggestion}" if suggestion else ""
+            dotted = (name.split(".") for name in plan.parameters)
+            known = {".".join(parts[:depth]) for parts in dotted for depth in range(1, len(parts))}
+            suggestion = did_you_mean(module, sorted(known))
+            raise PlanError(
+                f"without={module!r}: the plan has no such module{'.' if suggestion else ''}{suggestion}"
+            )
+        names.update(inside)
+    return frozenset(names)
 
 
 def _size(shape: Iterable[int]) -> str:

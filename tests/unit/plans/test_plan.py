@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -124,6 +125,25 @@ def test_the_hash_follows_name_shape_and_dtype_but_not_order_or_values() -> None
     assert model_hash(parameter_table(bare_model("gpt2", 11))) != base
     assert model_hash(parameter_table(bare_model("gpt2", width=32))) != base
     assert model_hash(parameter_table(bare_model("gpt2").half())) != base
+
+
+def test_the_content_hash_tells_what_a_plan_does_and_not_how_it_was_found() -> None:
+    plan = small_plan(1)
+    assert plan.content_hash() == small_plan(1, found={"task": "digits"}).content_hash()
+    others = [small_plan(0), small_plan(1, norms="trainable"), small_plan(1, head="frozen")]
+    assert len({plan.content_hash(), *(other.content_hash() for other in others)}) == 4
+    # Kept in the runs of `evaluate`: another value would make them start anew.
+    assert plan.content_hash() == "2c873baca4496b48b68c93ac6dced992"
+
+
+def test_methods_show_their_parameters() -> None:
+    for method, parameters in {
+        "apply": ["plan", "model", "outside", "without", "prefix", "remember"],
+        "verify": ["plan", "model", "before", "prefix", "without"],
+        "fingerprint": ["plan", "model", "prefix", "without"],
+        "export": ["plan", "target", "prefix", "outside", "without"],
+    }.items():
+        assert list(inspect.signature(getattr(FreezePlan, method)).parameters) == parameters
 
 
 def test_found_can_be_added_to_without_changing_the_plan() -> None:
