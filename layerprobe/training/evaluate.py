@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
 from layerprobe.metrics.probing.logistic import select_probe
@@ -21,7 +22,7 @@ from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
-from layerprobe.training.classifier import evaluating, in_batches
+from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
 from layerprobe.training.finetune import Outcome, train_and_score

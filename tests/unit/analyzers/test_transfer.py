@@ -11,10 +11,10 @@ from families import save
 from torch.nn import functional
 
 from layerprobe.analyzers import transfer
-from layerprobe.analyzers.features import evaluating
 from layerprobe.analyzers.heads import Predictor, fit_probe_head, make_predictor, only_these_train
 from layerprobe.analyzers.transfer import gradient_snr, trainable_scores, transfer_scores
 from layerprobe.backbones import load_backbone
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, logme, neural_collapse
 from layerprobe.plotting.layer_scores import plot_transfer, transfer_figure
