@@ -18,7 +18,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 ANALYSES = REPOSITORY / "analyses"
-sys.path[:0] = [str(ANALYSES), str(REPOSITORY / "benchmarks")]
 
 check = importlib.import_module("check")
 index = importlib.import_module("index")

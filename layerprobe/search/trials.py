@@ -1,8 +1,8 @@
 """Where trials live: an optuna study in a database that several processes and machines may share.
 
 Every process that joins a search runs the same deterministic strategy and asks for the same trials, so no
-one coordinates. The study is the ledger: a trial that is finished is looked up, a waiting one is claimed
-by whoever comes first, and one whose process died goes back into the queue.
+one coordinates: a trial that is finished is looked up, a waiting one is claimed by whoever comes first, and
+one whose process died goes back into the queue.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
-from layerprobe.search.bench import Outcome
-from layerprobe.search.processes import is_dead, this_worker
 from layerprobe.search.space import Trial
+from layerprobe.search.workers import is_dead, this_worker
+from layerprobe.training.finetune import Outcome
 
 STUDY = "layerprobe freeze-search"
 HEARTBEAT_SECONDS = 10
@@ -44,13 +45,25 @@ for tables of another optuna version (RuntimeError), a malformed URL (ValueError
 
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
-Work = Callable[[Trial], Outcome]
+Evaluate = Callable[[Trial], Outcome]
+"""Trains one trial in this process, as `layerprobe.search.evaluator.Evaluator` does."""
 
 
-class Ledger:
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A trial with its outcome, its number in the database, and where and when it ended."""
+
+    trial: Trial
+    outcome: Outcome
+    number: int
+    worker: str | None = None
+    finished: str | None = None
+
+
+class TrialStore:
     """The trials of one search in one database.
 
-    Made by `Ledger.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
+    Made by `TrialStore.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
     numbered by the database in the order of their creation, and among live trials with one key the lowest
     number owns it; the others are closed as duplicates. So two processes that enqueue the same trial at the
     same moment still train it once.
@@ -62,7 +75,7 @@ class Ledger:
         self._study_id = storage.get_study_id_from_name(STUDY)
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Ledger:
+    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
         """Create or join the search in a database.
 
         Parameters
@@ -105,14 +118,14 @@ class Ledger:
             )
         return cls(storage, study)
 
-    def value(
-        self, trials: Sequence[Trial], work: Work, watch: Callable[[int, int], None] | None = None
+    def outcomes(
+        self, trials: Sequence[Trial], evaluate: Evaluate, watch: Callable[[int, int], None] | None = None
     ) -> dict[Trial, Outcome]:
-        """Answers to all `trials`: looked up where finished, trained here, or awaited from other processes.
+        """Outcomes of all `trials`: looked up where finished, trained here, or awaited from other processes.
 
-        `work` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
+        `evaluate` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
         an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
-        `watch` is told how many of how many trials are finished, at each look at the database.
+        `watch` is called with the number of finished trials and of all, at each look at the database.
         """
         wanted = {trial.key: trial for trial in trials}
         while True:
@@ -131,40 +144,36 @@ class Ledger:
                 continue
             claimed = self._claim(owners, list(wanted))
             if claimed is not None:
-                self._run(claimed, wanted[claimed.user_attrs["key"]], work)
+                self._run(claimed, wanted[claimed.user_attrs["key"]], evaluate)
             else:
                 self.revive()
                 time.sleep(POLL_SECONDS)
 
-    def help(self, work: Work, keep_on: Callable[[], bool]) -> None:
-        """Train waiting trials of this search until `keep_on` says no; for worker processes."""
+    def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool]) -> None:
+        """Train waiting trials of this search until `keep_on` is false; for worker processes."""
         while keep_on():
             owners = self._owners()
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
-                self._run(claimed, trial_from(claimed.user_attrs), work)
+                self._run(claimed, trial_from(claimed.user_attrs), evaluate)
             else:
                 time.sleep(POLL_SECONDS)
 
-    def records(self) -> list[tuple[Trial, Outcome, dict[str, Any]]]:
-        """Finished trials in the order of their numbers: trial, outcome, and when and where it ran."""
-        rows = []
-        for frozen in sorted(self._trials(), key=lambda t: t.number):
-            outcome = _finished(frozen)
-            if outcome is not None:
-                where = {
-                    "number": frozen.number,
-                    "worker": frozen.user_attrs.get("worker"),
-                    "finished": frozen.datetime_complete.isoformat(timespec="seconds")
-                    if frozen.datetime_complete
-                    else None,
-                }
-                rows.append((trial_from(frozen.user_attrs), outcome, where))
-        return rows
-
-    def running(self) -> int:
-        """How many trials are marked as running."""
-        return sum(frozen.state == TrialState.RUNNING for frozen in self._trials())
+    def records(self) -> list[Finished]:
+        """Finished trials in the order of their numbers."""
+        return [
+            Finished(
+                trial=trial_from(frozen.user_attrs),
+                outcome=outcome,
+                number=frozen.number,
+                worker=frozen.user_attrs.get("worker"),
+                finished=frozen.datetime_complete.isoformat(timespec="seconds")
+                if frozen.datetime_complete
+                else None,
+            )
+            for frozen in sorted(self._trials(), key=lambda t: t.number)
+            if (outcome := _finished(frozen)) is not None
+        ]
 
     def revive(self) -> None:
         """Set trials of dead processes free: stale heartbeats, and dead processes on this host.
@@ -217,15 +226,7 @@ class Ledger:
                 state=TrialState.WAITING,
                 params=params,
                 distributions=distributions,
-                user_attrs={
-                    "key": trial.key,
-                    "mask": list(trial.mask),
-                    "lr": trial.lr,
-                    "repeat": trial.repeat,
-                    "fidelity": trial.fidelity,
-                    "norms": trial.norms,
-                    "auto_rgn": trial.auto_rgn,
-                },
+                user_attrs={"key": trial.key, **asdict(trial)},
             )
         )
 
@@ -255,19 +256,19 @@ class Ledger:
             ):
                 self._close(frozen, TrialState.FAIL)
 
-    def _run(self, frozen: FrozenTrial, trial: Trial, work: Work) -> None:
+    def _run(self, frozen: FrozenTrial, trial: Trial, evaluate: Evaluate) -> None:
         trial_id = frozen._trial_id
         try:
             with self._heartbeat(trial_id):
-                outcome = work(trial)
+                outcome = evaluate(trial)
         except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
             self._close(frozen, TrialState.FAIL)
             raise
-        self._set_attr(trial_id, "outcome", _outcome_to_json(outcome))
-        if outcome.accuracy is None:
+        self._set_attr(trial_id, "outcome", outcome.to_dict())
+        if outcome.validation_accuracy is None:
             self._close(frozen, TrialState.FAIL)
         else:
-            self._close(frozen, TrialState.COMPLETE, [outcome.accuracy])
+            self._close(frozen, TrialState.COMPLETE, [outcome.validation_accuracy])
         self._close_duplicates(frozen, trial.key)
 
     def _close(self, frozen: FrozenTrial, state: TrialState, values: list[float] | None = None) -> None:
@@ -326,12 +327,12 @@ def hide_password(url: str) -> str:
 def trial_from(attrs: Mapping[str, Any]) -> Trial:
     """The trial that a database row describes."""
     return Trial(
-        tuple(bool(flag) for flag in attrs["mask"]),
-        float(attrs["lr"]),
-        int(attrs["repeat"]),
-        float(attrs["fidelity"]),
-        bool(attrs["norms"]),
-        bool(attrs.get("auto_rgn", False)),
+        mask=tuple(bool(flag) for flag in attrs["mask"]),
+        lr=float(attrs["lr"]),
+        repeat=int(attrs["repeat"]),
+        fidelity=float(attrs["fidelity"]),
+        norms=bool(attrs["norms"]),
+        auto_rgn=bool(attrs.get("auto_rgn", False)),
     )
 
 
@@ -340,31 +341,16 @@ def _finished(frozen: FrozenTrial | None) -> Outcome | None:
     if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
         return None
     stored = frozen.user_attrs.get("outcome")
-    return None if stored is None else Outcome(**stored)
-
-
-def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "accuracy": outcome.accuracy,
-        "test": outcome.test,
-        "seconds": outcome.seconds,
-        "reason": outcome.reason,
-        "facts": outcome.facts,
-    }
+    return None if stored is None else Outcome.from_dict(stored)
 
 
 def _parameters(trial: Trial) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
     params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
-    distributions: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution([False, True]) for name in params
-    }
-    params |= {"lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat}
-    distributions |= {
-        "lr": FloatDistribution(1e-9, 1e3, log=True),
-        "fidelity": FloatDistribution(0.0, 1.0),
-        "repeat": IntDistribution(0, 1 << 30),
-    }
-    return params, distributions
+    distributions: dict[str, BaseDistribution] = dict.fromkeys(params, CategoricalDistribution([False, True]))
+    distributions["lr"] = FloatDistribution(1e-9, 1e3, log=True)
+    distributions["fidelity"] = FloatDistribution(0.0, 1.0)
+    distributions["repeat"] = IntDistribution(0, 1 << 30)
+    return {**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat}, distributions
 
 
 def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
