@@ -16,14 +16,13 @@ from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
 from layerprobe.records import Record
 from layerprobe.search.baselines import PLAN, BaselineResult
-from layerprobe.search.budget import TrialBudget
+from layerprobe.search.budget import TrialBudget, measured_gain
 from layerprobe.search.evaluator import Evaluator, by_block
-from layerprobe.search.space import Mask, Space, Trial, blocks_of, describe_mask, parse_strip, strip
+from layerprobe.search.space import Mask, Space, Trial, blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import (
     Finalist,
     contenders,
-    pareto_front,
     pooled_stderr,
     verdict_kind,
     verdict_sentence,
@@ -268,7 +267,7 @@ def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
                 "train_flops": outcome.train_flops,
                 "trainable_parameters": outcome.trainable_parameters,
                 "reason": outcome.reason,
-                "finished": record.finished,
+                "finished": record.finished and record.finished.isoformat(timespec="seconds"),
                 "worker": record.worker,
             }
             for record in records
@@ -306,15 +305,21 @@ def baseline_frame(report: Sequence[BaselineResult]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _about(mask: Mask, space: Space) -> dict[str, Any]:
+    return {
+        "plan": strip(mask),
+        "blocks": describe_mask(mask),
+        "trained_blocks": sum(mask),
+        "trainable_parameters": space.params(mask),
+    }
+
+
 def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) -> pd.DataFrame:
     """One row a finalist: validation accuracy over its common seeds, chosen or not."""
     return pd.DataFrame(
         [
             {
-                "plan": strip(f.mask),
-                "blocks": describe_mask(f.mask),
-                "trained_blocks": sum(f.mask),
-                "trainable_parameters": space.params(f.mask),
+                **_about(f.mask, space),
                 "lr": f.lr,
                 "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
                 "n_seeds": len(f.accuracies),
@@ -330,7 +335,7 @@ def pareto_frame(budget: TrialBudget, chosen: Mask, finalists: Sequence[Finalist
 
     Finalists stand at the rate and with the seeds of the finals, other plans at the best rate that they were tried at.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     final = {finalist.mask: finalist for finalist in finalists}
     for mask in budget.tried_masks():
         if not budget.full(mask):
@@ -342,10 +347,7 @@ def pareto_frame(budget: TrialBudget, chosen: Mask, finalists: Sequence[Finalist
             continue
         rows.append(
             {
-                "plan": strip(mask),
-                "blocks": describe_mask(mask),
-                "trained_blocks": sum(mask),
-                "trainable_parameters": budget.space.params(mask),
+                **_about(mask, budget.space),
                 "cost": budget.space.cost(Trial(mask=mask, lr=lr)),
                 "lr": lr,
                 "validation_accuracy": float(np.mean(values)),
@@ -355,53 +357,15 @@ def pareto_frame(budget: TrialBudget, chosen: Mask, finalists: Sequence[Finalist
             }
         )
     frame = pd.DataFrame(rows).sort_values(["trainable_parameters", "plan"], ignore_index=True)
-    points = {
-        parse_strip(row["plan"]): (row["validation_accuracy"], row["trainable_parameters"])
-        for row in frame.to_dict("records")
-    }
-    front = {strip(mask) for mask in pareto_front(points)}
-    frame["on_front"] = frame["plan"].isin(front)
+    frame["on_front"] = on_front(frame["validation_accuracy"], frame["trainable_parameters"])
     return frame
 
 
-def measured_gain(budget: TrialBudget) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy gained by training each block, other blocks equal: least squares over all trials.
-
-    Model: accuracy = level of (learning rate, fidelity, repeat) + sum of gains of the trained blocks. With
-    few trials a small ridge on the gains (1e-3 of their mean diagonal) keeps blocks that were always trained
-    together apart from infinity; the standard error says how little is known then. The levels carry no penalty:
-    what it would take from them would be given to the blocks.
-
-    Returns
-    -------
-    gain, stderr : arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
-    """
-    known = [
-        (trial, outcome.validation_accuracy)
-        for trial, outcome in budget.history.items()
-        if outcome.validation_accuracy is not None and trial.is_plan
-    ]
-    n_blocks = budget.space.n_blocks
-    levels = sorted({(t.lr, t.fidelity, t.repeat) for t, _ in known})
-    if len(known) <= n_blocks + len(levels):
-        return np.full(n_blocks, np.nan), np.full(n_blocks, np.nan)
-    design = np.array(
-        [
-            [float(flag) for flag in trial.mask]
-            + [float((trial.lr, trial.fidelity, trial.repeat) == level) for level in levels]
-            for trial, _ in known
-        ]
-    )
-    y = np.array([accuracy for _, accuracy in known])
-    gram = design.T @ design
-    gains = np.arange(len(gram)) < n_blocks
-    gram[gains, gains] += 1e-3 * np.diag(gram)[gains].mean() + 1e-12
-    inverse = np.linalg.inv(gram)
-    weights = inverse @ design.T @ y
-    residual = y - design @ weights
-    variance = float(residual @ residual) / (len(y) - design.shape[1])
-    stderr = np.sqrt(variance * np.diag(inverse))
-    return weights[:n_blocks], stderr[:n_blocks]
+def on_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
+    """Whether no other row is better in accuracy (higher) and cost (lower); of equal rows, the first is."""
+    points = pd.DataFrame({"cost": cost, "accuracy": accuracy})
+    points = points.sort_values(["cost", "accuracy"], ascending=[True, False], kind="stable")
+    return points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-np.inf)
 
 
 def layer_frame(budget: TrialBudget, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ The command line reads the defaults for its help, so nothing heavy is imported w
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,3 +254,15 @@ def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, An
         "split_hash": task.split_hash,
         **{key: value for key, value in settings.to_dict().items() if key != "keep_bridge"},
     }
+
+
+def difference_in_words(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
+    """The first entry in which two identities differ."""
+    for key in [*wanted, *known]:
+        ours, theirs = wanted.get(key), known.get(key)
+        if ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return difference_in_words(theirs, ours, f"{within}{key}.")
+        return f"{within}{key} {theirs!r} there, {ours!r} here"
+    return "arguments differ"

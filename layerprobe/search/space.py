@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.layers import format_blocks
@@ -52,6 +52,18 @@ class Trial:
     def key(self) -> str:
         """The identity under which a result is stored and found again."""
         return f"{self.name}/lr{self.lr:.6g}/r{self.repeat}/f{self.fidelity:.6g}"
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Trial:
+        """The trial whose fields a database row holds."""
+        return cls(
+            mask=tuple(map(bool, stored["mask"])),
+            lr=float(stored["lr"]),
+            repeat=int(stored["repeat"]),
+            fidelity=float(stored["fidelity"]),
+            norms=bool(stored["norms"]),
+            auto_rgn=bool(stored.get("auto_rgn", False)),
+        )
 
 
 def strip(mask: Mask) -> str:

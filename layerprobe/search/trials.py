@@ -7,6 +7,7 @@ one whose process died goes back into the queue.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
 from layerprobe.training.finetune import Outcome
@@ -43,6 +46,12 @@ STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, Valu
 """What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
 for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
+DISTRIBUTIONS: dict[str, BaseDistribution] = {
+    "lr": FloatDistribution(1e-9, 1e3, log=True),
+    "fidelity": FloatDistribution(0.0, 1.0),
+    "repeat": IntDistribution(0, 1 << 30),
+}
+
 LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
 
 Evaluate = Callable[[Trial], Outcome]
@@ -57,7 +66,7 @@ class Finished:
     outcome: Outcome
     number: int
     worker: str | None = None
-    finished: str | None = None
+    finished: datetime | None = None
 
 
 class TrialStore:
@@ -72,16 +81,12 @@ class TrialStore:
     def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
         self._storage = storage
         self._study = study
-        self._study_id = storage.get_study_id_from_name(STUDY)
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
-        """Create or join the search in a database.
+        """Create or join the search in the database at `url`: an SQLite file, or a SQLAlchemy URL.
 
-        Parameters
-        ----------
-        url : path of an SQLite file, or a SQLAlchemy URL such as `postgresql://user@host/base`.
-        arguments : everything that the answer depends on; a database holds one search with one set.
+        `arguments` are everything that the answer depends on; a database holds one search with one set.
 
         Raises
         ------
@@ -89,31 +94,28 @@ class TrialStore:
         UsageError : the database holds a search with other arguments.
         """
         target = storage_url(url)
+        shown = hide_password(target)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             storage, study = _connect(target)
         except ImportError as error:
             raise NotAvailableError(
-                f"storage {hide_password(target)} needs a driver that is not installed ({error.name}); "
+                f"storage {shown} needs a driver that is not installed ({error.name}); "
                 "for PostgreSQL: pip install 'layerprobe[postgres]'"
             ) from error
         except LayerprobeError:
             raise
         except STORAGE_ERRORS as error:
-            raise NotAvailableError(
-                f"storage {hide_password(target)} cannot be used: {_first_line(error)}"
-            ) from error
+            raise NotAvailableError(f"storage {shown} cannot be used: {_first_line(error)}") from error
         wanted = json.loads(json.dumps(dict(arguments)))
         known = study.user_attrs.get("arguments")
+        if known is None and study.trials:
+            raise UsageError(f"storage {shown} holds a study that layerprobe did not make")
         if known is None:
-            if study.trials:
-                raise UsageError(
-                    f"storage {hide_password(target)} holds a study that layerprobe did not make"
-                )
             study.set_user_attr("arguments", wanted)
         elif known != wanted:
             raise UsageError(
-                f"{hide_password(target)} holds another search ({_difference(known, wanted)}); "
+                f"{shown} holds another search ({difference_in_words(known, wanted)}); "
                 "choose another output folder or storage, or repeat the same arguments"
             )
         return cls(storage, study)
@@ -155,7 +157,7 @@ class TrialStore:
             owners = self._owners()
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
-                self._run(claimed, trial_from(claimed.user_attrs), evaluate)
+                self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
             else:
                 time.sleep(POLL_SECONDS)
 
@@ -163,13 +165,11 @@ class TrialStore:
         """Finished trials in the order of their numbers."""
         return [
             Finished(
-                trial=trial_from(frozen.user_attrs),
+                trial=Trial.from_dict(frozen.user_attrs),
                 outcome=outcome,
                 number=frozen.number,
                 worker=frozen.user_attrs.get("worker"),
-                finished=frozen.datetime_complete.isoformat(timespec="seconds")
-                if frozen.datetime_complete
-                else None,
+                finished=frozen.datetime_complete,
             )
             for frozen in sorted(self._trials(), key=lambda t: t.number)
             if (outcome := _finished(frozen)) is not None
@@ -220,12 +220,14 @@ class TrialStore:
         return owners
 
     def _enqueue(self, trial: Trial) -> None:
-        params, distributions = _parameters(trial)
+        # Parameters are for optuna's own tools; the attributes are what is read back here.
+        params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
+        distributions = dict.fromkeys(params, CategoricalDistribution([False, True]))
         self._study.add_trial(
             optuna.create_trial(
                 state=TrialState.WAITING,
-                params=params,
-                distributions=distributions,
+                params={**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat},
+                distributions={**distributions, **DISTRIBUTIONS},
                 user_attrs={"key": trial.key, **asdict(trial)},
             )
         )
@@ -247,29 +249,23 @@ class TrialStore:
                 continue
         return None
 
-    def _close_duplicates(self, owner: FrozenTrial, key: str) -> None:
-        for frozen in self._trials():
-            if (
-                frozen.user_attrs.get("key") == key
-                and frozen.state == TrialState.WAITING
-                and frozen.number > owner.number
-            ):
-                self._close(frozen, TrialState.FAIL)
-
     def _run(self, frozen: FrozenTrial, trial: Trial, evaluate: Evaluate) -> None:
-        trial_id = frozen._trial_id
         try:
-            with self._heartbeat(trial_id):
+            with self._heartbeat(frozen._trial_id):
                 outcome = evaluate(trial)
         except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
             self._close(frozen, TrialState.FAIL)
             raise
-        self._set_attr(trial_id, "outcome", outcome.to_dict())
-        if outcome.validation_accuracy is None:
+        self._set_attr(frozen._trial_id, "outcome", outcome.to_dict())
+        value = outcome.validation_accuracy
+        if value is None:
             self._close(frozen, TrialState.FAIL)
         else:
-            self._close(frozen, TrialState.COMPLETE, [outcome.validation_accuracy])
-        self._close_duplicates(frozen, trial.key)
+            self._close(frozen, TrialState.COMPLETE, [value])
+        for other in self._trials():  # duplicates that another process enqueued at the same moment
+            same = other.user_attrs.get("key") == trial.key and other.number > frozen.number
+            if same and other.state == TrialState.WAITING:
+                self._close(other, TrialState.FAIL)
 
     def _close(self, frozen: FrozenTrial, state: TrialState, values: list[float] | None = None) -> None:
         # Finished already: somebody took this process for dead and queued the trial again; theirs stands.
@@ -324,18 +320,6 @@ def hide_password(url: str) -> str:
     return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
 
 
-def trial_from(attrs: Mapping[str, Any]) -> Trial:
-    """The trial that a database row describes."""
-    return Trial(
-        mask=tuple(bool(flag) for flag in attrs["mask"]),
-        lr=float(attrs["lr"]),
-        repeat=int(attrs["repeat"]),
-        fidelity=float(attrs["fidelity"]),
-        norms=bool(attrs["norms"]),
-        auto_rgn=bool(attrs.get("auto_rgn", False)),
-    )
-
-
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:
     """The outcome of a trial that ended with one: complete, or failed for a stated reason."""
     if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
@@ -344,18 +328,9 @@ def _finished(frozen: FrozenTrial | None) -> Outcome | None:
     return None if stored is None else Outcome.from_dict(stored)
 
 
-def _parameters(trial: Trial) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
-    distributions: dict[str, BaseDistribution] = dict.fromkeys(params, CategoricalDistribution([False, True]))
-    distributions["lr"] = FloatDistribution(1e-9, 1e3, log=True)
-    distributions["fidelity"] = FloatDistribution(0.0, 1.0)
-    distributions["repeat"] = IntDistribution(0, 1 << 30)
-    return {**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat}, distributions
-
-
 def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in range(5):
+    for attempt in itertools.count():
         try:
             with _quiet():
                 storage = optuna.storages.RDBStorage(
@@ -383,7 +358,7 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
             if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
                 raise
             time.sleep(0.2 * (attempt + 1))
-    raise AssertionError("unreachable")
+    raise AssertionError
 
 
 def _one_writer(engine: sqlalchemy.Engine) -> None:
@@ -406,8 +381,7 @@ def _one_writer(engine: sqlalchemy.Engine) -> None:
 
 def _unreachable(url: str) -> bool:
     try:
-        engine = sqlalchemy.create_engine(url)
-        with engine.connect():
+        with sqlalchemy.create_engine(url).connect():
             return False
     except STORAGE_ERRORS:
         return True
@@ -418,17 +392,6 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
-    for key in [*wanted, *known]:
-        ours, theirs = wanted.get(key), known.get(key)
-        if ours == theirs:
-            continue
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            return _difference(theirs, ours, f"{within}{key}.")
-        return f"{within}{key} {theirs!r} there, {ours!r} here"
-    return "arguments differ"
 
 
 @contextmanager

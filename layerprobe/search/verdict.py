@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -199,23 +199,3 @@ def verdict_sentence(
     if kind == "worse":
         return f"{what}{accuracy} On unseen seeds it loses to training everything: {interval}; {sure}."
     return f"{what}{accuracy} No difference found to training everything: {interval}; {against_all.missing or sure}."
-
-
-def pareto_front(points: Mapping[Mask, tuple[float, float]]) -> list[Mask]:
-    """Plans that no other plan beats in both accuracy (higher) and cost (lower).
-
-    Parameters
-    ----------
-    points : plan → (accuracy, cost).
-
-    Returns
-    -------
-    list of plans, cheapest first. Among equal points the first one stays.
-    """
-    front: list[Mask] = []
-    best = -math.inf
-    for mask, (accuracy, _) in sorted(points.items(), key=lambda item: (item[1][1], -item[1][0])):
-        if accuracy > best:
-            front.append(mask)
-            best = accuracy
-    return front

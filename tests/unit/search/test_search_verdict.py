@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from layerprobe.errors import UsageError
-from layerprobe.search.budget import TrialBudget
-from layerprobe.search.result import measured_gain, pareto_frame
+from layerprobe.search.budget import TrialBudget, measured_gain
+from layerprobe.search.result import on_front, pareto_frame
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial, mask_of, trial_seed
 from layerprobe.search.verdict import (
@@ -17,7 +18,6 @@ from layerprobe.search.verdict import (
     Finalist,
     choose,
     compare,
-    pareto_front,
     pooled_stderr,
     verdict_kind,
     verdict_sentence,
@@ -135,15 +135,16 @@ def test_probability_is_about_the_paired_seeds() -> None:
 
 def test_nothing_on_the_front_is_beaten() -> None:
     rng = np.random.default_rng(0)
-    points = {mask: (float(rng.random()), float(sum(mask))) for mask in Space((1,) * 5).masks()}
-    front = pareto_front(points)
-    for mask in front:
-        accuracy, cost = points[mask]
-        assert not any(
-            (a >= accuracy and c < cost) or (a > accuracy and c <= cost) for a, c in points.values()
-        )
-    best = max(points, key=lambda mask: points[mask][0])
-    assert front[-1] == best
+    points = pd.DataFrame({"accuracy": rng.random(32), "cost": rng.integers(0, 6, 32).astype(float)})
+    front = points[on_front(points["accuracy"], points["cost"])]
+    for _, (accuracy, cost) in front.iterrows():
+        better = (points["accuracy"] >= accuracy) & (points["cost"] < cost)
+        assert not (better | ((points["accuracy"] > accuracy) & (points["cost"] <= cost))).any()
+    assert points["accuracy"].idxmax() in front.index
+    for _, (accuracy, cost) in points.drop(front.index).iterrows():
+        assert ((front["accuracy"] >= accuracy) & (front["cost"] <= cost)).any()
+    equal = pd.Series([0.5, 0.5])
+    assert list(on_front(equal, equal)) == [True, False], "of equal points the first stays"
 
 
 def test_measured_gain_is_the_gain_and_says_when_it_knows_too_little() -> None:
