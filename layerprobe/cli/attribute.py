@@ -102,12 +102,4 @@ def attribute(
         figures["attribution_maps"] = lambda: patch_maps_figure(
             record.maps, record.pictures, classes=list(loaded.classes)
         )
-    blocks = record.to_frame()
-    blocks = blocks[blocks["block"].notna() & (blocks["metric"] != "attribution_completeness_error")]
-    wide = blocks.assign(metric=blocks["metric"].str.removeprefix("attribution_")).pivot(
-        index="block", columns="metric", values="value"
-    )[[name.removeprefix("attribution_") for name in blocks["metric"].unique()]]
-    table = [
-        {"block": int(block), **row} for block, row in zip(wide.index, wide.to_dict("records"), strict=True)
-    ]
-    out.finish(record, table=table, figures=figures)
+    out.finish(record, table=record.table(), figures=figures)

@@ -105,7 +105,7 @@ def cka(
     frame = record.to_frame()
     out.finish(
         record,
-        table=record.overview(),
+        table=record.table(),
         figures={
             "cka": lambda: plot_cka(frame, intervals=intervals),
             "cka_closest": lambda: plot_cka_closest(record.closest()),

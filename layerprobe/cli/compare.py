@@ -45,12 +45,12 @@ def compare(
     say_unused(out, device=device, dtype=dtype, limit=limit)
     groups = parse_groups(group) if group else None
     members = [*(models or []), *(name for names in (groups or {}).values() for name in names)]
-    from layerprobe.analyzers.outlier_comparison import check_groups, check_number, compare_outliers
+    from layerprobe.analyzers.compare import check_groups, check_number, compare_outliers
 
     check_groups(groups)
     check_number(len(set(members)))
     if dry_run:
-        from layerprobe.analyzers.outliers import checkpoint_facts
+        from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
         out.dry_run({name: checkpoint_facts(name, offline=offline) for name in members})
         return

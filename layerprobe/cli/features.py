@@ -96,7 +96,7 @@ def features(
         for name in (loaded.splits if split == "all" else [split])
     ]
     record = FeatureTable(extracted)
-    out.finish(record, table=record.overview())
+    out.finish(record, table=record.table())
 
 
 def _bill(loaded: Task, split: str, n_layers: int, layer_bytes: int) -> str:

@@ -107,7 +107,7 @@ def outliers(
         multiples = parse_floats(mean_multiples, "--mean-multiples")
         rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
     if dry_run:
-        from layerprobe.analyzers.outliers import checkpoint_facts
+        from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
         out.dry_run(
             checkpoint_facts(model, revision=revision, offline=offline, include=include, exclude=exclude)

@@ -91,7 +91,7 @@ def probe(
         out.dry_run(facts)
         return
 
-    from layerprobe.analyzers.probe_study import probe_backbone
+    from layerprobe.analyzers.probes import probe_backbone
     from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength
 
     loaded = load_images(ctx.params)
@@ -120,7 +120,7 @@ def probe(
         figures["probe_strength"] = lambda: plot_probe_strength(frame)
         if (frame["metric"] == "few_shot_accuracy").any():
             figures["probe_few_shot"] = lambda: plot_few_shot(frame)
-    out.finish(record, table=record.overview(), figures=figures)
+    out.finish(record, table=record.table(), figures=figures)
 
 
 def _names(what: str, text: str, allowed: tuple[str, ...]) -> list[str]:

@@ -90,6 +90,4 @@ def transfer(
         cache_dir=cache_dir,
         quiet=quiet,
     )
-    wide = record.wide()
-    table = [{"layer": layer, **row} for layer, row in zip(wide.index, wide.to_dict("records"), strict=True)]
-    out.finish(record, table=table, figures={"transfer": lambda: transfer_figure(record.to_frame())})
+    out.finish(record, table=record.table(), figures={"transfer": lambda: transfer_figure(record.to_frame())})
