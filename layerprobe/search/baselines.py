@@ -27,12 +27,6 @@ GREEDY = "greedy"
 FULL_LENGTH_RATES = 2
 """Rates at which training everything is compared at full length before the report's seeds."""
 
-ON_REQUEST = (AUTO_RGN, GREEDY)
-"""Baselines that a report has when they are asked for by name. `auto-rgn` trains everything, each block at a
-rate in proportion to its relative gradient norm (`layerprobe.training.relative`), at the price of any baseline.
-`greedy` is the plan that SubTuning's forward selection finds with the same budget as the search, which this
-doubles; trainings that both ask for are done once."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
@@ -106,8 +100,11 @@ def chosen_baselines(
 ) -> list[Baseline]:
     """The baselines called `names`; None: those of `standard_baselines`.
 
-    `greedy` stands there with all blocks, the most that it may cost, until its search is done. A name that
-    exists for other backbones (`first-5`) or with scores alone (`rgn-half`) is left out where it does not.
+    Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
+    gradient norm (`layerprobe.training.relative`). `greedy` is the plan that SubTuning's forward selection finds
+    with the same budget as the search, which this doubles; trainings that both ask for are done once. Until then
+    it has all blocks, the most that it may cost. A name that exists for other backbones (`first-5`) or with scores
+    alone (`rgn-half`) is left out where it does not.
 
     Raises
     ------

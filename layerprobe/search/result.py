@@ -32,7 +32,7 @@ from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
 SCHEMA = "layerprobe.search/v1"
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, kw_only=True)
 class SearchResult(Record):
     """What a freeze search found.
 

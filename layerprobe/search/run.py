@@ -86,7 +86,7 @@ def freeze_search(
     bridge_steps, finetune_steps, batch_size, random_classes, precision : of the training; see `BridgeConfig`.
     use_scores : compute transfer scores, and let the trainable ones propose plans; False: neither.
     baselines : names of the baselines to report; default all of `standard_baselines`. Beyond those there are
-        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.ON_REQUEST`; the latter doubles the search.
+        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the search.
     min_frozen, max_trainable_params, must_freeze, must_train : constraints on the plan.
     keep_bridge : bridge-train the chosen plan in the end and save it into `output`/bridge.
     seed : of everything random.

@@ -52,8 +52,6 @@ DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "repeat": IntDistribution(0, 1 << 30),
 }
 
-LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
-
 Evaluate = Callable[[Trial], Outcome]
 """Trains one trial in this process, as `layerprobe.search.evaluator.Evaluator` does."""
 
@@ -213,7 +211,7 @@ class TrialStore:
         owners: dict[str, FrozenTrial] = {}
         for frozen in self._trials():
             key = frozen.user_attrs.get("key")
-            if key is None or not (frozen.state in LIVE or _finished(frozen) is not None):
+            if key is None or (frozen.state.is_finished() and _finished(frozen) is None):
                 continue
             if key not in owners or frozen.number < owners[key].number:
                 owners[key] = frozen
@@ -358,7 +356,7 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
             if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
                 raise
             time.sleep(0.2 * (attempt + 1))
-    raise AssertionError
+    raise AssertionError  # not reached: the loop has no end
 
 
 def _one_writer(engine: sqlalchemy.Engine) -> None:

@@ -147,7 +147,7 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
     baselines = found.baselines.set_index("arm")
     assert set(baselines.index) == {"plan", *names}
     assert baselines.loc["auto-rgn", "plan"] == "###+auto-rgn"
-    # Two learning rates on the short rung and two seeds of the report.
+    # Two learning rates at low fidelity and two seeds of the report.
     assert sum(asked) == 4 and set(found.trials["plan"][found.trials["plan"].str.contains("rgn")]) == {
         "###+auto-rgn"
     }

@@ -1,4 +1,4 @@
-"""The store: nothing is trained twice, nothing stays running for ever, another search is refused."""
+"""The trial store: nothing is trained twice, nothing stays running for ever, another search is refused."""
 
 from __future__ import annotations
 
