@@ -136,9 +136,9 @@ def bridge(
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
     check_folder(out, resume=resume)
     if dry_run:
-        from layerprobe.training.watching import tracking
+        from layerprobe.training.loop import tracker_options
 
-        tracking(config.trackers, output)
+        tracker_options(config.trackers, output)
         seen = sketch(ctx.params, device=device)
         check_plan(freeze_plan, seen)
         facts = training_facts(seen, freeze_plan, images=micro_batch or batch_size)

@@ -98,7 +98,7 @@ def evaluate(
     from layerprobe.plans import FreezePlan
     from layerprobe.training import BridgeConfig, FineTuneConfig, evaluate_arms
     from layerprobe.training import evaluate as evaluate_one
-    from layerprobe.training.evaluate import (
+    from layerprobe.training.arms import (
         FEW_SHOTS,
         check_arms,
         check_mode,

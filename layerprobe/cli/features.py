@@ -59,7 +59,7 @@ def features(
     Example: layerprobe features --model minilm --task digits
     """
     out = Output("features", as_json=as_json, folder=output, quiet=quiet)
-    from layerprobe.hooks.store import check_store_dtype
+    from layerprobe.hooks.feature_store import check_store_dtype
 
     check_split(split, "all")
     check_store_dtype(store_dtype)
@@ -67,12 +67,12 @@ def features(
     if dry_run:
         seen = sketch(ctx.params)
         n_layers = len(pick_layers(seen, blocks, chosen_sites, model=model))
-        size = seen.width * (seen.tokens if tokens else 1) * (4 if store_dtype == "float32" else 2)
+        size = seen.hidden_size * (seen.tokens if tokens else 1) * (4 if store_dtype == "float32" else 2)
         bill = _bill(load_images(ctx.params), split, n_layers, size)
         out.dry_run(
             {
                 **forward_facts(seen, batch_size=batch_size),
-                "store": f"{bill} × {seen.width}" + (f" × {seen.tokens} tokens" if tokens else ""),
+                "store": f"{bill} × {seen.hidden_size}" + (f" × {seen.tokens} tokens" if tokens else ""),
             }
         )
         return

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
-    from layerprobe.backbones.sketch import Sketch
     from layerprobe.layers import LayerRef
     from layerprobe.tasks.task import Task
 
@@ -42,21 +41,21 @@ def load_pair(given: Mapping[str, Any], **changes: Any) -> tuple[Backbone, Task]
     return load_model(given, **changes), task
 
 
-def sketch(given: Mapping[str, Any], **changes: Any) -> Sketch:
+def sketch(given: Mapping[str, Any], **changes: Any) -> Backbone:
     """For --dry-run: what is known before images and weights are read; refuses what `load_pair` would.
 
     The task comes first, as there.
     """
     from layerprobe.backbones.backbone import MIXED_SIZE
-    from layerprobe.backbones.sketch import sketch_backbone
-    from layerprobe.tasks.glance import glance_at_task
+    from layerprobe.backbones.load import load_for_dry_run
+    from layerprobe.tasks.load import peek_image_size
 
     chosen = {**given, **changes}
-    seen = glance_at_task(chosen["task"], data_dir=chosen["data_dir"])
-    return sketch_backbone(
+    side, certain = peek_image_size(chosen["task"], data_dir=chosen["data_dir"])
+    return load_for_dry_run(
         chosen["model"],
-        task_size=MIXED_SIZE if seen.mixed else seen.image_size,
-        task_size_certain=seen.certain,
+        task_size=MIXED_SIZE if side == 0 else side,
+        task_size_certain=certain,
         **_part(chosen, _ENTRY),
     )
 
@@ -64,7 +63,7 @@ def sketch(given: Mapping[str, Any], **changes: Any) -> Sketch:
 def check_split(split: str, *others: str) -> None:
     """UnknownNameError for a split that no task has, nor is one of `others`."""
     from layerprobe.errors import UnknownNameError, did_you_mean
-    from layerprobe.tasks.splits import SPLITS
+    from layerprobe.tasks.split import SPLITS
 
     known = (*SPLITS, *others)
     if split not in known:
@@ -85,9 +84,7 @@ def parse_sites(text: str) -> list[str]:
     return [LayerRef(0, site.strip()).site for site in text.split(",")]
 
 
-def pick_layers(
-    backbone: Backbone | Sketch, blocks: str, sites: Sequence[str], *, model: str
-) -> list[LayerRef]:
+def pick_layers(backbone: Backbone, blocks: str, sites: Sequence[str], *, model: str) -> list[LayerRef]:
     """The layers at `sites` of the chosen blocks, and those outside all blocks."""
     from layerprobe.hooks.capture import all_layers, check_layers
     from layerprobe.layers import parse_blocks

@@ -5,30 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerprobe.backbones.sketch import Sketch
+    from layerprobe.backbones import Backbone
     from layerprobe.plans import FreezePlan
 
 FORWARD_FACTOR = 12
 """Rough count of B×T×D tensors alive in one block's forward pass (q, k, v, the widened MLP, residuals)."""
 
 
-def forward_facts(seen: Sketch, *, batch_size: int) -> dict[str, Any]:
+def forward_facts(seen: Backbone, *, batch_size: int) -> dict[str, Any]:
     """Model, blocks, and an estimate of the memory for weights and one forward pass.
 
     Activations are estimated as batch × tokens × width × 12 values.
     """
-    from layerprobe.backbones.loading import available_memory
+    from layerprobe.backbones.load import available_memory
 
     value_bytes = 2 if str(seen.dtype).endswith("16") else 4
-    activations = batch_size * seen.tokens * seen.width * FORWARD_FACTOR * value_bytes
-    free = available_memory(seen.device)
+    activations = batch_size * seen.tokens * seen.hidden_size * FORWARD_FACTOR * value_bytes
+    free = available_memory(seen.run_device)
     needed = seen.weights_bytes + activations
     return {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
-        "width": seen.width,
-        "parameters": f"{seen.parameters:,}",
-        "device": str(seen.device),
+        "width": seen.hidden_size,
+        "parameters": f"{seen.n_parameters:,}",
+        "device": str(seen.run_device),
         "dtype": str(seen.dtype).removeprefix("torch."),
         "weights": _size(seen.weights_bytes),
         "tokens an image": seen.tokens_in_words,
@@ -38,18 +38,18 @@ def forward_facts(seen: Sketch, *, batch_size: int) -> dict[str, Any]:
     }
 
 
-def training_facts(seen: Sketch, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
+def training_facts(seen: Backbone, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
     """Model, plan, and an estimate of the memory for weights, gradients and AdamW's moments.
 
     Activations are estimated at 34·T·d bytes of float32 per block and image, twice (Korthikanti et al. 2022,
     arXiv 2205.05198, count 34 bytes in 16 bits without attention maps).
     """
-    trained = seen.parameters if plan is None else plan.counts["trainable_parameters"]
-    size = seen.weights_bytes // max(1, seen.parameters)
-    activations = images * seen.tokens * seen.width * 34 * 2 * seen.n_blocks
+    trained = seen.n_parameters if plan is None else plan.counts["trainable_parameters"]
+    size = seen.weights_bytes // max(1, seen.n_parameters)
+    activations = images * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks
     return {
         "model": f"{seen.source.model_id} @ {seen.source.revision}",
-        "device": str(seen.device),
+        "device": str(seen.run_device),
         "blocks": seen.n_blocks,
         "plan": "no plan: everything trains" if plan is None else plan.summary(),
         "trained parameters": trained,
@@ -61,7 +61,7 @@ def training_facts(seen: Sketch, plan: FreezePlan | None, *, images: int) -> dic
     }
 
 
-def check_plan(plan: FreezePlan | None, seen: Sketch) -> None:
+def check_plan(plan: FreezePlan | None, seen: Backbone) -> None:
     """PlanError for a plan of another model, by names and shapes alone."""
     if plan is not None:
         from layerprobe.plans import parameter_table

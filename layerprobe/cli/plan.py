@@ -47,7 +47,7 @@ def show(
         sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "\n\n")
 
     def draw() -> Any:
-        from layerprobe.plotting.plans import plot_plan
+        from layerprobe.plotting.search import plot_plan
 
         return plot_plan(record.to_frame())
 
@@ -67,16 +67,17 @@ def check(
 
     Example: layerprobe plan check plan.json --model gpt2
     """
-    from layerprobe.backbones.loading import image_or_text_tower, load_skeleton
-    from layerprobe.backbones.sources import resolve_model
+    from layerprobe.backbones import load_backbone
     from layerprobe.cli.output import print_json
     from layerprobe.plans import parameter_table
     from layerprobe.provenance import provenance
 
     loaded = load_plan(plan)
-    source = resolve_model(model, revision=revision, offline=offline)
-    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
-    loaded.check(parameter_table(image_or_text_tower(skeleton)))
+    backbone = load_backbone(
+        model, revision=revision, device="meta", offline=offline, trust_remote_code=trust_remote_code
+    )
+    source = backbone.source
+    loaded.check(parameter_table(backbone.model))
     remarks = []
     if loaded.revision and loaded.revision != source.revision:
         remarks.append(

@@ -74,7 +74,7 @@ def transfer(
         return
 
     from layerprobe.analyzers.transfer import transfer_scores
-    from layerprobe.plotting.transfer import transfer_figure
+    from layerprobe.plotting.layer_scores import transfer_figure
 
     backbone, loaded = load_pair(ctx.params)
     record = transfer_scores(

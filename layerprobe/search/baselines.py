@@ -101,7 +101,7 @@ def chosen_baselines(
     """The baselines called `names`; None: those of `standard_baselines`.
 
     Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
-    gradient norm (`layerprobe.training.relative`). `greedy` is the plan that SubTuning's forward selection finds
+    gradient norm (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds
     with the same budget as the search, which this doubles; trainings that both ask for are done once. Until then
     it has all blocks, the most that it may cost. A name that exists for other backbones (`first-5`) or with scores
     alone (`rgn-half`) is left out where it does not.

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from layerprobe.backbones.loading import available_memory
-from layerprobe.backbones.sketch import Sketch
+from layerprobe.backbones.backbone import Backbone
+from layerprobe.backbones.load import available_memory
 from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
 from layerprobe.search.budget import TrainBatch, TrialBudget
+from layerprobe.search.evaluator import block_params
 from layerprobe.search.settings import Settings, make_settings
 from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy
@@ -34,7 +35,7 @@ def check_search(settings: Settings, space: Space, output: str | os.PathLike[str
 
 
 def search_facts(
-    seen: Sketch,
+    seen: Backbone,
     preset: str | None,
     given: Mapping[str, Any],
     *,
@@ -51,7 +52,7 @@ def search_facts(
     UsageError : what `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
-    space = Space(_block_params(seen), settings.constraints)
+    space = Space(block_params(seen), settings.constraints)
     check_search(settings, space, output)
     baselines = chosen_baselines(settings.baselines, space, seed=settings.seed)
     report = baselines_cost(baselines, space, settings) + settings.seeds
@@ -59,7 +60,7 @@ def search_facts(
         report += settings.budget or 0.0
     bridge_steps, finetune_steps = settings.steps
     batch_size = settings.finetune.batch_size
-    free = available_memory(seen.device)
+    free = available_memory(seen.run_device)
     needed = workers * _memory(seen, batch_size)
     facts: dict[str, Any] = {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
@@ -68,7 +69,7 @@ def search_facts(
         "strategy": settings.strategy,
         "one full training": f"{bridge_steps} bridge + {finetune_steps} fine-tuning steps of {batch_size} images",
         "report": f"about {report:.3g} full trainings for the plan and {len(baselines)} baselines",
-        "device": str(seen.device),
+        "device": str(seen.run_device),
         "tokens an image": seen.tokens_in_words,
         "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
         "memory free": "unknown" if free is None else f"{free / 2**20:,.0f} MiB",
@@ -77,7 +78,7 @@ def search_facts(
         return facts | {"time": f"{settings.time:g} s for search and report"}
     images = batch_size * (bridge_steps + finetune_steps) * (settings.budget + report)
     operations = 6.0 * sum(space.block_params) * seen.tokens * images
-    minutes = operations / _speed(str(seen.device)) / workers / 60
+    minutes = operations / _speed(str(seen.run_device)) / workers / 60
     return facts | {
         "budget": f"{settings.budget:g} full trainings",
         "duration": f"very roughly {max(1, round(minutes)):,} min (matrix products alone)",
@@ -148,21 +149,11 @@ def budget_of_time(
     return budget, kept
 
 
-def _block_params(seen: Sketch) -> tuple[int, ...]:
-    """Number of parameters of each block."""
-    sizes = [0] * seen.n_blocks
-    for name, parameter in seen.model.named_parameters():
-        group = seen.layout.parameter_groups[name]
-        if group.startswith("block."):
-            sizes[int(group.removeprefix("block."))] += parameter.numel()
-    return tuple(sizes)
-
-
-def _memory(seen: Sketch, batch_size: int) -> int:
+def _memory(seen: Backbone, batch_size: int) -> int:
     """Bytes of one process: weights, the copy that restores them, gradients and two moments, activations."""
-    size = seen.weights_bytes // max(1, seen.parameters)
-    activations = batch_size * seen.tokens * seen.width * 34 * 2 * seen.n_blocks
-    return 2 * seen.weights_bytes + 3 * seen.parameters * size + activations
+    size = seen.weights_bytes // max(1, seen.n_parameters)
+    activations = batch_size * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks
+    return 2 * seen.weights_bytes + 3 * seen.n_parameters * size + activations
 
 
 def _speed(device: str) -> float:

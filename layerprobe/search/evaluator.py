@@ -62,14 +62,6 @@ class Evaluator:
             return self.plans["norms"]
         return self.plans["all"] if all(mask) else block_plan(self.backbone, blocks_of(mask))
 
-    def block_params(self) -> tuple[int, ...]:
-        """Number of parameters of each block."""
-        sizes = [0] * self.backbone.n_blocks
-        for parameter in self.plans["all"].parameters.values():
-            if parameter.block is not None:
-                sizes[parameter.block] += parameter.size
-        return tuple(sizes)
-
     def __call__(self, trial: Trial) -> Outcome:
         bridge, finetune = self.settings.bridge, self.settings.finetune
         shared = {"lr": trial.lr, "seed": trial_seed(self.settings.seed, trial.repeat)}
@@ -82,6 +74,16 @@ class Evaluator:
             test=trial.repeat >= REPORT_REPEAT,
             auto_rgn=trial.auto_rgn,
         )
+
+
+def block_params(backbone: Backbone) -> tuple[int, ...]:
+    """Number of parameters of each block."""
+    sizes = [0] * backbone.n_blocks
+    for name, parameter in backbone.model.named_parameters():
+        group = backbone.layout.parameter_groups[name]
+        if group.startswith("block."):
+            sizes[int(group.removeprefix("block."))] += parameter.numel()
+    return tuple(sizes)
 
 
 def _shortened(config: TrainConfig, fidelity: float) -> int:
