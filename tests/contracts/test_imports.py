@@ -73,6 +73,74 @@ def _allowed(here: str, there: str) -> bool:
     return LEVELS[there] < LEVELS[here]
 
 
+def file_imports(root: Path) -> dict[str, set[str]]:
+    """For each module below `root`, the modules that it imports anywhere, those for type checking left out."""
+    modules = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in root.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typing_only = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        found[module] = set()
+        for node in ast.walk(tree):
+            if id(node) in typing_only or not isinstance(node, ast.ImportFrom | ast.Import):
+                continue
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            else:  # a module of a package, or else a name in the module itself
+                inner = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets = [
+                    t if t.removeprefix("layerprobe.") in modules else node.module or "" for t in inner
+                ]
+            names = {
+                target.removeprefix("layerprobe.") for target in targets if target.startswith("layerprobe.")
+            }
+            found[module] |= (names & modules.keys()) - {module}
+    return found
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that import one another, directly or through others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for target in imports[todo.pop()] - seen:
+                seen.add(target)
+                todo.append(target)
+        return seen
+
+    reach = {module: reachable(module) for module in imports}
+    groups = {
+        tuple(sorted(other for other in reach[module] if module in reach[other]))
+        for module in imports
+        if module in reach[module]
+    }
+    return sorted(list(group) for group in groups)
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    assert circles(file_imports(PACKAGE)) == []
+
+
+def test_a_circle_would_be_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("def f():\n    from layerprobe import b\n")
+    (tmp_path / "b.py").write_text("from layerprobe.a import f\n")
+    (tmp_path / "c.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from layerprobe.d import x\n"
+    )
+    (tmp_path / "d.py").write_text("import layerprobe.c\n")
+    assert circles(file_imports(tmp_path)) == [["a", "b"]]
+
+
 def test_imports_run_one_way() -> None:
     assert broken_arrows(PACKAGE) == []
 
