@@ -374,7 +374,7 @@ def test_a_digest_tells_dtype_shape_and_bytes_apart(dtype: torch.dtype) -> None:
 def test_a_digest_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     value = torch.randn(1000)
     whole = tensor_digest(value)
-    monkeypatch.setattr("layerprobe.plans.apply._HASHED_AT_ONCE", 7)
+    monkeypatch.setattr("layerprobe.files._HASHED_AT_ONCE", 7)
     assert tensor_digest(value) == whole
 
 
