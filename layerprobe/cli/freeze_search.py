@@ -11,7 +11,7 @@ import typer
 from layerprobe.cli import options
 from layerprobe.cli.loading import load_pair, sketch
 from layerprobe.cli.output import Output
-from layerprobe.search import defaults
+from layerprobe.search import settings as defaults
 
 if TYPE_CHECKING:
     from layerprobe.search import SearchResult

@@ -309,8 +309,8 @@ def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
 
 def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
     """Class of the checkpoint → class of the task."""
-    id2label: Any = backbone.config.id2label
-    names = [str(id2label[i]) for i in range(len(id2label))]
+    labels = {int(index): name for index, name in (backbone.config.id2label or {}).items()}
+    names = [str(labels[i]) for i in range(len(labels))]
     theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
     if sorted(theirs) == sorted(ours):
         return np.array([ours.index(name) for name in theirs])

@@ -1,13 +1,12 @@
-"""Searches replayed on stored tables of every plan, and how good a search was (PROTOCOL.md, section 6).
+"""Searches replayed on stored tables of every plan, and how good a search was.
 
-A table holds, for every mask: a short rung on repeat 0 and full-length runs on the selection repeats at
+A table holds, for every mask: low-fidelity runs on repeat 0 and full-length runs on the selection repeats at
 every learning rate, and full-length runs on unseen repeats, with test accuracy, at the mask's own rate.
 Replaying costs no training, so strategies are compared in seconds.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json
-from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.budget import TrialBudget
+from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.verdict import Finalist, choose
+from layerprobe.training import Outcome
 
 WHOLE_TABLE = "whole table"
 """Name of the answer that sees everything, among the strategies."""
@@ -32,7 +32,7 @@ WHOLE_TABLE = "whole table"
 COLUMNS = ("plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ExhaustiveTable:
     """Every plan of one (model, task) pair, really trained.
 
@@ -57,9 +57,9 @@ class ExhaustiveTable:
     def own_lr(self, mask: Mask) -> float:
         """The mask's learning rate: best mean validation accuracy over the selection repeats that have every rate."""
         compared = [
-            [self._accuracy(Trial(mask, lr, repeat)) for lr in self.lrs]
+            [self._accuracy(Trial(mask=mask, lr=lr, repeat=repeat)) for lr in self.lrs]
             for repeat in range(self.seeds)
-            if all(Trial(mask, lr, repeat) in self.outcomes for lr in self.lrs)
+            if all(Trial(mask=mask, lr=lr, repeat=repeat) in self.outcomes for lr in self.lrs)
         ]
         means = np.mean(compared, axis=0)
         return self.lrs[min(range(len(self.lrs)), key=lambda i: (-means[i], self.lrs[i]))]
@@ -67,20 +67,22 @@ class ExhaustiveTable:
     def validation(self, mask: Mask, lr: float | None = None) -> np.ndarray:
         """Validation accuracy per selection repeat, at the mask's own rate or another."""
         lr = self.own_lr(mask) if lr is None else lr
-        return np.array([self._accuracy(Trial(mask, lr, repeat)) for repeat in range(self.seeds)])
+        return np.array(
+            [self._accuracy(Trial(mask=mask, lr=lr, repeat=repeat)) for repeat in range(self.seeds)]
+        )
 
     def test(self, mask: Mask) -> np.ndarray:
         """Test accuracy per unseen repeat, at the mask's own rate."""
         lr = self.own_lr(mask)
         found: list[float | None] = []
-        while (trial := Trial(mask, lr, REPORT_REPEAT + len(found))) in self.outcomes:
-            found.append(self.outcomes[trial].test)
+        while (trial := Trial(mask=mask, lr=lr, repeat=REPORT_REPEAT + len(found))) in self.outcomes:
+            found.append(self.outcomes[trial].test_accuracy)
         return np.array(found, dtype=float)
 
     def exhaustive_cost(self) -> float:
         """Full trainings of an exhaustive search by the same rules: every rate once, then the other seeds."""
         per_mask = len(self.lrs) + self.seeds - 1
-        return sum(per_mask * self.space.cost(Trial(mask, self.lrs[0])) for mask in self.masks)
+        return sum(per_mask * self.space.cost(Trial(mask=mask, lr=self.lrs[0])) for mask in self.masks)
 
     def value(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Answers from the table; UsageError for a trial that it does not hold."""
@@ -89,11 +91,11 @@ class ExhaustiveTable:
             raise UsageError(f"table {self.name} does not hold {missing[0].key} ({len(missing)} missing)")
         return {trial: self.outcomes[trial] for trial in trials}
 
-    def bench(self, budget: float, *, seed: int, use_scores: bool = True) -> Bench:
-        """A bench that replays this table.
+    def budget(self, total: float, *, seed: int, use_scores: bool = True) -> TrialBudget:
+        """A budget whose trials are looked up in this table.
 
         The search's first repeat is the table's repeat `seed` modulo their number, and so on around: what a search
-        sees first decides much, and a strategy that draws nothing at random has its luck there.
+        sees first decides much, also for a strategy that draws nothing at random.
         """
 
         def value(trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
@@ -101,15 +103,12 @@ class ExhaustiveTable:
             answers = self.value(list(stored.values()))
             return {trial: answers[source] for trial, source in stored.items()}
 
-        return Bench(
-            self.space,
-            value,
-            self.lrs,
-            self.seeds,
-            budget,
-            self.scores if use_scores else {},
-            seed,
-            self.fidelity,
+        return TrialBudget(
+            space=self.space,
+            train_batch=value,
+            settings=Settings(lrs=self.lrs, seeds=self.seeds, fidelity=self.fidelity, seed=seed),
+            total=total,
+            scores=self.scores if use_scores else {},
             max_repeats=self.seeds,
         )
 
@@ -120,8 +119,7 @@ class ExhaustiveTable:
         return replace(trial, repeat=(trial.repeat + by) % self.seeds)
 
     def _accuracy(self, trial: Trial) -> float:
-        accuracy = self.outcomes[trial].accuracy
-        return -math.inf if accuracy is None else accuracy
+        return self.outcomes[trial].ranked_accuracy
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ExhaustiveTable:
@@ -136,20 +134,27 @@ class ExhaustiveTable:
         try:
             frame = pd.read_csv(source / "table.csv.gz")
             table = cls(
-                about["name"],
-                Space(tuple(about["block_params"])),
-                tuple(about["lrs"]),
-                int(about["seeds"]),
-                float(about["fidelity"]),
-                {
-                    Trial(parse_strip(r.plan), float(r.lr), int(r.repeat), float(r.fidelity)): Outcome(
-                        None if math.isnan(r.validation_accuracy) else float(r.validation_accuracy),
-                        None if math.isnan(r.test_accuracy) else float(r.test_accuracy),
-                        float(r.seconds),
+                name=about["name"],
+                space=Space(tuple(about["block_params"])),
+                lrs=tuple(about["lrs"]),
+                seeds=int(about["seeds"]),
+                fidelity=float(about["fidelity"]),
+                outcomes={
+                    Trial(
+                        mask=parse_strip(r.plan),
+                        lr=float(r.lr),
+                        repeat=int(r.repeat),
+                        fidelity=float(r.fidelity),
+                    ): Outcome(
+                        validation_accuracy=None
+                        if math.isnan(r.validation_accuracy)
+                        else float(r.validation_accuracy),
+                        test_accuracy=None if math.isnan(r.test_accuracy) else float(r.test_accuracy),
+                        train_seconds=float(r.seconds),
                     )
                     for r in frame[list(COLUMNS)].itertuples(index=False)
                 },
-                {
+                scores={
                     name: (np.array(value, dtype=float), np.array(stderr, dtype=float))
                     for name, (value, stderr) in about["scores"].items()
                 },
@@ -167,20 +172,24 @@ class ExhaustiveTable:
 
 
 def selection_trials(space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> list[Trial]:
-    """What a table trains before it knows each mask's own rate: short rung, then every rate on every repeat."""
+    """What a table trains before it knows each mask's own rate: low-fidelity runs, then every rate and repeat."""
     masks = list(space.masks())
-    short = [Trial(mask, lr, 0, fidelity) for mask in masks for lr in lrs]
-    return short + [Trial(mask, lr, repeat) for repeat in range(seeds) for mask in masks for lr in lrs]
+    short = [Trial(mask=mask, lr=lr, repeat=0, fidelity=fidelity) for mask in masks for lr in lrs]
+    return short + [
+        Trial(mask=mask, lr=lr, repeat=repeat) for repeat in range(seeds) for mask in masks for lr in lrs
+    ]
 
 
 def judging_trials(space: Space, own_lr: Callable[[Mask], float], seeds: int) -> list[Trial]:
     """What a table trains to judge by: unseen repeats with test accuracy, at each mask's own rate."""
     return [
-        Trial(mask, own_lr(mask), REPORT_REPEAT + seed) for seed in range(seeds) for mask in space.masks()
+        Trial(mask=mask, lr=own_lr(mask), repeat=REPORT_REPEAT + seed)
+        for seed in range(seeds)
+        for mask in space.masks()
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Truth:
     """What a table says is right. Accuracies are shares; `stderr` is that of one plan's mean test accuracy."""
 
@@ -199,7 +208,13 @@ class Truth:
         optimum = max(validation, key=lambda mask: (validation[mask], -table.space.params(mask)))
         bar = validation[optimum] - _pooled([table.validation(mask) for mask in table.masks])
         sufficient = min(sum(mask) for mask, value in validation.items() if value >= bar)
-        return cls(validation, test, optimum, _pooled([table.test(mask) for mask in table.masks]), sufficient)
+        return cls(
+            validation=validation,
+            test=test,
+            optimum=optimum,
+            stderr=_pooled([table.test(mask) for mask in table.masks]),
+            sufficient=sufficient,
+        )
 
 
 def replay(
@@ -222,21 +237,21 @@ def replay(
     exhaustive cost, `excess_blocks` beyond the smallest sufficient plan, `place` and `of` within plans of its
     size by test accuracy.
     """
-    bench = table.bench(budget, seed=seed, use_scores=use_scores)
-    chosen = choose(run_strategy(make_strategy(strategy), bench), table.space)
+    trials = table.budget(budget, seed=seed, use_scores=use_scores)
+    chosen = choose(run_strategy(make_strategy(strategy), trials), table.space)
     return {
         "pair": table.name,
         "strategy": strategy,
         "seed": seed,
         "budget": budget,
-        "spent": bench.spent,
-        "cost_share": bench.spent / table.exhaustive_cost(),
+        "spent": trials.spent,
+        "cost_share": trials.spent / table.exhaustive_cost(),
         **_measures(table, truth, chosen),
     }
 
 
 def whole_table(table: ExhaustiveTable, truth: Truth) -> dict[str, Any]:
-    """What the frugal rule answers when it sees every plan on every selection seed, measured like a `replay`.
+    """What the one-standard-error rule answers when it sees every plan on every seed, measured like a `replay`.
 
     No search can be expected to do better than by luck: what this one misses, the table itself does not hold.
     """
@@ -318,61 +333,6 @@ def _drawn_weight(weights: Sequence[int], n: int, k: int) -> np.ndarray:
     rest = n - len(weights)
     choices = [math.comb(rest, k - drawn) if 0 <= k - drawn <= rest else 0 for drawn in range(len(ways))]
     return np.asarray(np.array(choices) @ ways / math.comb(n, k))
-
-
-def score_agreement(table: ExhaustiveTable, truth: Truth) -> list[dict[str, Any]]:
-    """Kendall τ of every score with the truth: overall, and within equal numbers of trained blocks.
-
-    A plan's score is the sum over its trained blocks. `count` is the baseline that merely counts them;
-    `noise ceiling` is one unseen seed's truth against the mean of the others.
-    """
-    masks = table.masks
-    test = np.array([truth.test[mask] for mask in masks])
-    sizes = np.array([sum(mask) for mask in masks])
-    flags = np.array(masks, dtype=float)
-    predictors: dict[str, list[np.ndarray]] = {"count": [sizes.astype(float)]}
-    predictors |= {name: [flags @ value] for name, (value, _) in table.scores.items()}
-    rows = [
-        {
-            "pair": table.name,
-            "score": name,
-            "tau": _tau(values[0], test),
-            "tau_within": _within(values[0], test, sizes),
-        }
-        for name, values in predictors.items()
-    ]
-    per_seed = np.array([table.test(mask) for mask in masks])
-    if per_seed.shape[1] > 1:
-        overall, within = [], []
-        for seed in range(per_seed.shape[1]):
-            others = np.delete(per_seed, seed, axis=1).mean(axis=1)
-            overall.append(_tau(per_seed[:, seed], others))
-            within.append(_within(per_seed[:, seed], others, sizes))
-        rows.append(
-            {
-                "pair": table.name,
-                "score": "noise ceiling",
-                "tau": float(np.mean(overall)),
-                "tau_within": float(np.nanmean(within)),
-            }
-        )
-    return rows
-
-
-def _within(predicted: np.ndarray, truth: np.ndarray, sizes: np.ndarray) -> float:
-    """Kendall τ-b over the pairs of plans with equally many trained blocks; NaN where one side is all ties."""
-    pairs = [(i, j) for i, j in itertools.combinations(range(len(sizes)), 2) if sizes[i] == sizes[j]]
-    if not pairs:
-        return math.nan
-    first, second = np.array(pairs).T
-    ours = np.sign(predicted[first] - predicted[second])
-    theirs = np.sign(truth[first] - truth[second])
-    untied = math.sqrt(float((ours != 0).sum()) * float((theirs != 0).sum()))
-    return float(ours @ theirs) / untied if untied else math.nan
-
-
-def _tau(a: np.ndarray, b: np.ndarray) -> float:
-    return float(stats.kendalltau(a, b).statistic)
 
 
 def _pooled(groups: Sequence[np.ndarray]) -> float:

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
+from agreement import permutation_agreement
+from replay import ExhaustiveTable, Truth
 
-from layerprobe.search.agreement import permutation_agreement
-from layerprobe.search.bench import Outcome
-from layerprobe.search.replay import ExhaustiveTable, Truth
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial
+from layerprobe.training import Outcome
 
 WORTH = np.array([0.01, 0.05, 0.02, 0.09])
 
@@ -22,12 +22,16 @@ def table(scores: dict[str, np.ndarray], noise: float = 0.0) -> ExhaustiveTable:
     outcomes = {}
     for mask in space.masks():
         accuracy = 0.3 + float(np.array(mask) @ WORTH)
-        outcomes[Trial(mask, 1e-3)] = Outcome(accuracy)
+        outcomes[Trial(mask=mask, lr=1e-3)] = Outcome(validation_accuracy=accuracy)
         for seed in range(3):
             test = accuracy + noise * float(rng.standard_normal())
-            outcomes[Trial(mask, 1e-3, REPORT_REPEAT + seed)] = Outcome(accuracy, test)
+            outcomes[Trial(mask=mask, lr=1e-3, repeat=REPORT_REPEAT + seed)] = Outcome(
+                validation_accuracy=accuracy, test_accuracy=test
+            )
     arrays = {name: (value.astype(float), np.zeros(4)) for name, value in scores.items()}
-    return ExhaustiveTable("made", space, (1e-3,), 1, 1.0, outcomes, arrays)
+    return ExhaustiveTable(
+        name="made", space=space, lrs=(1e-3,), seeds=1, fidelity=1.0, outcomes=outcomes, scores=arrays
+    )
 
 
 def test_the_truth_itself_agrees_fully_and_its_reverse_disagrees() -> None:

@@ -1,15 +1,16 @@
-"""Is a transfer score's agreement with measured transfer more than chance? Permutations on a table of every plan."""
+"""Agreement of transfer scores with measured transfer on tables of every plan, and whether it is more than chance."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from replay import ExhaustiveTable, Truth
+from scipy import stats
 
-from layerprobe.search.replay import ExhaustiveTable, Truth, score_agreement
 from layerprobe.search.space import Mask
 
 MAX_PERMUTATIONS = 720
@@ -44,7 +45,7 @@ def permutation_agreement(table: ExhaustiveTable, truth: Truth, *, seed: int = 0
 
     References
     ----------
-    PROTOCOL.md, section 6; Kendall, A new measure of rank correlation, Biometrika 30 (1938).
+    Kendall, A new measure of rank correlation, Biometrika 30 (1938).
     """
     orders = _orders(table.space.n_blocks, seed)
     found = {}
@@ -63,10 +64,14 @@ def permutation_agreement(table: ExhaustiveTable, truth: Truth, *, seed: int = 0
             for one in (truth, *seeds)
         )
         if math.isnan(tau):
-            found[name] = Agreement(tau, tuple(alone), math.nan, len(orders))
+            found[name] = Agreement(
+                tau=tau, per_seed=tuple(alone), pvalue=math.nan, n_permutations=len(orders)
+            )
             continue
         extreme = int((np.abs(null) >= abs(tau) - 1e-12).sum())
-        found[name] = Agreement(tau, tuple(alone), extreme / len(orders), len(orders))
+        found[name] = Agreement(
+            tau=tau, per_seed=tuple(alone), pvalue=extreme / len(orders), n_permutations=len(orders)
+        )
     return found
 
 
@@ -86,3 +91,58 @@ def _per_seed(table: ExhaustiveTable, truth: Truth) -> list[Truth]:
         replace(truth, test={mask: float(values[index]) for mask, values in tests.items()})
         for index in range(n_seeds)
     ]
+
+
+def score_agreement(table: ExhaustiveTable, truth: Truth) -> list[dict[str, Any]]:
+    """Kendall τ of every score with the truth: overall, and within equal numbers of trained blocks.
+
+    A plan's score is the sum over its trained blocks. `count` is the baseline that merely counts them;
+    `noise ceiling` is one unseen seed's truth against the mean of the others.
+    """
+    masks = table.masks
+    test = np.array([truth.test[mask] for mask in masks])
+    sizes = np.array([sum(mask) for mask in masks])
+    flags = np.array(masks, dtype=float)
+    predictors: dict[str, list[np.ndarray]] = {"count": [sizes.astype(float)]}
+    predictors |= {name: [flags @ value] for name, (value, _) in table.scores.items()}
+    rows = [
+        {
+            "pair": table.name,
+            "score": name,
+            "tau": _tau(values[0], test),
+            "tau_within": _within(values[0], test, sizes),
+        }
+        for name, values in predictors.items()
+    ]
+    per_seed = np.array([table.test(mask) for mask in masks])
+    if per_seed.shape[1] > 1:
+        overall, within = [], []
+        for seed in range(per_seed.shape[1]):
+            others = np.delete(per_seed, seed, axis=1).mean(axis=1)
+            overall.append(_tau(per_seed[:, seed], others))
+            within.append(_within(per_seed[:, seed], others, sizes))
+        rows.append(
+            {
+                "pair": table.name,
+                "score": "noise ceiling",
+                "tau": float(np.mean(overall)),
+                "tau_within": float(np.nanmean(within)),
+            }
+        )
+    return rows
+
+
+def _within(predicted: np.ndarray, truth: np.ndarray, sizes: np.ndarray) -> float:
+    """Kendall τ-b over the pairs of plans with equally many trained blocks; NaN where one side is all ties."""
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(sizes)), 2) if sizes[i] == sizes[j]]
+    if not pairs:
+        return math.nan
+    first, second = np.array(pairs).T
+    ours = np.sign(predicted[first] - predicted[second])
+    theirs = np.sign(truth[first] - truth[second])
+    untied = math.sqrt(float((ours != 0).sum()) * float((theirs != 0).sum()))
+    return float(ours @ theirs) / untied if untied else math.nan
+
+
+def _tau(a: np.ndarray, b: np.ndarray) -> float:
+    return float(stats.kendalltau(a, b).statistic)

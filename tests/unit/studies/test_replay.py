@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-from layerprobe.errors import BrokenFileError, UsageError
-from layerprobe.search.bench import Outcome
-from layerprobe.search.replay import (
+from agreement import score_agreement
+from replay import (
     ExhaustiveTable,
     Truth,
     judging_trials,
     place_of,
     replay,
-    score_agreement,
     selection_trials,
     upper_third_test,
     whole_table,
 )
+
+from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial, mask_of, strip
+from layerprobe.training import Outcome
 
 LRS = (1e-3, 3e-3)
 GAINS = np.array([0.0, 0.15, 0.0, 0.03])
@@ -37,11 +37,13 @@ def accuracy(trial: Trial, noise: float) -> float:
 
 def make_table(noise: float = 0.005) -> ExhaustiveTable:
     space = Space((100,) * 4)
-    table = ExhaustiveTable("made-up", space, LRS, 3, 0.25, {})
+    table = ExhaustiveTable(name="made-up", space=space, lrs=LRS, seeds=3, fidelity=0.25, outcomes={})
     for trial in selection_trials(space, LRS, 3, 0.25):
-        table.outcomes[trial] = Outcome(accuracy(trial, noise), seconds=1.0)
+        table.outcomes[trial] = Outcome(validation_accuracy=accuracy(trial, noise), train_seconds=1.0)
     for trial in judging_trials(space, table.own_lr, 3):
-        table.outcomes[trial] = Outcome(accuracy(trial, noise), test=accuracy(trial, noise))
+        table.outcomes[trial] = Outcome(
+            validation_accuracy=accuracy(trial, noise), test_accuracy=accuracy(trial, noise)
+        )
     table.scores = {"good": (GAINS, np.full(4, 0.01)), "wrong": (-GAINS, np.full(4, 0.01))}
     return table
 
@@ -68,7 +70,9 @@ def test_the_whole_table_answers_by_the_frugal_rule() -> None:
     assert found["plan"] == ".#.#" and found["regret"] == 0 and found["excess_blocks"] == 0
     assert found["cost_share"] == 1.0 and found["lr"] == found["own_lr"]
     for lr, repeat in itertools.product(LRS, range(3)):
-        table.outcomes[Trial(mask_of([1, 3], 4), lr, repeat)] = Outcome(None)
+        table.outcomes[Trial(mask=mask_of([1, 3], 4), lr=lr, repeat=repeat)] = Outcome(
+            validation_accuracy=None
+        )
     assert whole_table(table, truth)["plan"] != ".#.#", "a plan whose runs fail is no answer"
 
 
@@ -85,10 +89,14 @@ def test_replays_start_at_different_repeats_of_the_table() -> None:
     table = make_table()
     mask, lr = table.space.all, table.lrs[0]
     for seed in range(2 * table.seeds):
-        found = table.bench(99.0, seed=seed).value([Trial(mask, lr, repeat) for repeat in range(table.seeds)])
+        found = table.budget(99.0, seed=seed).train(
+            [Trial(mask=mask, lr=lr, repeat=repeat) for repeat in range(table.seeds)]
+        )
         assert list(found.values()) == np.roll(table.validation(mask, lr), -seed).tolist()
-        short = Trial(mask, lr, 0, table.fidelity)
-        assert table.bench(99.0, seed=seed).value([short]) == {short: table.outcomes[short].accuracy}
+        short = Trial(mask=mask, lr=lr, repeat=0, fidelity=table.fidelity)
+        assert table.budget(99.0, seed=seed).train([short]) == {
+            short: table.outcomes[short].validation_accuracy
+        }
 
 
 def test_measures_of_a_replay_agree_with_plain_counting() -> None:
@@ -148,9 +156,9 @@ def test_tables_come_back_from_disk_and_holes_are_named(tmp_path: Path) -> None:
             "lr": t.lr,
             "repeat": t.repeat,
             "fidelity": t.fidelity,
-            "validation_accuracy": o.accuracy,
-            "test_accuracy": o.test,
-            "seconds": o.seconds,
+            "validation_accuracy": o.validation_accuracy,
+            "test_accuracy": o.test_accuracy,
+            "seconds": o.train_seconds,
         }
         for t, o in table.outcomes.items()
     ]
@@ -171,7 +179,7 @@ def test_a_table_without_its_judging_runs_is_incomplete(tmp_path: Path) -> None:
     rows = [
         {
             "plan": strip(t.mask), "lr": t.lr, "repeat": t.repeat, "fidelity": t.fidelity,
-            "validation_accuracy": o.accuracy, "test_accuracy": o.test, "seconds": o.seconds,
+            "validation_accuracy": o.validation_accuracy, "test_accuracy": o.test_accuracy, "seconds": o.train_seconds,
         }
         for t, o in table.outcomes.items() if t.repeat < REPORT_REPEAT + 2
     ]  # fmt: skip
@@ -192,7 +200,9 @@ def test_a_table_without_its_judging_runs_is_incomplete(tmp_path: Path) -> None:
 def test_a_plan_whose_judging_run_failed_ranks_last() -> None:
     table = make_table()
     mask = mask_of([1, 3], 4)
-    table.outcomes[Trial(mask, table.own_lr(mask), REPORT_REPEAT)] = Outcome(None, reason="diverged")
+    table.outcomes[Trial(mask=mask, lr=table.own_lr(mask), repeat=REPORT_REPEAT)] = Outcome(
+        validation_accuracy=None, reason="diverged"
+    )
     truth = Truth.of(table)
     assert place_of(truth, mask) == 6
     assert upper_third_test([(truth, [mask])])[0] == 0
@@ -202,7 +212,7 @@ def test_the_rate_that_a_strategy_chose_is_compared_with_the_tables_own() -> Non
     table = make_table(noise=0.0)
     for trial, outcome in table.outcomes.items():
         if trial.fidelity < 1 and trial.lr == 3e-3:  # on short runs the wrong rate looks better
-            table.outcomes[trial] = Outcome(outcome.accuracy + 0.2)
+            table.outcomes[trial] = Outcome(validation_accuracy=outcome.validation_accuracy + 0.2)
     found = replay(table, Truth.of(table), "prefix", 8.0, seed=0)
     assert (found["lr"], found["own_lr"]) == (3e-3, 1e-3)
     assert found["lr_loss"] == pytest.approx(5.0)
@@ -224,5 +234,5 @@ def test_within_equal_counts_tied_scores_are_no_agreement() -> None:
 
 def test_a_trial_outside_the_table_is_refused() -> None:
     with pytest.raises(UsageError, match="does not hold"):
-        make_table().value([Trial(mask_of([1], 4), 7.0)])
+        make_table().value([Trial(mask=mask_of([1], 4), lr=7.0)])
     assert REPORT_REPEAT > 100

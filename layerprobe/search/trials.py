@@ -1,12 +1,13 @@
 """Where trials live: an optuna study in a database that several processes and machines may share.
 
 Every process that joins a search runs the same deterministic strategy and asks for the same trials, so no
-one coordinates. The study is the ledger: a trial that is finished is looked up, a waiting one is claimed
-by whoever comes first, and one whose process died goes back into the queue.
+one coordinates: a trial that is finished is looked up, a waiting one is claimed by whoever comes first, and
+one whose process died goes back into the queue.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -14,6 +15,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
-from layerprobe.search.bench import Outcome
-from layerprobe.search.processes import is_dead, this_worker
+from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
+from layerprobe.search.workers import is_dead, this_worker
+from layerprobe.training.finetune import Outcome
 
 STUDY = "layerprobe freeze-search"
 HEARTBEAT_SECONDS = 10
@@ -42,15 +46,31 @@ STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, Valu
 """What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
 for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
-LIVE = (TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE)
+DISTRIBUTIONS: dict[str, BaseDistribution] = {
+    "lr": FloatDistribution(1e-9, 1e3, log=True),
+    "fidelity": FloatDistribution(0.0, 1.0),
+    "repeat": IntDistribution(0, 1 << 30),
+}
 
-Work = Callable[[Trial], Outcome]
+Evaluate = Callable[[Trial], Outcome]
+"""Trains one trial in this process, as `layerprobe.search.evaluator.Evaluator` does."""
 
 
-class Ledger:
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A trial with its outcome, its number in the database, and where and when it ended."""
+
+    trial: Trial
+    outcome: Outcome
+    number: int
+    worker: str | None = None
+    finished: datetime | None = None
+
+
+class TrialStore:
     """The trials of one search in one database.
 
-    Made by `Ledger.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
+    Made by `TrialStore.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
     numbered by the database in the order of their creation, and among live trials with one key the lowest
     number owns it; the others are closed as duplicates. So two processes that enqueue the same trial at the
     same moment still train it once.
@@ -59,16 +79,12 @@ class Ledger:
     def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
         self._storage = storage
         self._study = study
-        self._study_id = storage.get_study_id_from_name(STUDY)
 
     @classmethod
-    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Ledger:
-        """Create or join the search in a database.
+    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
+        """Create or join the search in the database at `url`: an SQLite file, or a SQLAlchemy URL.
 
-        Parameters
-        ----------
-        url : path of an SQLite file, or a SQLAlchemy URL such as `postgresql://user@host/base`.
-        arguments : everything that the answer depends on; a database holds one search with one set.
+        `arguments` are everything that the answer depends on; a database holds one search with one set.
 
         Raises
         ------
@@ -76,43 +92,40 @@ class Ledger:
         UsageError : the database holds a search with other arguments.
         """
         target = storage_url(url)
+        shown = hide_password(target)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             storage, study = _connect(target)
         except ImportError as error:
             raise NotAvailableError(
-                f"storage {hide_password(target)} needs a driver that is not installed ({error.name}); "
+                f"storage {shown} needs a driver that is not installed ({error.name}); "
                 "for PostgreSQL: pip install 'layerprobe[postgres]'"
             ) from error
         except LayerprobeError:
             raise
         except STORAGE_ERRORS as error:
-            raise NotAvailableError(
-                f"storage {hide_password(target)} cannot be used: {_first_line(error)}"
-            ) from error
+            raise NotAvailableError(f"storage {shown} cannot be used: {_first_line(error)}") from error
         wanted = json.loads(json.dumps(dict(arguments)))
         known = study.user_attrs.get("arguments")
+        if known is None and study.trials:
+            raise UsageError(f"storage {shown} holds a study that layerprobe did not make")
         if known is None:
-            if study.trials:
-                raise UsageError(
-                    f"storage {hide_password(target)} holds a study that layerprobe did not make"
-                )
             study.set_user_attr("arguments", wanted)
         elif known != wanted:
             raise UsageError(
-                f"{hide_password(target)} holds another search ({_difference(known, wanted)}); "
+                f"{shown} holds another search ({difference_in_words(known, wanted)}); "
                 "choose another output folder or storage, or repeat the same arguments"
             )
         return cls(storage, study)
 
-    def value(
-        self, trials: Sequence[Trial], work: Work, watch: Callable[[int, int], None] | None = None
+    def outcomes(
+        self, trials: Sequence[Trial], evaluate: Evaluate, watch: Callable[[int, int], None] | None = None
     ) -> dict[Trial, Outcome]:
-        """Answers to all `trials`: looked up where finished, trained here, or awaited from other processes.
+        """Outcomes of all `trials`: looked up where finished, trained here, or awaited from other processes.
 
-        `work` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
+        `evaluate` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
         an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
-        `watch` is told how many of how many trials are finished, at each look at the database.
+        `watch` is called with the number of finished trials and of all, at each look at the database.
         """
         wanted = {trial.key: trial for trial in trials}
         while True:
@@ -131,40 +144,34 @@ class Ledger:
                 continue
             claimed = self._claim(owners, list(wanted))
             if claimed is not None:
-                self._run(claimed, wanted[claimed.user_attrs["key"]], work)
+                self._run(claimed, wanted[claimed.user_attrs["key"]], evaluate)
             else:
                 self.revive()
                 time.sleep(POLL_SECONDS)
 
-    def help(self, work: Work, keep_on: Callable[[], bool]) -> None:
-        """Train waiting trials of this search until `keep_on` says no; for worker processes."""
+    def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool]) -> None:
+        """Train waiting trials of this search until `keep_on` is false; for worker processes."""
         while keep_on():
             owners = self._owners()
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
-                self._run(claimed, trial_from(claimed.user_attrs), work)
+                self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
             else:
                 time.sleep(POLL_SECONDS)
 
-    def records(self) -> list[tuple[Trial, Outcome, dict[str, Any]]]:
-        """Finished trials in the order of their numbers: trial, outcome, and when and where it ran."""
-        rows = []
-        for frozen in sorted(self._trials(), key=lambda t: t.number):
-            outcome = _finished(frozen)
-            if outcome is not None:
-                where = {
-                    "number": frozen.number,
-                    "worker": frozen.user_attrs.get("worker"),
-                    "finished": frozen.datetime_complete.isoformat(timespec="seconds")
-                    if frozen.datetime_complete
-                    else None,
-                }
-                rows.append((trial_from(frozen.user_attrs), outcome, where))
-        return rows
-
-    def running(self) -> int:
-        """How many trials are marked as running."""
-        return sum(frozen.state == TrialState.RUNNING for frozen in self._trials())
+    def records(self) -> list[Finished]:
+        """Finished trials in the order of their numbers."""
+        return [
+            Finished(
+                trial=Trial.from_dict(frozen.user_attrs),
+                outcome=outcome,
+                number=frozen.number,
+                worker=frozen.user_attrs.get("worker"),
+                finished=frozen.datetime_complete,
+            )
+            for frozen in sorted(self._trials(), key=lambda t: t.number)
+            if (outcome := _finished(frozen)) is not None
+        ]
 
     def revive(self) -> None:
         """Set trials of dead processes free: stale heartbeats, and dead processes on this host.
@@ -204,28 +211,22 @@ class Ledger:
         owners: dict[str, FrozenTrial] = {}
         for frozen in self._trials():
             key = frozen.user_attrs.get("key")
-            if key is None or not (frozen.state in LIVE or _finished(frozen) is not None):
+            if key is None or (frozen.state.is_finished() and _finished(frozen) is None):
                 continue
             if key not in owners or frozen.number < owners[key].number:
                 owners[key] = frozen
         return owners
 
     def _enqueue(self, trial: Trial) -> None:
-        params, distributions = _parameters(trial)
+        # Parameters are for optuna's own tools; the attributes are what is read back here.
+        params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
+        distributions = dict.fromkeys(params, CategoricalDistribution([False, True]))
         self._study.add_trial(
             optuna.create_trial(
                 state=TrialState.WAITING,
-                params=params,
-                distributions=distributions,
-                user_attrs={
-                    "key": trial.key,
-                    "mask": list(trial.mask),
-                    "lr": trial.lr,
-                    "repeat": trial.repeat,
-                    "fidelity": trial.fidelity,
-                    "norms": trial.norms,
-                    "auto_rgn": trial.auto_rgn,
-                },
+                params={**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat},
+                distributions={**distributions, **DISTRIBUTIONS},
+                user_attrs={"key": trial.key, **asdict(trial)},
             )
         )
 
@@ -246,29 +247,23 @@ class Ledger:
                 continue
         return None
 
-    def _close_duplicates(self, owner: FrozenTrial, key: str) -> None:
-        for frozen in self._trials():
-            if (
-                frozen.user_attrs.get("key") == key
-                and frozen.state == TrialState.WAITING
-                and frozen.number > owner.number
-            ):
-                self._close(frozen, TrialState.FAIL)
-
-    def _run(self, frozen: FrozenTrial, trial: Trial, work: Work) -> None:
-        trial_id = frozen._trial_id
+    def _run(self, frozen: FrozenTrial, trial: Trial, evaluate: Evaluate) -> None:
         try:
-            with self._heartbeat(trial_id):
-                outcome = work(trial)
+            with self._heartbeat(frozen._trial_id):
+                outcome = evaluate(trial)
         except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
             self._close(frozen, TrialState.FAIL)
             raise
-        self._set_attr(trial_id, "outcome", _outcome_to_json(outcome))
-        if outcome.accuracy is None:
+        self._set_attr(frozen._trial_id, "outcome", outcome.to_dict())
+        value = outcome.validation_accuracy
+        if value is None:
             self._close(frozen, TrialState.FAIL)
         else:
-            self._close(frozen, TrialState.COMPLETE, [outcome.accuracy])
-        self._close_duplicates(frozen, trial.key)
+            self._close(frozen, TrialState.COMPLETE, [value])
+        for other in self._trials():  # duplicates that another process enqueued at the same moment
+            same = other.user_attrs.get("key") == trial.key and other.number > frozen.number
+            if same and other.state == TrialState.WAITING:
+                self._close(other, TrialState.FAIL)
 
     def _close(self, frozen: FrozenTrial, state: TrialState, values: list[float] | None = None) -> None:
         # Finished already: somebody took this process for dead and queued the trial again; theirs stands.
@@ -323,53 +318,17 @@ def hide_password(url: str) -> str:
     return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
 
 
-def trial_from(attrs: Mapping[str, Any]) -> Trial:
-    """The trial that a database row describes."""
-    return Trial(
-        tuple(bool(flag) for flag in attrs["mask"]),
-        float(attrs["lr"]),
-        int(attrs["repeat"]),
-        float(attrs["fidelity"]),
-        bool(attrs["norms"]),
-        bool(attrs.get("auto_rgn", False)),
-    )
-
-
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:
     """The outcome of a trial that ended with one: complete, or failed for a stated reason."""
     if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
         return None
     stored = frozen.user_attrs.get("outcome")
-    return None if stored is None else Outcome(**stored)
-
-
-def _outcome_to_json(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "accuracy": outcome.accuracy,
-        "test": outcome.test,
-        "seconds": outcome.seconds,
-        "reason": outcome.reason,
-        "facts": outcome.facts,
-    }
-
-
-def _parameters(trial: Trial) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
-    params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
-    distributions: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution([False, True]) for name in params
-    }
-    params |= {"lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat}
-    distributions |= {
-        "lr": FloatDistribution(1e-9, 1e3, log=True),
-        "fidelity": FloatDistribution(0.0, 1.0),
-        "repeat": IntDistribution(0, 1 << 30),
-    }
-    return params, distributions
+    return None if stored is None else Outcome.from_dict(stored)
 
 
 def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in range(5):
+    for attempt in itertools.count():
         try:
             with _quiet():
                 storage = optuna.storages.RDBStorage(
@@ -397,7 +356,7 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
             if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
                 raise
             time.sleep(0.2 * (attempt + 1))
-    raise AssertionError("unreachable")
+    raise AssertionError  # not reached: the loop has no end
 
 
 def _one_writer(engine: sqlalchemy.Engine) -> None:
@@ -420,8 +379,7 @@ def _one_writer(engine: sqlalchemy.Engine) -> None:
 
 def _unreachable(url: str) -> bool:
     try:
-        engine = sqlalchemy.create_engine(url)
-        with engine.connect():
+        with sqlalchemy.create_engine(url).connect():
             return False
     except STORAGE_ERRORS:
         return True
@@ -432,17 +390,6 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
-    for key in [*wanted, *known]:
-        ours, theirs = wanted.get(key), known.get(key)
-        if ours == theirs:
-            continue
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            return _difference(theirs, ours, f"{within}{key}.")
-        return f"{within}{key} {theirs!r} there, {ours!r} here"
-    return "arguments differ"
 
 
 @contextmanager
