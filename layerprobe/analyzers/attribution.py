@@ -145,19 +145,26 @@ def attribute_layers(
 
     Parameters
     ----------
-    head : see `layerprobe.analyzers.heads.make_predictor`.
-    split : where the images come from; the probe is fitted on train and chosen on validation.
-    n_images : images to attribute. n_maps : the first so many get patch-level maps.
-    n_reference : training images behind the mean image and the mean updates.
-    tolerance : largest completeness error, Σ|Σconductance − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over
-        images, at the worst place. From 8 equal steps on, those with the largest error are halved until it holds
-        for a few images with room to spare; where it fails for all of them, or would take more than `max_steps`,
-        the path's rows stay empty and say so.
+    head : str | nn.Module
+        See `layerprobe.analyzers.heads.make_predictor`.
+    split : str
+        Where the images come from; the probe is fitted on train and chosen on validation.
+    n_images : int
+        Images to attribute. n_maps : the first so many get patch-level maps.
+    n_reference : int
+        Training images behind the mean image and the mean updates.
+    tolerance : float
+        Largest completeness error, Σ|Σconductance − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over
+        images, at the worst place. From 8 equal steps on, those with the largest error are halved until it
+        holds for a few images with room to spare; where it fails for all of them, or would take more than
+        `max_steps`, the path's rows stay empty and say so.
 
     Raises
     ------
-    UsageError : a method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
-    UnknownNameError : a method or split that does not exist.
+    UsageError
+        a method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
+    UnknownNameError
+        a method or split that does not exist.
     """
     wanted = check_methods(methods)
     if split not in task.splits:

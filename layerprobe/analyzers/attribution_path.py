@@ -98,12 +98,16 @@ class PathAttribution:
 
     Attributes
     ----------
-    conductance : per place, B×T×D. Summed over T and D it is f(x) − f(baseline) for *every* place, up to the
-        error of the steps; only its spread over units tells places apart.
-    update : per block, B×T: the part of the block's conductance that runs through what the block adds
-        (output − input), summed over D. The rest would pass the block on the residual stream alone.
-    start, end : f at the first and last step, B.
-    step_errors : per step, the error |Σ ĝ·Δa − Δf| at the worst place, summed over images; None unless asked for.
+    conductance : list[Tensor]
+        Per place, B×T×D. Summed over T and D it is f(x) − f(baseline) for *every* place, up to the error of
+        the steps; only its spread over units tells places apart.
+    update : list[Tensor]
+        Per block, B×T: the part of the block's conductance that runs through what the block adds (output −
+        input), summed over D. The rest would pass the block on the residual stream alone.
+    start, end : Tensor
+        f at the first and last step, B.
+    step_errors : Tensor | None
+        Per step, the error |Σ ĝ·Δa − Δf| at the worst place, summed over images; None unless asked for.
     """
 
     conductance: list[Tensor]
@@ -175,11 +179,15 @@ def path_conductance(
 
     Parameters
     ----------
-    score : pixels → B numbers. Parameters should not require gradients; the graph starts at the first tap.
-    taps : of `residual_taps`. pixels : B×C×H×W. baseline : C×H×W. alphas : rising, in [0, 1], at least two.
-    embed : False leaves out the embedding output (its list entry is then empty) and the backward pass through
+    score : Score
+        Pixels → B numbers. Parameters should not require gradients; the graph starts at the first tap.
+    taps : Sequence[nn.Module]
+        Of `residual_taps`. pixels : B×C×H×W. baseline : C×H×W. alphas : rising, in [0, 1], at least two.
+    embed : bool
+        False leaves out the embedding output (its list entry is then empty) and the backward pass through
         block 0.
-    with_step_errors : also tell where on the path the error arises, for refining `alphas`.
+    with_step_errors : bool
+        Also tell where on the path the error arises, for refining `alphas`.
 
     References
     ----------

@@ -180,13 +180,17 @@ def compare_outliers(
 
     Parameters
     ----------
-    models : two or more names (or finished reports); with `groups` they may be left out.
-    groups : name → models, for example {"language": ["gpt2"], "vision": ["vit-base"]}.
-    n_sigma : the k that answers and figures use; every k of `rules.sigmas` is in the table.
+    models
+        Two or more names (or finished reports); with `groups` they may be left out.
+    groups : Mapping[str, Sequence[str | Path | OutlierReport]] | None
+        Name → models, for example {"language": ["gpt2"], "vision": ["vit-base"]}.
+    n_sigma : float
+        The k that answers and figures use; every k of `rules.sigmas` is in the table.
 
     Raises
     ------
-    UsageError : fewer than two models, fewer than two groups, or no model with blocks.
+    UsageError
+        Fewer than two models, fewer than two groups, or no model with blocks.
     """
     rules = rules or OutlierRules()
     if n_sigma not in rules.all_sigmas:

@@ -177,15 +177,21 @@ def extract_features(
 
     Parameters
     ----------
-    layers : places to read; default `embed` and every block's `resid_post`.
-    pooling : "mean", "last", "cls", or "tokens" for n × tokens × d; default the backbone's.
-    dtype : how features are stored: "float32", "float16" or "bfloat16".
-    batch_size : images per forward pass. cache_dir : folder of the store; default layerprobe's cache.
+    layers : Sequence[LayerRef] | None
+        Places to read; default `embed` and every block's `resid_post`.
+    pooling : str | None
+        "mean", "last", "cls", or "tokens" for n × tokens × d; default the backbone's.
+    dtype : str
+        How features are stored: "float32", "float16" or "bfloat16".
+    batch_size : int
+        Images per forward pass. cache_dir : folder of the store; default layerprobe's cache.
 
     Raises
     ------
-    UnknownNameError, UsageError : a split, layer or pooling that does not exist.
-    LayerprobeError : non-finite activations, naming layer and image; a full disk.
+    UnknownNameError, UsageError
+        a split, layer or pooling that does not exist.
+    LayerprobeError
+        non-finite activations, naming layer and image; a full disk.
     """
     if split not in task.splits:
         raise UnknownNameError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")

@@ -54,14 +54,17 @@ def make_predictor(
 
     Parameters
     ----------
-    head : "probe" fits a linear probe to the pooled final features of the first `n_train` training images, its C
+    head : str | nn.Module
+        "probe" fits a linear probe to the pooled final features of the first `n_train` training images, its C
         chosen on validation; "own" takes the image classifier that the checkpoint brought; a module maps
         pooled features B×D to logits B×K (for example the head of a bridge run).
 
     Raises
     ------
-    UsageError : "own" where there is none, or it has another number of classes than the task.
-    UnknownNameError : another word.
+    UsageError
+        "own" where there is none, or it has another number of classes than the task.
+    UnknownNameError
+        Another word.
     """
     backbone.prepare(task)
     if isinstance(head, nn.Module):
@@ -90,7 +93,8 @@ def fit_probe_head(
 
     Raises
     ------
-    UsageError : fewer than two classes among the training images.
+    UsageError
+        Fewer than two classes among the training images.
     """
     train = task.train.subset(range(min(n_train, len(task.train))))
     classes, labels = np.unique(train.labels, return_inverse=True)

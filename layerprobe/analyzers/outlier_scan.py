@@ -103,8 +103,10 @@ def scan(
 
     Raises
     ------
-    BrokenFileError : a file that ends early or cannot be read.
-    UsageError : fewer than one thread.
+    BrokenFileError
+        a file that ends early or cannot be read.
+    UsageError
+        Fewer than one thread.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")

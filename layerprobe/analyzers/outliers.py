@@ -253,18 +253,26 @@ def outlier_report(
 
     Parameters
     ----------
-    model : alias, hub id, local folder, bridge run, or one weight file.
-    rules : what is counted; see `layerprobe.metrics.outliers.OutlierRules`.
-    include, exclude : shell patterns on tensor names, for example "*.mlp.*".
-    threads : tensors read at once; default: the usable cores, at most 8.
-    engine : "auto", "numba" or "torch"; the numbers are the same.
-    axes : also find rows and columns whose spread stands out, which takes several times longer; default: for
+    model : str | Path
+        Alias, hub id, local folder, bridge run, or one weight file.
+    rules : OutlierRules | None
+        What is counted; see `layerprobe.metrics.outliers.OutlierRules`.
+    include, exclude : Iterable[str] | None
+        Shell patterns on tensor names, for example "*.mlp.*".
+    threads : int | None
+        Tensors read at once; default: the usable cores, at most 8.
+    engine : str
+        "auto", "numba" or "torch"; the numbers are the same.
+    axes : bool | None
+        Also find rows and columns whose spread stands out, which takes several times longer; default: for
         checkpoints up to 512 MiB.
 
     Raises
     ------
-    UnknownNameError, NotAvailableError : no such model, or not here.
-    BrokenFileError : a file that cannot be what it says it is; names file and tensor.
+    UnknownNameError, NotAvailableError
+        No such model, or not here.
+    BrokenFileError
+        a file that cannot be what it says it is; names file and tensor.
 
     Examples
     --------

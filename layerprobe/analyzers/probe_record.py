@@ -24,12 +24,18 @@ class LinearProbes(Record):
 
     Attributes
     ----------
-    layers : from input to output; integers where plain lists were given.
-    results : one `ProbeResult` per layer; None where undefined, then `reasons` says why.
-    Cs : the grid of inverse regularisation strengths.
-    majority : test accuracy of always saying the most frequent training class: chance.
-    extra_rows : rows of further measurements (controls, kNN, ridge, code length, few-shot), long form.
-    controls : other features probed the same way, by name ("pixels", "random").
+    layers : list[Layer]
+        From input to output; integers where plain lists were given.
+    results : list[ProbeResult | None]
+        One `ProbeResult` per layer; None where undefined, then `reasons` says why.
+    Cs : np.ndarray
+        The grid of inverse regularisation strengths.
+    majority : float
+        Test accuracy of always saying the most frequent training class: chance.
+    extra_rows : list[dict[str, Any]]
+        Rows of further measurements (controls, kNN, ridge, code length, few-shot), long form.
+    controls : dict[str, LinearProbes]
+        Other features probed the same way, by name ("pixels", "random").
     """
 
     command: ClassVar[str] = "probe"

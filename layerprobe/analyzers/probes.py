@@ -63,23 +63,31 @@ def linear_probes(
 
     Parameters
     ----------
-    features_train, features_val, features_test : `Features` of three splits; or lists or mappings of n×d
-        arrays by layer, with their labels as y_train, y_val, y_test or as a pair (arrays, labels).
-    y_train, y_val, y_test : labels where the features carry none; any integers or strings.
-    Cs : inverse regularisation strengths. refit : "train+validation" or "train".
-    tol : relative suboptimality at which a fit counts as converged.
-    seed : of the bootstrap, and of the extras. device : a torch device with float64.
-    extras : further measurements per layer: "labels" (random labels: control accuracy and selectivity), "knn",
+    features_train, features_val, features_test : Given
+        `Features` of three splits; or lists or mappings of n×d arrays by layer, with their labels as y_train,
+        y_val, y_test or as a pair (arrays, labels).
+    y_train, y_val, y_test : ArrayLike | None
+        Labels where the features carry none; any integers or strings.
+    Cs : ArrayLike
+        Inverse regularisation strengths. refit : "train+validation" or "train".
+    tol : float
+        Relative suboptimality at which a fit counts as converged.
+    seed : int
+        Of the bootstrap, and of the extras. device : a torch device with float64.
+    extras : Sequence[str]
+        Further measurements per layer: "labels" (random labels: control accuracy and selectivity), "knn",
         "ridge", "mdl" (online code length), "few-shot".
 
     Returns
     -------
-    LinearProbes. A constant layer is a row with a reason.
+    LinearProbes
+        A constant layer is a row with a reason.
 
     Raises
     ------
-    UsageError : non-finite values (named by layer and image), different layers or lengths, one class only, a
-        class without a training image, a sample that is in two splits.
+    UsageError
+        non-finite values (named by layer and image), different layers or lengths, one class only, a class
+        without a training image, a sample that is in two splits.
     """
     check_refit(refit)
     grid = check_grid(Cs)
@@ -158,20 +166,27 @@ def probe_backbone(
 
     Parameters
     ----------
-    backbone, task : what to probe, on what.
-    twin : the same architecture before training (`load_backbone(..., init="random")`); its probes become the
+    backbone, task
+        What to probe, on what.
+    twin : Backbone | None
+        The same architecture before training (`load_backbone(..., init="random")`); its probes become the
         control "random", also with the layers' `extras`.
-    pixels : probe the raw pixels, the mark to beat; the control "pixels".
-    layers : default `embed` and every block's `resid_post`. pooling : default the backbone's.
-    extras, Cs, refit, seed, device : see `linear_probes`. device is where probes are fitted.
+    pixels : bool
+        Probe the raw pixels, the mark to beat; the control "pixels".
+    layers : Sequence[LayerRef] | None
+        Default `embed` and every block's `resid_post`. pooling : default the backbone's.
+    extras, Cs, refit, seed, device
+        See `linear_probes`. device is where probes are fitted.
 
     Returns
     -------
-    LinearProbes with `.controls`.
+    LinearProbes
+        With `.controls`.
 
     Raises
     ------
-    UsageError, UnknownNameError, LayerprobeError : see `extract_features` and `linear_probes`.
+    UsageError, UnknownNameError, LayerprobeError
+        See `extract_features` and `linear_probes`.
     """
     shared: dict[str, Any] = {"layers": layers, "pooling": pooling, "batch_size": batch_size}
     options: dict[str, Any] = {"Cs": Cs, "refit": refit, "seed": seed, "device": device, "quiet": quiet}

@@ -53,11 +53,15 @@ class CKAMatrix(Record):
 
     Attributes
     ----------
-    values : len(A)×len(B), debiased CKA; NaN where undefined, then `reasons[i][j]` says why.
-    stderr : the same shape, standard error over images.
-    pvalue : chance of a value at least as large if the images of B were shuffled, cell by cell.
-    pvalue_max : the same, corrected for the search over all cells (largest cell of each permutation).
-        The permutations run when either is first read; until then the record refers to the features.
+    values
+        len(A)×len(B), debiased CKA; NaN where undefined, then `reasons[i][j]` says why.
+    stderr
+        The same shape, standard error over images.
+    pvalue
+        Chance of a value at least as large if the images of B were shuffled, cell by cell.
+    pvalue_max
+        The same, corrected for the search over all cells (largest cell of each permutation). The permutations
+        run when either is first read; until then the record refers to the features.
     """
 
     command: ClassVar[str] = "cka"
@@ -230,21 +234,28 @@ def cka_matrix(
 
     Parameters
     ----------
-    A, B : features as `extract_features` returns them, or plain sequences of n×d arrays (memory-mapped ones
-        are read piece by piece), rows paired by image. With features, sample ids are compared: equal sets in
+    A, B
+        Features as `extract_features` returns them, or plain sequences of n×d arrays (memory-mapped ones are
+        read piece by piece), rows paired by image. With features, sample ids are compared: equal sets in
         another order are aligned, different sets are refused. `B=None` compares `A` with itself.
-    permutations : at least how many shuffles of the images the p-values rest on.
-    method : "gram", "features" or "auto"; both are exact, "auto" takes the cheaper one.
-    seed : of the permutations, and of the groups of images behind the standard errors.
-    device : where the products run. quiet : no progress bar.
+    permutations : int
+        At least how many shuffles of the images the p-values rest on.
+    method : str
+        "gram", "features" or "auto"; both are exact, "auto" takes the cheaper one.
+    seed : int
+        Of the permutations, and of the groups of images behind the standard errors.
+    device : str
+        Where the products run. quiet : no progress bar.
 
     Returns
     -------
-    CKAMatrix with `.values`, `.stderr`, `.pvalue` (all len(A)×len(B)), `.closest()`, `.to_frame()`.
+    CKAMatrix
+        With `.values`, `.stderr`, `.pvalue` (all len(A)×len(B)), `.closest()`, `.to_frame()`.
 
     Raises
     ------
-    UsageError : different images or image counts, fewer than 4 images, non-finite activations.
+    UsageError
+        Different images or image counts, fewer than 4 images, non-finite activations.
     """
     if permutations < 1:
         raise UsageError(f"permutations must be at least 1, got {permutations}")

@@ -131,23 +131,32 @@ def transfer_scores(
 
     Parameters
     ----------
-    families : of `FAMILIES`.
-    layers : where the readable scores look; default `embed` and every block's output.
-    knn : also leave-one-out kNN, whose cost grows with the square of the images.
-    n_replicates : half samples for the standard errors of the readable scores; 0 leaves errors out. kNN gets the
+    families : Sequence[str]
+        Of `FAMILIES`.
+    layers : Sequence[LayerRef] | None
+        Where the readable scores look; default `embed` and every block's output.
+    knn : bool
+        Also leave-one-out kNN, whose cost grows with the square of the images.
+    n_replicates : int
+        Half samples for the standard errors of the readable scores; 0 leaves errors out. kNN gets the
         binomial error of its accuracy instead.
-    n_batches, batch_size : of the gradients, ≥ 3 batches; training images behind those the probe was fitted to,
-        where there are enough.
-    n_fisher : single images for the Fisher information, ≥ 2.
-    head : what the gradients are gradients of, see `layerprobe.analyzers.heads.make_predictor`.
+    n_batches, batch_size : int
+        Of the gradients, ≥ 3 batches; training images behind those the probe was fitted to, where there are
+        enough.
+    n_fisher : int
+        Single images for the Fisher information, ≥ 2.
+    head : str | nn.Module
+        What the gradients are gradients of, see `layerprobe.analyzers.heads.make_predictor`.
 
     Returns
     -------
-    TransferScores.
+    TransferScores
+        TransferScores.
 
     Raises
     ------
-    UsageError : too few batches or images; LayerprobeError : non-finite features or loss.
+    UsageError
+        Too few batches or images; LayerprobeError : non-finite features or loss.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families:
@@ -286,12 +295,15 @@ def trainable_scores(
 
     Parameters
     ----------
-    batches : at least 3 pairs of pixels b×C×H×W and labels b.
-    images : single images 1×C×H×W for the Fisher information.
+    batches : Sequence[tuple[Tensor, Tensor]]
+        At least 3 pairs of pixels b×C×H×W and labels b.
+    images : Sequence[Tensor]
+        Single images 1×C×H×W for the Fisher information.
 
     Returns
     -------
-    One dict a block, in order.
+    list[dict[str, Estimate]]
+        One dict a block, in order.
     """
     blocks = predictor.backbone.blocks
     size = max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)

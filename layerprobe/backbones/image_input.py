@@ -232,7 +232,8 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
 
     Raises
     ------
-    UsageError : height or width is no multiple of `patch_size`.
+    UsageError
+        Height or width is no multiple of `patch_size`.
     """
     b, c, h, w = pixels.shape
     p = patch_size

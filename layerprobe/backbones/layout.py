@@ -60,7 +60,8 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
 
     Raises
     ------
-    UsageError : no list of blocks fits; the message says what was looked for and what was there.
+    UsageError
+        No list of blocks fits; the message says what was looked for and what was there.
     """
     list_name, blocks = _find_block_list(model, config)
     width = hidden_size(config)

@@ -46,20 +46,30 @@ def load_backbone(
 
     Parameters
     ----------
-    name : alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run.
-    revision : branch, tag or commit on the hub.
-    init : "pretrained", or "random" for the control of the same architecture, drawn with `seed`.
-    device : "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has
-        names and shapes but no values, and takes no memory: what a dry run looks at.
-    dtype : "float32" (default), "bfloat16" or "float16".
-    stem : how the image stem of a language backbone starts: "random" or "pca".
-    patch_size, image_size : pixels per side; defaults follow the task (about 8 × 8 patches) or the model.
-    attention : "causal" or "bidirectional"; None keeps what the model was pretrained with.
-    pooling : "mean" (default), "last" or "cls".
+    name : str
+        Alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run.
+    revision : str | None
+        Branch, tag or commit on the hub.
+    init : str
+        "pretrained", or "random" for the control of the same architecture, drawn with `seed`.
+    device : str | None
+        "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has names
+        and shapes but no values, and takes no memory: what a dry run looks at.
+    dtype : str | None
+        "float32" (default), "bfloat16" or "float16".
+    stem : str
+        How the image stem of a language backbone starts: "random" or "pca".
+    patch_size, image_size : int | None
+        Pixels per side; defaults follow the task (about 8 × 8 patches) or the model.
+    attention : str | None
+        "causal" or "bidirectional"; None keeps what the model was pretrained with.
+    pooling : str | None
+        "mean" (default), "last" or "cls".
 
     Raises
     ------
-    UnknownNameError, NotAvailableError, BrokenFileError, UsageError : see the messages.
+    UnknownNameError, NotAvailableError, BrokenFileError, UsageError
+        See the messages.
     """
     check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
     target = choose_device(device)
@@ -103,10 +113,13 @@ def load_for_dry_run(
 
     Parameters
     ----------
-    task_size : pixels per side of the task's images, None where unknown. With `task_size_certain` False it is
-        a guess, by which tokens are counted but nothing is refused.
-    device : where the run would be; kept as `run_device`.
-    options : as of `load_backbone`.
+    task_size : int | None
+        Pixels per side of the task's images, None where unknown. With `task_size_certain` False it is a
+        guess, by which tokens are counted but nothing is refused.
+    device : str | None
+        Where the run would be; kept as `run_device`.
+    options
+        As of `load_backbone`.
     """
     run_device = choose_device(device)
     backbone = load_backbone(name, device="meta", **options)

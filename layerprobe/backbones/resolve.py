@@ -46,9 +46,12 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
 
     Raises
     ------
-    UnknownNameError : neither a folder nor an alias nor a hub id.
-    NotAvailableError : not in the cache while offline, gated, or the hub cannot be reached.
-    BrokenFileError : a folder without configuration or weights, or an index that points outside it.
+    UnknownNameError
+        Neither a folder nor an alias nor a hub id.
+    NotAvailableError
+        Not in the cache while offline, gated, or the hub cannot be reached.
+    BrokenFileError
+        a folder without configuration or weights, or an index that points outside it.
     """
     as_path = Path(name).expanduser()
     if as_path.is_dir():

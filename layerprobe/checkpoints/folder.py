@@ -31,7 +31,8 @@ class Checkpoint:
 
         Raises
         ------
-        UsageError : nothing is left.
+        UsageError
+            Nothing is left.
         """
         kept = tuple(
             tensor
@@ -52,8 +53,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises
     ------
-    NotAvailableError : no such path, or no weight files in it.
-    BrokenFileError : a file, index or shard that cannot be what it says it is.
+    NotAvailableError
+        No such path, or no weight files in it.
+    BrokenFileError
+        a file, index or shard that cannot be what it says it is.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent

@@ -85,7 +85,8 @@ class StoredTensor:
 
         Raises
         ------
-        BrokenFileError : the file ends early or cannot be read; names the file and the tensor.
+        BrokenFileError
+            The file ends early or cannot be read; names the file and the tensor.
         """
         dtype = np.dtype(RAW_DTYPES[self.dtype])
         view = memoryview(buffer)
@@ -146,8 +147,9 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
     Raises
     ------
-    BrokenFileError : a header longer than the file or not JSON; an unknown dtype; a shape that does not
-        fit its bytes; offsets that overlap or leave the file (also: a truncated file).
+    BrokenFileError
+        a header longer than the file or not JSON; an unknown dtype; a shape that does not fit its bytes;
+        offsets that overlap or leave the file (also: a truncated file).
     """
     header, start, size = _header(file)
     tensors = [

@@ -24,7 +24,8 @@ def read_torch(file: Path) -> list[StoredTensor]:
 
     Raises
     ------
-    BrokenFileError : not a torch file, truncated, or one that would need to run code.
+    BrokenFileError
+        Not a torch file, truncated, or one that would need to run code.
     """
     import torch
 

@@ -165,16 +165,22 @@ def capture(
 
     Parameters
     ----------
-    backbone : anything with `.model`, `.layout` and `.name`.
-    layers : which places; order is kept.
-    pool : applied to each B×T×D tensor on its device at once, so that no whole activation is kept.
-    stop_early : end the forward pass when the last requested layer was seen; code after the call in the
-        `with` body is then skipped.
+    backbone : Hookable
+        Anything with `.model`, `.layout` and `.name`.
+    layers : Sequence[LayerRef]
+        Which places; order is kept.
+    pool : Pool | None
+        Applied to each B×T×D tensor on its device at once, so that no whole activation is kept.
+    stop_early : bool
+        End the forward pass when the last requested layer was seen; code after the call in the `with` body is
+        then skipped.
 
     Raises
     ------
-    UnknownNameError : a block that does not exist. UsageError : a site this model has not.
-    LayerprobeError : on leaving, when a requested layer never ran.
+    UnknownNameError
+        a block that does not exist. UsageError : a site this model has not.
+    LayerprobeError
+        On leaving, when a requested layer never ran.
     """
     return Capture(backbone, layers, pool=pool, stop_early=stop_early)
 

@@ -47,8 +47,10 @@ class FeatureStore:
 
     Parameters
     ----------
-    root : folder of all stores. key : plain values that decide the features; its hash names the folder.
-    n_rows : images. dtype : one of `FEATURE_DTYPES`.
+    root : Path
+        Folder of all stores. key : plain values that decide the features; its hash names the folder.
+    n_rows : int
+        Images. dtype : one of `FEATURE_DTYPES`.
     """
 
     def __init__(self, root: Path, key: Mapping[str, Any], *, n_rows: int, dtype: str) -> None:
@@ -68,7 +70,8 @@ class FeatureStore:
 
         Raises
         ------
-        BrokenFileError : the file is not what the key says.
+        BrokenFileError
+            The file is not what the key says.
         """
         path = self._path(layer)
         try:
@@ -143,7 +146,8 @@ class StoreWriter:
 
         Raises
         ------
-        LayerprobeError : the disk is full or cannot be written; finished batches stay.
+        LayerprobeError
+            The disk is full or cannot be written; finished batches stay.
         """
         count = len(next(iter(batch.values())))
         try:
@@ -232,7 +236,8 @@ def prune_stores(root: Path, folders: Sequence[str]) -> int:
 
     Raises
     ------
-    UsageError : a name that is no store in `root`.
+    UsageError
+        a name that is no store in `root`.
     """
     known = {row["folder"]: row["bytes"] for row in list_stores(root)}
     freed = 0

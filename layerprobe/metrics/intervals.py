@@ -31,17 +31,22 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Inter
 
     Parameters
     ----------
-    successes : number of hits, 0 ≤ successes ≤ n.
-    n : number of trials, ≥ 1.
-    confidence : in (0, 1).
+    successes : float
+        Number of hits, 0 ≤ successes ≤ n.
+    n : int
+        Number of trials, ≥ 1.
+    confidence : float
+        In (0, 1).
 
     Returns
     -------
-    Interval (low, high), both in [0, 1]; the observed share lies inside.
+    Interval
+        (low, high), both in [0, 1]; the observed share lies inside.
 
     Raises
     ------
-    UsageError : n < 1, successes outside 0 … n, or an impossible confidence.
+    UsageError
+        n < 1, successes outside 0 … n, or an impossible confidence.
 
     References
     ----------
@@ -69,16 +74,20 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
 
     Parameters
     ----------
-    values : one number per seed, at least two, finite.
-    confidence : in (0, 1).
+    values : ArrayLike
+        One number per seed, at least two, finite.
+    confidence : float
+        In (0, 1).
 
     Returns
     -------
-    Estimate with low, high, stderr and n. Equal values give an interval of width 0.
+    Estimate
+        With low, high, stderr and n. Equal values give an interval of width 0.
 
     Raises
     ------
-    UsageError : fewer than two values (one run has no spread), or a value that is not finite.
+    UsageError
+        Fewer than two values (one run has no spread), or a value that is not finite.
 
     Examples
     --------
@@ -104,20 +113,27 @@ def bootstrap_interval(
 
     Parameters
     ----------
-    values : n rows (a vector, or an array whose first axis is resampled); n ≥ 2, finite.
-    statistic : called as `statistic(resampled, axis=0)`, returns one number.
-    n_resamples : number of resamples; more of them steady the ends.
-    confidence : in (0, 1).
-    seed : the same seed gives the same interval.
+    values : ArrayLike
+        n rows (a vector, or an array whose first axis is resampled); n ≥ 2, finite.
+    statistic : Callable[..., Any]
+        Called as `statistic(resampled, axis=0)`, returns one number.
+    n_resamples : int
+        Number of resamples; more of them steady the ends.
+    confidence : float
+        In (0, 1).
+    seed : int
+        The same seed gives the same interval.
 
     Returns
     -------
-    Interval (low, high). The percentile form is short of coverage for n below about 20;
-    for a mean of a few seeds use `mean_interval`.
+    Interval
+        (low, high). The percentile form is short of coverage for n below about 20; for a mean of a few seeds
+        use `mean_interval`.
 
     Raises
     ------
-    UsageError : fewer than two rows, non-finite values, no resamples, or an impossible confidence.
+    UsageError
+        Fewer than two rows, non-finite values, no resamples, or an impossible confidence.
 
     References
     ----------
@@ -149,19 +165,25 @@ def paired_bootstrap(
 
     Parameters
     ----------
-    correct_a, correct_b : n per-sample outcomes in the same order, 0/1 or real scores; n ≥ 2.
-    n_resamples : number of resamples.
-    confidence : in (0, 1).
-    seed : the same seed gives the same answer.
+    correct_a, correct_b : ArrayLike
+        n per-sample outcomes in the same order, 0/1 or real scores; n ≥ 2.
+    n_resamples : int
+        Number of resamples.
+    confidence : float
+        In (0, 1).
+    seed : int
+        The same seed gives the same answer.
 
     Returns
     -------
-    Estimate: mean(a − b), its percentile interval, n, and the two-sided bootstrap p-value
-    2·min(P(d* ≤ 0), P(d* ≥ 0)), at least 2/(n_resamples + 1). Not corrected for several comparisons.
+    Estimate
+        mean(a − b), its percentile interval, n, and the two-sided bootstrap p-value 2·min(P(d* ≤ 0), P(d* ≥
+        0)), at least 2/(n_resamples + 1). Not corrected for several comparisons.
 
     Raises
     ------
-    UsageError : different or too small lengths, non-finite values.
+    UsageError
+        Different or too small lengths, non-finite values.
 
     Examples
     --------
@@ -190,18 +212,22 @@ def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
 
     Parameters
     ----------
-    a, b : one value per seed, in the same order of seeds; at least two.
-    confidence : in (0, 1).
+    a, b : ArrayLike
+        One value per seed, in the same order of seeds; at least two.
+    confidence : float
+        In (0, 1).
 
     Returns
     -------
-    Estimate: mean(a − b) with its t interval, and the probability that a's expected value exceeds b's
-    (Student's t with n − 1 degrees of freedom, flat prior; one minus the one-sided p-value).
-    Where all differences are equal, the interval has width 0 and the probability is 0, 0.5 or 1.
+    Estimate
+        mean(a − b) with its t interval, and the probability that a's expected value exceeds b's (Student's t
+        with n − 1 degrees of freedom, flat prior; one minus the one-sided p-value). Where all differences are
+        equal, the interval has width 0 and the probability is 0, 0.5 or 1.
 
     Raises
     ------
-    UsageError : different lengths, fewer than two seeds, non-finite values.
+    UsageError
+        Different lengths, fewer than two seeds, non-finite values.
 
     Examples
     --------

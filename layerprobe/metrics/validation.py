@@ -23,7 +23,8 @@ def as_features(X: ArrayLike | torch.Tensor, name: str) -> np.ndarray:
 
     Raises
     ------
-    UsageError : another shape, or a dtype that is no number.
+    UsageError
+        Another shape, or a dtype that is no number.
     """
     if hasattr(X, "detach"):
         tensor = X.detach().cpu()
@@ -63,7 +64,8 @@ def check_features(X: ArrayLike | torch.Tensor, name: str, ids: Ids = None) -> n
 
     Raises
     ------
-    UsageError : another shape, no numbers, or non-finite values.
+    UsageError
+        Another shape, no numbers, or non-finite values.
     """
     array = as_features(X, name)
     if array.dtype.kind != "f":
@@ -77,7 +79,8 @@ def check_pair(X: ArrayLike, Y: ArrayLike, minimum: int = 4) -> tuple[np.ndarray
 
     Raises
     ------
-    UsageError : as `check_features`; row counts that differ, or fewer than `minimum` rows.
+    UsageError
+        As `check_features`; row counts that differ, or fewer than `minimum` rows.
     """
     x, y = (np.asarray(check_features(side, name), np.float64) for side, name in ((X, "X"), (Y, "Y")))
     check_same_rows(("X", x.shape), ("Y", y.shape))
@@ -100,7 +103,8 @@ def check_labels(
 
     Raises
     ------
-    UsageError : not one label per row, not whole numbers, outside 0 … n_classes−1, or too few classes.
+    UsageError
+        Not one label per row, not whole numbers, outside 0 … n_classes−1, or too few classes.
     """
     labels = np.asarray(y)
     if labels.ndim != 1 or len(labels) != n:

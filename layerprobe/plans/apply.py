@@ -24,11 +24,16 @@ class Applied:
 
     Attributes
     ----------
-    prefix : what the model puts before the plan's names.
-    trainable, frozen : numbers of the plan's tensors set on either side.
-    outside : name -> state, for the parameters around the base model.
-    tied : name outside the base model -> the plan's name of the same tensor, whose state it shares.
-    absent : names of the plan that the model lacks by the caller's leave.
+    prefix : str
+        What the model puts before the plan's names.
+    trainable, frozen : int
+        Numbers of the plan's tensors set on either side.
+    outside : dict[str, str]
+        Name -> state, for the parameters around the base model.
+    tied : dict[str, str]
+        Name outside the base model -> the plan's name of the same tensor, whose state it shares.
+    absent : tuple[str, ...]
+        Names of the plan that the model lacks by the caller's leave.
     """
 
     prefix: str
@@ -62,9 +67,12 @@ class Verification:
 
     Attributes
     ----------
-    frozen, buffers : how many frozen tensors, and buffers of frozen blocks, were found bit-identical.
-    changed : trainable parameters that did move.
-    unchanged : trainable parameters that did not, for example because no gradient ever reached them.
+    frozen, buffers : int
+        How many frozen tensors, and buffers of frozen blocks, were found bit-identical.
+    changed : tuple[str, ...]
+        Trainable parameters that did move.
+    unchanged : tuple[str, ...]
+        Trainable parameters that did not, for example because no gradient ever reached them.
     """
 
     frozen: int
@@ -104,21 +112,26 @@ def apply_plan(
 
     Parameters
     ----------
-    outside : what becomes of parameters around the base model (lm_head, classifier, pooler): `frozen`,
-        `trainable`, or a mapping from names or modules to one of the two. Default: an error that lists them.
-        A head tied to an embedding is the embedding: it follows the plan.
-    without : modules of the plan that this model is meant not to have (`pooler`).
-    prefix : where the base model stands, when it cannot be found by its names alone.
-    remember : take digests now, so that `verify` needs no other argument. Reads every weight once
-        (about 1 GB/s).
+    outside : str | Mapping[str, str]
+        What becomes of parameters around the base model (lm_head, classifier, pooler): `frozen`, `trainable`,
+        or a mapping from names or modules to one of the two. Default: an error that lists them. A head tied
+        to an embedding is the embedding: it follows the plan.
+    without : Iterable[str]
+        Modules of the plan that this model is meant not to have (`pooler`).
+    prefix : str | None
+        Where the base model stands, when it cannot be found by its names alone.
+    remember : bool
+        Take digests now, so that `verify` needs no other argument. Reads every weight once (about 1 GB/s).
 
     Returns
     -------
     Applied
+        Applied
 
     Raises
     ------
-    PlanError : names or shapes do not fit; the first few are listed.
+    PlanError
+        Names or shapes do not fit; the first few are listed.
     """
     every = _named_parameters(model)
     match = match_parameters(plan, every, prefix=prefix, without=without)
@@ -195,12 +208,13 @@ def verify_plan(
 
     Parameters
     ----------
-    before : from `fingerprint`; by default the digests that `apply` took of this very object.
+    before : Fingerprint | None
+        From `fingerprint`; by default the digests that `apply` took of this very object.
 
     Raises
     ------
-    PlanError : a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from
-        before.
+    PlanError
+        a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
     """
     if before is None:
         effect, before = _remembered.get(model, (None, None))

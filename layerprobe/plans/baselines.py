@@ -70,16 +70,21 @@ def standard_plans(
 
     Parameters
     ----------
-    parameters, groups : as for `FreezePlan.from_blocks`.
-    norm_names : parameters of norms, inside the blocks and outside, see `norm_parameter_names`.
-    embeddings : state of the word embeddings in every plan. They are never used when a language model reads
-        image tokens, so they stay frozen even in `all`, which frees norms, positions and other outside the blocks.
-    first : as for `standard_blocks`.
+    parameters, groups
+        As for `FreezePlan.from_blocks`.
+    norm_names : Iterable[str]
+        Parameters of norms, inside the blocks and outside, see `norm_parameter_names`.
+    embeddings : str
+        State of the word embeddings in every plan. They are never used when a language model reads image
+        tokens, so they stay frozen even in `all`, which frees norms, positions and other outside the blocks.
+    first : int
+        As for `standard_blocks`.
 
     Returns
     -------
-    dict with `all`, `none`, `norms` (Frozen Pretrained Transformers, Lu et al. 2021, arXiv 2103.05247),
-    `first-5`, `last-5`, `first-half`, `last-half`, `random-0`.
+    dict[str, FreezePlan]
+        With `all`, `none`, `norms` (Frozen Pretrained Transformers, Lu et al. 2021, arXiv 2103.05247),
+        `first-5`, `last-5`, `first-half`, `last-half`, `random-0`.
     """
     n_blocks = len({group for group in groups.values() if group.startswith("block.")})
 

@@ -33,16 +33,25 @@ class FreezePlan(PlanData):
 
     Attributes
     ----------
-    model_id, revision : what the plan was made for.
-    weights_hash : sha256 over the sorted (name, shape, dtype); see `model_hash`.
-    frozen, trainable : exact parameter names, in the model's order; together they are the whole model.
-    blocks : one flag a block, True where every parameter of the block is trained.
-    states : of stem, embeddings, positions, norms (the norms outside the blocks), other and head:
-        `frozen`, `trainable`, `partial`, or `absent` where the backbone has no such parameter.
-    counts : entries and tensors on either side.
-    found : how the plan was found: task, split hash, seeds, budget, scores, accuracy with interval …
-    parameters : name -> `Parameter`.
-    source : file the plan was read from, for error messages.
+    model_id, revision
+        What the plan was made for.
+    weights_hash
+        sha256 over the sorted (name, shape, dtype); see `model_hash`.
+    frozen, trainable
+        Exact parameter names, in the model's order; together they are the whole model.
+    blocks
+        One flag a block, True where every parameter of the block is trained.
+    states
+        Of stem, embeddings, positions, norms (the norms outside the blocks), other and head: `frozen`,
+        `trainable`, `partial`, or `absent` where the backbone has no such parameter.
+    counts
+        Entries and tensors on either side.
+    found
+        How the plan was found: task, split hash, seeds, budget, scores, accuracy with interval …
+    parameters
+        Name -> `Parameter`.
+    source
+        File the plan was read from, for error messages.
 
     Examples
     --------
@@ -73,7 +82,8 @@ class FreezePlan(PlanData):
 
         Raises
         ------
-        BrokenFileError : all mistakes found, in one line.
+        BrokenFileError
+            All mistakes found, in one line.
         """
         if mistakes := find_mistakes(raw):
             shown = "; ".join(mistakes[:20]) + (
@@ -104,8 +114,10 @@ class FreezePlan(PlanData):
 
         Raises
         ------
-        UnknownNameError : no such file, or a folder without one.
-        BrokenFileError : too large, not JSON, another schema, or inconsistent.
+        UnknownNameError
+            No such file, or a folder without one.
+        BrokenFileError
+            Too large, not JSON, another schema, or inconsistent.
         """
         file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
         if not file.exists():

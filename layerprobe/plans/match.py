@@ -33,9 +33,12 @@ class NameMatch:
 
     Attributes
     ----------
-    prefix : what the model puts before the base model's names, for example `transformer.`.
-    absent : names of the plan that the model lacks, all of them allowed by the caller.
-    outside : names of the model that are no part of the plan.
+    prefix : str
+        What the model puts before the base model's names, for example `transformer.`.
+    absent : frozenset[str]
+        Names of the plan that the model lacks, all of them allowed by the caller.
+    outside : tuple[str, ...]
+        Names of the model that are no part of the plan.
     """
 
     prefix: str

@@ -94,18 +94,25 @@ class PlanData:
 
         Parameters
         ----------
-        parameters : name -> (shape, dtype), see `parameter_table`.
-        groups : name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
-        trainable_blocks : indices from 0.
-        norms : `frozen` or `trainable`, for the norms outside the blocks (group `norm`).
-        positions, embeddings, other : the same for their groups.
-        stem, head : the same for what stands around the backbone; a statement for the trainer.
-        also_trainable : exact names trained whatever their group says (for example the norms in frozen
-            blocks).
+        parameters : ParameterTable
+            Name -> (shape, dtype), see `parameter_table`.
+        groups : Mapping[str, str]
+            Name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
+        trainable_blocks : Iterable[int]
+            Indices from 0.
+        norms : str
+            `frozen` or `trainable`, for the norms outside the blocks (group `norm`).
+        positions, embeddings, other : str
+            The same for their groups.
+        stem, head : str
+            The same for what stands around the backbone; a statement for the trainer.
+        also_trainable : Iterable[str]
+            Exact names trained whatever their group says (for example the norms in frozen blocks).
 
         Raises
         ------
-        PlanError : a block that does not exist, a name without a group, an unknown group or state.
+        PlanError
+            a block that does not exist, a name without a group, an unknown group or state.
         """
         table = {
             name: Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))

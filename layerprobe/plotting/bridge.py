@@ -72,8 +72,10 @@ def plot_accuracy_against(
 
     Parameters
     ----------
-    frame : `Evaluation.to_frame()`.
-    x : "train_flops", "train_seconds" or "trainable_parameters".
+    frame : pd.DataFrame
+        `Evaluation.to_frame()`.
+    x : str
+        "train_flops", "train_seconds" or "trainable_parameters".
     """
     ax = ax if ax is not None else look.new_axes(6, 4)
     means = frame[(frame["metric"] == "test_accuracy_mean") & frame["value"].notna()]

@@ -48,8 +48,10 @@ def plot_transfer(
 
     Parameters
     ----------
-    frame : `TransferScores.to_frame()`.
-    metric : which score. Where lower is better, the title says so.
+    frame : pd.DataFrame
+        `TransferScores.to_frame()`.
+    metric : str
+        Which score. Where lower is better, the title says so.
     """
     rows = _of_metric(frame, metric, "score")
     ax = ax if ax is not None else look.new_axes(5, 3.5)

@@ -19,9 +19,12 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
 
     Parameters
     ----------
-    frame : as `LinearProbes.to_frame()` gives it. Layers without a value leave a gap.
-    ax : where to draw; a new figure otherwise.
-    style : passed on to the line of the layers probed.
+    frame : pd.DataFrame
+        As `LinearProbes.to_frame()` gives it. Layers without a value leave a gap.
+    ax : Axes | None
+        Where to draw; a new figure otherwise.
+    style
+        Passed on to the line of the layers probed.
     """
     tested = _with_layers(frame[(frame["metric"] == "probe_accuracy") & (frame["split"] == "test")])
     main = tested[tested["control"].isna()]

@@ -24,13 +24,16 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
 
     Parameters
     ----------
-    frame : `SearchResult.pareto` (pareto.csv): `trainable_parameters`, `validation_accuracy` in [0, 1], `sd`
-        over seeds (may be empty), `n_seeds`, `on_front`, `chosen`.
-    ax : where to draw; default a new figure. style : passed on to the scatter of plans.
+    frame : pd.DataFrame
+        `SearchResult.pareto` (pareto.csv): `trainable_parameters`, `validation_accuracy` in [0, 1], `sd` over
+        seeds (may be empty), `n_seeds`, `on_front`, `chosen`.
+    ax : Axes | None
+        Where to draw; default a new figure. style : passed on to the scatter of plans.
 
     Returns
     -------
-    The Axes. Bars are one standard error where a plan has several seeds; single runs are hollow.
+    Axes
+        The Axes. Bars are one standard error where a plan has several seeds; single runs are hollow.
     """
     if frame.empty:
         raise UsageError("no plan was valued at full length, so there is no front to draw")
@@ -66,9 +69,11 @@ def plot_ranking(
 
     Parameters
     ----------
-    frame : `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
+    frame : pd.DataFrame
+        `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
         `trainable_parameters`. Arms without a value are left out.
-    chance : accuracy of a guess, drawn as a line. style : passed on to the points.
+    chance : float | None
+        Accuracy of a guess, drawn as a line. style : passed on to the points.
     """
     known = frame[frame["test_accuracy"].notna()].sort_values("test_accuracy")
     if known.empty:
@@ -102,9 +107,11 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
 
     Parameters
     ----------
-    frame : rows with `plan` ('#' trained, '.' frozen), `validation_accuracy` in [0, 1] and `chosen`, for
-        example `SearchResult.finalists`; drawn from best to worst.
-    style : passed on to every cell (a matplotlib Rectangle).
+    frame : pd.DataFrame
+        Rows with `plan` ('#' trained, '.' frozen), `validation_accuracy` in [0, 1] and `chosen`, for example
+        `SearchResult.finalists`; drawn from best to worst.
+    style
+        Passed on to every cell (a matplotlib Rectangle).
     """
     known = frame[frame["validation_accuracy"].notna()].sort_values("validation_accuracy", ascending=False)
     if known.empty:
@@ -127,15 +134,19 @@ def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> A
 
     Parameters
     ----------
-    frame : rows with `plan`, `block` (empty for what lies around the blocks), `state` (`frozen`,
-        `partial`, `trainable`), `value` (trained parameters) and `n` (all of them), as `plan_frame`
-        makes them; several frames may be concatenated. Plans stand in the order in which they come.
-    ax : where to draw; by default a new figure sized for the strips.
-    style : passed on to every cell (a matplotlib Rectangle).
+    frame : pd.DataFrame
+        Rows with `plan`, `block` (empty for what lies around the blocks), `state` (`frozen`, `partial`,
+        `trainable`), `value` (trained parameters) and `n` (all of them), as `plan_frame` makes them; several
+        frames may be concatenated. Plans stand in the order in which they come.
+    ax : Axes | None
+        Where to draw; by default a new figure sized for the strips.
+    style
+        Passed on to every cell (a matplotlib Rectangle).
 
     Returns
     -------
-    The Axes. Beside each strip stands the share of the backbone's parameters that is trained.
+    Axes
+        The Axes. Beside each strip stands the share of the backbone's parameters that is trained.
     """
     inside = frame[frame["block"].notna()]
     if inside.empty:

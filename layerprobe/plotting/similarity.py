@@ -25,10 +25,14 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
 
     Parameters
     ----------
-    frame : as `CKAMatrix.to_frame()` gives it.
-    ax : where to draw; a new figure of fitting size otherwise.
-    intervals : write each value with the half-width of its 95 % interval into its cell.
-    style : passed on to `seaborn.heatmap`, for example `cmap`.
+    frame : pd.DataFrame
+        As `CKAMatrix.to_frame()` gives it.
+    ax : Axes | None
+        Where to draw; a new figure of fitting size otherwise.
+    intervals : bool
+        Write each value with the half-width of its 95 % interval into its cell.
+    style
+        Passed on to `seaborn.heatmap`, for example `cmap`.
     """
     if frame.empty:
         raise UsageError("there is nothing to draw: the table holds no pairs of layers")

@@ -38,9 +38,12 @@ def plot_lines(
 
     Parameters
     ----------
-    scale : factor of the values, 100 for shares in percent.
-    shift : moves the lines apart along x by this much each, so that bars do not hide one another.
-    style : passed on to every line.
+    scale : float
+        Factor of the values, 100 for shares in percent.
+    shift : float
+        Moves the lines apart along x by this much each, so that bars do not hide one another.
+    style
+        Passed on to every line.
     """
     if frame.empty:
         raise UsageError("there is nothing to draw: the table is empty")

@@ -43,7 +43,8 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
 
     Raises
     ------
-    BrokenFileError : a file of the run is missing or of another schema.
+    BrokenFileError
+        a file of the run is missing or of another schema.
     """
     found = read_json(folder / "search.json", what="search")
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:

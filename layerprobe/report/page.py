@@ -102,7 +102,8 @@ def figure(path: Path, caption: str) -> str:
 
     Raises
     ------
-    BrokenFileError : larger than 20 MiB, or no PNG.
+    BrokenFileError
+        Larger than 20 MiB, or no PNG.
     """
     size = path.stat().st_size
     if size > MAX_FIGURE_BYTES:

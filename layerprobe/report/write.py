@@ -18,16 +18,20 @@ def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[st
 
     Parameters
     ----------
-    folder : what a command was given with `-o`: a freeze search, or any folder of records.
-    output : the HTML file; default `report.html` in the folder.
+    folder : str | os.PathLike[str]
+        What a command was given with `-o`: a freeze search, or any folder of records.
+    output : str | os.PathLike[str] | None
+        The HTML file; default `report.html` in the folder.
 
     Returns
     -------
-    path of the page.
+    Path
+        Path of the page.
 
     Raises
     ------
-    UsageError : there is no such folder. BrokenFileError : it holds no run, or a damaged one.
+    UsageError
+        There is no such folder. BrokenFileError : it holds no run, or a damaged one.
     """
     source = Path(folder)
     if not source.is_dir():
@@ -42,7 +46,8 @@ def record_sections(folder: Path) -> tuple[str, list[str]]:
 
     Raises
     ------
-    BrokenFileError : no record is there.
+    BrokenFileError
+        No record is there.
     """
     files = {path.stem: read_json(path, what="record") for path in sorted(folder.glob("*.json"))}
     records = {name: content for name, content in files.items() if _is_record(content)}

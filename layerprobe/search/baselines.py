@@ -60,10 +60,12 @@ class BaselineResult:
 
     Attributes
     ----------
-    test : test accuracy per seed, None where a run failed. accuracy : their mean with a t interval over seeds.
-    cost : of one training, in full trainings. seconds : mean of its steps.
-    against_all, against_plan : paired difference to training everything and to the plan; None for that line
-        itself or after failures.
+    test : tuple[float | None, ...]
+        Test accuracy per seed, None where a run failed. accuracy : their mean with a t interval over seeds.
+    cost : float
+        Of one training, in full trainings. seconds : mean of its steps.
+    against_all, against_plan : Difference | None
+        Paired difference to training everything and to the plan; None for that line itself or after failures.
     """
 
     baseline: Baseline
@@ -108,7 +110,8 @@ def chosen_baselines(
 
     Raises
     ------
-    UnknownNameError : there is no such baseline.
+    UnknownNameError
+        There is no such baseline.
     """
     baselines = standard_baselines(space, seed=seed, scores=scores)
     if names is None:
@@ -189,7 +192,8 @@ def choose_rates(
 
     Parameters
     ----------
-    everyone : the plan first. known : rates of those that need no choice, the plan's among them.
+    everyone : Sequence[Baseline]
+        The plan first. known : rates of those that need no choice, the plan's among them.
     """
     plan, *baselines = everyone
     chosen = dict(known)

@@ -33,12 +33,18 @@ class TrialBudget:
 
     Attributes
     ----------
-    space : the plans. settings : learning rates, common seeds, lengths and objective.
-    total : what may be spent, in full trainings. spent, held_back : of it; the latter is kept for the finals.
-    scores : per-block proposals; may be empty.
-    max_repeats : how many common seeds there are at most; default twice `settings.seeds`.
-    watch : called after every batch that was trained.
-    history : every trial that was asked for, with its outcome.
+    space : Space
+        The plans. settings : learning rates, common seeds, lengths and objective.
+    total : float
+        What may be spent, in full trainings. spent, held_back : of it; the latter is kept for the finals.
+    scores : Scores
+        per-block proposals; may be empty.
+    max_repeats : int | None
+        How many common seeds there are at most; default twice `settings.seeds`.
+    watch : Callable[[TrialBudget], None] | None
+        Called after every batch that was trained.
+    history : dict[Trial, Outcome]
+        Every trial that was asked for, with its outcome.
     """
 
     space: Space
@@ -181,7 +187,8 @@ def measured_gain(budget: TrialBudget) -> tuple[np.ndarray, np.ndarray]:
 
     Returns
     -------
-    gain, stderr : arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
+    tuple[np.ndarray, np.ndarray]
+        Arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
     """
     known = [
         (trial, outcome.validation_accuracy)

@@ -49,7 +49,8 @@ def search_facts(
 
     Raises
     ------
-    UsageError : what `freeze_search` would refuse of these settings and this model.
+    UsageError
+        What `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
     space = Space(block_params(seen), settings.constraints)
@@ -101,7 +102,8 @@ def pilot(train_batch: TrainBatch, space: Space, settings: Settings, workers: in
 
     Raises
     ------
-    UsageError : it diverges at the middle learning rate and at every smaller one.
+    UsageError
+        It diverges at the middle learning rate and at every smaller one.
     """
     rates = sorted(settings.lrs)[: len(settings.lrs) // 2 + 1]
     for lr in reversed(rates):

@@ -38,13 +38,20 @@ class SearchResult(Record):
 
     Attributes
     ----------
-    plan : the freeze plan, with its evidence in `plan.found`.
-    answer : the sentence. kind : 'train everything', 'better', 'worse', 'no difference found', 'not compared'.
-    table : one row a block: scores, measured gain of training it, in the plan or not (layers.csv).
-    trials : one row a training (trials.csv). baselines : one row a baseline, test accuracy (baselines.csv).
-    pareto : one row a plan trained at full length: accuracy, parameters, cost, on the front or not.
-    finalists : one row a finalist: validation accuracy per common seed, chosen or not.
-    facts : cost, budget, seeds and everything else for the report; `lr_at_edge` names baselines whose learning
+    plan : FreezePlan
+        The freeze plan, with its evidence in `plan.found`.
+    answer : str
+        The sentence. kind : 'train everything', 'better', 'worse', 'no difference found', 'not compared'.
+    table : pd.DataFrame
+        One row a block: scores, measured gain of training it, in the plan or not (layers.csv).
+    trials : pd.DataFrame
+        One row a training (trials.csv). baselines : one row a baseline, test accuracy (baselines.csv).
+    pareto : pd.DataFrame
+        One row a plan trained at full length: accuracy, parameters, cost, on the front or not.
+    finalists : pd.DataFrame
+        One row a finalist: validation accuracy per common seed, chosen or not.
+    facts : dict[str, Any]
+        Cost, budget, seeds and everything else for the report; `lr_at_edge` names baselines whose learning
         rate is the smallest or largest of the grid, so that a wider one might serve them better.
     """
 
@@ -147,8 +154,10 @@ def make_result(
 
     Parameters
     ----------
-    budget : after the search. winner : of the finalists. report : the plan and the baselines on unseen seeds.
-    records : every training of search and report. scores : long table of transfer scores; may be empty.
+    budget : TrialBudget
+        After the search. winner : of the finalists. report : the plan and the baselines on unseen seeds.
+    records : Sequence[Finished]
+        Every training of search and report. scores : long table of transfer scores; may be empty.
     """
     task, space, settings = evaluator.task, budget.space, budget.settings
     own = next(line for line in report if line.baseline.name == PLAN)

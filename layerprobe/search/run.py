@@ -67,34 +67,55 @@ def freeze_search(
 
     Parameters
     ----------
-    backbone, task : from `load_backbone` and `load_task`.
-    preset : 'quickstart' for a first look on a small task.
-    storage : database that several processes and machines share; default: study.db in `output`.
-    workers : processes on this machine; their order does not matter to the answer.
-    output : run folder. The same arguments again continue there; finished trainings are looked up.
-    quiet : no progress on stderr.
-    budget : what the search itself may spend, in full trainings of everything (default 20); baselines and
-        the final test come on top and are stated.
-    time : seconds for search and report together, instead of a budget; converted once, by the measured
-        duration of the first training.
-    strategy : racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
-    objective : 'frugal' (the one-standard-error rule: fewest parameters within one standard error of the
-        best) or 'accuracy'.
-    seeds : common seeds of finalists, and unseen seeds of the report, ≥ 2.
-    lrs : learning rates to choose from, for each plan separately; order and repetitions do not matter.
-    fidelity : length of low-fidelity runs, as a share of the full training.
-    bridge_steps, finetune_steps, batch_size, random_classes, precision : of the training; see `BridgeConfig`.
-    use_scores : compute transfer scores, and let the trainable ones propose plans; False: neither.
-    baselines : names of the baselines to report; default all of `standard_baselines`. Beyond those there are
-        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the search.
-    min_frozen, max_trainable_params, must_freeze, must_train : constraints on the plan.
-    keep_bridge : bridge-train the chosen plan in the end and save it into `output`/bridge.
-    seed : of everything random.
+    backbone, task
+        From `load_backbone` and `load_task`.
+    preset : str | None
+        'quickstart' for a first look on a small task.
+    storage : str | os.PathLike[str] | None
+        Database that several processes and machines share; default: study.db in `output`.
+    workers : int
+        Processes on this machine; their order does not matter to the answer.
+    output : str | os.PathLike[str] | None
+        Run folder. The same arguments again continue there; finished trainings are looked up.
+    quiet : bool
+        No progress on stderr.
+    budget
+        What the search itself may spend, in full trainings of everything (default 20); baselines and the
+        final test come on top and are stated.
+    time
+        Seconds for search and report together, instead of a budget; converted once, by the measured duration
+        of the first training.
+    strategy
+        Racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
+    objective
+        'frugal' (the one-standard-error rule: fewest parameters within one standard error of the best) or
+        'accuracy'.
+    seeds
+        Common seeds of finalists, and unseen seeds of the report, ≥ 2.
+    lrs
+        Learning rates to choose from, for each plan separately; order and repetitions do not matter.
+    fidelity
+        Length of low-fidelity runs, as a share of the full training.
+    bridge_steps, finetune_steps, batch_size, random_classes, precision
+        Of the training; see `BridgeConfig`.
+    use_scores
+        Compute transfer scores, and let the trainable ones propose plans; False: neither.
+    baselines
+        Names of the baselines to report; default all of `standard_baselines`. Beyond those there are
+        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the
+        search.
+    min_frozen, max_trainable_params, must_freeze, must_train
+        Constraints on the plan.
+    keep_bridge
+        bridge-train the chosen plan in the end and save it into `output`/bridge.
+    seed
+        Of everything random.
 
     Raises
     ------
-    UsageError : budget too small for one plan, contradicting constraints, a run folder or storage that holds
-        another search. NotAvailableError : the storage cannot be reached.
+    UsageError
+        Budget too small for one plan, contradicting constraints, a run folder or storage that holds another
+        search. NotAvailableError : the storage cannot be reached.
     """
     chosen = make_settings(preset, **settings)
     if workers < 1:
@@ -336,7 +357,8 @@ def keep_bridge(
 
     Raises
     ------
-    UsageError : the finished one was trained under another plan or at another rate.
+    UsageError
+        The finished one was trained under another plan or at another rate.
     """
     if settings.bridge is None:
         return

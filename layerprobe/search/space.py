@@ -113,9 +113,12 @@ class Constraints:
 
     Attributes
     ----------
-    min_frozen : at least this many blocks stay frozen.
-    max_trainable_params : at most this many of the backbone's parameters train.
-    must_freeze, must_train : blocks that are never, or always, trained.
+    min_frozen : int
+        At least this many blocks stay frozen.
+    max_trainable_params : int | None
+        At most this many of the backbone's parameters train.
+    must_freeze, must_train : tuple[int, ...]
+        Blocks that are never, or always, trained.
     """
 
     min_frozen: int = 0
@@ -130,8 +133,10 @@ class Space:
 
     Attributes
     ----------
-    block_params : number of parameters of each block, from input to output.
-    constraints : see `Constraints`; contradictions raise UsageError at once.
+    block_params : tuple[int, ...]
+        Number of parameters of each block, from input to output.
+    constraints : Constraints
+        See `Constraints`; contradictions raise UsageError at once.
     """
 
     block_params: tuple[int, ...]

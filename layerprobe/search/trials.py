@@ -88,8 +88,10 @@ class TrialStore:
 
         Raises
         ------
-        NotAvailableError : the database cannot be reached, or its driver is not installed.
-        UsageError : the database holds a search with other arguments.
+        NotAvailableError
+            The database cannot be reached, or its driver is not installed.
+        UsageError
+            The database holds a search with other arguments.
         """
         target = storage_url(url)
         shown = hide_password(target)

@@ -24,7 +24,8 @@ class Finalist:
 
     Attributes
     ----------
-    mask : the plan. lr : its learning rate. accuracies : validation accuracy per common seed, in seed order.
+    mask : Mask
+        The plan. lr : its learning rate. accuracies : validation accuracy per common seed, in seed order.
     """
 
     mask: Mask
@@ -65,12 +66,15 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
 
     Parameters
     ----------
-    finalists : plans on common seeds; those with fewer seeds than others are left out.
-    space : says how many parameters a plan trains.
+    finalists : Sequence[Finalist]
+        Plans on common seeds; those with fewer seeds than others are left out.
+    space : Space
+        Says how many parameters a plan trains.
 
     Raises
     ------
-    UsageError : no finalist, or all their runs failed.
+    UsageError
+        No finalist, or all their runs failed.
 
     References
     ----------
@@ -95,8 +99,10 @@ class Difference(NamedTuple):
 
     Attributes
     ----------
-    estimate : difference in shares, with t interval and the probability that it is above 0; n counts seeds.
-    failed : seeds on which one of the two has no value, because its run failed.
+    estimate : Estimate
+        Difference in shares, with t interval and the probability that it is above 0; n counts seeds.
+    failed : int
+        Seeds on which one of the two has no value, because its run failed.
     """
 
     estimate: Estimate

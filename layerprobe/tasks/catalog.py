@@ -11,13 +11,20 @@ class TaskEntry:
 
     Attributes
     ----------
-    task_id : Hugging Face data set id, or the package's name for data that comes with it.
-    n_classes : classes of the default label column.
-    image_size : pixels per side; None where images differ in size.
-    image, label : column names to try, the default first.
-    config : the data set's configuration on the hub, where it has several.
-    origin : "hub", or "package" for what is installed with layerprobe.
-    note : one line for `layerprobe ls tasks`.
+    task_id : str
+        Hugging Face data set id, or the package's name for data that comes with it.
+    n_classes : int
+        Classes of the default label column.
+    image_size : int | None
+        Pixels per side; None where images differ in size.
+    image, label : tuple[str, ...]
+        Column names to try, the default first.
+    config : str | None
+        The data set's configuration on the hub, where it has several.
+    origin : str
+        "hub", or "package" for what is installed with layerprobe.
+    note : str
+        One line for `layerprobe ls tasks`.
     """
 
     task_id: str

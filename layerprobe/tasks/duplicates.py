@@ -43,11 +43,16 @@ class Scan:
 
     Attributes
     ----------
-    digests : 16 hexadecimal digits over the stored bytes (`identity` "names": over the file name).
-    groups : int64; rows with the same number show the same image.
-    identity : "pixels", "files" or "names": what "the same image" was judged by.
-    decoded_bytes : size of all images when decoded (estimated unless `identity` is "pixels").
-    pixels : the decoded images, where this pass decoded them and they are few enough to keep.
+    digests : list[str]
+        16 hexadecimal digits over the stored bytes (`identity` "names": over the file name).
+    groups : np.ndarray
+        int64; rows with the same number show the same image.
+    identity : str
+        "pixels", "files" or "names": what "the same image" was judged by.
+    decoded_bytes : int
+        Size of all images when decoded (estimated unless `identity` is "pixels").
+    pixels : ArrayImages | None
+        The decoded images, where this pass decoded them and they are few enough to keep.
     """
 
     digests: list[str]

@@ -163,16 +163,20 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
 
     Parameters
     ----------
-    path : file; gzipped when its first bytes say so, whatever its name.
-    ndim : number of dimensions it must have: 3 for images, 1 for labels.
+    path : Path
+        File; gzipped when its first bytes say so, whatever its name.
+    ndim : int
+        Number of dimensions it must have: 3 for images, 1 for labels.
 
     Returns
     -------
-    uint8 array with the shape in the header.
+    np.ndarray
+        uint8 array with the shape in the header.
 
     Raises
     ------
-    BrokenFileError : another format, or fewer or more bytes than the header announces.
+    BrokenFileError
+        Another format, or fewer or more bytes than the header announces.
     """
     with _open_idx(path, ndim) as (stream, shape):
         size, expected = path.stat().st_size, math.prod(shape)

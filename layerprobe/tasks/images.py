@@ -41,16 +41,20 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
 
     Parameters
     ----------
-    data : an image file of one of `FORMATS`.
-    place : where it lies, for the error message.
+    data : bytes | pa.Buffer
+        An image file of one of `FORMATS`.
+    place : str
+        Where it lies, for the error message.
 
     Returns
     -------
-    uint8 array, H×W or H×W×3, read-only.
+    np.ndarray
+        uint8 array, H×W or H×W×3, read-only.
 
     Raises
     ------
-    BrokenFileError : not an image, truncated, or larger than `MAX_PIXELS`.
+    BrokenFileError
+        Not an image, truncated, or larger than `MAX_PIXELS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -183,10 +187,13 @@ class ArrowImages(ImageStore):
 
     Parameters
     ----------
-    column : the column.
-    pieces : (name, number of rows) of the files that make up the column, for messages.
-    follow_paths : read a row without bytes from the file that its path names. Only where the paths
-        were made on this machine: a downloaded table must not choose which local files are read.
+    column : pa.ChunkedArray
+        The column.
+    pieces : Sequence[tuple[str, int]]
+        (name, number of rows) of the files that make up the column, for messages.
+    follow_paths : bool
+        Read a row without bytes from the file that its path names. Only where the paths were made on this
+        machine: a downloaded table must not choose which local files are read.
     """
 
     def __init__(

@@ -44,21 +44,29 @@ def load_task(
 
     Parameters
     ----------
-    name : alias (see `layerprobe ls tasks`), hub data set id, or local folder: parquet files in the
-        hub's schema, IDX files as of MNIST, or class folders. An alias wins over a folder of the same
-        name; write ./NAME for the folder. "NAME:COLUMN" chooses the label column.
-    data_dir : folder that holds the task's files, instead of the hub.
-    limit : at most this many training images, stratified; smaller limits give subsets of larger ones.
-        The others shrink in proportion, see `layerprobe.tasks.split.limited_sizes`.
-    seed : of the cut and of the subset.
-    offline : never ask the network (as with HF_HUB_OFFLINE=1); use the Hugging Face cache.
-    revision : branch, tag or commit of the hub repository.
-    label : label column, where there are several.
+    name : str
+        Alias (see `layerprobe ls tasks`), hub data set id, or local folder: parquet files in the hub's
+        schema, IDX files as of MNIST, or class folders. An alias wins over a folder of the same name; write
+        ./NAME for the folder. "NAME:COLUMN" chooses the label column.
+    data_dir : str | Path | None
+        Folder that holds the task's files, instead of the hub.
+    limit : int | None
+        At most this many training images, stratified; smaller limits give subsets of larger ones. The others
+        shrink in proportion, see `layerprobe.tasks.split.limited_sizes`.
+    seed : int
+        Of the cut and of the subset.
+    offline : bool
+        Never ask the network (as with HF_HUB_OFFLINE=1); use the Hugging Face cache.
+    revision : str | None
+        Branch, tag or commit of the hub repository.
+    label : str | None
+        Label column, where there are several.
 
     Returns
     -------
-    Task. Its `report` states the rule by which it was cut (see `layerprobe.tasks.split.assign`),
-    the counts, and the duplicates that were found.
+    Task
+        Its `report` states the rule by which it was cut (see `layerprobe.tasks.split.assign`), the counts,
+        and the duplicates that were found.
 
     Notes
     -----
@@ -67,10 +75,14 @@ def load_task(
 
     Raises
     ------
-    UnknownNameError : no such task, folder or label column.
-    NotAvailableError : not cached while offline.
-    UsageError : one class only, no image or label column, a limit below the number of classes.
-    BrokenFileError : a file or an image that cannot be read.
+    UnknownNameError
+        No such task, folder or label column.
+    NotAvailableError
+        Not cached while offline.
+    UsageError
+        One class only, no image or label column, a limit below the number of classes.
+    BrokenFileError
+        a file or an image that cannot be read.
     """
     seed = operator.index(seed)
     if limit is not None and operator.index(limit) < 1:
@@ -97,14 +109,18 @@ def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[i
 
     Returns
     -------
-    pixels per side, 0 where the images are not squares of one size, None where that is unknown; and False where
-    only the first image was looked at, which the others may not resemble.
+    tuple[int | None, bool]
+        Pixels per side, 0 where the images are not squares of one size, None where that is unknown; and False
+        where only the first image was looked at, which the others may not resemble.
 
     Raises
     ------
-    UnknownNameError : no such task, folder or label column.
-    UsageError : a folder without images, or with images of one class.
-    BrokenFileError : a file whose head cannot be read.
+    UnknownNameError
+        No such task, folder or label column.
+    UsageError
+        a folder without images, or with images of one class.
+    BrokenFileError
+        a file whose head cannot be read.
     """
     base, entry, choice = _parse_name(name, None)
     if (folder := _local_folder(base, data_dir)) is not None:

@@ -19,17 +19,22 @@ def random_labels(ids: Iterable[str], n_labels: int, seed: int) -> np.ndarray:
 
     Parameters
     ----------
-    ids : stable sample ids, such as `ImageSplit.ids`.
-    n_labels : number of classes, at least 2.
-    seed : any integer; different seeds give unrelated labels.
+    ids : Iterable[str]
+        Stable sample ids, such as `ImageSplit.ids`.
+    n_labels : int
+        Number of classes, at least 2.
+    seed : int
+        Any integer; different seeds give unrelated labels.
 
     Returns
     -------
-    int64 array, one label in [0, n_labels) per id.
+    np.ndarray
+        int64 array, one label in [0, n_labels) per id.
 
     Raises
     ------
-    UsageError : fewer than two labels.
+    UsageError
+        Fewer than two labels.
 
     Examples
     --------

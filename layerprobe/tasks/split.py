@@ -54,7 +54,8 @@ def assign(
 
     Returns
     -------
-    array of str with "train", "validation", "test" or "", and the rule in words.
+    tuple[np.ndarray, str]
+        Array of str with "train", "validation", "test" or "", and the rule in words.
     """
     source = np.array(official)
     present = set(source.tolist())
@@ -105,7 +106,8 @@ def cut(
 
     Returns
     -------
-    array of str: a key of `shares`, or "train".
+    np.ndarray
+        Array of str: a key of `shares`, or "train".
     """
     members: dict[int, list[int]] = defaultdict(list)
     for row, group in enumerate(groups.tolist()):
@@ -139,7 +141,8 @@ def stratified_order(labels: np.ndarray, ids: np.ndarray, seed: int) -> np.ndarr
 
     Returns
     -------
-    int64 array, a permutation of the rows.
+    np.ndarray
+        int64 array, a permutation of the rows.
     """
     hashes = np.array([keyed_hash("order", seed, sample) for sample in ids.tolist()], dtype=np.uint64)
     by_class = np.lexsort((hashes, labels))
@@ -165,7 +168,8 @@ def limited_sizes(
 
     Raises
     ------
-    UsageError : a limit below the number of classes.
+    UsageError
+        a limit below the number of classes.
     """
     if limit is None or limit >= sizes["train"]:
         return dict(sizes)

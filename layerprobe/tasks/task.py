@@ -35,9 +35,12 @@ class ImageSplit:
 
     Attributes
     ----------
-    name : train, validation or test.
-    ids : array of str. Unique within the task; an image keeps its id under any limit and seed.
-    labels : int64 array, in [0, n_classes).
+    name : str
+        Train, validation or test.
+    ids : np.ndarray
+        Array of str. Unique within the task; an image keeps its id under any limit and seed.
+    labels : np.ndarray
+        int64 array, in [0, n_classes).
     """
 
     name: str
@@ -55,11 +58,13 @@ class ImageSplit:
 
         Returns
         -------
-        list of read-only uint8 arrays: H×W where the whole task is grayscale, else H×W×3.
+        list[np.ndarray]
+            Of read-only uint8 arrays: H×W where the whole task is grayscale, else H×W×3.
 
         Raises
         ------
-        BrokenFileError : an image that cannot be decoded; the message says which.
+        BrokenFileError
+            An image that cannot be decoded; the message says which.
         """
         chosen = self.rows if indices is None else self.rows[np.asarray(list(indices), dtype=np.int64)]
         images = decode_all(self.store, chosen)
@@ -87,13 +92,19 @@ class Task:
 
     Attributes
     ----------
-    name : as the caller wrote it. task_id : hub id, package or folder behind it.
-    revision : commit of the hub repository, else a hash of the content ("content-…").
-    classes : class names; label i is called classes[i].
-    splits : "train", "validation" and "test".
-    report : rule, seed, counts, duplicates, what was dropped and why; strict JSON.
-    channels : 1 where all images are grayscale, else 3. image_size : pixels per side, None where images
-        differ or are not square.
+    name : str
+        As the caller wrote it. task_id : hub id, package or folder behind it.
+    revision : str
+        Commit of the hub repository, else a hash of the content ("content-…").
+    classes : list[str]
+        Class names; label i is called classes[i].
+    splits : dict[str, ImageSplit]
+        "train", "validation" and "test".
+    report : dict[str, Any]
+        Rule, seed, counts, duplicates, what was dropped and why; strict JSON.
+    channels : int
+        1 where all images are grayscale, else 3. image_size : pixels per side, None where images differ or
+        are not square.
     """
 
     name: str

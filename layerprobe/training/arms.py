@@ -113,10 +113,14 @@ class Evaluation(Record):
 
     Attributes
     ----------
-    mode : finetune, fewshot, probe or own-head.
-    trials : every training done, those of rejected learning rates included.
-    chosen : arm → its learning rate, taken on validation; None where nothing is trained by gradient.
-    about : the backbone and the task.
+    mode : str
+        Finetune, fewshot, probe or own-head.
+    trials : list[Trial]
+        Every training done, those of rejected learning rates included.
+    chosen : dict[str, float | None]
+        Arm → its learning rate, taken on validation; None where nothing is trained by gradient.
+    about : dict[str, Any]
+        The backbone and the task.
     """
 
     command: ClassVar[str] = "evaluate"

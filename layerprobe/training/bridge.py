@@ -67,20 +67,30 @@ def bridge_train(
 
     Parameters
     ----------
-    backbone : from `load_backbone`; a language backbone gets its stem for `task` if it has none yet.
-    plan : None trains everything.
-    output : run folder (see `layerprobe.training.checkpoints`); None keeps nothing on disk.
-    resume : continue the unfinished run in `output`, if there is one.
-    quiet : no bar and no remarks.
+    backbone : Backbone
+        From `load_backbone`; a language backbone gets its stem for `task` if it has none yet.
+    plan : FreezePlan | None
+        None trains everything.
+    output : str | Path | None
+        Run folder (see `layerprobe.training.checkpoints`); None keeps nothing on disk.
+    resume : bool
+        Continue the unfinished run in `output`, if there is one.
+    quiet : bool
+        No bar and no remarks.
 
     Raises
     ------
-    UsageError : more random classes than images, nothing to train, a run folder in use, other settings or
-        data than the run to be continued.
-    PlanError : the plan is for another model, or a frozen tensor changed.
-    DivergedError : the loss left the finite numbers or stays far above a guess's.
-    LayerprobeError : the disk is full.
-    KeyboardInterrupt : Ctrl-C, after a checkpoint was saved.
+    UsageError
+        More random classes than images, nothing to train, a run folder in use, other settings or data than
+        the run to be continued.
+    PlanError
+        The plan is for another model, or a frozen tensor changed.
+    DivergedError
+        The loss left the finite numbers or stays far above a guess's.
+    LayerprobeError
+        The disk is full.
+    KeyboardInterrupt
+        Ctrl-C, after a checkpoint was saved.
     """
     config = config or BridgeConfig()
     n_images = len(task.train)

@@ -35,13 +35,20 @@ class BridgeRun(Record):
 
     Attributes
     ----------
-    backbone : the trained backbone, in memory.
-    plan, config : what was trained, and how.
-    labels : random label of every training image, in the order of the split.
-    history : one row per optimizer step: step, epoch, loss, accuracy, lr, grad_norm, images_per_second.
-    rows : final figures and, per block, how far the weights moved (`drift_rows`).
-    folder : where checkpoints and the final model are, or None.
-    is_main : False on all but one of several processes; those have nothing to print or save.
+    backbone : Backbone
+        The trained backbone, in memory.
+    plan, config
+        What was trained, and how.
+    labels : np.ndarray
+        Random label of every training image, in the order of the split.
+    history : pd.DataFrame
+        One row per optimizer step: step, epoch, loss, accuracy, lr, grad_norm, images_per_second.
+    rows : list[dict[str, Any]]
+        Final figures and, per block, how far the weights moved (`drift_rows`).
+    folder : Path | None
+        Where checkpoints and the final model are, or None.
+    is_main : bool
+        False on all but one of several processes; those have nothing to print or save.
     """
 
     command: ClassVar[str] = "bridge"
@@ -96,8 +103,10 @@ class History:
 
     Parameters
     ----------
-    folder : where history.csv lies, or None for memory alone.
-    keep : steps taken by an earlier part of the run; later rows of its file are dropped.
+    folder : Path | None
+        Where history.csv lies, or None for memory alone.
+    keep : int
+        Steps taken by an earlier part of the run; later rows of its file are dropped.
     """
 
     def __init__(self, folder: Path | None, *, keep: int = 0) -> None:

@@ -24,24 +24,40 @@ class TrainConfig:
 
     Parameters
     ----------
-    lr : float > 0. Peak learning rate of AdamW.
-    steps : optimizer steps; None derives them from `epochs`.
-    epochs : passes over the training images, fractions allowed; ignored when `steps` is set.
-    batch_size : images per optimizer step, over all processes and accumulated micro-batches together.
-    micro_batch : images per forward pass and process; None takes a process's whole share at once.
-    warmup : share of the steps, in [0, 1), over which the rate climbs linearly to `lr`.
-    final_lr : share of `lr` at which the cosine ends, in [0, 1].
-    weight_decay : decoupled; matrices only, never norms, biases, positions or the class token.
-    clip_norm : largest gradient norm over all trained parameters; None leaves gradients alone.
-    augment : "weak" shifts by at most one pixel in 32 (at least one) and mirrors; "none".
-    flip : mirror left and right half of the time; None does so for colour images only, because digits
-        and letters have a handedness.
-    precision : "float32", or "bfloat16" for autocast with float32 parameters.
-    gradient_checkpointing : trade a second forward pass of the trained blocks for memory.
-    compile : run the model through `torch.compile`.
-    cache_prefix : keep the outputs of a frozen prefix instead of computing them again, where nothing
-        before it trains and `augment` is "none".
-    seed : of labels, head, data order, augmentation and dropout.
+    lr : float
+        Float > 0. Peak learning rate of AdamW.
+    steps : int | None
+        Optimizer steps; None derives them from `epochs`.
+    epochs : float
+        Passes over the training images, fractions allowed; ignored when `steps` is set.
+    batch_size : int
+        Images per optimizer step, over all processes and accumulated micro-batches together.
+    micro_batch : int | None
+        Images per forward pass and process; None takes a process's whole share at once.
+    warmup : float
+        Share of the steps, in [0, 1), over which the rate climbs linearly to `lr`.
+    final_lr : float
+        Share of `lr` at which the cosine ends, in [0, 1].
+    weight_decay : float
+        Decoupled; matrices only, never norms, biases, positions or the class token.
+    clip_norm : float | None
+        Largest gradient norm over all trained parameters; None leaves gradients alone.
+    augment : str
+        "weak" shifts by at most one pixel in 32 (at least one) and mirrors; "none".
+    flip : bool | None
+        Mirror left and right half of the time; None does so for colour images only, because digits and
+        letters have a handedness.
+    precision : str
+        "float32", or "bfloat16" for autocast with float32 parameters.
+    gradient_checkpointing : bool
+        Trade a second forward pass of the trained blocks for memory.
+    compile : bool
+        Run the model through `torch.compile`.
+    cache_prefix : bool
+        Keep the outputs of a frozen prefix instead of computing them again, where nothing before it trains
+        and `augment` is "none".
+    seed : int
+        Of labels, head, data order, augmentation and dropout.
     """
 
     lr: float = 1e-3
@@ -119,17 +135,26 @@ class BridgeConfig(TrainConfig):
 
     Parameters
     ----------
-    random_classes : number K ≥ 2 of random labels. Our own default: the published work does not say.
-    label_seed : seed of the labels; None uses `seed`.
-    lrs : candidate learning rates; with two or more, each trains for `lr_steps` and the one with the
-        lowest random-label loss on unshifted training images is taken (random labels of *other* images
-        cannot be predicted by any model).
-    lr_steps : optimizer steps of each candidate; None takes a tenth of the run, at least 20.
-    stem_steps : train stem and head alone for this many first steps, then the plan's blocks with them.
-    checkpoint_every : optimizer steps between checkpoints; None makes ten over the run.
-    keep : checkpoints kept, the newest.
-    shard : spread the parameters over the processes (FSDP) instead of copying them to each (DDP).
-    trackers : names of accelerate's trackers, such as "tensorboard" or "wandb".
+    random_classes : int
+        Number K ≥ 2 of random labels. Our own default: the published work does not say.
+    label_seed : int | None
+        Seed of the labels; None uses `seed`.
+    lrs : tuple[float, ...]
+        Candidate learning rates; with two or more, each trains for `lr_steps` and the one with the lowest
+        random-label loss on unshifted training images is taken (random labels of *other* images cannot be
+        predicted by any model).
+    lr_steps : int | None
+        Optimizer steps of each candidate; None takes a tenth of the run, at least 20.
+    stem_steps : int
+        Train stem and head alone for this many first steps, then the plan's blocks with them.
+    checkpoint_every : int | None
+        Optimizer steps between checkpoints; None makes ten over the run.
+    keep : int
+        Checkpoints kept, the newest.
+    shard : bool
+        Spread the parameters over the processes (FSDP) instead of copying them to each (DDP).
+    trackers : tuple[str, ...]
+        Names of accelerate's trackers, such as "tensorboard" or "wandb".
     """
 
     random_classes: int = 10
@@ -165,8 +190,10 @@ class FineTuneConfig(TrainConfig):
 
     Parameters
     ----------
-    lrs : learning rates to choose from on validation; every arm chooses its own.
-    shots : images per class for few-shot training; None uses all training images.
+    lrs : tuple[float, ...]
+        Learning rates to choose from on validation; every arm chooses its own.
+    shots : int | None
+        Images per class for few-shot training; None uses all training images.
     """
 
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)

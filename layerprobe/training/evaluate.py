@@ -48,16 +48,22 @@ def evaluate(
 
     Parameters
     ----------
-    run_or_backbone : a `BridgeRun`, or a backbone; it is restored bit for bit.
-    mode : "finetune" (under `plan`, or everything), "fewshot" (the same on `config.shots` images per class),
+    run_or_backbone : BridgeRun | Backbone
+        a `BridgeRun`, or a backbone; it is restored bit for bit.
+    mode : str
+        "finetune" (under `plan`, or everything), "fewshot" (the same on `config.shots` images per class),
         "probe" (logistic regression on frozen features) or "own-head" (the checkpoint's own classifier).
-    plan : stays frozen in fine-tuning; None takes the run's own plan, or trains everything.
-    seeds : each trains anew; the learning rate is chosen on validation with the first.
+    plan : FreezePlan | None
+        Stays frozen in fine-tuning; None takes the run's own plan, or trains everything.
+    seeds : Sequence[int]
+        Each trains anew; the learning rate is chosen on validation with the first.
 
     Raises
     ------
-    UnknownNameError : another mode.
-    UsageError : a head of its own that does not fit the task.
+    UnknownNameError
+        Another mode.
+    UsageError
+        a head of its own that does not fit the task.
     """
     check_mode(mode)
     if isinstance(run_or_backbone, BridgeRun):
@@ -103,17 +109,24 @@ def evaluate_arms(
 
     Parameters
     ----------
-    load : ("pretrained" or "random", seed) → a backbone; the seed draws its stem and random weights, so that
+    load : Callable[[str, int], Backbone]
+        ("pretrained" or "random", seed) → a backbone; the seed draws its stem and random weights, so that
         trainings with one seed are paired and differ between seeds in all that is drawn.
-    arms : names of `ARMS`.
-    plan : for the arms that train a plan.
-    scope : what fine-tuning trains: "arm" as `ARMS` says, "plan" or "all" for every arm alike.
-    bridge, finetune : budgets and settings; one learning rate of `finetune.lrs` serves both stages of an arm.
-    output : folder; finished trainings are kept there and not done again.
+    arms : Sequence[str]
+        Names of `ARMS`.
+    plan : FreezePlan | None
+        For the arms that train a plan.
+    scope : str
+        What fine-tuning trains: "arm" as `ARMS` says, "plan" or "all" for every arm alike.
+    bridge, finetune
+        Budgets and settings; one learning rate of `finetune.lrs` serves both stages of an arm.
+    output : str | Path | None
+        Folder; finished trainings are kept there and not done again.
 
     Raises
     ------
-    UnknownNameError : an arm that does not exist. UsageError : an arm that needs a plan, without one.
+    UnknownNameError
+        An arm that does not exist. UsageError : an arm that needs a plan, without one.
     """
     check_arms(arms, scope, plan)
     bridge, finetune = bridge or BridgeConfig(), finetune or FineTuneConfig()

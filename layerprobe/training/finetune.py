@@ -36,12 +36,18 @@ class Outcome:
 
     Attributes
     ----------
-    validation_accuracy, test_accuracy : shares in [0, 1]; None: not asked for, or the run failed (`reason`).
-    bridge_accuracy : random-label train accuracy over the last tenth of the bridge; chance is 1/K.
-    train_seconds : wall time of the steps alone. call_seconds : of the whole call, evaluation included.
-    train_flops : matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
-    trainable_parameters : of the backbone, in fine-tuning; stem and head are trained besides.
-    validation_correct, test_correct : bool, one per image, for paired comparisons; not stored.
+    validation_accuracy, test_accuracy : float | None
+        Shares in [0, 1]; None: not asked for, or the run failed (`reason`).
+    bridge_accuracy : float | None
+        random-label train accuracy over the last tenth of the bridge; chance is 1/K.
+    train_seconds : float
+        Wall time of the steps alone. call_seconds : of the whole call, evaluation included.
+    train_flops : float
+        matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
+    trainable_parameters : int | None
+        Of the backbone, in fine-tuning; stem and head are trained besides.
+    validation_correct, test_correct : np.ndarray | None
+        Bool, one per image, for paired comparisons; not stored.
     """
 
     validation_accuracy: float | None = None
@@ -105,18 +111,27 @@ def train_and_score(
 
     Parameters
     ----------
-    backbone : where the training starts; many plans can be trained on one loaded backbone.
-    tensors : the task, preprocessed for this backbone (`TaskTensors.of`), shared between calls.
-    plan : stays frozen in both stages, and this is verified after each.
-    bridge : settings of the bridge, its lr, steps and seed among them; None leaves the bridge out.
-    finetune : the same for the fine-tuning.
-    finetune_plan : another plan for the second stage; None keeps `plan`.
-    test : also measure accuracy on the test split. Selection must not.
-    auto_rgn : every block learns at a rate of its own, see `layerprobe.training.loop.BlockRates`.
+    backbone : Backbone
+        Where the training starts; many plans can be trained on one loaded backbone.
+    tensors : TaskTensors
+        The task, preprocessed for this backbone (`TaskTensors.of`), shared between calls.
+    plan : FreezePlan
+        Stays frozen in both stages, and this is verified after each.
+    bridge : BridgeConfig | None
+        Settings of the bridge, its lr, steps and seed among them; None leaves the bridge out.
+    finetune : FineTuneConfig
+        The same for the fine-tuning.
+    finetune_plan : FreezePlan | None
+        Another plan for the second stage; None keeps `plan`.
+    test : bool
+        Also measure accuracy on the test split. Selection must not.
+    auto_rgn : bool
+        Every block learns at a rate of its own, see `layerprobe.training.loop.BlockRates`.
 
     Raises
     ------
-    PlanError : the plan does not fit this backbone, or a frozen tensor changed.
+    PlanError
+        The plan does not fit this backbone, or a frozen tensor changed.
     """
     began = time.perf_counter()
     finetune_plan = finetune_plan or plan

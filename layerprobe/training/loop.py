@@ -174,15 +174,21 @@ def training_steps(
 
     Parameters
     ----------
-    labels : int64, one per image of `pixels`.
-    start : the first step to take; those before it were taken by an earlier run.
-    before_step : called with the step's index before it begins; hands back the prefix to use from then on.
-    block_rates : measured at each epoch's first step; for runs that are not continued, since it is not saved.
+    labels : np.ndarray
+        int64, one per image of `pixels`.
+    start : int
+        The first step to take; those before it were taken by an earlier run.
+    before_step : Callable[[int], FrozenPrefix | None] | None
+        Called with the step's index before it begins; hands back the prefix to use from then on.
+    block_rates : BlockRates | None
+        Measured at each epoch's first step; for runs that are not continued, since it is not saved.
 
     Raises
     ------
-    DivergedError : a loss or gradient that is not finite, or a loss that stays at twice a guess's.
-    UsageError : fewer images in a step than there are processes.
+    DivergedError
+        a loss or gradient that is not finite, or a loss that stays at twice a guess's.
+    UsageError
+        Fewer images in a step than there are processes.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch_size < world:

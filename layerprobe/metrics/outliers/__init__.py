@@ -30,16 +30,26 @@ class OutlierRules:
 
     Parameters
     ----------
-    sigmas : k of |w − μ| > kσ.
-    curve : further k, which show how the tail falls off; reported for roll-ups only.
-    mad_z : thresholds of 0.6745·|w − median| / MAD (Iglewicz & Hoaglin 1993 use 3.5).
-    tukey : fences beyond the quartiles, in interquartile ranges.
-    absolute : t of |w| > t, in weight units.
-    mean_multiples : M of |w| > M·mean|w|.
-    quantiles : in [0, 1], numpy's "linear" convention.
-    tail : share of the largest |w| that the Hill estimate of the tail index rests on.
-    top : how many of the largest |w| are kept with their coordinates.
-    order : False leaves out everything that rests on the order of the entries (median, MAD, quantiles, Tukey
+    sigmas : tuple[float, ...]
+        k of |w − μ| > kσ.
+    curve : tuple[float, ...]
+        Further k, which show how the tail falls off; reported for roll-ups only.
+    mad_z : tuple[float, ...]
+        Thresholds of 0.6745·|w − median| / MAD (Iglewicz & Hoaglin 1993 use 3.5).
+    tukey : tuple[float, ...]
+        Fences beyond the quartiles, in interquartile ranges.
+    absolute : tuple[float, ...]
+        t of |w| > t, in weight units.
+    mean_multiples : tuple[float, ...]
+        M of |w| > M·mean|w|.
+    quantiles : tuple[float, ...]
+        In [0, 1], numpy's "linear" convention.
+    tail : float
+        Share of the largest |w| that the Hill estimate of the tail index rests on.
+    top : int
+        How many of the largest |w| are kept with their coordinates.
+    order : bool
+        False leaves out everything that rests on the order of the entries (median, MAD, quantiles, Tukey
         fences, tail index), which is quicker for float32.
     """
 

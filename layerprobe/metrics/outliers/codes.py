@@ -122,9 +122,12 @@ class Distribution:
 
     Parameters
     ----------
-    low, high : float64 arrays, ascending; equal where a segment is one value.
-    count : int64 array.
-    refiner : needed when any segment is wider than one value.
+    low, high : np.ndarray
+        float64 arrays, ascending; equal where a segment is one value.
+    count : np.ndarray
+        int64 array.
+    refiner : Refiner | None
+        Needed when any segment is wider than one value.
     """
 
     def __init__(

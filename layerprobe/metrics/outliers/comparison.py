@@ -49,7 +49,8 @@ def ratio_of_ratios(
 
     Returns
     -------
-    Estimate : value 1 = equal, above 1 = a has more. Undefined where b has no outliers.
+    Estimate
+        Value 1 = equal, above 1 = a has more. Undefined where b has no outliers.
     """
     _check(a)
     _check(b)
@@ -114,7 +115,8 @@ def group_test(
 
     Raises
     ------
-    UsageError : an empty group.
+    UsageError
+        An empty group.
     """
     if not first or not second:
         raise UsageError("a group comparison needs at least one model in each group")

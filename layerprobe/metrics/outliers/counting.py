@@ -28,7 +28,8 @@ def make_engine(name: str = "auto") -> Engine:
 
     Raises
     ------
-    UnknownNameError : no such engine. NotAvailableError : numba was asked for and is not installed.
+    UnknownNameError
+        No such engine. NotAvailableError : numba was asked for and is not installed.
     """
     if name not in ENGINES:
         raise UnknownNameError(

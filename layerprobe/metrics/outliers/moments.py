@@ -247,7 +247,8 @@ def norm_dimension_votes(tensors: Mapping[str, np.ndarray]) -> tuple[list[tuple[
 
     Returns
     -------
-    ([(dimension, votes), …] with at least two votes, most first; number of tensors that voted)
+    tuple[list[tuple[int, int]], int]
+        ([(dimension, votes), …] with at least two votes, most first; number of tensors that voted)
     """
     lengths = [len(values) for values in tensors.values()]
     if not lengths:

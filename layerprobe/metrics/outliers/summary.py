@@ -45,7 +45,8 @@ def outlier_statistics(
 
     Raises
     ------
-    UsageError : integers, complex numbers, or a float format that is not known.
+    UsageError
+        Integers, complex numbers, or a float format that is not known.
     """
     raw, dtype = _raw_codes(weight)
     flat = raw.reshape(-1)
@@ -64,12 +65,15 @@ def outlier_ratio(weight: ArrayLike | torch.Tensor, *, n_sigma: float = 6.0) -> 
 
     Parameters
     ----------
-    weight : array or tensor, any shape. Computed in float64 whatever dtype arrives.
-    n_sigma : float >= 0, in standard deviations.
+    weight : ArrayLike | torch.Tensor
+        Array or tensor, any shape. Computed in float64 whatever dtype arrives.
+    n_sigma : float
+        Float >= 0, in standard deviations.
 
     Returns
     -------
-    float in [0, 1]; 0 = none, higher = heavier tails.
+    float
+        In [0, 1]; 0 = none, higher = heavier tails.
 
     Raises
     ------
@@ -104,10 +108,14 @@ def summarize(
 
     Parameters
     ----------
-    passes : callable → iterator of 1-D arrays in the tensor's row-major order.
-    dtype : "float64", "float32", or one of `layerprobe.metrics.outliers.codes.CODE_DTYPES`.
-    shape : of the tensor.
-    axes : also measure rows and columns of matrices; more costly than all the rest together.
+    passes : Passes
+        Callable → iterator of 1-D arrays in the tensor's row-major order.
+    dtype : str
+        "float64", "float32", or one of `layerprobe.metrics.outliers.codes.CODE_DTYPES`.
+    shape : tuple[int, ...]
+        Of the tensor.
+    axes : bool
+        Also measure rows and columns of matrices; more costly than all the rest together.
     """
     rules = rules or OutlierRules()
     size = math.prod(shape)

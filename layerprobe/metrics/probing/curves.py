@@ -22,9 +22,12 @@ class CodeLength:
 
     Attributes
     ----------
-    bits : length of the online code. uniform_bits : n·log2 K, the length without features.
-    compression : uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
-    portions : ends of the portions, in rows.
+    bits : float
+        Length of the online code. uniform_bits : n·log2 K, the length without features.
+    compression : float
+        uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
+    portions : list[int]
+        Ends of the portions, in rows.
     """
 
     bits: float
@@ -52,17 +55,22 @@ def online_code_length(
 
     Parameters
     ----------
-    X : n×d features. y : labels in 0 … n_classes−1. C : inverse regularisation strength of all probes.
-    first : rows of the first portion; default n/128, at least K and 16.
-    seed : of the shuffle.
+    X : np.ndarray
+        n×d features. y : labels in 0 … n_classes−1. C : inverse regularisation strength of all probes.
+    first : int | None
+        Rows of the first portion; default n/128, at least K and 16.
+    seed : int
+        Of the shuffle.
 
     Returns
     -------
-    CodeLength. Cost: about twice one fit on all rows.
+    CodeLength
+        Cost: about twice one fit on all rows.
 
     Raises
     ------
-    UsageError : unusable features, labels, C or first.
+    UsageError
+        Unusable features, labels, C or first.
 
     References
     ----------
@@ -135,7 +143,8 @@ def few_shot_curve(
 
     Returns
     -------
-    list of FewShot; a number of shots that some class cannot supply is left out.
+    list[FewShot]
+        Of FewShot; a number of shots that some class cannot supply is left out.
     """
     X, y = check_features(train[0], "the training features"), np.asarray(train[1])
     available = int(np.bincount(y, minlength=n_classes).min())
@@ -166,7 +175,8 @@ def control_accuracy(
 
     Parameters
     ----------
-    X : n×d training features. labels : n random labels, any integers. C : of the probe on the real labels.
+    X : np.ndarray
+        n×d training features. labels : n random labels, any integers. C : of the probe on the real labels.
 
     References
     ----------

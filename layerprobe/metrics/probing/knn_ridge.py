@@ -51,15 +51,18 @@ def knn_predict(
 
     Parameters
     ----------
-    train : (features n×d, labels). X : m×d. ks : neighbours, each at most n.
+    train : tuple[np.ndarray, np.ndarray]
+        (features n×d, labels). X : m×d. ks : neighbours, each at most n.
 
     Returns
     -------
-    len(ks)×m int64. Cost m·n·d; memory 2048·n.
+    np.ndarray
+        len(ks)×m int64. Cost m·n·d; memory 2048·n.
 
     Raises
     ------
-    UsageError : non-finite features, unusable labels, a k outside 1 … n.
+    UsageError
+        non-finite features, unusable labels, a k outside 1 … n.
     """
     rows = check_features(train[0], "the training features")
     labels, _ = check_labels(train[1], len(rows), "labels", n_classes)
@@ -120,11 +123,16 @@ class RidgeSweep:
 
     Attributes
     ----------
-    alphas : strengths per row; the penalty is n·alpha·‖W‖² beside the sum of squared residuals.
-    loo_accuracy : per alpha, share of rows classified right by the fit without that row; exact.
-    loo_error : per alpha, mean squared leave-one-out residual over rows and classes.
-    coef : A×K×d, for standardised features. intercept : K, the class shares.
-    mean, scale : d, of the standardisation.
+    alphas : np.ndarray
+        Strengths per row; the penalty is n·alpha·‖W‖² beside the sum of squared residuals.
+    loo_accuracy : np.ndarray
+        Per alpha, share of rows classified right by the fit without that row; exact.
+    loo_error : np.ndarray
+        Per alpha, mean squared leave-one-out residual over rows and classes.
+    coef : np.ndarray
+        A×K×d, for standardised features. intercept : K, the class shares.
+    mean, scale : np.ndarray
+        d, of the standardisation.
     """
 
     alphas: np.ndarray
@@ -162,16 +170,20 @@ def ridge_sweep(
 
     Parameters
     ----------
-    X : n×d features, standardised here by their own statistics. y : n labels in 0 … n_classes−1.
-    alphas : positive strengths per row.
+    X : ArrayLike
+        n×d features, standardised here by their own statistics. y : n labels in 0 … n_classes−1.
+    alphas : ArrayLike
+        Positive strengths per row.
 
     Returns
     -------
-    RidgeSweep, in the order of `alphas`.
+    RidgeSweep
+        In the order of `alphas`.
 
     Raises
     ------
-    UsageError : non-finite features, unusable labels, a strength that is not positive.
+    UsageError
+        non-finite features, unusable labels, a strength that is not positive.
 
     References
     ----------
@@ -235,8 +247,10 @@ def leave_one_out(
 
     Parameters
     ----------
-    rows : n×d. weights : A×K×d for A strengths. shares : K class shares, the intercepts.
-    leverage : n×A, the diagonal of each hat matrix. target : n labels.
+    rows : torch.Tensor
+        n×d. weights : A×K×d for A strengths. shares : K class shares, the intercepts.
+    leverage : torch.Tensor
+        n×A, the diagonal of each hat matrix. target : n labels.
     """
     strengths, n_classes, d = weights.shape
     n, stacked, offsets = len(rows), weights.reshape(-1, d), shares.to(rows.dtype).repeat(strengths)

@@ -25,8 +25,10 @@ class LogisticProbe:
 
     Attributes
     ----------
-    coef : K×d, for standardised features. intercept : K. mean, scale : d, of the training split.
-    C : inverse regularisation strength. fit : how the solver ended.
+    coef : np.ndarray
+        K×d, for standardised features. intercept : K. mean, scale : d, of the training split.
+    C : float
+        Inverse regularisation strength. fit : how the solver ended.
     """
 
     coef: np.ndarray
@@ -58,13 +60,20 @@ class ProbeResult:
 
     Attributes
     ----------
-    probe : the classifier that was tested.
-    Cs : the grid. fits : one per C, on the training split.
-    train_accuracy, val_accuracy : per C, of the probes fitted on the training split alone.
-    best_C : the smallest C among those with the highest validation accuracy.
-    refit : on which rows the tested probe was fitted.
-    correct : n_test bool, which test images the final probe classifies right.
-    test_accuracy : share of them. interval : its 95 % Wilson interval.
+    probe : LogisticProbe
+        The classifier that was tested.
+    Cs : np.ndarray
+        The grid. fits : one per C, on the training split.
+    train_accuracy, val_accuracy : np.ndarray
+        Per C, of the probes fitted on the training split alone.
+    best_C : float
+        The smallest C among those with the highest validation accuracy.
+    refit : str
+        On which rows the tested probe was fitted.
+    correct : np.ndarray
+        n_test bool, which test images the final probe classifies right.
+    test_accuracy : float
+        Share of them. interval : its 95 % Wilson interval.
     """
 
     probe: LogisticProbe
@@ -104,19 +113,25 @@ def fit_logistic_path(
 
     Parameters
     ----------
-    X : n×d features, any float dtype. y : n labels, int64 in 0 … K−1, each class present.
-    Cs : inverse regularisation strengths; fitted in ascending order, each from the solution before.
-    tol : largest relative suboptimality (F − min F)/F of a converged fit.
-    device : a torch device with float64.
+    X : np.ndarray
+        n×d features, any float dtype. y : n labels, int64 in 0 … K−1, each class present.
+    Cs : ArrayLike
+        Inverse regularisation strengths; fitted in ascending order, each from the solution before.
+    tol : float
+        Largest relative suboptimality (F − min F)/F of a converged fit.
+    device : str
+        a torch device with float64.
 
     Returns
     -------
-    list of LogisticProbe, ascending in C; `.fit` holds objective, Newton decrement, duality gap, cost.
-    Cost: one d×d eigendecomposition, then n·d·K per evaluation, of which a hard fit takes 100 to 200.
+    list[LogisticProbe]
+        Of LogisticProbe, ascending in C; `.fit` holds objective, Newton decrement, duality gap, cost. Cost:
+        one d×d eigendecomposition, then n·d·K per evaluation, of which a hard fit takes 100 to 200.
 
     Raises
     ------
-    UsageError : non-finite features, one class only, labels outside 0 … K−1, an impossible C.
+    UsageError
+        non-finite features, one class only, labels outside 0 … K−1, an impossible C.
     """
     grid = check_grid(Cs)
     X = check_features(X, "X")
@@ -147,12 +162,14 @@ def select_probe(
 
     Parameters
     ----------
-    train, validation, test : (X, y), features n×d and int64 labels in 0 … n_classes−1. Each class needs a
-        training row. n_classes : K.
+    train, validation, test : tuple[np.ndarray, np.ndarray]
+        (X, y), features n×d and int64 labels in 0 … n_classes−1. Each class needs a training row. n_classes :
+        K.
 
     Raises
     ------
-    UsageError : see `fit_logistic_path`; an unknown refit.
+    UsageError
+        See `fit_logistic_path`; an unknown refit.
     """
     check_refit(refit)
     grid = check_grid(Cs)

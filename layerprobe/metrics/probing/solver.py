@@ -38,13 +38,20 @@ class LogisticFit:
 
     Attributes
     ----------
-    C : inverse regularisation strength.
-    coef : K×d float64, for standardised features. intercept : K float64.
-    objective : F at the solution, float64; scikit-learn's objective is C times this.
-    newton_decrement : estimate of (F − min F) / F before the last Newton step, so of more than is left.
-    duality_gap : upper bound of the same; tight where C is small, loose where C is large.
-    converged : whether one of the two is within half of the tolerance asked for.
-    evaluations : passes over the data (gradients and Hessian products, float64 ones count twice).
+    C : float
+        Inverse regularisation strength.
+    coef : np.ndarray
+        K×d float64, for standardised features. intercept : K float64.
+    objective : float
+        F at the solution, float64; scikit-learn's objective is C times this.
+    newton_decrement : float
+        Estimate of (F − min F) / F before the last Newton step, so of more than is left.
+    duality_gap : float
+        Upper bound of the same; tight where C is small, loose where C is large.
+    converged : bool
+        Whether one of the two is within half of the tolerance asked for.
+    evaluations : int
+        Passes over the data (gradients and Hessian products, float64 ones count twice).
     """
 
     C: float
@@ -62,9 +69,12 @@ class LogisticPath:
 
     Parameters
     ----------
-    X : training features; y : n labels, int64 in 0 … n_classes − 1, each class present.
-    tol : a fit counts as converged when its relative suboptimality is at most this.
-    device : where to compute; float64 is used there, too, so `mps` is not possible.
+    X : Standardised
+        Training features; y : n labels, int64 in 0 … n_classes − 1, each class present.
+    tol : float
+        a fit counts as converged when its relative suboptimality is at most this.
+    device : str
+        Where to compute; float64 is used there, too, so `mps` is not possible.
     """
 
     def __init__(

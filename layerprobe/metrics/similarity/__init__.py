@@ -36,18 +36,24 @@ class CentredRows:
 
     Parameters
     ----------
-    array : n×d, floating or integer; numpy, memory-mapped, or a torch tensor.
-    name : what errors call it.
-    rows : the order in which its rows count as 0, 1, …; None = as stored.
+    array : ArrayLike | torch.Tensor
+        n×d, floating or integer; numpy, memory-mapped, or a torch tensor.
+    name : str
+        What errors call it.
+    rows : NDArray[np.intp] | None
+        The order in which its rows count as 0, 1, …; None = as stored.
 
     Attributes
     ----------
-    n, d : shape.
-    constant : True when the rows differ by no more than rounding.
+    n, d
+        Shape.
+    constant
+        True when the rows differ by no more than rounding.
 
     Raises
     ------
-    UsageError : not n×d, or non-finite values (their number and the first row are named).
+    UsageError
+        Not n×d, or non-finite values (their number and the first row are named).
     """
 
     def __init__(

@@ -26,11 +26,15 @@ class PairwiseCKA:
 
     Attributes
     ----------
-    values, stderr : layers of X × layers of Y; NaN where undefined.
-    reasons : per cell, why it is undefined, or None.
-    influence : groups of images × layers of X × layers of Y: how each group moves each cell. Its sum of
-        squares over groups is the delete-a-group variance before the small-sample correction.
-    n : images. method : "gram", "features" or "minibatch".
+    values, stderr : FloatArray
+        Layers of X × layers of Y; NaN where undefined.
+    reasons : list[list[str | None]]
+        Per cell, why it is undefined, or None.
+    influence : FloatArray
+        Groups of images × layers of X × layers of Y: how each group moves each cell. Its sum of squares over
+        groups is the delete-a-group variance before the small-sample correction.
+    n : int
+        Images. method : "gram", "features" or "minibatch".
     """
 
     values: FloatArray
@@ -72,22 +76,31 @@ def pairwise_cka(
 
     Parameters
     ----------
-    layers_x, layers_y : sequences of n×d arrays, memory-mapped ones included; widths may differ.
-        `layers_y=None` compares `layers_x` with itself, at half the cost.
-    rows_x, rows_y : row orders that pair the images, where they are not stored in the same order.
-    names_x, names_y : what errors call the layers.
-    method : "gram", "features", or "auto" for the one with fewer multiplications.
-    seed : assigns images to groups for the standard errors; values depend on it only by rounding.
-    device : where the products run ("cpu", "cuda").
-    progress : called with the share of the work done since the last call.
+    layers_x, layers_y
+        Sequences of n×d arrays, memory-mapped ones included; widths may differ. `layers_y=None` compares
+        `layers_x` with itself, at half the cost.
+    rows_x, rows_y : NDArray[np.intp] | None
+        Row orders that pair the images, where they are not stored in the same order.
+    names_x, names_y : Sequence[str] | None
+        What errors call the layers.
+    method : str
+        "gram", "features", or "auto" for the one with fewer multiplications.
+    seed : int
+        Assigns images to groups for the standard errors; values depend on it only by rounding.
+    device : str
+        Where the products run ("cpu", "cuda").
+    progress : Progress | None
+        Called with the share of the work done since the last call.
 
     Returns
     -------
-    PairwiseCKA. Undefined cells (a constant layer) are NaN with a reason.
+    PairwiseCKA
+        Undefined cells (a constant layer) are NaN with a reason.
 
     Raises
     ------
-    UsageError : shapes that do not pair, fewer than 4 images, non-finite values, an unknown method.
+    UsageError
+        Shapes that do not pair, fewer than 4 images, non-finite values, an unknown method.
 
     References
     ----------
@@ -138,8 +151,9 @@ class MinibatchCKA:
 
         Raises
         ------
-        UsageError : fewer than 4 images in the batch, other layers than before, shapes that do not pair, or
-            non-finite values.
+        UsageError
+            Fewer than 4 images in the batch, other layers than before, shapes that do not pair, or non-finite
+            values.
         """
         xs, ys = paired_layers(layers_x, layers_y)
         names = ([layer.name for layer in xs], [layer.name for layer in ys or xs])

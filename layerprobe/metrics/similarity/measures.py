@@ -42,7 +42,8 @@ def debiased_hsic(K: ArrayLike, L: ArrayLike) -> float:
 
     Parameters
     ----------
-    K, L : n×n, symmetric, n ≥ 4; centring is not needed.
+    K, L : ArrayLike
+        n×n, symmetric, n ≥ 4; centring is not needed.
 
     References
     ----------
@@ -69,15 +70,18 @@ def debiased_linear_cka(X: ArrayLike, Y: ArrayLike) -> float:
 
     Parameters
     ----------
-    X : n×d₁, Y : n×d₂; n ≥ 4. Computed in float64 whatever dtype arrives.
+    X : ArrayLike
+        n×d₁, Y : n×d₂; n ≥ 4. Computed in float64 whatever dtype arrives.
 
     Returns
     -------
-    float in [−1, 1]; 1 = equal up to rotation, shift and isotropic scale, 0 = independent. Symmetric.
+    float
+        In [−1, 1]; 1 = equal up to rotation, shift and isotropic scale, 0 = independent. Symmetric.
 
     Raises
     ------
-    UsageError : shapes that do not pair, non-finite values, or a constant X or Y (undefined).
+    UsageError
+        Shapes that do not pair, non-finite values, or a constant X or Y (undefined).
 
     References
     ----------
@@ -130,11 +134,13 @@ def debiased_rbf_cka(X: ArrayLike, Y: ArrayLike, *, bandwidth: float = 0.5) -> f
 
     Parameters
     ----------
-    X : n×d₁, Y : n×d₂; n ≥ 4. bandwidth : > 0, in medians of the pairwise distances of each side.
+    X : ArrayLike
+        n×d₁, Y : n×d₂; n ≥ 4. bandwidth : > 0, in medians of the pairwise distances of each side.
 
     Raises
     ------
-    UsageError : shapes, non-finite values, a bandwidth ≤ 0, or images that mostly coincide (median 0).
+    UsageError
+        Shapes, non-finite values, a bandwidth ≤ 0, or images that mostly coincide (median 0).
 
     References
     ----------
@@ -174,8 +180,9 @@ def svcca(X: ArrayLike, Y: ArrayLike, *, variance: float = 0.99) -> float:
 
     Raises
     ------
-    UsageError : shapes, non-finite or constant features, or kept components that fill the space of the
-        images, where every canonical correlation would be 1 whatever the features.
+    UsageError
+        Shapes, non-finite or constant features, or kept components that fill the space of the images, where
+        every canonical correlation would be 1 whatever the features.
 
     References
     ----------
@@ -240,8 +247,9 @@ def rsa(X: ArrayLike, Y: ArrayLike) -> float:
 
     Raises
     ------
-    UsageError : shapes, fewer than 3 images or 2 features, an image with equal features throughout, or
-        dissimilarities that are all equal.
+    UsageError
+        Shapes, fewer than 3 images or 2 features, an image with equal features throughout, or dissimilarities
+        that are all equal.
 
     References
     ----------

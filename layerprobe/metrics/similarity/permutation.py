@@ -33,8 +33,10 @@ class PermutationNull:
 
     Attributes
     ----------
-    samples : permutations × layers of X × layers of Y; NaN where a layer is constant.
-    n : images of the comparison. n_used : images that were permuted, fewer than `n` above `MAX_IMAGES`; the
+    samples : NDArray[np.float32]
+        Permutations × layers of X × layers of Y; NaN where a layer is constant.
+    n : int
+        Images of the comparison. n_used : images that were permuted, fewer than `n` above `MAX_IMAGES`; the
         samples are then rescaled to `n` by their standard deviation's known dependence on n.
     """
 
@@ -76,13 +78,17 @@ def permutation_null(
 
     Parameters
     ----------
-    layers_x, layers_y, rows_x, rows_y, names_x, names_y, device, progress : as in `pairwise_cka`.
-    n_permutations : at least this many; all shifts of a random order are used, which may be more.
-    seed : of the random orders.
+    layers_x, layers_y, rows_x, rows_y, names_x, names_y, device, progress
+        As in `pairwise_cka`.
+    n_permutations : int
+        At least this many; all shifts of a random order are used, which may be more.
+    seed : int
+        Of the random orders.
 
     Raises
     ------
-    UsageError : shapes that do not pair, fewer than 4 images, non-finite values, no permutations.
+    UsageError
+        Shapes that do not pair, fewer than 4 images, non-finite values, no permutations.
 
     References
     ----------

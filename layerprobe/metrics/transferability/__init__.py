@@ -26,14 +26,22 @@ class ClassSpectrum:
 
     Attributes
     ----------
-    scores : n×r, (X − μ)V; rows sorted by class, columns by falling variance.
-    eigenvalues : r, positive, falling: the sums of squares of the columns of `scores`.
-    mean_inside : r, Vᵀμ.
-    mean_outside : squared length of the part of μ that lies outside the r axes.
-    classes : the k labels that occur, rising.
-    counts : k, images per class.
-    n_features : d, the dimensions before axes of zero variance were left out.
-    order : n, the row of X that each row of `scores` comes from.
+    scores : Array
+        n×r, (X − μ)V; rows sorted by class, columns by falling variance.
+    eigenvalues : Array
+        r, positive, falling: the sums of squares of the columns of `scores`.
+    mean_inside : Array
+        r, Vᵀμ.
+    mean_outside : float
+        Squared length of the part of μ that lies outside the r axes.
+    classes : NDArray[np.int64]
+        The k labels that occur, rising.
+    counts : NDArray[np.int64]
+        k, images per class.
+    n_features : int
+        d, the dimensions before axes of zero variance were left out.
+    order : NDArray[np.int64]
+        n, the row of X that each row of `scores` comes from.
     """
 
     scores: Array
@@ -73,12 +81,15 @@ def class_spectrum(features: ArrayLike, labels: ArrayLike) -> ClassSpectrum:
 
     Parameters
     ----------
-    features : n×d, any float type, finite.
-    labels : n integers ≥ 0. Classes that do not occur are simply absent.
+    features : ArrayLike
+        n×d, any float type, finite.
+    labels : ArrayLike
+        n integers ≥ 0. Classes that do not occur are simply absent.
 
     Raises
     ------
-    UsageError : shapes that do not fit, non-finite features, one class only, or constant features.
+    UsageError
+        Shapes that do not fit, non-finite features, one class only, or constant features.
     """
     X, y = check_labelled(features, labels)
     order = np.argsort(y, kind="stable")

@@ -49,12 +49,14 @@ def logme(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) 
 
     Returns
     -------
-    float, any sign; higher means a better linear fit for its complexity.
+    float
+        Any sign; higher means a better linear fit for its complexity.
 
     Raises
     ------
-    UsageError : one class, constant features, or labels that are an exact linear function of the features
-        with fewer dimensions than images, where the evidence has no maximum.
+    UsageError
+        One class, constant features, or labels that are an exact linear function of the features with fewer
+        dimensions than images, where the evidence has no maximum.
 
     References
     ----------
@@ -78,7 +80,8 @@ def h_score(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None
 
     Returns
     -------
-    float in [0, k − 1] for k classes; higher = classes further apart. Unchanged by scaling X.
+    float
+        In [0, k − 1] for k classes; higher = classes further apart. Unchanged by scaling X.
 
     References
     ----------
@@ -107,11 +110,13 @@ def transrate(
 
     Parameters
     ----------
-    epsilon : > 0, in units of the mean variance of a feature.
+    epsilon : float
+        > 0, in units of the mean variance of a feature.
 
     Returns
     -------
-    float ≥ 0 up to rounding; higher = classes occupy different directions.
+    float
+        ≥ 0 up to rounding; higher = classes occupy different directions.
 
     References
     ----------
@@ -144,15 +149,18 @@ def gbc(
 
     Parameters
     ----------
-    n_components : principal axes to keep, at most as many as there are.
+    n_components : int
+        Principal axes to keep, at most as many as there are.
 
     Returns
     -------
-    float in [−k(k − 1), 0]; 0 = no overlap. Unchanged by scaling X.
+    float
+        In [−k(k − 1), 0]; 0 = no overlap. Unchanged by scaling X.
 
     Raises
     ------
-    UsageError : a class without variance (for example with one image), for which D has no value.
+    UsageError
+        a class without variance (for example with one image), for which D has no value.
 
     References
     ----------
@@ -191,11 +199,13 @@ def neural_collapse(features: ArrayLike | ClassSpectrum, labels: ArrayLike | Non
 
     Returns
     -------
-    float ≥ 0; **lower is better**, 0 = every image sits on its class mean. Unchanged by scaling X.
+    float
+        ≥ 0; **lower is better**, 0 = every image sits on its class mean. Unchanged by scaling X.
 
     Raises
     ------
-    UsageError : equal class means.
+    UsageError
+        Equal class means.
 
     References
     ----------
@@ -227,7 +237,8 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
 
     Returns
     -------
-    float in [0, 1]; higher is better. Unchanged by scaling X.
+    float
+        In [0, 1]; higher is better. Unchanged by scaling X.
 
     References
     ----------
@@ -256,11 +267,13 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
 
     Parameters
     ----------
-    n_neighbours : ≥ 1; with fewer other images, all of them vote.
+    n_neighbours : int
+        ≥ 1; with fewer other images, all of them vote.
 
     Returns
     -------
-    float in [0, 1]; higher is better. Unchanged by scaling, shifting or rotating X.
+    float
+        In [0, 1]; higher is better. Unchanged by scaling, shifting or rotating X.
     """
     if n_neighbours < 1:
         raise UsageError(f"knn needs at least one neighbour: n_neighbours={n_neighbours}")
@@ -305,16 +318,20 @@ def readable_scores(
 
     Parameters
     ----------
-    features : n×d, finite. labels : n integers ≥ 0.
-    scores : names from `HIGHER_IS_BETTER`; leaving out `knn` saves its n²d.
+    features : ArrayLike
+        n×d, finite. labels : n integers ≥ 0.
+    scores : tuple[str, ...]
+        Names from `HIGHER_IS_BETTER`; leaving out `knn` saves its n²d.
 
     Returns
     -------
-    dict name → Estimate with value and reason; a score that is undefined here has value None and says why.
+    dict[str, Estimate]
+        Name → Estimate with value and reason; a score that is undefined here has value None and says why.
 
     Raises
     ------
-    UsageError : arrays that do not fit, or non-finite features.
+    UsageError
+        Arrays that do not fit, or non-finite features.
     """
     unknown = [name for name in scores if name not in HIGHER_IS_BETTER]
     if unknown:
@@ -350,7 +367,8 @@ def half_sample_errors(
 
     Returns
     -------
-    dict name → Estimate whose value is the standard error, or the reason why there is none.
+    Mapping[str, Estimate]
+        Dict name → Estimate whose value is the standard error, or the reason why there is none.
 
     References
     ----------

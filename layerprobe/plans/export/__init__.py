@@ -60,18 +60,24 @@ def export_plan(
 
     Parameters
     ----------
-    target : `axolotl`, `llama-factory`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
-    prefix : what the other trainer's model puts before the names: `model.` for LlamaForCausalLM,
-        `transformer.` for GPT2LMHeadModel, `bert.`, `vit.`; nothing for the bare model.
-    outside : full name of a parameter around the base model (`lm_head.weight`) -> `trainable` or
-        `frozen`. Trainable ones are exported too; all of them are watched, so that no pattern takes a frozen
-        one along. Those not named stay frozen in every target but see what its rule says.
-    without : modules of the plan (`pooler`) that the other trainer's model does not have.
+    target : str
+        `axolotl`, `llama-factory`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
+    prefix : str
+        What the other trainer's model puts before the names: `model.` for LlamaForCausalLM, `transformer.`
+        for GPT2LMHeadModel, `bert.`, `vit.`; nothing for the bare model.
+    outside : Mapping[str, str] | None
+        Full name of a parameter around the base model (`lm_head.weight`) -> `trainable` or `frozen`.
+        Trainable ones are exported too; all of them are watched, so that no pattern takes a frozen one along.
+        Those not named stay frozen in every target but see what its rule says.
+    without : Iterable[str]
+        Modules of the plan (`pooler`) that the other trainer's model does not have.
 
     Raises
     ------
-    UnknownNameError : no such target.
-    PlanError : the target cannot say this plan; one sentence says why.
+    UnknownNameError
+        No such target.
+    PlanError
+        The target cannot say this plan; one sentence says why.
     """
     if target not in TARGETS:
         raise UnknownNameError(

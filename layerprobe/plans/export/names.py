@@ -18,11 +18,16 @@ class ExportNames:
 
     Attributes
     ----------
-    plan : the plan itself.
-    trainable, frozen : full names, those outside the base model included.
-    blocks : full dotted name of every block, `transformer.h.0` …
-    free_blocks : those of `blocks` whose every parameter is trained.
-    others : trainable names outside the free blocks.
+    plan : PlanData
+        The plan itself.
+    trainable, frozen : tuple[str, ...]
+        Full names, those outside the base model included.
+    blocks : tuple[str, ...]
+        Full dotted name of every block, `transformer.h.0` …
+    free_blocks : tuple[str, ...]
+        Those of `blocks` whose every parameter is trained.
+    others : tuple[str, ...]
+        Trainable names outside the free blocks.
     """
 
     plan: PlanData

@@ -45,7 +45,8 @@ def run_strategy(strategy: Strategy, budget: TrialBudget) -> list[Finalist]:
 
     Raises
     ------
-    BudgetError : the budget does not pay for one plan.
+    BudgetError
+        The budget does not pay for one plan.
     """
     hold_back(budget)
     strategy.explore(budget)

@@ -196,7 +196,8 @@ class PlanModel:
 
     Parameters
     ----------
-    n_blocks : blocks of the backbone. lrs : the grid. scores : name → (value, standard error) per block.
+    n_blocks : int
+        Blocks of the backbone. lrs : the grid. scores : name → (value, standard error) per block.
 
     References
     ----------
