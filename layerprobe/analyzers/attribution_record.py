@@ -42,6 +42,14 @@ class LayerAttribution(Record):
             raise UnknownNameError(f"no attribution '{name}' in this record; it has {known}")
         return rows
 
+    def table(self) -> list[dict[str, Any]]:
+        """One row a block, one column a method."""
+        rows = self.frame[self.frame["block"].notna()]
+        rows = rows[rows["metric"] != "attribution_completeness_error"]
+        rows = rows.assign(metric=rows["metric"].str.removeprefix("attribution_"))
+        wide = rows.pivot(index="block", columns="metric", values="value")[rows["metric"].unique()]
+        return wide.reset_index().to_dict("records")
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
         if target.suffix not in (".csv", ".parquet", ".json") and not self.maps.empty:

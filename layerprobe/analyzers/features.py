@@ -146,7 +146,7 @@ class FeatureTable(Record):
             "are in the feature store."
         )
 
-    def overview(self) -> list[dict[str, Any]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row a layer of the first split, for a terminal."""
         wide = self.splits[0].to_frame().pivot(index=["block", "site"], columns="metric", values="value")
         return [

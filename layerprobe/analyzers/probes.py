@@ -238,7 +238,7 @@ class LinearProbes(Record):
         rows += self.extra_rows
         return rows
 
-    def overview(self) -> list[dict[str, Any]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row a layer, for a terminal."""
         table: list[dict[str, Any]] = []
         for layer, result, reason in zip(self.layers, self.results, self.reasons, strict=True):

@@ -195,7 +195,7 @@ class CKAMatrix(Record):
             )
         return tidy(rows)
 
-    def overview(self) -> list[dict[str, Any]]:
+    def table(self) -> list[dict[str, Any]]:
         """One row per layer of A for a terminal: its closest layer of B, with interval and p-value."""
         rows = []
         for row in self.closest().to_dict("records"):

@@ -58,6 +58,9 @@ class TransferScores(Record):
             raise UnknownNameError(f"no score '{name}' in this record; it has {known}")
         return rows
 
+    def table(self) -> list[dict[str, Any]]:
+        return self.wide().reset_index().to_dict("records")
+
     def wide(self) -> pd.DataFrame:
         """One row a layer, one column a score, for printing: readable scores first."""
         frame = self.frame.assign(

@@ -34,6 +34,31 @@ class PlanTable(Record):
         """The plan in a sentence, and how it was found as far as the plan says."""
         return "\n".join([self.plan.summary(), *found_lines(self.plan)])
 
+    def table(self) -> list[dict[str, Any]]:
+        """Runs of equal blocks together, then the groups around them, stem and head."""
+        frame = self.to_frame()
+        rows: list[dict[str, Any]] = []
+        for state in (TRAINABLE, PARTIAL, FROZEN):
+            part = frame[(frame["state"] == state) & frame["block"].notna()]
+            if len(part):
+                rows.append(
+                    {
+                        "part": f"blocks {format_blocks([int(b) for b in part['block']])}",
+                        "state": state,
+                        "trained": int(part["value"].sum()),
+                        "parameters": int(part["n"].sum()),
+                    }
+                )
+        for row in frame[frame["block"].isna()].itertuples():
+            rows.append(
+                {"part": row.group, "state": row.state, "trained": int(row.value), "parameters": int(row.n)}
+            )
+        rows += [
+            {"part": part, "state": self.plan.states[part], "trained": None, "parameters": None}
+            for part in ("stem", "head")
+        ]
+        return rows
+
     def to_json(self) -> dict[str, Any]:
         """The table's object, and the plan's own facts beside the rows."""
         body = super().to_json()
@@ -92,29 +117,3 @@ def found_lines(plan: FreezePlan) -> list[str]:
     simple = {k: v for k, v in plan.found.items() if isinstance(v, (str, int, float, bool))}
     width = max((len(key) for key in simple), default=0)
     return [f"  {key:<{width}}  {value}" for key, value in simple.items()]
-
-
-def state_rows(plan: FreezePlan) -> list[dict[str, Any]]:
-    """Rows for a terminal: runs of equal blocks together, then the groups around them, stem and head."""
-    frame = plan_frame(plan)
-    rows: list[dict[str, Any]] = []
-    for state in (TRAINABLE, PARTIAL, FROZEN):
-        part = frame[(frame["state"] == state) & frame["block"].notna()]
-        if len(part):
-            rows.append(
-                {
-                    "part": f"blocks {format_blocks([int(b) for b in part['block']])}",
-                    "state": state,
-                    "trained": int(part["value"].sum()),
-                    "parameters": int(part["n"].sum()),
-                }
-            )
-    for row in frame[frame["block"].isna()].itertuples():
-        rows.append(
-            {"part": row.group, "state": row.state, "trained": int(row.value), "parameters": int(row.n)}
-        )
-    rows += [
-        {"part": part, "state": plan.states[part], "trained": None, "parameters": None}
-        for part in ("stem", "head")
-    ]
-    return rows

@@ -156,7 +156,7 @@ def test_undefined_cells_are_rows_with_a_reason() -> None:
     assert body["schema"] == "layerprobe.cka/v1"
     assert body["rows"][1]["value"] is None and body["rows"][1]["pvalue"] is None
     assert body["rows"][1]["reason"] == "block.0.resid_post of minilm is constant over the images"
-    assert record.overview()[1]["CKA"] is None
+    assert record.table()[1]["CKA"] is None
     nothing = lp.cka_matrix([np.ones((9, 2))], permutations=5)
     assert "undefined for every pair" in nothing.summary()
 

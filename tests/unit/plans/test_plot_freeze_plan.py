@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
 from layerprobe.errors import UsageError
-from layerprobe.plans.table import block_strip, plan_frame, state_rows
+from layerprobe.plans.table import PlanTable, block_strip, plan_frame
 from layerprobe.plotting.plans import COLOURS, plot_plan
 
 
@@ -47,7 +47,7 @@ def test_the_table_adds_up() -> None:
     frame = plan.to_frame()
     assert frame["value"].sum() == plan.counts["trainable_parameters"]
     assert frame["n"].sum() == sum(plan.counts[f"{side}_parameters"] for side in ("trainable", "frozen"))
-    rows = state_rows(plan)
+    rows = PlanTable(plan).table()
     assert [row["part"] for row in rows] == [
         "blocks 3",
         "blocks 0:3,4:12",
