@@ -11,7 +11,7 @@ from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, 
 from layerprobe.search import defaults
 from layerprobe.search.bench import Outcome
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
-from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, value_plan
+from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, train_and_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +106,13 @@ class ChainEvaluator:
         bridge_steps, finetune_steps = self.chain.steps(trial.fidelity)
         tensors = self.tensors  # preprocessed before the clock starts: once for all trials
         began = time.perf_counter()
-        found = value_plan(
+        both: dict[str, Any] = {"lr": trial.lr, "seed": trial_seed(self.seed, trial.repeat)}
+        found = train_and_score(
             self.backbone,
             tensors,
             self.plan(trial.mask, norms=trial.norms),
-            lr=trial.lr,
-            seed=trial_seed(self.seed, trial.repeat),
-            bridge_steps=bridge_steps,
-            finetune_steps=finetune_steps,
-            bridge=self.chain.bridge_config(),
-            finetune=self.chain.finetune_config(),
+            bridge=self.chain.bridge_config(steps=bridge_steps, **both) if bridge_steps else None,
+            finetune=self.chain.finetune_config().replace(steps=finetune_steps, **both),
             test=trial.repeat >= REPORT_REPEAT,
             auto_rgn=trial.auto_rgn,
         )

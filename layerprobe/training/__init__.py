@@ -1,13 +1,13 @@
-"""Random-label bridge training under a freeze plan, and what it is worth afterwards."""
+"""Random-label bridge training under a freeze plan, fine-tuning and evaluation."""
 
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.evaluate import ARMS, evaluate, evaluate_arms
 from layerprobe.training.evaluation import Evaluation, Trial
+from layerprobe.training.finetune import Outcome, train_and_score
 from layerprobe.training.guard import all_trainable, block_plan
 from layerprobe.training.run import BridgeRun
 from layerprobe.training.trainer import bridge_train
-from layerprobe.training.value import Outcome, value_plan
 
 __all__ = [
     "ARMS",
@@ -23,5 +23,5 @@ __all__ = [
     "bridge_train",
     "evaluate",
     "evaluate_arms",
-    "value_plan",
+    "train_and_score",
 ]

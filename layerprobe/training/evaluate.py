@@ -20,9 +20,9 @@ from layerprobe.provenance import provenance
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 from layerprobe.training.data import TaskTensors, task_facts
 from layerprobe.training.evaluation import Evaluation, Trial
+from layerprobe.training.finetune import train_and_score
 from layerprobe.training.guard import all_trainable, block_plan
 from layerprobe.training.probe import judge_own_head, judge_probe
-from layerprobe.training.value import value_plan
 
 MODES = ("finetune", "fewshot", "probe", "own-head")
 SCOPES = ("arm", "plan", "all")
@@ -267,17 +267,16 @@ def _trial(
 ) -> Trial:
     n = len(tensors.labels["train"])
     shots = None if finetune.shots is None else finetune.shots * tensors.n_classes
-    bridged = bridge is not None and bridge_plan is not None
-    outcome = value_plan(
+    if bridge is not None and bridge_plan is not None:
+        bridge = bridge.replace(lr=lr, steps=bridge.n_steps(n), seed=seed)
+    else:
+        bridge = None
+    outcome = train_and_score(
         backbone,
         tensors,
         bridge_plan if bridge_plan is not None else finetune_plan,
-        lr=lr,
-        seed=seed,
-        bridge_steps=bridge.n_steps(n) if bridged and bridge is not None else 0,
-        finetune_steps=finetune.n_steps(shots or n),
         bridge=bridge,
-        finetune=finetune,
+        finetune=finetune.replace(lr=lr, steps=finetune.n_steps(shots or n), seed=seed),
         finetune_plan=finetune_plan,
         test=True,
     )
@@ -287,7 +286,7 @@ def _trial(
         seed=seed,
         validation_accuracy=outcome.validation_accuracy,
         test_accuracy=outcome.test_accuracy,
-        n_validation=outcome.n_validation,
+        n_validation=outcome.n_validation or 0,
         n_test=outcome.n_test or 0,
         trainable_parameters=finetune_plan.counts["trainable_parameters"],
         train_flops=outcome.train_flops,

@@ -14,8 +14,8 @@ from layerprobe.progress import note
 from layerprobe.training.classifier import Classifier, Snapshot
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import Pixels, TaskTensors
+from layerprobe.training.finetune import run_stage
 from layerprobe.training.loop import DivergedError, autocast
-from layerprobe.training.value import run_stage
 
 
 def choose_rate(

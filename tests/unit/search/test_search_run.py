@@ -55,17 +55,18 @@ def tiny_model(tmp_path_factory) -> Path:
 def made_up(monkeypatch):
     """Replaces training by a formula, one second a full training, and leaves transfer scores out."""
 
-    def value_plan(backbone, tensors, plan, *, lr, seed, bridge_steps, finetune_steps, test, **_):
+    def train_and_score(backbone, tensors, plan, *, bridge, finetune, test, **_):
+        lr, seed = finetune.lr, finetune.seed
         gain = 0.1 * plan.blocks[1] + 0.01 * sum(plan.blocks) - (0.2 if lr > 2e-3 else 0.0)
         accuracy = 0.5 + gain + 1e-3 * np.random.default_rng([seed, *map(int, plan.blocks)]).standard_normal()
-        steps = bridge_steps + finetune_steps
+        steps = bridge.steps + finetune.steps
         return Outcome(
             validation_accuracy=accuracy, test_accuracy=accuracy if test else None, bridge_accuracy=0.2,
             train_seconds=steps / 12, train_flops=1e9 * steps, steps=steps,
             trainable_parameters=plan.counts["trainable_parameters"], n_validation=20, n_test=20, lr=lr, seed=seed,
         )  # fmt: skip
 
-    monkeypatch.setattr("layerprobe.search.valuing.value_plan", value_plan)
+    monkeypatch.setattr("layerprobe.search.valuing.train_and_score", train_and_score)
     return {**FAST, "use_scores": False, "bridge_steps": 4, "finetune_steps": 8}
 
 
@@ -130,14 +131,14 @@ def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> No
 
 def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, tmp_path: Path) -> None:
     asked = []
-    value_plan = valuing_module.value_plan
+    train_and_score = valuing_module.train_and_score
 
     def watched(*args, auto_rgn, **settings):
         asked.append(auto_rgn)
-        return value_plan(*args, **settings)
+        return train_and_score(*args, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(valuing_module, "value_plan", watched)
+        patch.setattr(valuing_module, "train_and_score", watched)
         backbone, task = parts(tiny_model)
         names = ("all", "auto-rgn", "greedy")
         found = lp.freeze_search(
@@ -201,7 +202,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(finished, tiny_model: Pa
     def forbidden(*_args, **_kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("layerprobe.search.valuing.value_plan", forbidden)
+    monkeypatch.setattr("layerprobe.search.valuing.train_and_score", forbidden)
     monkeypatch.setattr(run_module, "layer_scores", forbidden)
     backbone, task = parts(tiny_model)
     again = lp.freeze_search(backbone, task, output=folder, **FAST)
@@ -319,14 +320,14 @@ def test_a_refused_search_leaves_the_folder_to_the_next(
 
 def test_without_a_plan_that_comes_through_the_error_says_why(tiny_model: Path, made_up, monkeypatch) -> None:
     backbone, task = parts(tiny_model)
-    whole = valuing_module.value_plan
+    whole = valuing_module.train_and_score
 
     def fails_late(backbone, tensors, plan, **given):
         found = whole(backbone, tensors, plan, **given)
-        late = given["seed"] != valuing_module.trial_seed(0, 0)
+        late = given["finetune"].seed != valuing_module.trial_seed(0, 0)
         return replace(found, validation_accuracy=None, reason="diverged at step 7") if late else found
 
-    monkeypatch.setattr(valuing_module, "value_plan", fails_late)
+    monkeypatch.setattr(valuing_module, "train_and_score", fails_late)
     with pytest.raises(UsageError, match=r"no plan came through the finals.*failures: diverged at step 7"):
         lp.freeze_search(backbone, task, **made_up)
 

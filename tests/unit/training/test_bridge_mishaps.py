@@ -226,13 +226,18 @@ def test_a_tracker_that_is_not_installed(make_backbone, task, tmp_path):
         bridge_train(make_backbone(), task, config=SMALL.replace(trackers=("neverheard",)), output=tmp_path)
 
 
-def test_plans_are_valued_in_one_process(make_backbone, task, monkeypatch):
+def test_plans_are_scored_in_one_process(make_backbone, task, monkeypatch):
     from types import SimpleNamespace
 
-    import layerprobe.training.value as value
-    from layerprobe.training import TaskTensors, all_trainable
+    from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, finetune
 
-    monkeypatch.setattr(value, "make_accelerator", lambda *_args: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(finetune, "make_accelerator", lambda *_args: SimpleNamespace(num_processes=2))
     backbone = make_backbone()
     with pytest.raises(UsageError, match="fine-tuning and plan values run in one process, not 2"):
-        value.value_plan(backbone, TaskTensors.of(backbone, task), all_trainable(backbone), lr=1e-3, seed=0)
+        finetune.train_and_score(
+            backbone,
+            TaskTensors.of(backbone, task),
+            all_trainable(backbone),
+            bridge=None,
+            finetune=FineTuneConfig(),
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, all_trainable, value_plan
+from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, all_trainable, train_and_score
 from layerprobe.training.classifier import Classifier
 from layerprobe.training.data import Order
 from layerprobe.training.guard import Guard
@@ -63,9 +63,10 @@ def test_a_chain_with_these_rates_is_another_training_and_hands_the_backbone_bac
     backbone = make_backbone("gpt2")
     tensors = TaskTensors.of(backbone, task)
     before = {name: p.detach().clone() for name, p in backbone.named_parameters()}
-    settings = {"lr": 3e-3, "seed": 0, "bridge_steps": 6, "finetune_steps": 6, "test": True}
+    shared = {"lr": 3e-3, "steps": 6, "batch_size": 64}
+    settings = {"bridge": BridgeConfig(**shared), "finetune": FineTuneConfig(**shared), "test": True}
     plan = all_trainable(backbone)
-    runs = [value_plan(backbone, tensors, plan, **settings, auto_rgn=on) for on in (False, True, True)]
+    runs = [train_and_score(backbone, tensors, plan, **settings, auto_rgn=on) for on in (False, True, True)]
     assert all(torch.equal(p, before[name]) for name, p in backbone.named_parameters())
     assert runs[1].bridge_accuracy == runs[2].bridge_accuracy
     assert (runs[1].test_correct == runs[2].test_correct).all()

@@ -1,12 +1,22 @@
-"""Valuing a plan: the chain's guarantees, and that one backbone serves many plans."""
+"""Training and scoring a plan: what is guaranteed, and that one backbone serves many plans."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 import torch
 
-from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, block_plan, value_plan
+from layerprobe.training import (
+    BridgeConfig,
+    FineTuneConfig,
+    Outcome,
+    TaskTensors,
+    all_trainable,
+    block_plan,
+    train_and_score,
+)
 from layerprobe.training.classifier import digest
 
 
@@ -24,7 +34,14 @@ def test_the_backbone_comes_back_bit_for_bit_and_the_value_repeats(family, make_
     random_state = torch.get_rng_state()
     plan = block_plan(backbone, [1, 2])
     first, other, again = (
-        value_plan(backbone, tensors, p, lr=3e-3, seed=1, bridge_steps=3, finetune_steps=4, test=True)
+        train_and_score(
+            backbone,
+            tensors,
+            p,
+            bridge=BridgeConfig(lr=3e-3, seed=1, steps=3, batch_size=64),
+            finetune=FineTuneConfig(lr=3e-3, seed=1, steps=4, batch_size=64),
+            test=True,
+        )
         for p in (plan, all_trainable(backbone), plan)
     )
     assert digests(backbone) == before
@@ -41,15 +58,12 @@ def test_the_backbone_comes_back_bit_for_bit_and_the_value_repeats(family, make_
 def test_the_chain_learns_the_task(make_backbone, task):
     backbone = make_backbone("gpt2")
     tensors = TaskTensors.of(backbone, task)
-    outcome = value_plan(
+    outcome = train_and_score(
         backbone,
         tensors,
         all_trainable(backbone),
-        lr=1e-2,
-        seed=0,
-        bridge_steps=0,
-        finetune_steps=60,
-        finetune=FineTuneConfig(flip=False),  # a mirrored corner is another class
+        bridge=None,
+        finetune=FineTuneConfig(lr=1e-2, steps=60, flip=False),  # a mirrored corner is another class
         test=True,
     )
     assert outcome.validation_accuracy > 0.8  # chance is 0.25
@@ -60,8 +74,12 @@ def test_the_chain_learns_the_task(make_backbone, task):
 def test_test_images_are_judged_only_when_asked(make_backbone, task):
     backbone = make_backbone("gpt2")
     tensors = TaskTensors.of(backbone, task, ("train", "validation"))
-    outcome = value_plan(
-        backbone, tensors, all_trainable(backbone), lr=1e-3, seed=0, bridge_steps=1, finetune_steps=1
+    outcome = train_and_score(
+        backbone,
+        tensors,
+        all_trainable(backbone),
+        bridge=BridgeConfig(steps=1, batch_size=64),
+        finetune=FineTuneConfig(steps=1, batch_size=64),
     )
     assert outcome.test_accuracy is None and outcome.test_correct is None
 
@@ -72,15 +90,12 @@ def test_a_frozen_stem_lets_the_frozen_prefix_be_kept(make_backbone, task):
     tensors = TaskTensors.of(backbone, task)
     plan = block_plan(backbone, [3], stem="frozen")
     kept, computed = (
-        value_plan(
+        train_and_score(
             backbone,
             tensors,
             plan,
-            lr=1e-2,
-            seed=0,
-            bridge_steps=0,
-            finetune_steps=30,
-            finetune=FineTuneConfig(augment="none", cache_prefix=keep, batch_size=16),
+            bridge=None,
+            finetune=FineTuneConfig(lr=1e-2, steps=30, augment="none", cache_prefix=keep, batch_size=16),
         )
         for keep in (True, False)
     )
@@ -92,16 +107,23 @@ def test_a_rate_far_too_high_is_a_reason_not_a_number(make_backbone, task):
     backbone = make_backbone("gpt2")
     tensors = TaskTensors.of(backbone, task)
     before = digests(backbone)
-    outcome = value_plan(
+    outcome = train_and_score(
         backbone,
         tensors,
         all_trainable(backbone),
-        lr=1e4,
-        seed=0,
-        bridge_steps=0,
-        finetune_steps=200,
-        finetune=FineTuneConfig(clip_norm=None, warmup=0.0),
+        bridge=None,
+        finetune=FineTuneConfig(lr=1e4, steps=200, clip_norm=None, warmup=0.0),
     )
     assert outcome.validation_accuracy is None
     assert outcome.reason.startswith("diverged: step ")
     assert digests(backbone) == before
+
+
+def test_an_outcome_survives_json_and_reads_the_form_of_version_0_1():
+    found = Outcome(validation_accuracy=0.5, train_seconds=2.0, call_seconds=3.0, steps=7, reason=None)
+    stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert Outcome.from_dict(stored) == found and "validation_correct" not in stored
+    facts = {"steps": 7, "call_seconds": 3.0, "train_flops": 0.0, "bridge_accuracy": None}
+    old = {"accuracy": 0.5, "test": None, "seconds": 2.0, "reason": None, "facts": facts}
+    assert Outcome.from_dict(old) == found
+    assert Outcome.from_dict({**old, "facts": {}}).call_seconds == 2.0

@@ -1,10 +1,11 @@
-"""The value of a freeze plan: what the real chain, bridge and then fine-tuning, reaches under it."""
+"""Bridge and fine-tuning under a freeze plan, and the accuracy that they reach."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,125 +27,149 @@ from layerprobe.training.loop import (
 )
 from layerprobe.training.relative import RelativeRates
 
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.plans import FreezePlan
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one chain under one plan reached.
+    """What one training under one plan gave; also the form in which a search stores it.
 
-    `validation_accuracy` and `test_accuracy` are shares in [0, 1] or None: not asked for, or diverged
-    (then `reason` says how).
+    Attributes
+    ----------
+    validation_accuracy, test_accuracy : shares in [0, 1]; None: not asked for, or the run failed (`reason`).
+    bridge_accuracy : random-label train accuracy over the last tenth of the bridge; chance is 1/K.
+    train_seconds : wall time of the steps alone. call_seconds : of the whole call, evaluation included.
+    train_flops : matrix-product operations of the steps, see `layerprobe.training.cost.training_flops`.
+    trainable_parameters : of the backbone, in fine-tuning; stem and head are trained besides.
+    validation_correct, test_correct : bool, one per image, for paired comparisons; not stored.
     """
 
-    validation_accuracy: float | None
-    test_accuracy: float | None
-    bridge_accuracy: float | None
-    """Random-label train accuracy over the last tenth of the bridge; against 1/K."""
-    train_seconds: float
-    """Wall time of the steps alone, bridge and fine-tuning."""
-    train_flops: float
-    """Matrix-product operations of the steps, see `layerprobe.training.cost.training_flops`."""
-    steps: int
-    trainable_parameters: int
-    """Of the backbone, by the plan; stem and head are trained besides."""
-    n_validation: int
-    n_test: int | None
-    lr: float
-    seed: int
+    validation_accuracy: float | None = None
+    test_accuracy: float | None = None
+    bridge_accuracy: float | None = None
+    train_seconds: float = 0.0
+    call_seconds: float = 0.0
+    train_flops: float = 0.0
+    steps: int = 0
+    trainable_parameters: int | None = None
+    n_validation: int | None = None
+    n_test: int | None = None
+    lr: float | None = None
+    seed: int | None = None
     reason: str | None = None
-    validation_correct: np.ndarray | None = None
-    """bool, one per validation image, for paired comparisons."""
-    test_correct: np.ndarray | None = None
+    validation_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
+    test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Strict JSON: every field but the arrays."""
+        return {name: getattr(self, name) for name in _STORED}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
+        """What `to_dict` gave, or the form of version 0.1: accuracy, test, seconds, reason, facts."""
+        if "accuracy" in stored:
+            stored = {
+                "call_seconds": stored["seconds"],
+                **stored["facts"],
+                "validation_accuracy": stored["accuracy"],
+                "test_accuracy": stored["test"],
+                "train_seconds": stored["seconds"],
+                "reason": stored["reason"],
+            }
+        return cls(**{name: stored[name] for name in _STORED if name in stored})
 
 
-def value_plan(
-    backbone: Any,
+_STORED = tuple(item.name for item in fields(Outcome) if item.compare)
+
+
+def train_and_score(
+    backbone: Backbone,
     tensors: TaskTensors,
-    plan: Any,
+    plan: FreezePlan,
     *,
-    lr: float,
-    seed: int,
-    bridge_steps: int = 200,
-    finetune_steps: int = 200,
-    bridge: BridgeConfig | None = None,
-    finetune: FineTuneConfig | None = None,
-    finetune_plan: Any = None,
+    bridge: BridgeConfig | None,
+    finetune: FineTuneConfig,
+    finetune_plan: FreezePlan | None = None,
     test: bool = False,
     auto_rgn: bool = False,
 ) -> Outcome:
     """Random-label bridge, then fine-tuning, under `plan`; the backbone is handed back bit for bit as it was.
 
-    Both stages take exactly the steps stated, with a learning-rate schedule annealed over them, so values
-    at different budgets are each a finished training. Seed fixes labels, head, order, views and dropout:
-    plans valued with one seed are paired.
+    Each stage anneals its learning rate over its own steps, so accuracies at different lengths are each those
+    of a finished training. The seeds fix labels, head, order, augmentation and dropout: plans trained with
+    the same seeds are paired.
 
     Parameters
     ----------
-    backbone : where the chain starts; many plans can be valued on one loaded backbone.
+    backbone : where the training starts; many plans can be trained on one loaded backbone.
     tensors : the task, preprocessed for this backbone (`TaskTensors.of`), shared between calls.
     plan : stays frozen in both stages, and this is verified after each.
-    lr : peak learning rate of both stages.
-    bridge_steps : 0 leaves the bridge out.
-    bridge, finetune : all other settings; their lr, steps and seed are replaced.
+    bridge : settings of the bridge, its lr, steps and seed among them; None leaves the bridge out.
+    finetune : the same for the fine-tuning.
     finetune_plan : another plan for the second stage; None keeps `plan`.
-    test : also judge on the test split. Selection must not.
+    test : also measure accuracy on the test split. Selection must not.
     auto_rgn : every block learns at a rate of its own, see `layerprobe.training.relative.RelativeRates`.
 
     Raises
     ------
     PlanError : the plan does not fit this backbone, or a frozen tensor changed.
     """
-    bridge = bridge or BridgeConfig(batch_size=64)
-    finetune = finetune or FineTuneConfig(batch_size=64)
+    began = time.perf_counter()
+    finetune_plan = finetune_plan or plan
+    rows = few_shot_rows(tensors.labels["train"], finetune.shots, finetune.seed)
+    steps = finetune.n_steps(len(tensors.labels["train"]) if rows is None else len(rows))
+    if bridge is not None:
+        steps += bridge.n_steps(len(tensors.labels["train"]))
     seconds = flops = 0.0
-    bridge_accuracy = validation = judged = None
-    reason = None
+    bridge_accuracy = validation = tested = reason = None
     with Snapshot.restored(backbone), own_random_state():
         try:
-            if bridge_steps:
-                settings = bridge.replace(lr=lr, steps=bridge_steps, seed=seed)
-                label_seed = seed if settings.label_seed is None else settings.label_seed
-                labels = random_labels(tensors.ids["train"], settings.random_classes, label_seed)
+            if bridge is not None:
+                label_seed = bridge.seed if bridge.label_seed is None else bridge.label_seed
+                labels = random_labels(tensors.ids["train"], bridge.random_classes, label_seed)
                 stage = run_stage(
                     backbone,
                     tensors,
                     labels,
-                    settings.random_classes,
+                    bridge.random_classes,
                     plan=plan,
-                    config=settings,
+                    config=bridge,
                     auto_rgn=auto_rgn,
                 )
                 seconds, flops, bridge_accuracy = stage.seconds, stage.flops, stage.train_accuracy
-            settings = finetune.replace(lr=lr, steps=finetune_steps, seed=seed)
             stage = run_stage(
                 backbone,
                 tensors,
                 tensors.labels["train"],
                 tensors.n_classes,
-                plan=finetune_plan or plan,
-                config=settings,
-                rows=few_shot_rows(tensors.labels["train"], settings.shots, seed),
+                plan=finetune_plan,
+                config=finetune,
+                rows=rows,
                 auto_rgn=auto_rgn,
             )
             seconds, flops = seconds + stage.seconds, flops + stage.flops
-            validation = judge(stage.classifier, tensors, "validation", settings.precision)
-            judged = judge(stage.classifier, tensors, "test", settings.precision) if test else None
+            validation = correct(stage.classifier, tensors, "validation", finetune.precision)
+            tested = correct(stage.classifier, tensors, "test", finetune.precision) if test else None
         except DivergedError as error:
             reason = f"diverged: {error}"
     return Outcome(
         validation_accuracy=None if validation is None else float(validation.mean()),
-        test_accuracy=None if judged is None else float(judged.mean()),
+        test_accuracy=None if tested is None else float(tested.mean()),
         bridge_accuracy=bridge_accuracy,
         train_seconds=seconds,
+        call_seconds=time.perf_counter() - began,
         train_flops=flops,
-        steps=bridge_steps + finetune_steps,
-        trainable_parameters=plan.counts["trainable_parameters"],
+        steps=steps,
+        trainable_parameters=finetune_plan.counts["trainable_parameters"],
         n_validation=len(tensors.labels["validation"]),
         n_test=len(tensors.labels["test"]) if test else None,
-        lr=lr,
-        seed=seed,
+        lr=finetune.lr,
+        seed=finetune.seed,
         reason=reason,
         validation_correct=validation,
-        test_correct=judged,
+        test_correct=tested,
     )
 
 
@@ -160,12 +185,12 @@ class Stage:
 
 
 def run_stage(
-    backbone: Any,
+    backbone: Backbone,
     tensors: TaskTensors,
     labels: np.ndarray,
     n_classes: int,
     *,
-    plan: Any,
+    plan: FreezePlan,
     config: TrainConfig,
     rows: np.ndarray | None = None,
     auto_rgn: bool = False,
@@ -214,10 +239,9 @@ def run_stage(
     )
 
 
-def judge(classifier: Classifier, tensors: TaskTensors, split: str, precision: str) -> np.ndarray:
+def correct(classifier: Classifier, tensors: TaskTensors, split: str, precision: str) -> np.ndarray:
     """Which images of `split` are classified right: bool n."""
-    found = predict(classifier, tensors.pixels[split], precision=precision)
-    return found == tensors.labels[split]
+    return predict(classifier, tensors.pixels[split], precision=precision) == tensors.labels[split]
 
 
 def few_shot_rows(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray | None:
