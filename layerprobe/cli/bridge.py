@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +74,12 @@ def bridge(
     config = training.config(seed=backbone.seed)
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
     check_folder(out, resume=resume)
-    device = own_device(backbone.device)
+    backbone = replace(backbone, device=own_device(backbone.device))
     if out.dry_run:
         from layerprobe.training.watching import tracking
 
         tracking(config.trackers, out.folder)
-        seen = backbone.sketch(task, device=device)
+        seen = backbone.sketch(task)
         check_plan(freeze_plan, seen)
         facts = training_facts(seen, freeze_plan, images=config.micro_batch or config.batch_size)
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
@@ -90,7 +90,7 @@ def bridge(
 
     images = task.load()
     run = bridge_train(
-        backbone.load(device=device),
+        backbone.load(),
         images,
         plan=freeze_plan,
         config=config,

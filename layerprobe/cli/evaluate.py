@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ def evaluate(
         return
 
     def load(init: str, seed: int) -> Backbone:
-        return backbone.load(init=init, seed=seed)
+        return replace(backbone, init=init, seed=seed).load()
 
     record = evaluate_arms(
         load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared

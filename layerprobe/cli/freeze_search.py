@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from layerprobe.search import SearchResult
 
 
-def _option(panel: str, text: str, *names: str, default: Any = None, value: Any = None, **more: Any) -> Any:
+def _option(panel: str, text: str, *, default: object = None, min: float | None = None) -> Any:
     """The help says the default; the option defaults to None, so that a preset knows what was left open."""
     told = text if default is None else f"{text}; default: {defaults.in_words(default)}."
-    return option(value, told, *names, rich_help_panel=panel, **more)
+    return option(None, told, min=min, panel=panel)
 
 
 _search = functools.partial(_option, "Search")
@@ -55,13 +55,13 @@ class SearchOptions:
         "postgresql://… shared by many machines; default: study.db in the output folder."
     )
     workers: int | None = _search("Processes on this machine; default: 1.", min=1)
-    no_scores: bool = _search("Compute no transfer scores.", "--no-scores", value=False)
+    no_scores: bool = option(False, "Compute no transfer scores.", "--no-scores", panel="Search")
     baselines: str | None = _search(
         "Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search)",
         default=defaults.DEFAULT_BASELINES,
     )
-    keep_bridge: bool = _search(
-        "Bridge-train the chosen plan into OUTPUT/bridge.", "--keep-bridge", value=False
+    keep_bridge: bool = option(
+        False, "Bridge-train the chosen plan into OUTPUT/bridge.", "--keep-bridge", panel="Search"
     )
     lrs: str | None = _training("Learning rates to choose from, per plan", default=defaults.DEFAULT_LRS)
     bridge_steps: int | None = _training(
@@ -87,8 +87,8 @@ class SearchOptions:
             **{name: value for name, value in vars(self).items() if name not in apart},
             "lrs": options.learning_rates(self.lrs) or None,
             "baselines": tuple(options.name_list(self.baselines)) or None,
+            "keep_bridge": self.keep_bridge or None,
             "use_scores": False if self.no_scores else None,
-            "keep_bridge": True if self.keep_bridge else None,
             "seed": seed,
         }
 
@@ -120,12 +120,13 @@ def freeze_search(
     make_settings(settings.preset, **given)
     usual = defaults.PRESET_LOADING.get(settings.preset or "", {})
     processes = settings.workers or usual.get("workers", 1)
-    entry = {
-        "stem": backbone.stem or usual.get("stem", "random"),
-        "patch_size": backbone.patch_size or usual.get("patch_size"),
-    }
+    backbone = replace(
+        backbone,
+        stem=backbone.stem or usual.get("stem", "random"),
+        patch_size=backbone.patch_size or usual.get("patch_size"),
+    )
     if out.dry_run:
-        seen = backbone.sketch(task, **entry)
+        seen = backbone.sketch(task)
         given |= settings.blocks(seen.n_blocks, model=seen.name)
         facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
         kept = str(out.folder or "none: pass -o to keep the plan")
@@ -135,7 +136,7 @@ def freeze_search(
     from layerprobe.search import freeze_search as search
 
     images = task.load()
-    network = backbone.load(**entry)
+    network = backbone.load()
     result = search(
         network,
         images,

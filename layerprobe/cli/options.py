@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -25,28 +25,32 @@ if TYPE_CHECKING:
     from layerprobe.tasks.task import Task
 
 Command = TypeVar("Command", bound=Callable[..., None])
+T = TypeVar("T")
 
 COMMON = "Common options"
 common = functools.partial(Option, rich_help_panel=COMMON)
 
 
-def option(default: Any, text: str, *names: str, **more: Any) -> Any:
-    """A field of a group of options, or the default of a command's parameter; `...` makes it required."""
-    metadata = {"option": Option(*names, help=text, **more)}
-    return field(default=MISSING if default is ... else default, metadata=metadata)
+def option(
+    default: T,
+    text: str,
+    *names: str,
+    min: float | None = None,
+    max: float | None = None,
+    panel: str | None = None,
+) -> T:
+    """A field of a group of options, or the default of a command's parameter, with its help."""
+    info = Option(*names, help=text, min=min, max=max, rich_help_panel=panel)
+    made: Any = field(default=default, metadata={"option": info})
+    return made
 
 
-common_option = functools.partial(option, rich_help_panel=COMMON)
-
+common_option = functools.partial(option, panel=COMMON)
 
 Model = Annotated[
     str, Option("--model", "-m", help="Alias, hub id, local folder or bridge run; see: layerprobe ls models")
 ]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit of the hub repository.")]
-Limit = Annotated[
-    int | None,
-    Option("--limit", min=1, help="At most this many training images (stratified), others in proportion."),
-]
 BatchSize = Annotated[int, Option("--batch-size", min=1, help="Images per forward pass.")]
 CacheDir = Annotated[
     Path | None, Option("--cache-dir", help="Folder of the feature store; default: the cache.")
@@ -58,7 +62,6 @@ Offline = Annotated[bool, common("--offline", help="Never ask the network; use t
 TrustRemoteCode = Annotated[
     bool, common("--trust-remote-code", help="Let the model repository run its own Python code here.")
 ]
-DryRun = Annotated[bool, common("--dry-run", help="Say what would be done and how much memory it takes.")]
 Quiet = Annotated[bool, common("--quiet", "-q", help="No progress and no remarks.")]
 
 FIRST = ("model", "task")
@@ -85,21 +88,20 @@ class BackboneOptions:
     offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
-    def load(self, **changes: Any) -> Backbone:
-        """The backbone, with `changes` to the options, such as `init="random"` for the control."""
+    def load(self) -> Backbone:
         from layerprobe.backbones import load_backbone
 
-        chosen = asdict(replace(self, **changes))
+        chosen = asdict(self)
         return load_backbone(chosen.pop("model"), **chosen)
 
-    def sketch(self, task: TaskOptions, **changes: Any) -> Sketch:
+    def sketch(self, task: TaskOptions) -> Sketch:
         """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
         from layerprobe.backbones.backbone import MIXED_SIZE
         from layerprobe.backbones.sketch import sketch_backbone
         from layerprobe.tasks.glance import glance_at_task
 
         seen = glance_at_task(task.task, data_dir=task.data_dir)
-        chosen = asdict(replace(self, **changes))
+        chosen = asdict(self)
         del chosen["seed"]
         return sketch_backbone(
             chosen.pop("model"),
@@ -113,11 +115,14 @@ class BackboneOptions:
 class TaskOptions:
     """Which images."""
 
-    task: str = option(
-        ..., "Alias, hub data set id or folder of images; see: layerprobe ls tasks", "--task", "-t"
-    )
+    task: Annotated[
+        str,
+        Option("--task", "-t", help="Alias, hub data set id or folder of images; see: layerprobe ls tasks"),
+    ]
     data_dir: Path | None = option(None, "Folder that holds the task's files, instead of the hub.")
-    limit: Limit = None
+    limit: int | None = option(
+        None, "At most this many training images (stratified), others in proportion.", min=1
+    )
     seed: Seed = 0
     offline: Offline = False
 
@@ -162,7 +167,7 @@ class OutputOptions:
 
     as_json: Json = False
     output: OutDir = None
-    dry_run: DryRun = False
+    dry_run: bool = common_option(False, "Say what would be done and how much memory it takes.", "--dry-run")
     quiet: Quiet = False
 
 
@@ -179,7 +184,7 @@ class TrainingOptions:
 
 
 def option_group(
-    parameter: str, kind: type[Any], *, build: Callable[..., Any] | None = None, **defaults: Any
+    parameter: str, kind: type[Any], *, build: Callable[..., Any] | None = None, **defaults: str | None
 ) -> Callable[[Command], Command]:
     """A decorator that replaces the command's `parameter` by one option for each field of the dataclass `kind`.
 
@@ -201,7 +206,7 @@ def option_group(
         options = {**first, **own, **groups}
 
         @functools.wraps(command)
-        def filled(**values: Any) -> None:
+        def filled(**values: object) -> None:
             group = (build or kind)(**{name: values[name] for name in given})
             command(**{name: values[name] for name in wanted}, **{parameter: group})
 
@@ -220,7 +225,7 @@ def _own_options(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
     return {name: _parameter(name, hints[name], given[name].default) for name in given}
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
     if isinstance(default, Field):
         if "option" in default.metadata:
             annotation = Annotated[annotation, default.metadata["option"]]
@@ -234,8 +239,8 @@ layer_options = functools.partial(option_group, "layers", LayerOptions)
 training_options = functools.partial(option_group, "training")
 
 
-def output_options(command: str, **more: Any) -> Callable[[Command], Command]:
-    return option_group("out", OutputOptions, build=functools.partial(Output, command, **more))
+def output_options(command: str, *, one_file: bool = False) -> Callable[[Command], Command]:
+    return option_group("out", OutputOptions, build=functools.partial(Output, command, one_file=one_file))
 
 
 def check_split(split: str, *others: str) -> None:
@@ -245,19 +250,16 @@ def check_split(split: str, *others: str) -> None:
     check_name("split", split, (*SPLITS, *others))
 
 
-def check_name(what: str, name: str, known: Sequence[str], *, also: str = "") -> None:
+def check_name(what: str, name: str, known: Sequence[str]) -> None:
     """UnknownNameError where `name` is none of the `known`."""
     if name not in known:
-        choices = ", ".join([*known, *filter(None, [also])])
-        raise UnknownNameError(f"unknown {what} '{name}'.{did_you_mean(name, known)} Choose from: {choices}")
+        raise UnknownNameError(
+            f"unknown {what} '{name}'.{did_you_mean(name, known)} Choose from: {', '.join(known)}"
+        )
 
 
 def name_list(text: str | None) -> list[str]:
-    """`a, b` as names.
-
-    >>> name_list("knn, ridge,")
-    ['knn', 'ridge']
-    """
+    """`a, b` as names."""
     return [name for item in (text or "").split(",") if (name := item.strip())]
 
 
@@ -270,11 +272,6 @@ def number_list(text: str, refusal: str, kind: Callable[[str], Any] = float) -> 
 
 
 def learning_rates(text: str | None) -> tuple[float, ...]:
-    """`3e-4,1e-3` as numbers.
-
-    >>> learning_rates("3e-4, 1e-3")
-    (0.0003, 0.001)
-    """
     refusal = f"'{text}' is no list of learning rates; write for example 3e-4,1e-3"
     return tuple(number_list(text or "", refusal))
 

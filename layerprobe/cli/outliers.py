@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from layerprobe.cli import options
 from layerprobe.cli.options import common_option, option
@@ -42,7 +44,9 @@ class CheckpointOptions:
 def outliers(
     checkpoint: CheckpointOptions,
     out: Output,
-    model: str = option(..., "Alias, hub id, local folder, bridge run, or one weight file.", "--model", "-m"),
+    model: Annotated[
+        str, Option("--model", "-m", help="Alias, hub id, local folder, bridge run, or one weight file.")
+    ],
     sigmas: str = option("3,6", "Comma-separated k of |w - mean| > k·std.", "--sigmas", "-k"),
     absolute: str = option("", "Comma-separated t of |w| > t."),
     mean_multiples: str = option("5", "Comma-separated M of |w| > M·mean|w|."),

@@ -23,12 +23,8 @@ Draw = Callable[[], "Axes | Figure"]
 class Output:
     """One command's result, in every form it can take.
 
-    Made at the start of a command, so that a folder that cannot be written is found before the work.
-
-    Parameters
-    ----------
-    output : what -o names: a folder for tables, figures and records.
-    one_file : `output` may also be one table, told by its ending.
+    Made at the start of a command, so that a folder that cannot be written is found before the work. With
+    `one_file`, `output` may also be one table, told by its ending.
     """
 
     def __init__(
@@ -67,11 +63,7 @@ class Output:
         figures: Mapping[str, Draw] | None = None,
         table: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Save the record and its figures, then print the answer.
-
-        `figures` maps a file stem to a function that draws and returns Axes or a Figure. `table` replaces the
-        rows of `record.table()`.
-        """
+        """Save the record and its figures (file stem → function that draws), then print `table` and answer."""
         if self.file is not None:
             record.save(self.file)
             self.say(f"saved: {self.file}")
@@ -83,8 +75,10 @@ class Output:
         if self.as_json:
             print_json(record.to_json())
             return
-        print_table(record.table() if table is None else table)
-        sys.stdout.write(record.summary() + "\n")
+        from layerprobe.tables import render_table
+
+        rows = record.table() if table is None else table
+        sys.stdout.write(f"{render_table(rows)}\n{record.summary()}\n" if rows else f"{record.summary()}\n")
 
     def say(self, message: str) -> None:
         """A remark on stderr, unless --quiet."""
@@ -92,25 +86,18 @@ class Output:
             note(message)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Strict JSON on stdout."""
     json.dump(value, sys.stdout, allow_nan=False, indent=1, ensure_ascii=False)
     sys.stdout.write("\n")
 
 
-def print_body(command: str, arguments: Mapping[str, Any], body: Mapping[str, Any], **facts: Any) -> None:
+def print_body(command: str, arguments: Mapping[str, Any], body: Mapping[str, Any], **facts: object) -> None:
     """The JSON object of a command whose result is no record; `facts` go into its provenance."""
     from layerprobe.provenance import provenance
 
     schema = f"layerprobe.{command.replace(' ', '-')}/v1"
     print_json({"schema": schema, "provenance": provenance(command, arguments, **facts), **body})
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    from layerprobe.tables import render_table
-
-    if rows:
-        sys.stdout.write(render_table(rows) + "\n")
 
 
 def save_figure(draw: Draw, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from layerprobe.cli import options
@@ -69,7 +70,7 @@ def probe(
     record = probe_backbone(
         network,
         images,
-        twin=backbone.load(init="random") if random else None,
+        twin=replace(backbone, init="random").load() if random else None,
         pixels="pixels" in asked,
         layers=layers.pick(network, model=backbone.model),
         extras=[*(["labels"] if "labels" in asked else []), *further],
@@ -101,7 +102,7 @@ def figures(record: Any) -> dict[str, Any]:
 
 def chosen_names(what: str, text: str, allowed: tuple[str, ...]) -> list[str]:
     """Names out of `allowed`, each once, or none."""
-    names = [name for name in dict.fromkeys(options.name_list(text)) if name != "none"]
+    names = list(dict.fromkeys(options.name_list(text)))
     for name in names:
-        options.check_name(what, name, allowed, also="none")
-    return names
+        options.check_name(what, name, (*allowed, "none"))
+    return [name for name in names if name != "none"]

@@ -6,7 +6,6 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
-from layerprobe.errors import UnknownNameError
 
 FAMILIES = {"both": ("readable", "trainable"), "readable": ("readable",), "trainable": ("trainable",)}
 
@@ -35,8 +34,7 @@ def transfer(
     """
     from layerprobe.analyzers.heads import check_head
 
-    if family not in FAMILIES:
-        raise UnknownNameError(f"unknown family '{family}'; choose one of: {', '.join(FAMILIES)}")
+    options.check_name("family", family, list(FAMILIES))
     check_head(head)
     if out.dry_run:
         facts = forward_facts(backbone.sketch(task), batch_size=batch_size)

@@ -23,7 +23,7 @@ from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
 SCHEMA = "layerprobe.search/v1"
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, kw_only=True)
 class SearchResult(Record):
     """What a freeze search found.
 
@@ -44,7 +44,7 @@ class SearchResult(Record):
     plan: FreezePlan
     answer: str
     kind: str
-    table: pd.DataFrame
+    table: pd.DataFrame = field()  # a name that users rely on; `arm_rows` is what a terminal shows
     trials: pd.DataFrame
     baselines: pd.DataFrame
     pareto: pd.DataFrame
