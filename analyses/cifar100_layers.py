@@ -19,7 +19,7 @@ import pandas as pd
 
 from layerprobe.analyzers.attribution import attribute_layers
 from layerprobe.analyzers.features import Features, extract_features
-from layerprobe.analyzers.probe_study import probe_backbone
+from layerprobe.analyzers.probes import probe_backbone
 from layerprobe.analyzers.similarity import cka_matrix
 from layerprobe.backbones import Backbone, load_backbone
 from layerprobe.cli.output import save_figure

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, tally
 
-from layerprobe.analyzers.probe_study import probe_backbone
-from layerprobe.analyzers.probes import LinearProbes
+from layerprobe.analyzers.probe_record import LinearProbes
+from layerprobe.analyzers.probes import probe_backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.intervals import paired_bootstrap, paired_seed_interval
 from layerprobe.plotting.studies import draw_levels, plot_lines

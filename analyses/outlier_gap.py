@@ -21,7 +21,7 @@ import pandas as pd
 from study import Answer, Setup, Size, is_vision, md_table, publish, run, setup, short
 from transformers.utils.logging import disable_progress_bar
 
-from layerprobe.analyzers.outlier_comparison import OutlierComparison, compare_outliers
+from layerprobe.analyzers.compare import OutlierComparison, compare_outliers
 from layerprobe.analyzers.outliers import OutlierReport, gaussian_tail, outlier_report
 from layerprobe.backbones import load_backbone
 from layerprobe.cli.output import save_figure

@@ -28,8 +28,8 @@ from captum.attr import LayerConductance
 from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor, nn
 
-from layerprobe.analyzers.attribution_path import Taps, path_conductance
-from layerprobe.analyzers.trainability import only_these_train
+from layerprobe.analyzers.attribution_path import path_conductance, residual_taps
+from layerprobe.analyzers.heads import only_these_train
 from layerprobe.backbones import load_backbone
 from layerprobe.files import write_json
 from layerprobe.provenance import machine, versions
@@ -63,7 +63,7 @@ def main() -> None:
     def score(images: Tensor, classes: Tensor) -> Tensor:
         return head(backbone.features(images)).gather(1, classes[:, None])[:, 0]
 
-    def one_by_one(taps: Taps, internal_batch_size: int | None) -> list[Tensor]:
+    def one_by_one(taps: list[nn.Identity], internal_batch_size: int | None) -> list[Tensor]:
         return [
             LayerConductance(score, tap)
             .attribute(
@@ -74,28 +74,28 @@ def main() -> None:
                 internal_batch_size=internal_batch_size,
             )
             .detach()
-            for tap in taps.modules[1:]
+            for tap in taps[1:]
         ]
 
-    def at_its_best(taps: Taps) -> list[Tensor]:
+    def at_its_best(taps: list[nn.Identity]) -> list[Tensor]:
         with only_these_train(backbone, []):
             return one_by_one(taps, 4 * options.images)
 
-    def at_once(taps: Taps) -> list[Tensor]:
+    def at_once(taps: list[nn.Identity]) -> list[Tensor]:
         with only_these_train(backbone, []):
             found = path_conductance(
                 lambda p: score(p, targets), taps, pixels, baseline, alphas, rule="left", embed=False
             )
         return found.conductance[1:]
 
-    sides: dict[str, Callable[[Taps], list[Tensor]]] = {
+    sides: dict[str, Callable[[list[nn.Identity]], list[Tensor]]] = {
         "one pass": at_once,
         "captum as documented": lambda taps: one_by_one(taps, None),
         "captum at its best": at_its_best,
     }
     times: dict[str, list[float]] = {name: [] for name in sides}
     values: dict[str, list[Tensor]] = {}
-    with Taps(backbone) as taps:
+    with residual_taps(backbone) as taps:
         for round_ in range(options.rounds + 1):
             for name, work in sides.items():
                 start = time.process_time()

@@ -40,9 +40,9 @@ from threadpoolctl import threadpool_info
 
 from layerprobe.layers import parse_blocks
 from layerprobe.metrics.intervals import paired_bootstrap
-from layerprobe.metrics.probing.data import Standardised, objective
-from layerprobe.metrics.probing.logistic import C_GRID, LogisticProbe
-from layerprobe.metrics.probing.ridge import ALPHA_GRID, ridge_sweep
+from layerprobe.metrics.probing import Standardised
+from layerprobe.metrics.probing.knn_ridge import ALPHA_GRID, ridge_sweep
+from layerprobe.metrics.probing.logistic import C_GRID
 from layerprobe.metrics.probing.solver import LogisticPath
 from layerprobe.provenance import machine, versions
 
@@ -185,10 +185,17 @@ def our_path(X: np.ndarray, y: np.ndarray, tol: float) -> list[dict[str, Any]]:
     return found
 
 
+def objective(data: Standardised, y: np.ndarray, coef: np.ndarray, intercept: np.ndarray, C: float) -> float:
+    """F in float64; see the head of `layerprobe.metrics.probing.solver`."""
+    loss = data.loss(torch.from_numpy(y), torch.from_numpy(coef), torch.from_numpy(intercept))
+    return loss + float((coef * coef).sum()) / (2 * C)
+
+
 def contest(name: str, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test: np.ndarray) -> pd.DataFrame:
     """One layer: all contestants in turn, every objective in float64, relative to the best of all."""
     data = Standardised.of(X)
     Z = (X.astype(np.float64) - data.mean) / data.scale
+    Z_test = (X_test.astype(np.float64) - data.mean) / data.scale
     first = our_path(X, y, 1e-4)
     values = [objective(data, y, f["coef"], f["intercept"], C) for f, C in zip(first, C_GRID, strict=True)]
     patience = [max(2.0, PATIENCE * fit["seconds"]) for fit in first]
@@ -201,7 +208,7 @@ def contest(name: str, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test:
     rows = []
     for arm, fits in arms.items():
         for C, fit in zip(C_GRID, fits, strict=True):
-            probe = LogisticProbe(fit["coef"], fit["intercept"], data.mean, data.scale, C, None)
+            predicted = (Z_test @ fit["coef"].T + fit["intercept"]).argmax(axis=1)
             rows.append(
                 {
                     "features": name,
@@ -213,7 +220,7 @@ def contest(name: str, X: np.ndarray, y: np.ndarray, X_test: np.ndarray, y_test:
                     "decrement": fit.get("decrement"),
                     "converged": fit.get("converged"),
                     "reached": fit.get("reached"),
-                    "correct": probe.predict(X_test) == y_test,
+                    "correct": predicted == y_test,
                 }
             )
     frame = pd.DataFrame(rows)

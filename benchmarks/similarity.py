@@ -42,7 +42,7 @@ import torch
 
 from layerprobe.files import write_json
 from layerprobe.metrics.similarity.all_pairs import pairwise_cka
-from layerprobe.metrics.similarity.cka import debiased_linear_cka
+from layerprobe.metrics.similarity.measures import debiased_linear_cka
 from layerprobe.metrics.similarity.permutation import permutation_null
 from layerprobe.provenance import machine, versions
 from layerprobe.tables import tidy, write_frame

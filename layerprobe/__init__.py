@@ -15,7 +15,7 @@ _PUBLIC = {
     "load_task": "layerprobe.tasks",
     "extract_features": "layerprobe.analyzers.features",
     "outlier_report": "layerprobe.analyzers.outliers",
-    "compare_outliers": "layerprobe.analyzers.outliers",
+    "compare_outliers": "layerprobe.analyzers.compare",
     "cka_matrix": "layerprobe.analyzers.similarity",
     "linear_probes": "layerprobe.analyzers.probes",
     "transfer_scores": "layerprobe.analyzers.transfer",

@@ -6,26 +6,36 @@ The only module that imports captum, for the two methods that need a pass per la
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from layerprobe.analyzers.attribution_path import Ablation, Taps, mean_updates, path_conductance, refined
-from layerprobe.analyzers.attribution_record import LayerAttribution, no_maps
-from layerprobe.analyzers.heads import Classifier, make_classifier
-from layerprobe.analyzers.trainability import only_these_train
+from layerprobe.analyzers.attribution_path import (
+    FIRST_STEPS,
+    ablated,
+    adaptive_steps,
+    completeness,
+    mean_updates,
+    path_conductance,
+    residual_taps,
+)
+from layerprobe.analyzers.features import columns_of, pixel_batches, rows_of_metric, table_by_layer
+from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.tables import tidy
+from layerprobe.records import Record
+from layerprobe.tables import tidy, write_frame
 from layerprobe.tasks import ImageSplit, Task
 
 METHODS = ("skip", "mean_ablation", "conductance", "update")
@@ -38,23 +48,68 @@ REFUSED = {
     "every block, because every block's output cuts the network; it ranks nothing",
 }
 """Methods that are not offered, and why."""
-FIRST_STEPS = 8
+MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"]
 
 
-@dataclass
-class _Found:
-    """Per-image values of one metric at every place (B×places), collected batch by batch."""
+@dataclass(repr=False, kw_only=True)
+class LayerAttribution(Record):
+    """Importance of every block for the predicted class, and patch-level maps of a few images.
 
-    batches: list[np.ndarray] = field(default_factory=list)
+    `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
+    f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
+    """
 
-    def add(self, values: Sequence[Tensor] | np.ndarray) -> None:
-        if not isinstance(values, np.ndarray):
-            values = np.stack([v.double().cpu().numpy() for v in values], axis=1)
-        self.batches.append(values)
+    command: ClassVar[str] = "attribute"
 
-    @property
-    def values(self) -> np.ndarray:
-        return np.concatenate(self.batches)
+    frame: pd.DataFrame
+    maps: pd.DataFrame
+    pictures: dict[str, np.ndarray]
+    provenance: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def metric(self, name: str) -> pd.DataFrame:
+        """The rows of one metric ("skip" or "attribution_skip")."""
+        return rows_of_metric(self.frame, name, prefix="attribution_", what="attribution")
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a block, one column a metric."""
+        shown = self.frame["block"].notna() & (self.frame["metric"] != "attribution_completeness_error")
+        rows = self.frame[shown]
+        return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """As every record; a folder gets the maps as `attribution_maps.csv`, too."""
+        target = super().save(path)
+        if target.suffix not in (".csv", ".parquet", ".json") and not self.maps.empty:
+            write_frame(self.maps, target / "attribution_maps.csv")
+        return target
+
+    def summary(self) -> str:
+        facts = self.provenance["prediction"]
+        metrics = set(self.frame["metric"])
+        parts = []
+        for name, words in (("skip", "skipping it"), ("mean_ablation", "replacing its update by the mean")):
+            if f"attribution_{name}" not in metrics:
+                continue
+            rows = self.metric(name)
+            top = rows.loc[rows["value"].astype(float).idxmax()]
+            lost = self.metric(f"{name}_accuracy").set_index("block")["value"].astype(float)[top["block"]]
+            parts.append(
+                f"Block {int(top['block'])} matters most by {words}: the predicted class loses {top['value']:.3g} ± "
+                f"{top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
+            )
+        if "attribution_completeness_error" in metrics:
+            worst = float(self.metric("completeness_error")["value"].astype(float).max())
+            parts.append(
+                f"Completeness error of the path: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
+            )
+        parts.append(
+            f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, "
+            f"head: {facts['head']}" + (f" (C = {facts['C']:g})" if facts.get("C") else "") + "."
+        )
+        return " ".join(parts)
 
 
 def attribute_layers(
@@ -90,7 +145,7 @@ def attribute_layers(
 
     Parameters
     ----------
-    head : see `layerprobe.analyzers.heads.make_classifier`.
+    head : see `layerprobe.analyzers.heads.make_predictor`.
     split : where the images come from; the probe is fitted on train and chosen on validation.
     n_images : images to attribute. n_maps : the first so many get patch-level maps.
     n_reference : training images behind the mean image and the mean updates.
@@ -108,36 +163,14 @@ def attribute_layers(
     if split not in task.splits:
         raise UnknownNameError(f"unknown split '{split}'; choose one of: {', '.join(task.splits)}")
     check_sizes(n_images, tolerance, max_steps)
-    classifier = make_classifier(backbone, task, head, batch_size=batch_size)
+    predictor = make_predictor(backbone, task, head, batch_size=batch_size)
     images = task.splits[split].subset(range(min(n_images, len(task.splits[split]))))
-    run = _Run(backbone, classifier, images, batch_size, quiet)
+    reference = task.train.subset(range(min(n_reference, len(task.train))))
     with only_these_train(backbone, []):
-        reference = task.train.subset(range(min(n_reference, len(task.train))))
-        updates, mean_image = mean_updates(backbone, list(_pixel_batches(backbone, reference, batch_size)))
-        run.predict()
-        rows: list[dict[str, Any]] = []
-        if "skip" in wanted:
-            rows += run.ablations("skip", None)
-        if "mean_ablation" in wanted:
-            rows += run.ablations("mean_ablation", updates)
-        n_steps, maps = 0, no_maps()
-        if {"conductance", "update", *SLOW_METHODS} & set(wanted) or n_maps:
-            found, n_steps, maps = run.path(wanted, mean_image, tolerance, max_steps, n_maps)
-            rows += found
-        for method in SLOW_METHODS:
-            if method in wanted:
-                rows += run.one_by_one(method, mean_image, n_steps)
-    frame = tidy(
-        rows,
-        model=backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)",
-        revision=backbone.source.revision,
-        task=task.name,
-        split=split,
-        n=len(images),
-        seed=seed,
-    )
+        run = _Run(predictor, images, batch_size, quiet)
+        rows, n_steps, maps = run.measure(wanted, reference, tolerance, max_steps, n_maps)
     prediction = {
-        **classifier.facts,
+        **predictor.facts,
         "split": split,
         "n_images": len(images),
         "accuracy": float((run.targets.numpy() == images.labels).mean()),
@@ -145,20 +178,16 @@ def attribute_layers(
         "output": "logit of the predicted class minus the mean logit",
         "baseline": f"mean of {len(reference)} training images",
     }
-    arguments = {
-        "methods": wanted,
-        "split": split,
-        "n_images": n_images,
-        "n_reference": n_reference,
-        "tolerance": tolerance,
-        "max_steps": max_steps,
-        "seed": seed,
-    }
-    made = provenance(
-        "attribute", arguments, backbone=backbone.describe(), task=task.describe(), prediction=prediction
+    arguments = {"methods": wanted, "split": split, "n_images": n_images, "n_reference": n_reference}
+    arguments |= {"tolerance": tolerance, "max_steps": max_steps, "seed": seed}
+    described = {"backbone": backbone.describe(), "task": task.describe(), "prediction": prediction}
+    n_maps = 0 if maps.empty else min(n_maps, len(images))
+    return LayerAttribution(
+        frame=tidy(rows, **columns_of(backbone, task), split=split, n=len(images), seed=seed),
+        maps=maps,
+        pictures=dict(zip(images.ids[:n_maps], images.images(range(n_maps)), strict=True)),
+        provenance=provenance("attribute", arguments, **described),
     )
-    pictures = dict(zip(images.ids[:n_maps], images.images(range(min(n_maps, len(images)))), strict=True))
-    return LayerAttribution(frame, maps, pictures if not maps.empty else {}, made)
 
 
 def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:
@@ -185,209 +214,174 @@ def check_methods(methods: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(methods))
 
 
-def _pixel_batches(backbone: Backbone, split: ImageSplit, batch_size: int) -> Iterator[Tensor]:
-    for start in range(0, len(split), batch_size):
-        pixels = backbone.preprocess(split.images(range(start, min(start + batch_size, len(split)))))
-        yield pixels.to(backbone.device)
-
-
 class _Run:
-    """One backbone, one head, one set of images: what all methods share."""
+    """One backbone, one head, one set of images: what all methods share.
 
-    def __init__(
-        self, backbone: Backbone, classifier: Classifier, images: ImageSplit, batch_size: int, quiet: bool
-    ) -> None:
-        self.backbone, self.classifier, self.images = backbone, classifier, images
+    `targets` are the predicted classes, `scores` the f(x) of all images.
+    """
+
+    def __init__(self, predictor: Predictor, images: ImageSplit, batch_size: int, quiet: bool) -> None:
+        self.predictor, self.backbone, self.images = predictor, predictor.backbone, images
         self.batch_size, self.quiet = batch_size, quiet
-        self.targets = torch.zeros(0, dtype=torch.int64)
-        self.scores = torch.zeros(0)
-
-    def batches(self, stop: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        split = self.images if stop is None else self.images.subset(range(min(stop, len(self.images))))
-        for number, pixels in enumerate(_pixel_batches(self.backbone, split, self.batch_size)):
-            where = slice(number * self.batch_size, number * self.batch_size + len(pixels))
-            yield where, pixels, self.targets[where].to(pixels.device)
-
-    def score(self, pixels: Tensor, targets: Tensor) -> Tensor:
-        """Logit of each image's target class minus the mean logit, B."""
-        logits = self.classifier(pixels).float()
-        return logits.gather(1, targets[:, None])[:, 0] - logits.mean(dim=1)
-
-    @torch.no_grad()
-    def predict(self) -> None:
-        batches = _pixel_batches(self.backbone, self.images, self.batch_size)
-        self.targets = torch.cat([self.classifier(pixels).argmax(dim=1).cpu() for pixels in batches])
-        self.scores = torch.cat([self.score(p, t).cpu() for _, p, t in self.batches()])
+        with torch.no_grad():
+            logits = [
+                self.predictor(pixels).float()
+                for _, pixels in pixel_batches(self.backbone, images, batch_size)
+            ]
+        self.targets = torch.cat([batch.argmax(dim=1).cpu() for batch in logits])
+        self.scores = torch.cat([_margin(batch, batch.argmax(dim=1)).cpu() for batch in logits])
         if not torch.isfinite(self.scores).all():
             raise LayerprobeError(
                 f"logits of {self.backbone.name} are not finite; try --dtype bfloat16 or float32"
             )
 
-    @torch.no_grad()
-    def ablations(self, name: str, updates: list[Tensor] | None) -> list[dict[str, Any]]:
-        labels = torch.from_numpy(self.images.labels)
-        blocks = self.backbone.blocks
-        lost, hits = _Found(), _Found()
+    def batches(self, what: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, pixels and target classes of all images, under a progress bar."""
         total = math.ceil(len(self.images) / self.batch_size)
-        for where, pixels, targets in progress_bar(
-            self.batches(), total=total, unit="batch", desc=name, quiet=self.quiet
-        ):
-            drops, misses = [], []
-            for index, block in enumerate(blocks):
-                with Ablation(block, None if updates is None else updates[index].to(pixels.device)):
-                    logits = self.classifier(pixels).float()
-                left = logits.gather(1, targets[:, None])[:, 0] - logits.mean(dim=1)
-                drops.append(self.scores[where] - left.cpu())
-                right = (self.targets[where] == labels[where]).float()
-                misses.append(right - (logits.argmax(dim=1).cpu() == labels[where]).float())
-            lost.add(drops)
-            hits.add(misses)
-        return _rows(f"attribution_{name}", lost.values) + _rows(f"attribution_{name}_accuracy", hits.values)
+        batches = pixel_batches(self.backbone, self.images, self.batch_size)
+        for rows, pixels in progress_bar(batches, total=total, unit="batch", desc=what, quiet=self.quiet):
+            yield rows, pixels, self.targets[rows].to(pixels.device)
+
+    def score(self, pixels: Tensor, targets: Tensor) -> Tensor:
+        return _margin(self.predictor(pixels).float(), targets)
+
+    def measure(
+        self, wanted: list[str], reference: ImageSplit, tolerance: float, max_steps: int, n_maps: int
+    ) -> tuple[list[dict[str, Any]], int, pd.DataFrame]:
+        """Rows of all methods, the number of steps of the path, and the maps."""
+        batches = pixel_batches(self.backbone, reference, self.batch_size)
+        updates, mean_image = mean_updates(self.backbone, (pixels for _, pixels in batches))
+        rows: list[dict[str, Any]] = []
+        if "skip" in wanted:
+            rows += self.ablations("skip", [None] * len(updates))
+        if "mean_ablation" in wanted:
+            rows += self.ablations("mean_ablation", updates)
+        n_steps, maps = 0, pd.DataFrame(columns=MAP_COLUMNS)
+        if {"conductance", "update", *SLOW_METHODS} & set(wanted) or n_maps:
+            few = self.images.subset(range(min(16, self.batch_size, len(self.images))))
+            shown, pixels = next(pixel_batches(self.backbone, few, self.batch_size))
+            score = partial(self.score, targets=self.targets[shown].to(pixels.device))
+            with residual_taps(self.backbone) as taps:
+                alphas = adaptive_steps(score, taps, pixels, mean_image, tolerance / 2, max_steps)
+            found, maps = self.path(wanted, mean_image, alphas, tolerance, n_maps)
+            rows, n_steps = rows + found, len(alphas) - 1
+        for method in SLOW_METHODS:
+            if method in wanted:
+                rows += self.one_by_one(method, mean_image, n_steps)
+        return rows, n_steps, maps
+
+    @torch.no_grad()
+    def ablations(self, name: str, updates: Sequence[Tensor | None]) -> list[dict[str, Any]]:
+        labels = torch.from_numpy(self.images.labels)
+        lost, misses = [], []
+        for rows, pixels, targets in self.batches(name):
+            right = (self.targets[rows] == labels[rows]).float()
+            for block, update in zip(self.backbone.blocks, updates, strict=True):
+                with ablated(block, None if update is None else update.to(pixels.device)):
+                    logits = self.predictor(pixels).float()
+                lost.append(self.scores[rows] - _margin(logits, targets).cpu())
+                misses.append(right - (logits.argmax(dim=1).cpu() == labels[rows]).float())
+        n_blocks = len(updates)
+        return [
+            *_rows(f"attribution_{name}", _per_image(lost, n_blocks)),
+            *_rows(f"attribution_{name}_accuracy", _per_image(misses, n_blocks)),
+        ]
 
     def path(
-        self, wanted: list[str], mean_image: Tensor, tolerance: float, max_steps: int, n_maps: int
-    ) -> tuple[list[dict[str, Any]], int, pd.DataFrame]:
-        alphas = self._steps(mean_image, tolerance, max_steps)
-        per_unit, update, errors, maps = self._integrate(mean_image, alphas, n_maps)
-        n_steps = len(alphas) - 1
+        self, wanted: list[str], mean_image: Tensor, alphas: list[float], tolerance: float, n_maps: int
+    ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+        """Rows of the path methods with their completeness errors, and the maps."""
+        per_unit: list[Tensor] = []
+        update: list[Tensor] = []
+        maps = [pd.DataFrame(columns=MAP_COLUMNS)]
+        n_places, n_steps = self.backbone.n_blocks + 1, len(alphas) - 1
+        missed, moved = np.zeros(n_places), 0.0
+        with residual_taps(self.backbone) as taps:
+            for rows, pixels, targets in self.batches(f"{n_steps} steps"):
+                score = partial(self.score, targets=targets)
+                found = path_conductance(score, taps, pixels, mean_image.to(pixels), alphas)
+                per_unit += [c.abs().mean(dim=(1, 2)) for c in found.conductance]
+                update += [u.sum(dim=1) for u in found.update]
+                part, change = completeness(found)
+                missed, moved = missed + part, moved + change
+                places = [found.conductance[0].sum(dim=2), *found.update]
+                maps += self._maps(range(rows.start, min(rows.stop, n_maps)), places)
+        errors = missed / moved if moved else np.full_like(missed, np.inf)
         reason = None
         if errors.max() > tolerance:
             reason = (
                 f"completeness error {100 * errors.max():.3g} % at {n_steps} steps exceeds "
                 f"{100 * tolerance:.3g} %; raise max_steps"
             )
-            maps = no_maps()
-        rows: list[dict[str, Any]] = []
-        if "conductance" in wanted:
-            rows += _rows("attribution_conductance", per_unit[:, 1:], reason=reason, n_steps=n_steps)
-        if "update" in wanted:
-            rows += _rows("attribution_update", update, reason=reason, n_steps=n_steps)
-        for place, error in enumerate(errors):
-            block = place - 1 if place else None
-            site = "resid_post" if place else EMBED
-            row = {
-                "block": block,
-                "site": site,
-                "metric": "attribution_completeness_error",
-                "value": float(error),
-            }
-            rows.append({**row, "n_steps": n_steps})
-        return rows, n_steps, maps
+            maps = maps[:1]
+        result: list[dict[str, Any]] = []
+        for name, values in (
+            ("conductance", _per_image(per_unit, n_places)[:, 1:]),
+            ("update", _per_image(update, n_places - 1)),
+        ):
+            if name in wanted:
+                result += _rows(f"attribution_{name}", values, reason=reason, n_steps=n_steps)
+        for index, error in enumerate(errors):
+            where = {"block": index - 1, "site": "resid_post"} if index else {"block": None, "site": EMBED}
+            row = {"metric": "attribution_completeness_error", "value": float(error), "n_steps": n_steps}
+            result.append({**where, **row})
+        return result, pd.concat(maps[1:]) if maps[1:] else maps[0]
 
-    def _steps(self, mean_image: Tensor, tolerance: float, max_steps: int) -> list[float]:
-        """Steps that keep the completeness error of a few images within half of `tolerance`.
-
-        They stand close where the error arises, usually near the baseline, and far apart elsewhere.
-        """
-        _, pixels, targets = next(self.batches(min(16, self.batch_size)))
-        alphas = np.linspace(0.0, 1.0, FIRST_STEPS + 1).tolist()
-        while True:
-            with Taps(self.backbone) as taps, torch.enable_grad():
-                found = path_conductance(
-                    partial(self.score, targets=targets),
-                    taps,
-                    pixels,
-                    mean_image.to(pixels),
-                    alphas,
-                    with_step_errors=True,
-                )
-            missed, moved = _completeness(found.conductance, found.end - found.start)
-            if missed.max() <= tolerance / 2 * moved or len(alphas) > max_steps:
-                return alphas
-            assert found.step_errors is not None
-            steps = found.step_errors.tolist()
-            finer = refined(alphas, steps, tolerance / 2 * moved / len(steps))
-            if len(finer) - 1 > max_steps:
-                return alphas
-            alphas = finer
-
-    def _integrate(
-        self, mean_image: Tensor, alphas: list[float], n_maps: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]:
-        """Mean |conductance| per unit (B×places), update (B×blocks), completeness error (places), maps."""
-        per_unit, update = _Found(), _Found()
-        missed, moved = np.zeros(self.backbone.n_blocks + 1), 0.0
-        maps: list[pd.DataFrame] = []
-        total = math.ceil(len(self.images) / self.batch_size)
-        with Taps(self.backbone) as taps, torch.enable_grad():
-            for where, pixels, targets in progress_bar(
-                self.batches(), total=total, unit="batch", desc=f"{len(alphas) - 1} steps", quiet=self.quiet
-            ):
-                score = partial(self.score, targets=targets)
-                found = path_conductance(score, taps, pixels, mean_image.to(pixels), alphas)
-                per_unit.add([c.abs().mean(dim=(1, 2)) for c in found.conductance])
-                update.add([u.sum(dim=1) for u in found.update])
-                part, change = _completeness(found.conductance, found.end - found.start)
-                missed, moved = missed + part, moved + change
-                if where.start < n_maps:
-                    maps += self._maps(where, found.conductance[0].sum(dim=2), found.update, n_maps)
-        errors = missed / moved if moved else np.full_like(missed, np.inf)
-        return per_unit.values, update.values, errors, pd.concat(maps) if maps else no_maps()
-
-    def _maps(self, where: slice, embed: Tensor, updates: list[Tensor], n_maps: int) -> list[pd.DataFrame]:
-        """Token values of the first images as square maps; class and register tokens are left out."""
-        n_tokens = embed.shape[1]
+    def _maps(self, images: range, places: list[Tensor]) -> list[pd.DataFrame]:
+        """Token values (B×T per place) of some images as square maps, without class and register tokens."""
+        n_tokens = places[0].shape[1]
         prefix = self.backbone.n_prefix(n_tokens)
         side = math.isqrt(n_tokens - prefix)
         if side * side != n_tokens - prefix:
             return []
         rows, columns = (axis.ravel() for axis in np.indices((side, side)))
-        frames = []
-        for image in range(min(n_maps - where.start, len(embed))):
-            position = where.start + image
-            for block, values in enumerate([embed, *updates], start=-1):
-                frames.append(
-                    pd.DataFrame(
-                        {
-                            "image": self.images.ids[position],
-                            "label": int(self.images.labels[position]),
-                            "prediction": int(self.targets[position]),
-                            "block": pd.array([None if block < 0 else block] * len(rows), dtype="Int64"),
-                            "row": rows,
-                            "column": columns,
-                            "value": values[image, prefix:].double().cpu().numpy(),
-                        }
-                    )
-                )
-        return frames
+        return [
+            pd.DataFrame(
+                {
+                    "image": self.images.ids[image],
+                    "label": int(self.images.labels[image]),
+                    "prediction": int(self.targets[image]),
+                    "block": pd.array([None if block < 0 else block] * len(rows), dtype="Int64"),
+                    "row": rows,
+                    "column": columns,
+                    "value": values[image - images.start, prefix:].double().cpu().numpy(),
+                }
+            )
+            for image in images
+            for block, values in enumerate(places, start=-1)
+        ]
 
     def one_by_one(self, method: str, mean_image: Tensor, n_steps: int) -> list[dict[str, Any]]:
         """Mean |attribution| per unit by captum, layer after layer."""
         from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 
-        found = _Found()
-        with Taps(self.backbone) as taps, torch.enable_grad():
-            for _, pixels, targets in progress_bar(
-                self.batches(), unit="batch", desc=method, quiet=self.quiet
-            ):
-                start = mean_image.to(pixels).expand_as(pixels)
-                per_block = []
-                for tap in taps.modules[1:]:
+        found = []
+        with residual_taps(self.backbone) as taps:
+            for _, pixels, targets in self.batches(method):
+                inputs = pixels.clone().requires_grad_()
+                for tap in taps[1:]:
                     attribute: Callable[..., Any]
+                    options: dict[str, Any] = {"additional_forward_args": (targets,)}
                     if method == "gradient_x_activation":
                         attribute = LayerGradientXActivation(self.score, tap).attribute
-                        values = attribute(
-                            pixels.clone().requires_grad_(), additional_forward_args=(targets,)
-                        )
                     else:
                         attribute = LayerIntegratedGradients(self.score, tap).attribute
-                        values = attribute(
-                            pixels.clone().requires_grad_(),
-                            baselines=start,
-                            additional_forward_args=(targets,),
-                            n_steps=n_steps,
-                            internal_batch_size=max(len(pixels), 2 * self.batch_size),
-                        )
-                    per_block.append(values.detach().abs().mean(dim=(1, 2)))
-                found.add(per_block)
-        return _rows(f"attribution_{method}", found.values)
+                        options["baselines"] = mean_image.to(pixels).expand_as(pixels)
+                        options["n_steps"] = n_steps
+                        options["internal_batch_size"] = max(len(pixels), 2 * self.batch_size)
+                    found.append(attribute(inputs, **options).detach().abs().mean(dim=(1, 2)))
+        return _rows(f"attribution_{method}", _per_image(found, self.backbone.n_blocks))
 
 
-def _completeness(conductance: list[Tensor], change: Tensor) -> tuple[np.ndarray, float]:
-    """Σ over images of |Σ conductance − change| per place, and of |change|."""
-    sums = torch.stack([c.double().sum(dim=(1, 2)) for c in conductance], dim=1)
-    missed = (sums - change.double()[:, None]).abs().sum(dim=0)
-    return missed.cpu().numpy(), float(change.double().abs().sum())
+def _margin(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logit of each image's target class minus the mean logit, B."""
+    return logits.gather(1, targets[:, None])[:, 0] - logits.mean(dim=1)
+
+
+def _per_image(values: Sequence[Tensor], n_places: int) -> np.ndarray:
+    """Per-image values, place by place and batch after batch, as images × places."""
+    columns = [torch.cat(list(values[place::n_places])) for place in range(n_places)]
+    return torch.stack(columns, dim=1).double().cpu().numpy()
 
 
 def _rows(

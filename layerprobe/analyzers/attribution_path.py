@@ -6,63 +6,93 @@ Axis letters: B images, T tokens, D width, L + 1 places (the embedding output an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from layerprobe.backbones.backbone import Backbone
 
+FIRST_STEPS = 8
 Score = Callable[[Tensor], Tensor]
 """Pixels B×C×H×W → one number an image, B."""
 
 
-class Taps:
+@contextmanager
+def residual_taps(backbone: Backbone) -> Iterator[list[nn.Identity]]:
     """Gives every place of the residual stream a module of its own, while the `with` block lasts.
 
-    `modules[0]` passes what enters block 0, `modules[i + 1]` what block i hands on, as a bare tensor, also where
-    the block itself returns a tuple (with or without None in it). Whatever a tap returns goes on into the model,
-    so hooks on a tap can read, replace or differentiate.
+    The first passes what enters block 0, number i + 1 what block i hands on, as a bare tensor, also where the
+    block itself returns a tuple (with or without None in it). Whatever a tap returns goes on into the model, so
+    hooks on a tap can read, replace or differentiate.
+    """
+    blocks = backbone.blocks
+    taps = [nn.Identity() for _ in range(len(blocks) + 1)]
+
+    def enters(
+        _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        if args:
+            return (taps[0](args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": taps[0](kwargs["hidden_states"])}
+
+    with ExitStack() as stack:
+        stack.callback(blocks[0].register_forward_pre_hook(enters, with_kwargs=True).remove)
+        for block, tap in zip(blocks, taps[1:], strict=True):
+
+            def leaves(_block: nn.Module, _args: object, output: Any, tap: nn.Identity = tap) -> object:
+                return _replaced(output, tap(output[0] if isinstance(output, (tuple, list)) else output))
+
+            stack.callback(block.register_forward_hook(leaves).remove)
+        yield taps
+
+
+@contextmanager
+def ablated(block: nn.Module, update: Tensor | None = None) -> Iterator[None]:
+    """Replaces what one block adds to the residual stream, while the `with` block lasts.
+
+    With `update` None the block is skipped: its output is its input. Otherwise it adds `update` (T×D), the same for
+    every image.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._blocks = backbone.blocks
-        self.modules = [nn.Identity() for _ in range(len(self._blocks) + 1)]
-        self._handles: list[RemovableHandle] = []
+    def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> object:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return _replaced(output, hidden if update is None else hidden + update.to(hidden.dtype))
 
-    def __enter__(self) -> Taps:
-        def enters(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (self.modules[0](args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": self.modules[0](kwargs["hidden_states"])}
-
-        self._handles.append(self._blocks[0].register_forward_pre_hook(enters, with_kwargs=True))
-        for block, tap in zip(self._blocks, self.modules[1:], strict=True):
-            self._handles.append(block.register_forward_hook(_passing(tap)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    handle = block.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def _passing(tap: nn.Module) -> Callable[..., Any]:
-    def leaves(_block: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, (tuple, list)):
-            return type(output)((tap(output[0]), *output[1:]))
-        return tap(output)
-
-    return leaves
+def _replaced(output: object, hidden: Tensor) -> object:
+    """A block's output with other hidden states, in the form the block returns."""
+    return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
 
 
-@dataclass
+@contextmanager
+def _recorded(taps: Sequence[nn.Module], *, cut: bool = False) -> Iterator[dict[int, Tensor]]:
+    """What passes the taps in the last forward pass; with `cut` the autograd graph starts at the first."""
+    seen: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for index, tap in enumerate(taps):
+
+            def hook(_tap: nn.Module, _args: object, output: Tensor, index: int = index) -> Tensor:
+                if cut and index == 0 and torch.is_grad_enabled():
+                    output = output.detach().requires_grad_()
+                seen[index] = output
+                return output
+
+            stack.callback(tap.register_forward_hook(hook).remove)
+        yield seen
+
+
+@dataclass(kw_only=True)
 class PathAttribution:
     """What the path from a baseline to the images says about every place.
 
@@ -83,9 +113,52 @@ class PathAttribution:
     step_errors: Tensor | None = None
 
 
+@dataclass(kw_only=True)
+class _Point:
+    """One point of the path: activations and gradients of all places, and f."""
+
+    activations: list[Tensor]
+    gradients: list[Tensor]
+    value: Tensor
+
+
+class _PathSums:
+    """Σ_k ĝ_k·(a_{k+1} − a_k), place by place."""
+
+    def __init__(self, *, trapezoid: bool, with_step_errors: bool) -> None:
+        self.trapezoid, self.with_step_errors = trapezoid, with_step_errors
+        self.factor = 0.5 if trapezoid else 1.0
+        self.conductance: list[Tensor] = []
+        self.passed: list[Tensor] = []  # by the residual stream alone, B×T, from the second place on
+        self.step_errors: list[Tensor] = []
+
+    def add(self, before: _Point, now: _Point) -> None:
+        worst = torch.zeros_like(now.value)
+        moved = [a.sub(b) for a, b in zip(now.activations, before.activations, strict=True)]
+        first = not self.conductance
+        for index, change in enumerate(moved):
+            slope = before.gradients[index]
+            if self.trapezoid:
+                slope = slope + now.gradients[index]
+            if first:
+                self.conductance.append(slope * change)
+            else:
+                self.conductance[index].addcmul_(slope, change)
+            if index:
+                through = torch.einsum("btd,btd->bt", slope, moved[index - 1])
+                if first:
+                    self.passed.append(through)
+                else:
+                    self.passed[index - 1].add_(through)
+            if self.with_step_errors:
+                covered = self.factor * torch.einsum("btd,btd->b", slope, change)
+                worst = torch.maximum(worst, (covered - (now.value - before.value)).abs())
+        self.step_errors.append(worst.double().sum())
+
+
 def path_conductance(
     score: Score,
-    taps: Taps,
+    taps: Sequence[nn.Module],
     pixels: Tensor,
     baseline: Tensor,
     alphas: Sequence[float],
@@ -103,7 +176,7 @@ def path_conductance(
     Parameters
     ----------
     score : pixels → B numbers. Parameters should not require gradients; the graph starts at the first tap.
-    pixels : B×C×H×W. baseline : C×H×W. alphas : rising, in [0, 1], at least two.
+    taps : of `residual_taps`. pixels : B×C×H×W. baseline : C×H×W. alphas : rising, in [0, 1], at least two.
     embed : False leaves out the embedding output (its list entry is then empty) and the backward pass through
         block 0.
     with_step_errors : also tell where on the path the error arises, for refining `alphas`.
@@ -112,66 +185,35 @@ def path_conductance(
     ----------
     Dhamdhere, Sundararajan, Yan, How important is a neuron?, ICLR 2019, arXiv 1805.12233.
     """
-    places = list(range(0 if embed else 1, len(taps.modules)))
-    seen: dict[int, Tensor] = {}
-
-    def keep(place: int) -> Callable[..., Tensor]:
-        def hook(_tap: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            if place == places[0] and torch.is_grad_enabled():
-                output = output.detach().requires_grad_()
-            seen[place] = output
-            return output
-
-        return hook
-
-    handles = [taps.modules[place].register_forward_hook(keep(place)) for place in places]
-    sums: dict[int, Tensor] = {}
-    updates: dict[int, Tensor] = {}
-    before: list[Tensor] = []
-    slopes: list[Tensor] = []
-    start: Tensor | None = None
-    reached = torch.zeros(0)
-    factor = 0.5 if rule == "trapezoid" else 1.0
-    step_errors: list[Tensor] = []
-    try:
+    sums = _PathSums(trapezoid=rule == "trapezoid", with_step_errors=with_step_errors)
+    values: list[Tensor] = []
+    before: _Point | None = None
+    with _recorded(taps if embed else taps[1:], cut=True) as seen:
         for number, alpha in enumerate(alphas):
-            last = number == len(alphas) - 1
-            with torch.set_grad_enabled(rule == "trapezoid" or not last):
+            with torch.set_grad_enabled(sums.trapezoid or number < len(alphas) - 1):
                 value = score(torch.lerp(baseline.expand_as(pixels), pixels, alpha))
-                now = [seen[place] for place in places]
-                fresh = list(torch.autograd.grad(value.sum(), now)) if torch.is_grad_enabled() else slopes
-            now = [activation.detach() for activation in now]
-            start = value.detach() if start is None else start
-            if before:
-                worst = torch.zeros_like(start)
-                moved = [a.sub(b) for a, b in zip(now, before, strict=True)]
-                for index, place in enumerate(places):
-                    slope = slopes[index] + fresh[index] if rule == "trapezoid" else slopes[index]
-                    if place not in sums:
-                        sums[place] = slope * moved[index]
-                    else:
-                        sums[place].addcmul_(slope, moved[index])
-                    if with_step_errors:
-                        covered = factor * torch.einsum("btd,btd->b", slope, moved[index])
-                        worst = torch.maximum(worst, (covered - (value.detach() - reached)).abs())
-                    if index:
-                        through = torch.einsum("btd,btd->bt", slope, moved[index - 1])
-                        updates[place] = through if place not in updates else updates[place].add_(through)
-                step_errors.append(worst.double().sum())
-            before, slopes, reached = now, fresh, value.detach()
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert start is not None
-    everywhere = range(len(taps.modules))
-    nothing = value.new_empty(0)
-    conductance = [sums[place].mul_(factor) if place in sums else nothing for place in everywhere]
+                places = [seen[place] for place in sorted(seen)]
+                gradients = torch.autograd.grad(value.sum(), places) if torch.is_grad_enabled() else ()
+            activations = [place.detach() for place in places]
+            now = _Point(activations=activations, gradients=list(gradients), value=value.detach())
+            if before is not None:
+                sums.add(before, now)
+            before = now
+            values.append(now.value)
+    conductance = [part.mul_(sums.factor) for part in sums.conductance]
     update = [
-        conductance[place].sum(dim=2) - updates[place].mul_(factor) if place in updates else nothing
-        for place in everywhere[1:]
+        part.sum(dim=2) - passed.mul_(sums.factor)
+        for part, passed in zip(conductance[1:], sums.passed, strict=True)
     ]
+    if not embed:
+        nothing = values[0].new_empty(0)
+        conductance, update = [nothing, *conductance], [nothing, *update]
     return PathAttribution(
-        conductance, update, start, value.detach(), torch.stack(step_errors) if with_step_errors else None
+        conductance=conductance,
+        update=update,
+        start=values[0],
+        end=values[-1],
+        step_errors=torch.stack(sums.step_errors) if with_step_errors else None,
     )
 
 
@@ -184,59 +226,52 @@ def refined(alphas: Sequence[float], errors: Sequence[float], allowed: float) ->
     return points
 
 
-class Ablation:
-    """Replaces what one block adds to the residual stream, while the `with` block lasts.
+def adaptive_steps(
+    score: Score,
+    taps: Sequence[nn.Module],
+    pixels: Tensor,
+    baseline: Tensor,
+    tolerance: float,
+    max_steps: int,
+) -> list[float]:
+    """Points of the path that keep the completeness error of these images within `tolerance`.
 
-    With `update` None the block is skipped: its output is its input. Otherwise it adds `update` (T×D), the same for
-    every image.
+    They stand close where the error arises, usually near the baseline, and far apart elsewhere. Where that takes
+    more than `max_steps`, the last points within it.
     """
+    alphas = np.linspace(0.0, 1.0, FIRST_STEPS + 1).tolist()
+    while True:
+        found = path_conductance(score, taps, pixels, baseline.to(pixels), alphas, with_step_errors=True)
+        missed, moved = completeness(found)
+        if missed.max() <= tolerance * moved:
+            return alphas
+        assert found.step_errors is not None
+        finer = refined(alphas, found.step_errors.tolist(), tolerance * moved / (len(alphas) - 1))
+        if len(finer) - 1 > max_steps:
+            return alphas
+        alphas = finer
 
-    def __init__(self, block: nn.Module, update: Tensor | None = None) -> None:
-        self._block = block
-        self._update = update
-        self._handle: RemovableHandle | None = None
 
-    def __enter__(self) -> Ablation:
-        def replaced(_block: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if self._update is not None:
-                hidden = hidden + self._update.to(hidden.dtype)
-            if isinstance(output, (tuple, list)):
-                return type(output)((hidden, *output[1:]))
-            return hidden
-
-        self._handle = self._block.register_forward_hook(replaced, with_kwargs=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+def completeness(found: PathAttribution) -> tuple[np.ndarray, float]:
+    """Σ over images of |Σ conductance − (f(x) − f(baseline))| per place, and of |f(x) − f(baseline)|."""
+    change = (found.end - found.start).double()
+    sums = torch.stack([c.double().sum(dim=(1, 2)) for c in found.conductance], dim=1)
+    missed = (sums - change[:, None]).abs().sum(dim=0)
+    return missed.cpu().numpy(), float(change.abs().sum())
 
 
 @torch.no_grad()
-def mean_updates(backbone: Backbone, batches: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def mean_updates(backbone: Backbone, batches: Iterable[Tensor]) -> tuple[list[Tensor], Tensor]:
     """What each block adds on average over images, per token (L times T×D), and the mean image (C×H×W)."""
-    seen: list[Tensor] = []
     totals: list[Tensor] = []
-    image: Tensor | None = None
     count = 0
-    with Taps(backbone) as taps:
-        handles = [
-            tap.register_forward_hook(lambda _m, _a, output: seen.append(output)) for tap in taps.modules
-        ]
-        try:
-            for pixels in batches:
-                seen.clear()
-                backbone(pixels)
-                added = [(b.double() - a.double()).sum(dim=0) for a, b in itertools.pairwise(seen)]
-                totals = added if not totals else [t + a for t, a in zip(totals, added, strict=True)]
-                summed = pixels.double().sum(dim=0)
-                image = summed if image is None else image + summed
-                count += len(pixels)
-        finally:
-            for handle in handles:
-                handle.remove()
-    assert image is not None
-    return [(total / count).float() for total in totals], (image / count).float()
+    with residual_taps(backbone) as taps, _recorded(taps) as seen:
+        for pixels in batches:
+            backbone(pixels)
+            places = [seen[place] for place in sorted(seen)]
+            summed = [(b.double() - a.double()).sum(dim=0) for a, b in itertools.pairwise(places)]
+            summed.append(pixels.double().sum(dim=0))
+            totals = summed if not totals else [t + s for t, s in zip(totals, summed, strict=True)]
+            count += len(pixels)
+    *updates, image = [(total / count).float() for total in totals]
+    return updates, image

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from layerprobe.backbones.backbone import POOLINGS, Backbone, pool
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
@@ -20,13 +22,20 @@ from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy
-from layerprobe.tasks import Task
+from layerprobe.tasks import ImageSplit, Task
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
 
+Layer = LayerRef | int
+"""A place in a backbone, or the position in a plain list of arrays."""
 
-@dataclass(eq=False, repr=False)
+
+FeatureSet = Mapping[Any, np.ndarray] | Sequence[Any] | np.ndarray
+"""What comparisons and probes take: `Features`, another mapping from layer to array, or a list of arrays."""
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
 class Features(Record, Mapping[LayerRef, np.ndarray]):
     """Features of one split: a mapping from layer to an n×d array, rows in the order of `ids`.
 
@@ -50,10 +59,6 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
     def layers(self) -> list[LayerRef]:
         """The layers held, from input to output."""
         return list(self.arrays)
-
-    @property
-    def n_classes(self) -> int:
-        return len(self.classes)
 
     def __getitem__(self, layer: LayerRef | int | str) -> np.ndarray:
         if isinstance(layer, (int, np.integer)):
@@ -94,34 +99,37 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         """
         rows = []
         for layer, array in self.arrays.items():
-            values = np.asarray(array, dtype=np.float64).reshape(len(array), -1)
-            deviation = values.std(axis=0)
-            alive = deviation > 0
-            offset = np.abs(values.mean(axis=0))[alive] / deviation[alive]
-            measured = {
-                "mean_norm": float(np.linalg.norm(values, axis=1).mean()),
-                "mean_column_std": float(deviation.mean()),
-                "max_offset_sigma": float(offset.max()) if alive.any() else None,
-            }
-            for metric, value in measured.items():
+            for metric, value in _column_statistics(array).items():
                 reason = "every column is constant" if value is None else None
-                rows.append(
-                    {
-                        "block": layer.block,
-                        "site": layer.site,
-                        "metric": metric,
-                        "value": value,
-                        "reason": reason,
-                    }
-                )
-        return tidy(
-            rows,
-            model=self.model,
-            revision=self.revision,
-            task=self.task,
-            split=self.split,
-            n=len(self.ids),
-        )
+                rows.append({**place(layer), "metric": metric, "value": value, "reason": reason})
+        facts = {"model": self.model, "revision": self.revision, "task": self.task, "split": self.split}
+        return tidy(rows, **facts, n=len(self.ids))
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a layer, for a terminal."""
+        return [
+            {
+                "layer": str(layer),
+                "features": array.shape[-1],
+                **{
+                    name: np.nan if value is None else value
+                    for name, value in sorted(_column_statistics(array).items())
+                },
+            }
+            for layer, array in self.arrays.items()
+        ]
+
+
+def _column_statistics(array: np.ndarray) -> dict[str, float | None]:
+    values = np.asarray(array, dtype=np.float64).reshape(len(array), -1)
+    deviation = values.std(axis=0)
+    varies = deviation > 0
+    offset = np.abs(values.mean(axis=0))[varies] / deviation[varies]
+    return {
+        "mean_norm": float(np.linalg.norm(values, axis=1).mean()),
+        "mean_column_std": float(deviation.mean()),
+        "max_offset_sigma": float(offset.max()) if varies.any() else None,
+    }
 
 
 @dataclass(eq=False, repr=False)
@@ -147,21 +155,8 @@ class FeatureTable(Record):
         )
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a layer of the first split, for a terminal."""
-        wide = self.splits[0].to_frame().pivot(index=["block", "site"], columns="metric", values="value")
-        return [
-            {
-                "layer": str(layer),
-                "features": self.splits[0][layer].shape[-1],
-                **{
-                    metric: float(
-                        wide.loc[(layer.block if layer.block is not None else pd.NA, layer.site), metric]
-                    )
-                    for metric in wide.columns
-                },
-            }
-            for layer in self.splits[0].layers
-        ]
+        """One row a layer of the first split."""
+        return self.splits[0].table()
 
 
 def extract_features(
@@ -203,9 +198,8 @@ def extract_features(
     check_layers(wanted, backbone)
     pooling = pooling or backbone.pooling
     if pooling not in (*POOLINGS, TOKENS):
-        raise UnknownNameError(
-            f"unknown pooling '{pooling}'; choose one of: {', '.join((*POOLINGS, TOKENS))}"
-        )
+        known = ", ".join((*POOLINGS, TOKENS))
+        raise UnknownNameError(f"unknown pooling '{pooling}'; choose one of: {known}")
     described = {**backbone.describe(), "pooling": pooling}
     key = {
         "schema": "layerprobe.features/v1",
@@ -217,65 +211,54 @@ def extract_features(
     }
     store = FeatureStore(features_root(cache_dir), key, n_rows=len(images), dtype=dtype)
     if not all(store.has(layer) for layer in wanted):
-        _fill(store, backbone, images, wanted, pooling, dtype, batch_size, quiet)
+        _fill(store, backbone, images, wanted, pooling, batch_size, quiet)
+    arguments = {"layers": [str(layer) for layer in wanted], "split": split, "dtype": dtype}
     return Features(
         arrays={layer: store.read(layer) for layer in wanted},
         ids=images.ids,
         labels=images.labels,
         classes=list(task.classes),
-        model=backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)",
-        revision=backbone.source.revision,
-        task=task.name,
+        **columns_of(backbone, task),
         split=split,
         pooling=pooling,
-        provenance=provenance(
-            "features",
-            {"layers": [str(layer) for layer in wanted], "split": split, "dtype": dtype},
-            backbone=described,
-            task=task.report,
-        ),
+        provenance=provenance("features", arguments, backbone=described, task=task.report),
     )
 
 
 def _fill(
     store: FeatureStore,
     backbone: Backbone,
-    images: Any,
+    images: ImageSplit,
     wanted: Sequence[LayerRef],
     pooling: str,
-    dtype: str,
     batch_size: int,
     quiet: bool,
 ) -> None:
-    def pooled(hidden: torch.Tensor) -> torch.Tensor:
+    def pooled(hidden: Tensor) -> Tensor:
         if pooling == TOKENS:
             return hidden
         return pool(hidden, pooling, n_prefix=backbone.n_prefix(hidden.shape[1]))
 
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        with (
-            store.writer(wanted, batch_size=batch_size) as writer,
-            progress_bar(
-                total=len(images), initial=writer.rows, unit="image", desc=backbone.name, quiet=quiet
-            ) as bar,
-            torch.inference_mode(),
-        ):
-            while writer.layers and writer.rows < len(images):
-                rows = np.arange(writer.rows, min(writer.rows + batch_size, len(images)))
-                pixels = backbone.preprocess(images.images(rows))
-                with capture(backbone, writer.layers, pool=pooled, stop_early=True) as seen:
-                    backbone(pixels)
-                for layer, values in seen.items():
-                    _check_finite(layer, values, images.ids[rows])
-                writer.append({layer: encode(values, dtype) for layer, values in seen.items()})
-                bar.update(len(rows))
-    finally:
-        backbone.train(was_training)
+    with (
+        evaluating(backbone),
+        store.writer(wanted, batch_size=batch_size) as writer,
+        progress_bar(
+            total=len(images), initial=writer.rows, unit="image", desc=backbone.name, quiet=quiet
+        ) as bar,
+        torch.inference_mode(),
+    ):
+        if not writer.layers:
+            return
+        for rows, pixels in pixel_batches(backbone, images, batch_size, start=writer.rows):
+            with capture(backbone, writer.layers, pool=pooled, stop_early=True) as seen:
+                backbone(pixels)
+            for layer, values in seen.items():
+                _check_finite(layer, values, images.ids[rows])
+            writer.append({layer: encode(values, store.dtype) for layer, values in seen.items()})
+            bar.update(len(pixels))
 
 
-def _check_finite(layer: LayerRef, values: torch.Tensor, ids: np.ndarray) -> None:
+def _check_finite(layer: LayerRef, values: Tensor, ids: np.ndarray) -> None:
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return
@@ -288,3 +271,80 @@ def _check_finite(layer: LayerRef, values: torch.Tensor, ids: np.ndarray) -> Non
     raise LayerprobeError(
         f"{layer} holds {int((~finite).sum())} non-finite values (first: image {ids[int(bad[0])]}); {hint}"
     )
+
+
+def pixel_batches(
+    backbone: Backbone, split: ImageSplit, batch_size: int, *, start: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
+    for first in range(start, len(split), batch_size):
+        rows = slice(first, min(first + batch_size, len(split)))
+        yield rows, backbone.preprocess(split.images(range(rows.start, rows.stop))).to(backbone.device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on leaving every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:
+    """The table columns `model`, `revision` and `task`."""
+    name = backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)"
+    return {"model": name, "revision": backbone.source.revision, "task": task.name}
+
+
+def place(layer: Layer) -> dict[str, Any]:
+    """The table columns `block` and `site`."""
+    if isinstance(layer, LayerRef):
+        return {"block": layer.block, "site": layer.site}
+    return {"block": layer, "site": None}
+
+
+def layer_name(layer: Layer) -> str:
+    """What messages call a layer."""
+    return str(layer) if isinstance(layer, LayerRef) else f"layer {layer}"
+
+
+def row_name(block: object, site: object) -> str:
+    """What terminal tables call the layer of a table row: "embed", "block 3" or "block 3 mlp_out"."""
+    if pd.isna(block):
+        return str(site)
+    return f"block {block:.0f}" + ("" if pd.isna(site) or site == "resid_post" else f" {site}")
+
+
+def table_by_layer(
+    frame: pd.DataFrame, layers: Sequence[int | str], *, key: str, prefix: str
+) -> list[dict[str, Any]]:
+    """Long rows as one row a layer (the column `key`) with one column a metric, in their order."""
+    metrics = [name.removeprefix(prefix) for name in frame["metric"]]
+    rows = {layer: {key: layer, **dict.fromkeys(metrics)} for layer in layers}
+    for layer, metric, value in zip(layers, metrics, frame["value"], strict=True):
+        rows[layer][metric] = value
+    return list(rows.values())
+
+
+def rows_of_metric(frame: pd.DataFrame, name: str, *, prefix: str, what: str) -> pd.DataFrame:
+    """The rows of a metric, named with or without its prefix; UnknownNameError where there are none."""
+    rows = frame[frame["metric"] == prefix + name.removeprefix(prefix)]
+    if rows.empty:
+        known = ", ".join(frame["metric"].unique())
+        raise UnknownNameError(f"no {what} '{name}' in this record; it has {known}")
+    return rows
+
+
+def arrays_by_layer(features: Any) -> dict[Layer, Any] | None:
+    """Features, a mapping or a list of arrays (or one array) as a dict; None for anything else."""
+    if isinstance(features, Mapping):
+        return {LayerRef.parse(key) if isinstance(key, str) else key: features[key] for key in features}
+    if getattr(features, "ndim", 0) == 2:
+        return {0: features}
+    if isinstance(features, Sequence) or getattr(features, "ndim", 0) == 3:
+        return dict(enumerate(features))
+    return None

@@ -1,4 +1,4 @@
-"""The classifier that turns a backbone's features into logits where an analysis needs a prediction.
+"""A backbone with a head that turns its features into logits, where an analysis needs a prediction.
 
 Gradients and attributions ask "of what?": of a linear probe on the pooled final features, of the head that the
 checkpoint itself brought, or of one the caller hands over.
@@ -6,7 +6,7 @@ checkpoint itself brought, or of one the caller hands over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.analyzers.features import evaluating, pixel_batches
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
@@ -24,7 +25,7 @@ HEADS = ("probe", "own")
 
 
 @dataclass
-class Classifier:
+class Predictor:
     """Pixels B×C×H×W → logits B×K, with a note of where the head comes from."""
 
     backbone: Backbone
@@ -41,14 +42,14 @@ def check_head(head: str) -> None:
         raise UnknownNameError(f"unknown head '{head}'; choose one of: {', '.join(HEADS)}, or pass a module")
 
 
-def make_classifier(
+def make_predictor(
     backbone: Backbone,
     task: Task,
     head: str | nn.Module = "probe",
     *,
     n_train: int = 2000,
     batch_size: int = 128,
-) -> Classifier:
+) -> Predictor:
     """The backbone with a head for `task`.
 
     Parameters
@@ -64,7 +65,7 @@ def make_classifier(
     """
     backbone.prepare(task)
     if isinstance(head, nn.Module):
-        return Classifier(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
+        return Predictor(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
     check_head(head)
     if head == "own":
         with torch.no_grad():
@@ -74,9 +75,9 @@ def make_classifier(
                 f"the classifier of {backbone.name} has {outputs} outputs, {task.name} has {task.n_classes} "
                 "classes; use --head probe"
             )
-        return Classifier(backbone, backbone.own_logits, {"head": "own"})
+        return Predictor(backbone, backbone.own_logits, {"head": "own"})
     layer, facts = fit_probe_head(backbone, task, n_train=n_train, batch_size=batch_size)
-    return Classifier(backbone, lambda pixels: layer(backbone.features(pixels).to(layer.weight.dtype)), facts)
+    return Predictor(backbone, lambda pixels: layer(backbone.features(pixels).to(layer.weight.dtype)), facts)
 
 
 def fit_probe_head(
@@ -95,7 +96,7 @@ def fit_probe_head(
     classes, labels = np.unique(train.labels, return_inverse=True)
     if len(classes) < 2:
         raise UsageError(f"a probe needs two classes; the first {len(train)} training images have one")
-    X, X_val = (final_features(backbone, split, batch_size=batch_size) for split in (train, task.validation))
+    X, X_val = (_final_features(backbone, split, batch_size) for split in (train, task.validation))
     # Some norms silence a dimension to 1e-9 of the others; standardised, it would get a weight of 1e9 and an
     # intervention that wakes it up would drown everything else.
     deviation = X.std(axis=0)
@@ -120,14 +121,14 @@ def fit_probe_head(
 
 
 @torch.inference_mode()
-def final_features(backbone: Backbone, split: ImageSplit, *, batch_size: int = 128) -> np.ndarray:
-    """Pooled final features of a split, n×d in float64."""
+def _final_features(backbone: Backbone, split: ImageSplit, batch_size: int) -> np.ndarray:
+    """Pooled final features, n×d in float64."""
     with evaluating(backbone):
-        rows = []
-        for start in range(0, len(split), batch_size):
-            pixels = backbone.preprocess(split.images(range(start, min(start + batch_size, len(split)))))
-            rows.append(backbone.features(pixels).double().cpu().numpy())
-    features = np.concatenate(rows)
+        batches = [
+            backbone.features(pixels).double().cpu().numpy()
+            for _, pixels in pixel_batches(backbone, split, batch_size)
+        ]
+    features = np.concatenate(batches)
     if not np.isfinite(features).all():
         raise UsageError(
             f"{backbone.name}: final features hold non-finite values; try --dtype bfloat16 or float32"
@@ -136,12 +137,15 @@ def final_features(backbone: Backbone, split: ImageSplit, *, batch_size: int = 1
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; on leaving every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def only_these_train(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for `parameters` alone, evaluation mode; everything is put back on leaving."""
+    states = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = {id(p) for p in parameters}
     try:
-        yield
+        for p, _ in states:
+            p.requires_grad_(id(p) in wanted)
+        with evaluating(model), torch.enable_grad():
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for p, state in states:
+            p.requires_grad_(state)

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint through the outlier statistics: one thread a tensor, one reused buffer a thread."""
+"""A checkpoint is opened and every tensor counted: one thread a tensor, one reused buffer a thread."""
 
 from __future__ import annotations
 
@@ -6,23 +6,35 @@ import dataclasses
 import mmap
 import os
 import queue
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from layerprobe.checkpoints import CHUNK_BYTES, Checkpoint, Place, StoredTensor, fused_parts, places
+from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
+from layerprobe.checkpoints import (
+    CHUNK_BYTES,
+    Checkpoint,
+    Place,
+    StoredTensor,
+    fused_parts,
+    open_checkpoint,
+    places,
+)
 from layerprobe.errors import UsageError
+from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
 from layerprobe.metrics.outliers.counting import Engine, make_engine
-from layerprobe.metrics.outliers.rules import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ScannedTensor:
     """One tensor's identity and numbers. `found` is None where it was skipped, and `skip` says why.
 
@@ -38,6 +50,42 @@ class ScannedTensor:
     skip: str | None = None
     tied_to: str | None = None
     part_of: str | None = None
+
+
+def open_model(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, Checkpoint, str]:
+    """Name, model id, checkpoint and revision."""
+    path = Path(model).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
+        # Weights without a configuration are enough here, unlike for everything that builds a model; and
+        # the checkpoint's own check of a broken folder names the tensor.
+        checkpoint = open_checkpoint(path)
+        found = weights_hash(path) if (path / "config.json").is_file() else "local"
+        return str(model), path.resolve().name, checkpoint, found
+    source = resolve_model(str(model), revision=revision, offline=offline)
+    return source.name, source.model_id, open_checkpoint(source.folder), source.revision
+
+
+def checkpoint_facts(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    include: Iterable[str] | None = None,
+    exclude: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """What a report would read, from the headers alone: folder, files, tensors, bytes, dtypes."""
+    name, model_id, checkpoint, _ = open_model(model, revision, offline)
+    checkpoint = checkpoint.select(list(include or []), list(exclude or []))
+    return {
+        "model": name,
+        "model_id": model_id,
+        "folder": str(checkpoint.folder),
+        "files": len(checkpoint.files),
+        "tensors": len(checkpoint.tensors),
+        "skipped": sum(tensor.skip is not None for tensor in checkpoint.tensors),
+        "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors)),
+        "bytes": checkpoint.nbytes,
+    }
 
 
 def scan(
@@ -60,36 +108,19 @@ def scan(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
-    rows: list[ScannedTensor] = []
-    work: list[tuple[StoredTensor, ScannedTensor]] = []
-    located = places({tensor.name: tensor.shape for tensor in checkpoint.tensors})
-    for tensor in checkpoint.tensors:
-        place = located[tensor.name]
-        skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
-        row = ScannedTensor(
-            tensor.name, tensor.dtype, tensor.shape, place, skip=skip, tied_to=tensor.alias_of
-        )
-        rows.append(row)
-        if skip is not None or tensor.alias_of is not None:
-            continue
-        work.append((tensor, row))
-        for kind, part in fused_parts(tensor, place):
-            own = dataclasses.replace(place, kind=kind)
-            rows.append(ScannedTensor(part.name, part.dtype, part.shape, own, part_of=tensor.name))
-            work.append((part, rows[-1]))
+    rows, work = _located(checkpoint)
     # The largest first, so that no thread is left alone with a big one at the end.
     work.sort(key=lambda pair: -pair[0].nbytes)
     n_threads = max(1, min(threads or _usable_cores(), len(work) or 1))
     counted = any(needs_engine(tensor.dtype, tensor.size) for tensor, _ in work)
-    with _one_torch_thread(engine, counted) as engines, ThreadPoolExecutor(n_threads) as pool:
-        benches: queue.SimpleQueue[tuple[Engine | None, mmap.mmap]] = queue.SimpleQueue()
+    with _one_torch_thread(engine, counted) as name, ThreadPoolExecutor(n_threads) as pool:
+        free: queue.SimpleQueue[tuple[Engine | None, mmap.mmap]] = queue.SimpleQueue()
         for _ in range(n_threads):
-            benches.put((make_engine(engines) if counted else None, mmap.mmap(-1, CHUNK_BYTES)))
+            free.put((make_engine(name) if counted else None, mmap.mmap(-1, CHUNK_BYTES)))
 
         def measure(tensor: StoredTensor, row: ScannedTensor) -> int:
-            bench = benches.get()
+            own_engine, buffer = own = free.get()
             try:
-                own_engine, buffer = bench
                 row.found = summarize(
                     lambda: tensor.chunks(buffer),
                     tensor.dtype,
@@ -99,7 +130,7 @@ def scan(
                     axes=axes,
                 )
             finally:
-                benches.put(bench)
+                free.put(own)
             return tensor.nbytes
 
         total = sum(tensor.nbytes for tensor, _ in work)
@@ -109,9 +140,47 @@ def scan(
     _find_tied(checkpoint, rows)
     by_name = {row.name: row for row in rows}
     for row in rows:
-        if row.tied_to is not None and row.found is None:
-            row.found = by_name[row.tied_to].found if row.tied_to in by_name else None
+        if row.tied_to in by_name and row.found is None:
+            row.found = by_name[row.tied_to].found
     return rows
+
+
+def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[StoredTensor, ScannedTensor]]]:
+    """All rows, still without numbers, and those of them that are to be measured with their tensors."""
+    rows: list[ScannedTensor] = []
+    work: list[tuple[StoredTensor, ScannedTensor]] = []
+
+    def add(
+        tensor: StoredTensor,
+        place: Place,
+        skip: str | None = None,
+        tied_to: str | None = None,
+        part_of: str | None = None,
+    ) -> ScannedTensor:
+        rows.append(
+            ScannedTensor(
+                name=tensor.name,
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                place=place,
+                skip=skip,
+                tied_to=tied_to,
+                part_of=part_of,
+            )
+        )
+        return rows[-1]
+
+    located = places({tensor.name: tensor.shape for tensor in checkpoint.tensors})
+    for tensor in checkpoint.tensors:
+        place = located[tensor.name]
+        skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
+        row = add(tensor, place, skip=skip, tied_to=tensor.alias_of)
+        if skip is None and tensor.alias_of is None:
+            work.append((tensor, row))
+            for kind, part in fused_parts(tensor, place):
+                own = dataclasses.replace(place, kind=kind)
+                work.append((part, add(part, own, part_of=tensor.name)))
+    return rows, work
 
 
 def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, dict[str, np.ndarray]]:
@@ -164,18 +233,18 @@ def _one_torch_thread(engine: str, counted: bool) -> Iterator[str]:
 def _find_tied(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> None:
     """Mark a head that is, byte for byte, the embedding. Layers that merely start equal are not tied."""
     stored = {tensor.name: tensor for tensor in checkpoint.tensors}
-    embeddings = [row for row in rows if row.place.kind == "embedding" and row.found is not None]
-    for head in rows:
-        if head.place.kind != "head" or head.found is None or head.tied_to is not None:
+    measured = [row for row in rows if row.found is not None]
+    for head in measured:
+        if head.place.kind != "head" or head.tied_to is not None:
             continue
-        for embedding in embeddings:
-            alike = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+        for other in measured:
+            alike = (other.shape, other.dtype, other.found) == (head.shape, head.dtype, head.found)
             if (
-                alike
-                and embedding.found == head.found
-                and _same_bytes(stored[embedding.name], stored[head.name])
+                other.place.kind == "embedding"
+                and alike
+                and _same_bytes(stored[other.name], stored[head.name])
             ):
-                head.tied_to = embedding.name
+                head.tied_to = other.name
                 break
 
 

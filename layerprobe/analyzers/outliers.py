@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from layerprobe.analyzers.outlier_scan import ScannedTensor, read_norms, scan
-from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
-from layerprobe.checkpoints import GROUPS, KINDS, Checkpoint, open_checkpoint
+from layerprobe.analyzers.outlier_scan import ScannedTensor, open_model, read_norms, scan
+from layerprobe.checkpoints import GROUPS, KINDS
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
-from layerprobe.metrics.outliers.axes import norm_dimension_votes
+from layerprobe.metrics.outliers.moments import norm_dimension_votes
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy
@@ -26,7 +25,16 @@ AXES_BELOW = 512 << 20
 """Rows and columns are measured without being asked for in checkpoints of up to so many bytes."""
 
 
-@dataclass(repr=False)
+LEVELS: dict[str, tuple[str, ...]] = {
+    "kind": ("stack", "block", "kind"),
+    "block": ("stack", "block"),
+    "block_group": ("stack", "block", "group"),
+    "group": ("group",),
+}
+"""Roll-ups: level → by what tensors are pooled."""
+
+
+@dataclass(repr=False, kw_only=True)
 class OutlierReport(Record):
     """What `outlier_report` returns: per tensor and rolled up by kind, block, group and model.
 
@@ -44,7 +52,7 @@ class OutlierReport(Record):
     rules: OutlierRules
     norm_votes: dict[str, tuple[list[tuple[int, int]], int]]
     provenance: dict[str, Any]
-    _frame: Any = field(default=None, repr=False, compare=False)
+    _frame: pd.DataFrame | None = field(default=None, compare=False)
 
     def pool(self, **where: Any) -> TensorOutliers:
         """The roll-up of all tensors whose place has these attributes, for example `block=3, kind="q"`.
@@ -65,12 +73,6 @@ class OutlierReport(Record):
             if row.found is not None and row.tied_to is None and row.part_of is None
         ]
 
-    def separated(self) -> list[ScannedTensor]:
-        """The same weights with fused matrices replaced by their parts, for comparison with other layouts."""
-        fused = {row.part_of for row in self.tensors if row.part_of is not None}
-        parts = [row for row in self.tensors if row.part_of is not None]
-        return [row for row in self.counted() if row.name not in fused] + parts
-
     @property
     def n_blocks(self) -> int:
         """Number of different blocks, over all stacks."""
@@ -86,75 +88,48 @@ class OutlierReport(Record):
         or model. `entry` holds the coordinates of a `top_entry` row, or the lines that stand out.
         """
         if self._frame is None:
-            self._frame = tidy(self._rows(), model=self.model, revision=self.revision)
+            rows = [*self._tensor_rows(), *self._roll_up_rows(), *self._vote_rows()]
+            self._frame = tidy(rows, model=self.model, revision=self.revision)
         return self._frame
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
+    def _tensor_rows(self) -> Iterator[dict[str, Any]]:
         for row in self.tensors:
-            about = {
-                "level": "tensor" if row.part_of is None else "part",
-                "block": row.place.block,
-                "group": row.place.group,
-                "kind": row.place.kind,
-                "stack": row.place.stack,
-                "tensor": row.name,
-            }
+            level = "tensor" if row.part_of is None else "part"
+            place = {name: getattr(row.place, name) for name in ("block", "group", "kind", "stack")}
+            about = {"level": level, **place, "tensor": row.name}
             if row.found is None:
                 yield {**about, "metric": "count", "value": None, "reason": f"skipped: {row.skip}"}
                 continue
             yield from self._metrics(row.found, about, self.rules.sigmas)
             for rank, (value, index) in enumerate(row.found.top, start=1):
-                entry = [int(i) for i in np.unravel_index(index, row.shape)] if row.shape else []
-                yield {
-                    **about,
-                    "metric": f"top_entry_{rank}",
-                    "value": value,
-                    "n": row.found.n,
-                    "entry": str(entry),
-                }
-            yield from self._axes(row, about)
+                top = {"metric": f"top_entry_{rank}", "value": value, "n": row.found.n}
+                yield {**about, **top, "entry": str(_coordinates(row, index))}
+            for axis, found in row.found.axes.items():
+                # What is a column of a linear layer is a row of a transposed Conv1D: named by what it carries.
+                line = {"row": "column", "column": "row"}[axis] if row.place.transposed else axis
+                count = {**about, "metric": f"{line}_outlier_count_4z"}
+                if isinstance(found, str):
+                    yield {**count, "value": None, "reason": found}
+                    continue
+                entry = str(found.lines) if found.lines else None
+                yield {**count, "value": found.count, "n": found.n, "entry": entry}
+                yield {**about, "metric": f"{line}_max_z", "value": found.max_z, "n": found.n}
+
+    def _roll_up_rows(self) -> Iterator[dict[str, Any]]:
         everything = [*self.counted(), *(row for row in self.tensors if row.part_of is not None)]
-        for (stack, block, kind), part in self._grouped("stack", "block", "kind", rows=everything):
-            about = {"level": "kind", "block": block, "kind": kind, "stack": stack}
-            yield from self._metrics(part, about, self.rules.sigmas)
-        for (stack, block), part in self._grouped("stack", "block"):
-            if block is not None:
-                yield from self._metrics(
-                    part, {"level": "block", "block": block, "stack": stack}, self.rules.sigmas
-                )
-        for (stack, block, group), part in self._grouped("stack", "block", "group"):
-            if block is not None:
-                about = {"level": "block_group", "block": block, "group": group, "stack": stack}
-                yield from self._metrics(part, about, self.rules.sigmas)
-        for (group,), part in self._grouped("group"):
-            yield from self._metrics(part, {"level": "group", "group": group}, self.rules.all_sigmas)
+        for level, keys in LEVELS.items():
+            sigmas = self.rules.all_sigmas if level == "group" else self.rules.sigmas
+            for key, part in self._grouped(*keys, rows=everything if level == "kind" else None):
+                about = dict(zip(keys, key, strict=True))
+                if about.get("block") is not None or level in ("kind", "group"):
+                    yield from self._metrics(part, {"level": level, **about}, sigmas)
         yield from self._metrics(self.pool(), {"level": "model"}, self.rules.all_sigmas)
+
+    def _vote_rows(self) -> Iterator[dict[str, Any]]:
         for role, (votes, voters) in self.norm_votes.items():
             for dimension, count in votes[:20]:
-                about = {
-                    "level": "model",
-                    "metric": f"norm_{role}_dimension_votes",
-                    "entry": f"[{dimension}]",
-                }
-                yield {**about, "value": count, "n": voters}
-
-    def _axes(self, row: ScannedTensor, about: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        assert row.found is not None
-        for axis, found in row.found.axes.items():
-            # What is a column of a linear layer is a row of a transposed Conv1D: named by what it carries.
-            line = {"row": "column", "column": "row"}[axis] if row.place.transposed else axis
-            if isinstance(found, str):
-                yield {**about, "metric": f"{line}_outlier_count_4z", "value": None, "reason": found}
-                continue
-            lines = str(found.lines) if found.lines else None
-            yield {
-                **about,
-                "metric": f"{line}_outlier_count_4z",
-                "value": found.count,
-                "n": found.n,
-                "entry": lines,
-            }
-            yield {**about, "metric": f"{line}_max_z", "value": found.max_z, "n": found.n}
+                about = {"level": "model", "metric": f"norm_{role}_dimension_votes"}
+                yield {**about, "entry": f"[{dimension}]", "value": count, "n": voters}
 
     def _grouped(
         self, *keys: str, rows: list[ScannedTensor] | None = None
@@ -169,66 +144,65 @@ class OutlierReport(Record):
     def _metrics(
         self, found: TensorOutliers, about: Mapping[str, Any], sigmas: Sequence[float]
     ) -> Iterator[dict[str, Any]]:
-        n = found.n
-        yield {**about, "metric": "count", "value": n, "n": found.size}
-        yield {**about, "metric": "nonfinite", "value": found.nan + found.inf, "n": found.size}
-        yield {**about, "metric": "nan_count", "value": found.nan, "n": found.size}
-        yield {**about, "metric": "inf_count", "value": found.inf, "n": found.size}
-        for name, value in found.values.items():
-            yield {**about, "metric": name, "value": value, "n": n}
+        def row(metric: str, value: float | None, n: int) -> dict[str, Any]:
+            return {**about, "metric": metric, "value": value, "n": n}
+
+        sizes = {"count": found.n, "nonfinite": found.nan + found.inf}
+        for metric, size in {**sizes, "nan_count": found.nan, "inf_count": found.inf}.items():
+            yield row(metric, size, found.size)
+        for metric, value in found.values.items():
+            yield row(metric, value, found.n)
         shown = {f"{k:g}sigma" for k in sigmas}
         for rule, count in found.counts.items():
             if rule.endswith("sigma") and rule not in shown:
                 continue
-            of = found.counted[rule]
-            yield {**about, "metric": f"outlier_count_{rule}", "value": count, "n": of}
-            if of:
-                yield {**about, "metric": f"outlier_ratio_{rule}", "value": count / of, "n": of}
-                yield {**about, "metric": f"outlier_ppm_{rule}", "value": count / of * 1e6, "n": of}
+            n = found.counted[rule]
+            yield row(f"outlier_count_{rule}", count, n)
+            if n:
+                yield row(f"outlier_ratio_{rule}", count / n, n)
+                yield row(f"outlier_ppm_{rule}", count / n * 1e6, n)
             else:
-                yield {
-                    **about,
-                    "metric": f"outlier_ratio_{rule}",
-                    "value": None,
-                    "n": 0,
-                    "reason": "no finite entries",
-                }
+                yield row(f"outlier_ratio_{rule}", None, 0) | {"reason": "no finite entries"}
+        rules = self.rules.definitions()
         for name, reason in found.reasons.items():
-            metric = name if name in _PLAIN or name.startswith("quantile") else f"outlier_ratio_{name}"
-            yield {**about, "metric": metric, "value": None, "n": n, "reason": reason}
+            metric = f"outlier_ratio_{name}" if name in rules else name
+            yield row(metric, None, found.n) | {"reason": reason}
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per block (its matrices) and per group, formatted for a terminal."""
-        first = self.rules.sigmas[0]
-        second = self.rules.sigmas[1] if len(self.rules.sigmas) > 1 else None
-        lines: list[tuple[str, TensorOutliers]] = []
+        """One row per block (its matrices), then one per group and one for the model."""
+        blocks = list(self._block_matrices())
         stacks = {row.place.stack for row in self.counted() if row.place.block is not None}
-        for (stack, block, group), part in self._grouped("stack", "block", "group"):
-            if block is not None and group == "blocks":
-                lines.append((f"{stack}.{block}" if len(stacks) > 1 else str(block), part))
-        n_blocks = len(lines)
+        names = [f"{stack}.{block}" if len(stacks) > 1 else str(block) for stack, block, _ in blocks]
+        lines = list(zip(names, (part for _, _, part in blocks), strict=True))
         for (group,), part in self._grouped("group"):
             lines.append(("all blocks" if group == "blocks" else group, part))
-        lines.append(("model", self.pool()))
+        whole = self.pool()
+        lines.append(("model", whole))
+        first, *others = self.rules.sigmas
         ratios = [_ratio(part, first) for _, part in lines]
-        greatest = max([ratio for ratio in ratios[:n_blocks] or ratios if ratio is not None], default=0.0)
+        greatest = max((ratio or 0.0 for ratio in ratios[: len(blocks)] or ratios), default=0.0)
         rows = []
         for index, ((name, part), ratio) in enumerate(zip(lines, ratios, strict=True)):
             row: dict[str, Any] = {
                 "block": name,
                 "weights": part.n,
-                f">{first:g}σ %": None if ratio is None else round(100 * ratio, 4),
-                "": _bar(ratio, greatest) if index < n_blocks else "",
+                f">{first:g}σ %": _rounded(ratio, 4, scale=100),
+                "": _bar(ratio, greatest) if index < len(blocks) else "",
             }
-            if second is not None:
-                far = _ratio(part, second)
-                row[f">{second:g}σ ppm"] = None if far is None else round(1e6 * far, 2)
+            for second in others[:1]:
+                row[f">{second:g}σ ppm"] = _rounded(_ratio(part, second), 2, scale=1e6)
             row["kurtosis"] = _rounded(part.values.get("kurtosis"), 2)
             row["max σ"] = _rounded(part.values.get("max_sigma"), 1)
-            if (bad := part.nan + part.inf) or self.pool().nan + self.pool().inf:
-                row["nonfinite"] = bad
+            if whole.nan + whole.inf:
+                row["nonfinite"] = part.nan + part.inf
             rows.append(row)
         return rows
+
+    def _block_matrices(self) -> Iterator[tuple[str, int, TensorOutliers]]:
+        """Stack, block and roll-up of each block's matrices."""
+        for (stack, block, group), part in self._grouped("stack", "block", "group"):
+            if block is not None and group == "blocks":
+                yield stack, block, part
 
     def summary(self) -> str:
         k = self.rules.sigmas[0]
@@ -242,24 +216,14 @@ class OutlierReport(Record):
             f"{self.model}: {100 * (_ratio(blocks, k) or 0):.3g} % of {blocks.n:,} {what} lie more than {k:g}σ from "
             f"the mean of their tensor (a Gaussian has {100 * gaussian_tail(k):.3g} %)"
         )
-        if per_block := [
-            (block, _ratio(part, k))
-            for (_, block, group), part in self._grouped("stack", "block", "group")
-            if group == "blocks"
-        ]:
-            block, ratio = max(per_block, key=lambda pair: pair[1] or 0)
-            text += f"; most in block {block} ({100 * (ratio or 0):.3g} %)"
-        top = max(
-            ((abs(row.found.top[0][0]), row) for row in self.counted() if row.found and row.found.top),
-            key=lambda pair: pair[0],
-            default=None,
-        )
-        if top is not None:
-            row = top[1]
-            assert row.found is not None
-            value, index = row.found.top[0]
-            entry = [int(i) for i in np.unravel_index(index, row.shape)] if row.shape else []
-            text += f". Largest entry: {row.name}{entry} = {value:.4g}"
+        per_block = [(block, _ratio(part, k) or 0) for _, block, part in self._block_matrices()]
+        if per_block:
+            block, ratio = max(per_block, key=lambda pair: pair[1])
+            text += f"; most in block {block} ({100 * ratio:.3g} %)"
+        tops = [(*row.found.top[0], row) for row in self.counted() if row.found and row.found.top]
+        if tops:
+            value, index, row = max(tops, key=lambda top: abs(top[0]))
+            text += f". Largest entry: {row.name}{_coordinates(row, index)} = {value:.4g}"
         whole = self.pool()
         if whole.nan + whole.inf:
             text += f". {whole.nan + whole.inf:,} entries are NaN or infinite and were left out"
@@ -309,22 +273,15 @@ def outlier_report(
     """
     rules = rules or OutlierRules()
     include, exclude = list(include or []), list(exclude or [])
-    name, model_id, checkpoint, found_revision = _open(model, revision, offline)
+    name, model_id, checkpoint, found_revision = open_model(model, revision, offline)
     checkpoint = checkpoint.select(include, exclude)
     axes = checkpoint.nbytes <= AXES_BELOW if axes is None else axes
     tensors = scan(checkpoint, rules=rules, engine=engine, threads=threads, axes=axes, quiet=quiet)
     votes = {role: norm_dimension_votes(norms) for role, norms in read_norms(checkpoint, tensors).items()}
+    arguments = {"model": name, "revision": revision, "include": include, "exclude": exclude}
     facts = provenance(
         "outliers",
-        {
-            "model": name,
-            "revision": revision,
-            "include": include,
-            "exclude": exclude,
-            "threads": threads,
-            "engine": engine,
-            "axes": axes,
-        },
+        {**arguments, "threads": threads, "engine": engine, "axes": axes},
         model_id=model_id,
         model_revision=found_revision,
         files=[file.name for file in checkpoint.files],
@@ -333,33 +290,14 @@ def outlier_report(
         tied={row.name: row.tied_to for row in tensors if row.tied_to},
         skipped={row.name: row.skip for row in tensors if row.found is None},
     )
-    return OutlierReport(name, found_revision, tensors, rules, votes, facts)
-
-
-def checkpoint_facts(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    include: Iterable[str] | None = None,
-    exclude: Iterable[str] | None = None,
-) -> dict[str, Any]:
-    """What a report would read, from the headers alone: folder, files, tensors, bytes, dtypes."""
-    name, model_id, checkpoint, _ = _open(model, revision, offline)
-    checkpoint = checkpoint.select(list(include or []), list(exclude or []))
-    dtypes: dict[str, int] = {}
-    for tensor in checkpoint.tensors:
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-    return {
-        "model": name,
-        "model_id": model_id,
-        "folder": str(checkpoint.folder),
-        "files": len(checkpoint.files),
-        "tensors": len(checkpoint.tensors),
-        "skipped": sum(tensor.skip is not None for tensor in checkpoint.tensors),
-        "dtypes": dtypes,
-        "bytes": checkpoint.nbytes,
-    }
+    return OutlierReport(
+        model=name,
+        revision=found_revision,
+        tensors=tensors,
+        rules=rules,
+        norm_votes=votes,
+        provenance=facts,
+    )
 
 
 def definitions(rules: OutlierRules) -> dict[str, str]:
@@ -396,26 +334,17 @@ def gaussian_tail(k: float) -> float:
     return erfc(k / sqrt(2))
 
 
-def _open(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, Checkpoint, str]:
-    """Name, model id, checkpoint and revision."""
-    path = Path(model).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
-        # Weights without a configuration are enough here, unlike for everything that builds a model; and
-        # the checkpoint's own check of a broken folder names the tensor.
-        checkpoint = open_checkpoint(path)
-        found = weights_hash(path) if (path / "config.json").is_file() else "local"
-        return str(model), path.resolve().name, checkpoint, found
-    source = resolve_model(str(model), revision=revision, offline=offline)
-    return source.name, source.model_id, open_checkpoint(source.folder), source.revision
-
-
 def _ratio(part: TensorOutliers, k: float) -> float | None:
     rule = f"{k:g}sigma"
     return part.counts[rule] / part.counted[rule] if part.counted.get(rule) else None
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+def _rounded(value: float | None, digits: int, *, scale: float = 1) -> float | None:
+    return None if value is None else round(scale * value, digits)
+
+
+def _coordinates(row: ScannedTensor, index: int) -> list[int]:
+    return [int(i) for i in np.unravel_index(index, row.shape)] if row.shape else []
 
 
 def _bar(ratio: float | None, greatest: float, width: int = 12) -> str:
@@ -432,18 +361,3 @@ def _rank(part: Any) -> tuple[int, int, str]:
         return (0, part, "")
     order = KINDS if part in KINDS else GROUPS
     return (1, order.index(part) if part in order else -1, part)
-
-
-_PLAIN = {
-    "mean", "std", "kurtosis", "max_sigma", "median", "mad", "minimum", "maximum", "mean_abs", "zero_ratio",
-    "tail_index",
-}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    # `compare_outliers` builds on this module, and is offered here beside `outlier_report`.
-    if name in ("compare_outliers", "OutlierComparison"):
-        from layerprobe.analyzers import outlier_comparison
-
-        return getattr(outlier_comparison, name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

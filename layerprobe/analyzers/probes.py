@@ -2,300 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
+from numpy.typing import ArrayLike
 
-from layerprobe.analyzers.probe_extras import ExtraSetting, check_extras, measure_extra
-from layerprobe.analyzers.probe_inputs import (
+from layerprobe.analyzers.features import (
+    FeatureSet,
     Layer,
-    absent_classes,
-    name_of,
-    origin,
-    place_of,
-    read_splits,
-    undefined,
+    arrays_by_layer,
+    extract_features,
+    layer_name,
+    place,
 )
-from layerprobe.errors import UsageError
-from layerprobe.metrics.intervals import paired_bootstrap
+from layerprobe.analyzers.probe_record import LinearProbes, accuracy_row
+from layerprobe.backbones.backbone import Backbone
+from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.layers import EMBED, LayerRef
+from layerprobe.metrics.intervals import mean_interval
+from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.knn_ridge import select_knn, select_ridge
 from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
+from layerprobe.metrics.validation import check_features, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.records import Estimate, Record
-from layerprobe.tables import tidy
+from layerprobe.tasks import ImageSplit, Task
+from layerprobe.tasks.random_labels import random_labels
 
+SPLITS = ("train", "validation", "test")
+PIXEL_SIZE = 32
+"""Raw pixels are probed at the images' own size, at most at this many pixels per side."""
 
-@dataclass(repr=False)
-class LinearProbes(Record):
-    """A linear probe per layer: chosen on validation, measured once on test, each fit with its optimality.
-
-    Attributes
-    ----------
-    layers : from input to output; integers where plain lists were given.
-    results : one `ProbeResult` per layer; None where undefined, then `reasons` says why.
-    Cs : the grid of inverse regularisation strengths.
-    majority : test accuracy of always saying the most frequent training class: chance.
-    extra_rows : rows of further measurements (controls, kNN, ridge, code length, few-shot), long form.
-    controls : other features probed the same way, by name ("pixels", "random").
-    """
-
-    command: ClassVar[str] = "probe"
-
-    layers: list[Layer]
-    results: list[ProbeResult | None]
-    reasons: list[str | None]
-    Cs: np.ndarray
-    classes: list[str]
-    counts: dict[str, int]
-    majority: float
-    facts: dict[str, Any]
-    seed: int
-    provenance: dict[str, Any]
-    extra_rows: list[dict[str, Any]] = field(default_factory=list)
-    controls: dict[str, LinearProbes] = field(default_factory=dict)
-
-    @property
-    def test_accuracy(self) -> np.ndarray:
-        """Per layer, share in [0, 1]; NaN where undefined."""
-        return np.array([np.nan if r is None else r.test_accuracy for r in self.results])
-
-    @property
-    def test_interval(self) -> np.ndarray:
-        """Per layer, lower and upper end of the 95 % Wilson interval of `test_accuracy`."""
-        return np.array([(np.nan, np.nan) if r is None else r.interval for r in self.results])
-
-    @property
-    def val_accuracy(self) -> np.ndarray:
-        """Layer × C, share of validation images the probe fitted on train gets right."""
-        return self._grid(lambda r: r.val_accuracy)
-
-    @property
-    def train_accuracy(self) -> np.ndarray:
-        """Layer × C, share of training images the probe fitted on them gets right."""
-        return self._grid(lambda r: r.train_accuracy)
-
-    @property
-    def best_C(self) -> np.ndarray:
-        """Per layer, the smallest C with the highest validation accuracy."""
-        return np.array([np.nan if r is None else r.best_C for r in self.results])
-
-    @property
-    def suboptimality(self) -> np.ndarray:
-        """Layer × C, how far each objective may be above its minimum, relative: the Newton decrement."""
-        return self._grid(lambda r: [min(fit.newton_decrement, fit.duality_gap) for fit in r.fits])
-
-    @property
-    def converged(self) -> np.ndarray:
-        """Layer × C, whether the fit reached its tolerance."""
-        return self._grid(lambda r: [fit.converged for fit in r.fits]) == 1
-
-    @property
-    def correct(self) -> np.ndarray:
-        """Layer × test image, whether the chosen probe is right (False where undefined)."""
-        n = self.counts["test"]
-        return np.array([np.zeros(n, bool) if r is None else r.correct for r in self.results])
-
-    @property
-    def best_layer(self) -> int | None:
-        """Index into `layers` of the layer with the highest validation accuracy (the earliest of equals)."""
-        best = [-1.0 if r is None else float(r.val_accuracy.max()) for r in self.results]
-        return int(np.argmax(best)) if max(best) >= 0 else None
-
-    def compare(self, a: int, b: int, *, seed: int = 0) -> Estimate:
-        """Test accuracy of layer index `a` minus that of `b`, by paired bootstrap over test images."""
-        for index in (a, b):
-            if self.results[index] is None:
-                raise UsageError(f"{name_of(self.layers[index])} has no probe: {self.reasons[index]}")
-        return paired_bootstrap(self.correct[a], self.correct[b], seed=seed)
-
-    def compare_control(self, index: int, name: str, *, seed: int = 0) -> Estimate | None:
-        """Test accuracy of layer index `index` minus that of a control, by paired bootstrap over test images.
-
-        A control with the same layers ("random") is read at the same layer, another ("pixels") at its own
-        best on validation. None where either has no probe.
-        """
-        control = self.controls[name]
-        there = index if len(control.layers) == len(self.layers) else control.best_layer
-        if self.results[index] is None or there is None or control.results[there] is None:
-            return None
-        return paired_bootstrap(self.correct[index], control.correct[there], seed=seed)
-
-    def _grid(self, values: Any) -> np.ndarray:
-        blank = np.full(len(self.Cs), np.nan)
-        return np.array([blank if r is None else np.asarray(values(r), float) for r in self.results])
-
-    def to_frame(self) -> pd.DataFrame:
-        """Long table. Beside the common columns: `C`, `low`, `high`, `pvalue`, `shots` and `control`.
-
-        `control` is empty for the layers probed, "chance" for the majority class, "pixels", "random" (the
-        same architecture before training) or "labels" (the same features with random labels). Rows
-        `probe_accuracy_minus_control` are paired differences from a control (see `compare_control`).
-        """
-        rows = self._rows()
-        rows.append(
-            {
-                "metric": "probe_accuracy",
-                "split": "test",
-                "value": self.majority,
-                "n": self.counts["test"],
-                "control": "chance",
-            }
-        )
-        for name, control in self.controls.items():
-            rows += self._differences(name)
-            rows += [{**row, "control": row.get("control") or name} for row in control._rows()]
-        frame = tidy(rows, task=self.facts.get("task"))
-        for column in ("C", "low", "high", "pvalue", "shots", "control"):
-            if column not in frame:
-                frame[column] = None
-        return frame
-
-    def _differences(self, name: str) -> list[dict[str, Any]]:
-        rows = []
-        for index, layer in enumerate(self.layers):
-            difference = self.compare_control(index, name, seed=self.seed)
-            if difference is not None:
-                rows.append(
-                    {
-                        **place_of(layer),
-                        "model": self.facts.get("model"),
-                        "revision": self.facts.get("revision"),
-                        "seed": self.seed,
-                        "metric": "probe_accuracy_minus_control",
-                        "split": "test",
-                        "value": difference.value,
-                        "n": self.counts["test"],
-                        "low": difference.low,
-                        "high": difference.high,
-                        "pvalue": difference.pvalue,
-                        "control": name,
-                    }
-                )
-        return rows
-
-    def _rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        best = self.best_layer
-        for index, (layer, result) in enumerate(zip(self.layers, self.results, strict=True)):
-            place = {**place_of(layer), "model": self.facts.get("model"), "seed": self.seed}
-            place["revision"] = self.facts.get("revision")
-            if result is None:
-                reason = self.reasons[index]
-                rows.append({**place, "metric": "probe_accuracy", "split": "test", "reason": reason})
-                continue
-            n = self.counts["test"]
-            low, high = result.interval
-            share = result.test_accuracy
-            rows.append(
-                {
-                    **place,
-                    "metric": "probe_accuracy",
-                    "split": "test",
-                    "value": share,
-                    "stderr": float(np.sqrt(share * (1 - share) / n)),
-                    "n": n,
-                    "C": result.best_C,
-                    "low": low,
-                    "high": high,
-                }
-            )
-            if best is not None and index != best:
-                difference = self.compare(index, best, seed=self.seed)
-                rows.append(
-                    {
-                        **place,
-                        "metric": "probe_accuracy_minus_best",
-                        "split": "test",
-                        "value": difference.value,
-                        "n": n,
-                        "low": difference.low,
-                        "high": difference.high,
-                        "pvalue": difference.pvalue,
-                    }
-                )
-            final = result.probe.fit
-            for metric, value in (
-                ("probe_newton_decrement", final.newton_decrement),
-                ("probe_duality_gap", final.duality_gap),
-            ):
-                rows.append(
-                    {**place, "metric": metric, "split": result.refit, "value": value, "C": result.best_C}
-                )
-            for j, fit in enumerate(result.fits):
-                for metric, split, value in (
-                    ("probe_accuracy", "validation", result.val_accuracy[j]),
-                    ("probe_accuracy", "train", result.train_accuracy[j]),
-                    ("probe_objective", "train", fit.objective),
-                    ("probe_newton_decrement", "train", fit.newton_decrement),
-                    ("probe_duality_gap", "train", fit.duality_gap),
-                    ("probe_evaluations", "train", fit.evaluations),
-                ):
-                    cell = {"metric": metric, "split": split, "value": value, "C": fit.C}
-                    rows.append({**place, **cell, "n": self.counts[split]})
-        rows += self.extra_rows
-        return rows
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row a layer, for a terminal."""
-        table: list[dict[str, Any]] = []
-        for layer, result, reason in zip(self.layers, self.results, self.reasons, strict=True):
-            row: dict[str, Any] = {"layer": name_of(layer), "accuracy": None}
-            if result is not None:
-                low, high = result.interval
-                row |= {
-                    "accuracy": result.test_accuracy,
-                    "95 %": f"{low:.3f} to {high:.3f}",
-                    "validation": float(result.val_accuracy.max()),
-                    "C": result.best_C,
-                    "suboptimality": max(
-                        min(fit.newton_decrement, fit.duality_gap) for fit in [*result.fits, result.probe.fit]
-                    ),
-                }
-            for name, control in self.controls.items():
-                if len(control.layers) == len(self.layers):
-                    row[name] = float(control.test_accuracy[len(table)])
-            for extra in self.extra_rows:
-                if place_of(layer) == {k: extra.get(k) for k in ("block", "site")} and not extra.get("shots"):
-                    row[extra["metric"].removesuffix("_accuracy")] = extra["value"]
-            if reason:
-                row["reason"] = reason
-            table.append(row)
-        return table
-
-    def summary(self) -> str:
-        best = self.best_layer
-        if best is None:
-            return "No layer could be probed: " + "; ".join(sorted({r for r in self.reasons if r})) + "."
-        result = self.results[best]
-        assert result is not None
-        low, high = result.interval
-        text = (
-            f"The layer read best is {name_of(self.layers[best])}: {100 * result.test_accuracy:.1f} % of "
-            f"{self.counts['test']:,} test images (95 % interval {100 * low:.1f} to {100 * high:.1f}; chosen on "
-            f"validation); chance {100 * self.majority:.1f} %"
-        )
-        for name, control in self.controls.items():
-            index = control.best_layer
-            if index is not None:
-                text += f"; {name} {100 * control.test_accuracy[index]:.1f} %"
-        unfinished = int((~self.converged & ~np.isnan(self.suboptimality)).sum())
-        if unfinished:
-            text += f". {unfinished} of {self.converged.size} fits did not reach their optimum"
-        return text + "."
+Given = FeatureSet | tuple[FeatureSet, ArrayLike]
+"""Features that bring their labels, arrays without labels, or a pair (arrays, labels)."""
+Parts = Sequence[tuple[np.ndarray, np.ndarray]]
+"""One layer's features and labels of train, validation and test."""
+Row = dict[str, Any]
 
 
 def linear_probes(
-    features_train: Any,
-    features_val: Any,
-    features_test: Any,
-    y_train: Any = None,
-    y_val: Any = None,
-    y_test: Any = None,
+    features_train: Given,
+    features_val: Given,
+    features_test: Given,
+    y_train: ArrayLike | None = None,
+    y_val: ArrayLike | None = None,
+    y_test: ArrayLike | None = None,
     *,
-    Cs: Sequence[float] = C_GRID,
+    Cs: ArrayLike = C_GRID,
     refit: str = "train+validation",
     tol: float = 1e-4,
     seed: int = 0,
@@ -313,8 +68,8 @@ def linear_probes(
     Cs : inverse regularisation strengths. refit : "train+validation" or "train".
     tol : relative suboptimality at which a fit counts as converged.
     seed : of the bootstrap, and of the extras. device : a torch device with float64.
-    extras : further measurements per layer, from `layerprobe.analyzers.probe_extras.EXTRAS`: "labels" (random
-        labels: control accuracy and selectivity), "knn", "ridge", "mdl" (online code length), "few-shot".
+    extras : further measurements per layer: "labels" (random labels: control accuracy and selectivity), "knn",
+        "ridge", "mdl" (online code length), "few-shot".
 
     Returns
     -------
@@ -327,45 +82,295 @@ def linear_probes(
     """
     check_refit(refit)
     grid = check_grid(Cs)
-    check_extras(extras)
-    splits, classes, facts = read_splits(
+    for kind in extras:
+        if kind not in EXTRAS:
+            raise UnknownNameError(
+                f"unknown extra '{kind}'.{did_you_mean(kind, EXTRAS)} Extras: {', '.join(EXTRAS)}"
+            )
+    splits, classes, facts = _read_splits(
         (features_train, y_train), (features_val, y_val), (features_test, y_test)
     )
-    train, validation, test = splits
+    train, _, test = splits
+    setting = _Setting(
+        n_classes=len(classes), train_ids=train.ids, Cs=grid, seed=seed, tol=tol, device=device
+    )
+    constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
     extra_rows: list[dict[str, Any]] = []
     results: list[ProbeResult | None] = []
-    reasons: list[str | None] = []
     for layer in progress_bar(list(train.arrays), unit="layer", desc="probes", quiet=quiet):
-        reason = undefined(train.arrays[layer])
-        reasons.append(reason)
-        if reason:
+        X = train.arrays[layer]
+        if bool((X[0] == X).all()):
             results.append(None)
             continue
-        pairs = [(part.arrays[layer], part.labels) for part in (train, validation, test)]
+        parts = [(part.arrays[layer], part.labels) for part in splits]
         result = select_probe(
-            pairs[0], pairs[1], pairs[2], len(classes), Cs=grid, refit=refit, tol=tol, device=device
+            parts[0], parts[1], parts[2], len(classes), Cs=grid, refit=refit, tol=tol, device=device
         )
         results.append(result)
-        setting = ExtraSetting(len(classes), train.ids, grid, seed, tol, device)
-        for kind in extras:
-            for row in measure_extra(kind, pairs, result, setting):
-                extra_rows.append({**place_of(layer), **row})
-    constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
-    majority = int(np.bincount(train.labels).argmax())
+        found = [row for kind in extras for row in EXTRAS[kind](parts, result, setting)]
+        extra_rows += [{**constants, **place(layer), **row} for row in found]
+    constant = "constant layer: every image has the same features"
     arguments = {"Cs": grid.tolist(), "refit": refit, "tol": tol, "seed": seed, "device": device}
-    arguments["extras"] = list(extras)
+    origin = getattr(features_train, "provenance", None)
+    described = {"features": origin} if origin else {}
     return LinearProbes(
         layers=list(train.arrays),
         results=results,
-        reasons=reasons,
+        reasons=[constant if result is None else None for result in results],
         Cs=grid,
         classes=classes,
         counts={part.name: len(part.labels) for part in splits},
-        majority=float(np.mean(test.labels == majority)),
+        majority=float(np.mean(test.labels == np.bincount(train.labels).argmax())),
         facts=facts,
         seed=seed,
-        extra_rows=[{**constants, **row} for row in extra_rows],
+        extra_rows=extra_rows,
         provenance=provenance(
-            "probe", arguments, **origin(features_train), **absent_classes(splits, classes)
+            "probe",
+            {**arguments, "extras": list(extras)},
+            **described,
+            classes_absent={
+                part.name: absent for part in splits if (absent := _absent(part.labels, classes))
+            },
         ),
     )
+
+
+def probe_backbone(
+    backbone: Backbone,
+    task: Task,
+    *,
+    twin: Backbone | None = None,
+    pixels: bool = True,
+    layers: Sequence[LayerRef] | None = None,
+    pooling: str | None = None,
+    batch_size: int = 256,
+    cache_dir: str | os.PathLike[str] | None = None,
+    extras: Sequence[str] = (),
+    Cs: ArrayLike = C_GRID,
+    refit: str = "train+validation",
+    seed: int = 0,
+    device: str = "cpu",
+    quiet: bool = False,
+) -> LinearProbes:
+    """Linear probes of every layer, of the layers of an untrained copy, and of the raw pixels.
+
+    Parameters
+    ----------
+    backbone, task : what to probe, on what.
+    twin : the same architecture before training (`load_backbone(..., init="random")`); its probes become the
+        control "random", also with the layers' `extras`.
+    pixels : probe the raw pixels, the mark to beat; the control "pixels".
+    layers : default `embed` and every block's `resid_post`. pooling : default the backbone's.
+    extras, Cs, refit, seed, device : see `linear_probes`. device is where probes are fitted.
+
+    Returns
+    -------
+    LinearProbes with `.controls`.
+
+    Raises
+    ------
+    UsageError, UnknownNameError, LayerprobeError : see `extract_features` and `linear_probes`.
+    """
+    shared: dict[str, Any] = {"layers": layers, "pooling": pooling, "batch_size": batch_size}
+    options: dict[str, Any] = {"Cs": Cs, "refit": refit, "seed": seed, "device": device, "quiet": quiet}
+
+    def probed(of: Backbone) -> LinearProbes:
+        parts = [
+            extract_features(of, task, split, **shared, cache_dir=cache_dir, quiet=quiet) for split in SPLITS
+        ]
+        return linear_probes(parts[0], parts[1], parts[2], **options, extras=extras)
+
+    record = probed(backbone)
+    if pixels:
+        size = min(task.image_size or PIXEL_SIZE, PIXEL_SIZE)
+        sides = [
+            ([pixel_features(split, size)], split.labels) for split in (task.splits[name] for name in SPLITS)
+        ]
+        control = linear_probes(sides[0], sides[1], sides[2], **options)
+        control.layers = [LayerRef(None, EMBED)]
+        control.facts = {"model": f"pixels {size}×{size}", "revision": None, "task": task.name}
+        record.controls["pixels"] = control
+    if twin is not None:
+        record.controls["random"] = probed(twin)
+    return record
+
+
+def pixel_features(split: ImageSplit, size: int) -> np.ndarray:
+    """Images as rows of raw pixel values, float32 in 0 … 1, resized to size×size where they differ."""
+    from PIL import Image
+
+    def flat(image: np.ndarray) -> np.ndarray:
+        if image.shape[:2] != (size, size):
+            image = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+        return image.reshape(-1)
+
+    return np.stack([flat(image) for image in split.images()]).astype(np.float32) / 255
+
+
+class _Setting(NamedTuple):
+    """What all extras of a run share."""
+
+    n_classes: int
+    train_ids: np.ndarray
+    Cs: np.ndarray
+    seed: int
+    tol: float
+    device: str
+
+
+def _labels(parts: Parts, result: ProbeResult, setting: _Setting) -> list[Row]:
+    X = parts[0][0]
+    labels = random_labels(setting.train_ids, setting.n_classes, setting.seed)
+    share = control_accuracy(X, labels, result.best_C, tol=setting.tol, device=setting.device)
+    common = {"n": len(X), "C": result.best_C, "control": "labels"}
+    return [
+        {"metric": "control_accuracy", "split": "train", "value": share, **common},
+        {"metric": "selectivity", "split": "test", "value": result.test_accuracy - share, **common},
+    ]
+
+
+def _knn(parts: Parts, _: ProbeResult, setting: _Setting) -> list[Row]:
+    found = select_knn(parts[0], parts[1], parts[2], setting.n_classes, device=setting.device)
+    return [accuracy_row("knn_accuracy", found.test_accuracy, found.interval, len(parts[2][1]))]
+
+
+def _ridge(parts: Parts, _: ProbeResult, setting: _Setting) -> list[Row]:
+    X, y = (np.concatenate([parts[0][i], parts[1][i]]) for i in (0, 1))
+    found = select_ridge((X, y), parts[2], setting.n_classes, device=setting.device)
+    return [accuracy_row("ridge_accuracy", found.test_accuracy, found.interval, len(parts[2][1]))]
+
+
+def _mdl(parts: Parts, result: ProbeResult, setting: _Setting) -> list[Row]:
+    X, y = parts[0]
+    options: dict[str, Any] = {"seed": setting.seed, "tol": setting.tol, "device": setting.device}
+    found = online_code_length(X, y, setting.n_classes, C=result.best_C, **options)
+    common = {"split": "train", "n": len(y), "C": result.best_C}
+    return [
+        {"metric": "mdl_bits_per_label", "value": found.bits / len(y), **common},
+        {"metric": "mdl_compression", "value": found.compression, **common},
+    ]
+
+
+def _few_shot(parts: Parts, _: ProbeResult, setting: _Setting) -> Iterator[Row]:
+    options: dict[str, Any] = {"seed": setting.seed, "tol": setting.tol, "device": setting.device}
+    curve = few_shot_curve(parts[0], parts[1], parts[2], setting.n_classes, Cs=list(setting.Cs), **options)
+    for point in curve:
+        found = mean_interval(point.accuracies)
+        row = {name: getattr(found, name) for name in ("value", "stderr", "n", "low", "high")}
+        yield {"metric": "few_shot_accuracy", "split": "test", **row, "shots": point.shots}
+
+
+EXTRAS: dict[str, Callable[[Parts, ProbeResult, _Setting], list[Row] | Iterator[Row]]] = {
+    "labels": _labels,
+    "knn": _knn,
+    "ridge": _ridge,
+    "mdl": _mdl,
+    "few-shot": _few_shot,
+}
+"""Name to measurement; `linear_probes(extras=…)` takes these names."""
+
+
+class _Split(NamedTuple):
+    """Features of one split: arrays by layer, labels as 0 … K−1, ids for messages and control labels."""
+
+    name: str
+    arrays: dict[Layer, np.ndarray]
+    labels: np.ndarray
+    ids: np.ndarray
+
+
+def _read_splits(
+    *sides: tuple[Given, ArrayLike | None],
+) -> tuple[list[_Split], list[str], dict[str, Any]]:
+    """Train, validation and test, the class names, and model, revision and task where known."""
+    read = [_read(name, given, labels) for name, (given, labels) in zip(SPLITS, sides, strict=True)]
+    first = sides[0][0]
+    if hasattr(first, "classes"):
+        classes = list(first.classes)
+        splits = [
+            part._replace(
+                labels=check_labels(part.labels, len(part.ids), f"labels of {part.name}", len(classes))[0]
+            )
+            for part in read
+        ]
+    else:
+        values = np.unique(read[0].labels)
+        classes = [str(value) for value in values]
+        splits = []
+        for part in read:
+            index = np.searchsorted(values, part.labels).clip(max=len(values) - 1)
+            if not np.array_equal(values[index], part.labels):
+                alien = part.labels[values[index] != part.labels][0]
+                raise UsageError(f"class {alien} occurs in {part.name} but has no training image")
+            splits.append(part._replace(labels=index.astype(np.int64)))
+    _check_classes(splits[0].labels, classes)
+    for other in splits[1:]:
+        _check_layers(splits[0], other)
+    if all(hasattr(given, "ids") for given, _ in sides):
+        _check_overlap(splits)
+    return splits, classes, {key: getattr(first, key, None) for key in ("model", "revision", "task")}
+
+
+def _read(name: str, given: Given, labels: ArrayLike | None) -> _Split:
+    if labels is None:
+        if hasattr(given, "labels"):
+            labels = given.labels
+        elif isinstance(given, tuple) and len(given) == 2 and not hasattr(given[0], "ndim"):
+            given, labels = given
+        else:
+            raise UsageError(f"the {name} features are plain arrays; give their labels as well")
+    arrays = arrays_by_layer(given)
+    if not arrays:
+        raise UsageError(f"the {name} features hold no layer")
+    y = np.asarray(labels)
+    ids = np.asarray(getattr(given, "ids", [f"{name}-{i}" for i in range(len(y))]))
+    for layer, array in arrays.items():
+        arrays[layer] = check_features(array, f"{layer_name(layer)} of {name}", ids)
+        if len(array) != len(y):
+            raise UsageError(
+                f"{layer_name(layer)} of {name} has {len(array)} rows, but there are {len(y)} labels"
+            )
+    return _Split(name=name, arrays=arrays, labels=y, ids=ids)
+
+
+def _absent(labels: np.ndarray, classes: list[str]) -> list[str]:
+    return [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
+
+
+def _check_classes(labels: np.ndarray, classes: list[str]) -> None:
+    absent = _absent(labels, classes)
+    if len(classes) - len(absent) < 2:
+        raise UsageError(
+            f"all {len(labels)} training images are of class '{classes[labels[0]]}'; "
+            "a probe needs at least two classes"
+        )
+    if len(labels) < len(classes):
+        raise UsageError(
+            f"{len(classes)} classes but only {len(labels)} training images; a probe needs one of each class"
+        )
+    if absent:
+        raise UsageError(
+            f"{len(absent)} of {len(classes)} classes have no training image (first: '{absent[0]}'); "
+            "use more images or fewer classes"
+        )
+
+
+def _check_layers(first: _Split, other: _Split) -> None:
+    if list(other.arrays) != list(first.arrays):
+        held = [", ".join(map(layer_name, part.arrays)) for part in (first, other)]
+        raise UsageError(f"{first.name} holds layers {held[0]}, {other.name} holds {held[1]}")
+    for layer, array in other.arrays.items():
+        if array.shape[1] != first.arrays[layer].shape[1]:
+            raise UsageError(
+                f"{layer_name(layer)} has {first.arrays[layer].shape[1]} features in {first.name} "
+                f"but {array.shape[1]} in {other.name}"
+            )
+
+
+def _check_overlap(splits: list[_Split]) -> None:
+    """A sample that is trained on and tested on makes every accuracy worthless."""
+    seen: dict[str, str] = {}
+    for split in splits:
+        for sample in split.ids.tolist():
+            if seen.setdefault(sample, split.name) != split.name:
+                raise UsageError(f"image {sample} is in {seen[sample]} and in {split.name}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +12,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from layerprobe.analyzers.features import (
+    FeatureSet,
+    Layer,
+    arrays_by_layer,
+    layer_name,
+    place,
+    row_name,
+)
 from layerprobe.errors import UsageError
-from layerprobe.layers import LayerRef
 from layerprobe.metrics.similarity.all_pairs import PairwiseCKA, pairwise_cka
 from layerprobe.metrics.similarity.permutation import PermutationNull, permutation_null
 from layerprobe.progress import progress_bar
@@ -24,31 +31,23 @@ from layerprobe.tables import tidy, write_frame
 FloatArray = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two feature sets: its arrays in order, what each is called, and where they come from."""
+    """One of the two feature sets: its arrays by layer, where they come from, and the order of its rows."""
 
-    arrays: list[Any]
-    layers: list[LayerRef | int]
+    arrays: dict[Layer, Any]
+    facts: dict[str, Any]
     rows: NDArray[np.intp] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     def names(self, side: str) -> list[str]:
         """What errors and reasons call the layers."""
-        owner = self.facts.get("model", side)
-        return [
-            f"{layer} of {owner}" if isinstance(layer, LayerRef) else f"layer {layer} of {owner}"
-            for layer in self.layers
-        ]
+        return [f"{layer_name(layer)} of {self.facts.get('model', side)}" for layer in self.arrays]
 
     def columns(self, index: int) -> dict[str, Any]:
-        layer = self.layers[index]
-        if isinstance(layer, LayerRef):
-            return {**self.facts, "block": layer.block, "site": layer.site}
-        return {**self.facts, "block": layer, "site": None}
+        return {**self.facts, **place(list(self.arrays)[index])}
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, kw_only=True)
 class CKAMatrix(Record):
     """Debiased linear CKA of every layer of one model with every layer of another (or of itself).
 
@@ -95,8 +94,8 @@ class CKAMatrix(Record):
         """The permutation distribution, computed once."""
         if self._null is None:
             self._null = permutation_null(
-                self.side_x.arrays,
-                None if self.self_comparison else self.side_y.arrays,
+                list(self.side_x.arrays.values()),
+                None if self.self_comparison else list(self.side_y.arrays.values()),
                 rows_x=self.side_x.rows,
                 rows_y=self.side_y.rows,
                 names_x=self.side_x.names("A"),
@@ -122,28 +121,26 @@ class CKAMatrix(Record):
         return self.values - half, self.values + half
 
     def to_frame(self) -> pd.DataFrame:
+        cells = self._cells()
+        indices = np.ndindex(self.values.shape)
+        return tidy(self._row(i, j, cells, reason=self.reasons[i][j]) for i, j in indices)
+
+    def _cells(self) -> dict[str, FloatArray]:
+        """Everything that is known of each cell, by column of the table."""
         low, high = self.interval()
-        pvalue, corrected = self.pvalue, self.pvalue_max
-        rows = []
-        for i in range(len(self.side_x.layers)):
-            for j in range(len(self.side_y.layers)):
-                rows.append(
-                    {
-                        **self.side_x.columns(i),
-                        "metric": "cka_debiased",
-                        "value": self.values[i, j],
-                        "stderr": self.stderr[i, j],
-                        "n": self.n,
-                        "seed": self.seed,
-                        "reason": self.reasons[i][j],
-                        "low": low[i, j],
-                        "high": high[i, j],
-                        "pvalue": pvalue[i, j],
-                        "pvalue_max": corrected[i, j],
-                        **{f"{key}_y": value for key, value in self.side_y.columns(j).items()},
-                    }
-                )
-        return tidy(rows)
+        cells = {"value": self.values, "stderr": self.stderr, "low": low, "high": high}
+        return {**cells, "pvalue": self.pvalue, "pvalue_max": self.pvalue_max}
+
+    def _row(self, i: int, j: int, cells: dict[str, FloatArray], **more: object) -> dict[str, Any]:
+        return {
+            **self.side_x.columns(i),
+            "metric": "cka_debiased",
+            **{name: values[i, j] for name, values in cells.items()},
+            "n": self.n,
+            "seed": self.seed,
+            **more,
+            **{f"{key}_y": value for key, value in self.side_y.columns(j).items()},
+        }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As every record; a folder gets the closest layers as `cka_closest.csv`, too."""
@@ -160,50 +157,34 @@ class CKAMatrix(Record):
         interval is that of the cell, not widened for its having been picked as the largest; the p-value is
         corrected for that.
         """
-        low, high = self.interval()
-        corrected = self.pvalue_max
+        cells = self._cells()
+        del cells["pvalue"]
         rows = []
-        for i in range(len(self.side_x.layers)):
+        for i in range(len(self.side_x.arrays)):
             candidates = self.values[i].copy()
             if self.self_comparison:
                 candidates[i] = np.nan
-            if np.isnan(candidates).all():
+            ranked = [int(j) for j in np.argsort(-candidates) if not np.isnan(candidates[j])]
+            if not ranked:
                 reason = next((r for r in self.reasons[i] if r), "there is no other layer to compare with")
                 rows.append({**self.side_x.columns(i), "metric": "cka_debiased", "reason": reason})
                 continue
-            ranked = [int(j) for j in np.argsort(-candidates) if not np.isnan(candidates[j])]
-            j = ranked[0]
             gap = gap_stderr = None
             if len(ranked) > 1:
-                gap = float(candidates[j] - candidates[ranked[1]])
-                gap_stderr = self.pairs.difference_stderr((i, j), (i, ranked[1]))
-            rows.append(
-                {
-                    **self.side_x.columns(i),
-                    "metric": "cka_debiased",
-                    "value": self.values[i, j],
-                    "stderr": self.stderr[i, j],
-                    "n": self.n,
-                    "seed": self.seed,
-                    "low": low[i, j],
-                    "high": high[i, j],
-                    "pvalue_max": corrected[i, j],
-                    "gap": gap,
-                    "gap_stderr": gap_stderr,
-                    **{f"{key}_y": value for key, value in self.side_y.columns(j).items()},
-                }
-            )
+                gap = float(candidates[ranked[0]] - candidates[ranked[1]])
+                gap_stderr = self.pairs.difference_stderr((i, ranked[0]), (i, ranked[1]))
+            rows.append(self._row(i, ranked[0], cells, gap=gap, gap_stderr=gap_stderr))
         return tidy(rows)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per layer of A for a terminal: its closest layer of B, with interval and p-value."""
+        """One row per layer of A: its closest layer of B, with interval and p-value."""
         rows = []
         for row in self.closest().to_dict("records"):
-            defined = row["value"] is not None and not pd.isna(row["value"])
+            defined = not pd.isna(row["value"])
             rows.append(
                 {
-                    "layer": _place(row["block"], row["site"]),
-                    "closest": _place(row["block_y"], row["site_y"]) if defined else row["reason"],
+                    "layer": row_name(row["block"], row["site"]),
+                    "closest": row_name(row["block_y"], row["site_y"]) if defined else row["reason"],
                     "CKA": row["value"] if defined else None,
                     "95 % interval": f"[{row['low']:.3f}, {row['high']:.3f}]" if defined else "–",
                     "p (corrected)": row["pvalue_max"] if defined else None,
@@ -226,19 +207,18 @@ class CKAMatrix(Record):
         shuffles = f"{self.null.n_permutations} permutations"
         if self.null.n_used < self.n:
             shuffles += f" of {self.null.n_used} of the images"
-        place_x, place_y = _place(best["block"], best["site"]), _place(best["block_y"], best["site_y"])
         return (
             f"{sure} of {len(nearest)} layers of {a} resemble {'another' if self.self_comparison else 'some'} "
             f"layer of {b} more than chance (p ≤ 0.05 after correction for the search over "
             f"{self.values.size} cells, {shuffles}, n = {self.n}). The closest pair: "
-            f"{place_x} and {place_y}, debiased CKA {best['value']:.3f} "
-            f"[{best['low']:.3f}, {best['high']:.3f}], p = {best['pvalue_max']:.2g}."
+            f"{row_name(best['block'], best['site'])} and {row_name(best['block_y'], best['site_y'])}, "
+            f"debiased CKA {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], p = {best['pvalue_max']:.2g}."
         )
 
 
 def cka_matrix(
-    A: Any,
-    B: Any = None,
+    A: FeatureSet,
+    B: FeatureSet | None = None,
     *,
     permutations: int = 1000,
     method: str = "auto",
@@ -269,10 +249,10 @@ def cka_matrix(
     if permutations < 1:
         raise UsageError(f"permutations must be at least 1, got {permutations}")
     side_x = _side(A, "A")
-    side_y = side_x if B is None else _aligned(side_x, A, _side(B, "B"), B)
+    side_y = side_x if B is None else _side(B, "B", _paired_rows(A, B))
     pairs = pairwise_cka(
-        side_x.arrays,
-        None if B is None else side_y.arrays,
+        list(side_x.arrays.values()),
+        None if B is None else list(side_y.arrays.values()),
         rows_x=side_x.rows,
         rows_y=side_y.rows,
         names_x=side_x.names("A"),
@@ -300,44 +280,31 @@ def cka_matrix(
     )
 
 
-def _origin(features: Any) -> dict[str, Any] | None:
+def _origin(features: FeatureSet | None) -> dict[str, Any] | None:
     """What made the features; versions and machine are those of the comparison already."""
     found = getattr(features, "provenance", None)
-    return (
-        None if not found else {key: found[key] for key in ("arguments", "backbone", "task") if key in found}
-    )
+    kept = ("arguments", "backbone", "task")
+    return {key: found[key] for key in kept if key in found} if found else None
 
 
-def _side(features: Any, name: str) -> Side:
-    if isinstance(features, Mapping):
-        keys = list(getattr(features, "layers", features))
-        layers: list[LayerRef | int] = [LayerRef.parse(key) if isinstance(key, str) else key for key in keys]
-        arrays = [features[key] for key in keys]
-        facts = {
-            column: getattr(features, column)
-            for column in ("model", "revision", "task", "split")
-            if hasattr(features, column)
-        }
-    elif isinstance(features, Sequence) or getattr(features, "ndim", 0) == 3:
-        arrays, facts = list(features), {}
-        layers = list(range(len(arrays)))
-    else:
+def _side(features: FeatureSet, name: str, rows: NDArray[np.intp] | None = None) -> Side:
+    arrays = arrays_by_layer(features)
+    if arrays is None:
         raise UsageError(
             f"{name} must be features or a sequence of n×d arrays, not {type(features).__name__}"
         )
     if not arrays:
         raise UsageError(f"{name} holds no layers")
-    return Side(arrays, layers, None, facts)
+    columns = ("model", "revision", "task", "split")
+    facts = {column: getattr(features, column) for column in columns if hasattr(features, column)}
+    return Side(arrays=arrays, facts=facts, rows=rows)
 
 
-def _aligned(side_x: Side, A: Any, side_y: Side, B: Any) -> Side:
-    """`side_y` with the row order that pairs its images with those of `side_x`."""
+def _paired_rows(A: FeatureSet, B: FeatureSet) -> NDArray[np.intp] | None:
+    """The row order of B that pairs its images with those of A; None where they are in order."""
     ids_x, ids_y = getattr(A, "ids", None), getattr(B, "ids", None)
-    if ids_x is None or ids_y is None:
-        return side_y
-    ids_x, ids_y = np.asarray(ids_x), np.asarray(ids_y)
-    if np.array_equal(ids_x, ids_y):
-        return side_y
+    if ids_x is None or ids_y is None or np.array_equal(ids_x, ids_y):
+        return None
     only_x, only_y = np.setdiff1d(ids_x, ids_y), np.setdiff1d(ids_y, ids_x)
     if len(only_x) or len(only_y) or len(ids_x) != len(ids_y):
         example = (only_x if len(only_x) else only_y)[:1]
@@ -347,10 +314,9 @@ def _aligned(side_x: Side, A: Any, side_y: Side, B: Any) -> Side:
             + (f" (for example '{example[0]}')" if len(example) else "")
             + "; extract both from the same task, split, limit and seed"
         )
-    order_x, order_y = np.argsort(ids_x, kind="stable"), np.argsort(ids_y, kind="stable")
     rows = np.empty(len(ids_x), dtype=np.intp)
-    rows[order_x] = order_y
-    return Side(side_y.arrays, side_y.layers, rows, side_y.facts)
+    rows[np.argsort(ids_x, kind="stable")] = np.argsort(ids_y, kind="stable")
+    return rows
 
 
 def _bar(what: str, quiet: bool) -> Callable[[float], None]:
@@ -359,11 +325,3 @@ def _bar(what: str, quiet: bool) -> Callable[[float], None]:
         return lambda share: None
     bar = progress_bar(total=100, unit="%", desc=what, bar_format="{desc}: {percentage:3.0f}%|{bar}|")
     return lambda share: bar.update(100 * share) and None
-
-
-def _place(block: Any, site: Any) -> str:
-    if block is None or pd.isna(block):
-        return str(site)
-    return f"block {int(block)}" + (
-        "" if site is None or pd.isna(site) or site == "resid_post" else f" {site}"
-    )

@@ -9,27 +9,41 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from layerprobe.analyzers.features import extract_features
-from layerprobe.analyzers.heads import check_head, make_classifier
-from layerprobe.analyzers.trainability import TRAINABLE_SCORES, trainable_scores
+from layerprobe.analyzers.features import (
+    columns_of,
+    extract_features,
+    pixel_batches,
+    place,
+    row_name,
+    rows_of_metric,
+    table_by_layer,
+)
+from layerprobe.analyzers.heads import Predictor, check_head, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.layers import LayerRef
 from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, half_sample_errors, readable_scores
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.records import Record
+from layerprobe.records import Estimate, Record
 from layerprobe.tables import tidy
-from layerprobe.tasks import ImageSplit, Task
+from layerprobe.tasks import Task
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 FAMILIES = ("readable", "trainable")
+TRAINABLE_SCORES = ("rgn", "gradient_snr", "taylor", "fisher")
+GRADIENT_BYTES = 4 << 30
+"""Gradients of several batches are held up to this size; beyond it, blocks take turns."""
 Z_95 = 1.959963984540054
 
 
@@ -51,52 +65,50 @@ class TransferScores(Record):
 
     def score(self, name: str) -> pd.DataFrame:
         """The rows of one score ("logme" or "transfer_logme"), in order of layers."""
-        metric = name if name.startswith("transfer_") else f"transfer_{name}"
-        rows = self.frame[self.frame["metric"] == metric]
-        if rows.empty:
-            known = ", ".join(sorted(self.frame["metric"].unique()))
-            raise UnknownNameError(f"no score '{name}' in this record; it has {known}")
-        return rows
+        return rows_of_metric(self.frame, name, prefix="transfer_", what="score")
 
     def table(self) -> list[dict[str, Any]]:
-        return self.wide().reset_index().to_dict("records")
-
-    def wide(self) -> pd.DataFrame:
-        """One row a layer, one column a score, for printing: readable scores first."""
-        frame = self.frame.assign(
-            layer=["embed" if b is pd.NA or pd.isna(b) else f"block {b}" for b in self.frame["block"]],
-            score=[m.removeprefix("transfer_") for m in self.frame["metric"]],
-        )
-        order, columns = frame["layer"].unique(), frame["score"].unique()
-        return frame.pivot(index="layer", columns="score", values="value").loc[order, columns]
+        """One row a layer, one column a score: readable scores first."""
+        layers = [row_name(*where) for where in zip(self.frame["block"], self.frame["site"], strict=True)]
+        return table_by_layer(self.frame, layers, key="layer", prefix="transfer_")
 
     def summary(self) -> str:
+        defined = self.frame[self.frame["value"].notna()]
+        if defined.empty:
+            return f"No score is defined here: {self.frame['reason'].dropna().iloc[0]}"
         parts = []
-        readable = self.frame[(self.frame["family"] == "readable") & self.frame["value"].notna()]
+        readable, trainable = (defined[defined["family"] == family] for family in FAMILIES)
         if not readable.empty:
-            votes = []
+            leaders = []
             for metric, rows in readable.groupby("metric", sort=False):
                 sign = 1 if HIGHER_IS_BETTER[str(metric).removeprefix("transfer_")] else -1
-                votes.append(_place(rows.loc[(sign * rows["value"].astype(float)).idxmax()]))
-            best = pd.Series(votes).value_counts()
-            logme = readable[readable["metric"] == "transfer_logme"]
+                leaders.append(_place_of(_largest(rows, sign)))
+            votes = pd.Series(leaders).value_counts()
             detail = ""
-            if not logme.empty:
-                top = logme.loc[logme["value"].astype(float).idxmax()]
-                detail = f" (LogME is highest at {_place(top)}: {_with_error(top)})"
-            parts.append(f"Readable: {best.index[0]} leads in {best.iloc[0]} of {len(votes)} scores{detail}.")
-        trainable = self.frame[(self.frame["family"] == "trainable") & self.frame["value"].notna()]
+            if not (logme := readable[readable["metric"] == "transfer_logme"]).empty:
+                top = _largest(logme)
+                error = "" if pd.isna(top["stderr"]) else f" ± {top['stderr']:.2g}"
+                detail = f" (LogME is highest at {_place_of(top)}: {top['value']:.4g}{error})"
+            parts.append(
+                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores{detail}."
+            )
         leads = [
-            f"{name} at {_place(rows.loc[rows['value'].astype(float).idxmax()])}"
+            f"{name} at {_place_of(_largest(rows))}"
             for name in ("rgn", "gradient_snr")
             if not (rows := trainable[trainable["metric"] == f"transfer_{name}"]).empty
         ]
         if leads:
             parts.append(f"Trainable: highest {', '.join(leads)}.")
-        if not parts:
-            return f"No score is defined here: {self.frame['reason'].dropna().iloc[0]}"
         parts.append("The two families answer different questions and are not combined.")
         return " ".join(parts)
+
+
+def _largest(rows: pd.DataFrame, sign: int = 1) -> pd.Series:
+    return rows.loc[(sign * rows["value"].astype(float)).idxmax()]
+
+
+def _place_of(row: pd.Series) -> str:
+    return row_name(row["block"], row["site"])
 
 
 def transfer_scores(
@@ -127,7 +139,7 @@ def transfer_scores(
     n_batches, batch_size : of the gradients, ≥ 3 batches; training images behind those the probe was fitted to,
         where there are enough.
     n_fisher : single images for the Fisher information, ≥ 2.
-    head : what the gradients are gradients of, see `layerprobe.analyzers.heads.make_classifier`.
+    head : what the gradients are gradients of, see `layerprobe.analyzers.heads.make_predictor`.
 
     Returns
     -------
@@ -142,44 +154,31 @@ def transfer_scores(
         raise UnknownNameError(f"unknown families {unknown}; choose of: {', '.join(FAMILIES)}")
     if isinstance(head, str):
         check_head(head)
+    sizes = {"n_batches": n_batches, "batch_size": batch_size, "n_fisher": n_fisher}
     if "trainable" in families and (n_batches < 3 or batch_size < 1 or n_fisher < 2):
-        raise UsageError(
-            f"trainable scores need at least 3 batches and 2 images for Fisher: got n_batches={n_batches}, "
-            f"batch_size={batch_size}, n_fisher={n_fisher}"
-        )
+        given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise UsageError(f"trainable scores need at least 3 batches and 2 images for Fisher: got {given}")
     backbone.prepare(task)
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     if "readable" in families:
         features = extract_features(backbone, task, "train", layers=layers, cache_dir=cache_dir, quiet=quiet)
-        with progress_bar(features.layers, unit="layer", desc="readable", quiet=quiet) as bar:
-            for layer in bar:
-                rows += _readable_rows(layer, features[layer], features.labels, knn, n_replicates, seed)
+        for layer in progress_bar(features.layers, unit="layer", desc="readable", quiet=quiet):
+            rows += _readable_rows(layer, features[layer], features.labels, knn, n_replicates, seed)
     if "trainable" in families:
-        found, facts = _trainable_rows(backbone, task, head, n_batches, batch_size, n_fisher, seed, quiet)
+        found, facts = _trainable_rows(backbone, task, head, seed=seed, quiet=quiet, **sizes)
         rows += found
-    frame = tidy(
-        rows,
-        model=backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)",
-        revision=backbone.source.revision,
-        task=task.name,
-        split="train",
-        seed=seed,
-    )
     arguments = {
         "families": list(families),
         "layers": None if layers is None else [str(layer) for layer in layers],
         "knn": knn,
         "n_replicates": n_replicates,
-        "n_batches": n_batches,
-        "batch_size": batch_size,
-        "n_fisher": n_fisher,
+        **sizes,
         "seed": seed,
     }
-    made = provenance(
-        "transfer", arguments, backbone=backbone.describe(), task=task.describe(), gradients=facts
-    )
-    return TransferScores(frame, made)
+    described = {"backbone": backbone.describe(), "task": task.describe(), "gradients": facts}
+    frame = tidy(rows, **columns_of(backbone, task), split="train", seed=seed)
+    return TransferScores(frame, provenance("transfer", arguments, **described))
 
 
 def _readable_rows(
@@ -190,22 +189,13 @@ def _readable_rows(
     scores = readable_scores(X, labels, scores=names)
     errors = half_sample_errors(X, labels, n_replicates=n_replicates, seed=seed) if n_replicates else {}
     rows = []
-    for name, (value, reason) in scores.items():
+    for name, score in scores.items():
         stderr = errors[name].value if name in errors else None
-        if name == "knn" and value is not None:
-            stderr = float(np.sqrt(value * (1 - value) / len(X)))
-        rows.append(
-            {
-                "block": layer.block,
-                "site": layer.site,
-                "metric": f"transfer_{name}",
-                **_measured(value, stderr),
-                "n": len(X),
-                "reason": reason,
-                "family": "readable",
-                "higher_is_better": HIGHER_IS_BETTER[name],
-            }
-        )
+        if name == "knn" and score.value is not None:
+            stderr = float(np.sqrt(score.value * (1 - score.value) / len(X)))
+        found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=score.reason)
+        columns = {"family": "readable", "higher_is_better": HIGHER_IS_BETTER[name]}
+        rows.append({**place(layer), "metric": f"transfer_{name}", **_measured(found), **columns})
     return rows
 
 
@@ -213,6 +203,7 @@ def _trainable_rows(
     backbone: Backbone,
     task: Task,
     head: str | nn.Module,
+    *,
     n_batches: int,
     batch_size: int,
     n_fisher: int,
@@ -220,67 +211,189 @@ def _trainable_rows(
     quiet: bool,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     train = task.train
-    wanted = n_batches * batch_size
     if len(train) < 3 * batch_size:
         raise UsageError(
             f"trainable scores need at least 3 batches of {batch_size}: {task.name} has {len(train)} training "
             "images; use a smaller batch size"
         )
     # Images that the probe has fitted have small gradients, so others come first.
-    n_train = max(len(train) // 2, min(2000, len(train) - wanted))
-    n_train = min(n_train, 2000)
-    classifier = make_classifier(backbone, task, head, n_train=n_train)
+    n_train = min(max(len(train) // 2, min(2000, len(train) - n_batches * batch_size)), 2000)
+    predictor = make_predictor(backbone, task, head, n_train=n_train)
     order = np.concatenate([np.arange(n_train, len(train)), np.arange(n_train)])
     n_batches = min(n_batches, len(train) // batch_size)
+    part = train.subset(order[: n_batches * batch_size])
     batches = [
-        _batch(backbone, train, order[i * batch_size : (i + 1) * batch_size]) for i in range(n_batches)
+        (pixels, torch.from_numpy(part.labels[rows]))
+        for rows, pixels in pixel_batches(backbone, part, batch_size)
     ]
-    singles = [_batch(backbone, train, order[i : i + 1])[0] for i in range(min(n_fisher, len(train)))]
-    found = trainable_scores(classifier, batches, singles, seed=seed, quiet=quiet)
-    rows = []
-    for name in TRAINABLE_SCORES:
-        for block, scores in enumerate(found):
-            value, stderr, n = scores[name].value, scores[name].stderr, scores[name].n
-            finite = np.isfinite(value)
-            rows.append(
-                {
-                    "block": block,
-                    "site": None,
-                    "metric": f"transfer_{name}",
-                    **_measured(
-                        value if finite else None, stderr if finite and np.isfinite(stderr) else None
-                    ),
-                    "n": n if name == "fisher" else n * batch_size,
-                    "reason": None if finite else "the gradients of all batches are equal: there is no noise",
-                    "family": "trainable",
-                    "higher_is_better": None,
-                }
-            )
+    singles = [pixels for _, pixels in pixel_batches(backbone, train.subset(order[:n_fisher]), 1)]
+    blocks = trainable_scores(predictor, batches, singles, seed=seed, quiet=quiet)
+    rows = [
+        {
+            "block": block,
+            "site": None,
+            "metric": f"transfer_{name}",
+            **_measured(scores[name], images=1 if name == "fisher" else batch_size),
+            "family": "trainable",
+            "higher_is_better": None,
+        }
+        for name in TRAINABLE_SCORES
+        for block, scores in enumerate(blocks)
+    ]
     seen = max(n_batches * batch_size, n_fisher)
     fresh = "yes" if seen <= len(train) - n_train else "in part"
     return rows, {
-        **classifier.facts,
+        **predictor.facts,
         "n_batches": n_batches,
         "batch_size": batch_size,
-        "images_unseen_by_the_probe": fresh if classifier.facts["head"] == "probe" else "unknown",
+        "images_unseen_by_the_probe": fresh if predictor.facts["head"] == "probe" else "unknown",
     }
 
 
-def _batch(backbone: Backbone, split: ImageSplit, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    return backbone.preprocess(split.images(rows)), torch.from_numpy(split.labels[rows])
+def _measured(found: Estimate, *, images: int = 1) -> dict[str, Any]:
+    """The table columns of a score with its 95 % normal interval; it rests on n times so many `images`."""
+    value, stderr, reason = found.value, found.stderr, found.reason
+    if value is not None and not np.isfinite(value):
+        value, reason = None, "the gradients of all batches are equal: there is no noise"
+    if value is None or stderr is None or not np.isfinite(stderr):
+        columns = {"value": value, "stderr": None, "low": None, "high": None}
+    else:
+        low, high = value - Z_95 * stderr, value + Z_95 * stderr
+        columns = {"value": value, "stderr": stderr, "low": low, "high": high}
+    return {**columns, "n": (found.n or 0) * images, "reason": reason}
 
 
-def _measured(value: float | None, stderr: float | None) -> dict[str, float | None]:
-    if value is None or stderr is None:
-        return {"value": value, "stderr": None, "low": None, "high": None}
-    return {"value": value, "stderr": stderr, "low": value - Z_95 * stderr, "high": value + Z_95 * stderr}
+def trainable_scores(
+    predictor: Predictor,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    images: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> list[dict[str, Estimate]]:
+    """The four trainable scores of every block, from the gradient of the cross-entropy of a fixed head.
+
+    With g_b the gradient of batch b's mean loss in the block's P parameters θ, over B batches:
+
+    - `rgn`: ‖g_b‖/‖θ‖, mean over batches (Lee et al., Surgical fine-tuning, ICLR 2023, arXiv 2210.11466).
+    - `gradient_snr`: squared length of the expected gradient over the variance of one batch's gradient, both
+      estimated without bias from the products g_b·g_c; noise alone gives 0 on average, and may fall below.
+      Its error is the jackknife over batches. It grows with the batch size.
+    - `taylor`: mean over parameters of |θ·g_b|, mean over batches (Molchanov et al., Importance estimation for
+      neural network pruning, CVPR 2019, arXiv 1906.10771, first order).
+    - `fisher`: mean over parameters of the Fisher information: E ‖∇ log p(ŷ|x)‖²/P over single images x,
+      labels ŷ drawn from the model's own prediction.
+
+    Parameters
+    ----------
+    batches : at least 3 pairs of pixels b×C×H×W and labels b.
+    images : single images 1×C×H×W for the Fisher information.
+
+    Returns
+    -------
+    One dict a block, in order.
+    """
+    blocks = predictor.backbone.blocks
+    size = max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)
+    together = max(1, int(GRADIENT_BYTES // max(1, size * len(batches))))
+    scores: list[dict[str, Estimate]] = []
+    turns = [blocks[start : start + together] for start in range(0, len(blocks), together)]
+    with progress_bar(total=len(turns) * (len(batches) + len(images)), unit="batch", quiet=quiet) as bar:
+        for turn in turns:
+            parameters = [list(block.parameters()) for block in turn]
+            with only_these_train(predictor.backbone, [p for block in parameters for p in block]):
+                scores += _scores(predictor, parameters, batches, images, seed, bar)
+    return scores
 
 
-def _place(row: pd.Series) -> str:
-    return "embed" if pd.isna(row["block"]) else f"block {int(row['block'])}"
+def _scores(
+    predictor: Predictor,
+    blocks: list[list[nn.Parameter]],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    images: Sequence[Tensor],
+    seed: int,
+    bar: tqdm[Any],
+) -> list[dict[str, Estimate]]:
+    """The scores of the blocks whose parameters are given, all from the same backward passes."""
+    sizes = [sum(p.numel() for p in block) for block in blocks]
+    kept: list[list[list[Tensor]]] = []  # batch, block, parameter
+    taylor = np.zeros((len(blocks), len(batches)))
+    for number, (pixels, labels) in enumerate(batches):
+        logits = predictor(pixels).float()
+        loss = functional.cross_entropy(logits, labels.to(logits.device))
+        if not torch.isfinite(loss):
+            raise LayerprobeError(
+                f"the loss of batch {number} is {loss.item()}; try --dtype bfloat16 or float32"
+            )
+        kept.append(_gradients(loss, blocks))
+        for index, block in enumerate(blocks):
+            pairs = zip(block, kept[-1][index], strict=True)
+            products = [float((p.detach() * g).abs().sum(dtype=torch.float64)) for p, g in pairs]
+            taylor[index, number] = sum(products) / sizes[index]
+        bar.update(1)
+    fisher = np.zeros((len(blocks), len(images)))
+    draw = torch.Generator().manual_seed(seed)
+    for number, pixels in enumerate(images):
+        logits = predictor(pixels).float()
+        label = torch.multinomial(logits.detach().softmax(dim=1).cpu(), 1, generator=draw)[:, 0]
+        gradients = _gradients(functional.cross_entropy(logits, label.to(logits.device)), blocks)
+        fisher[:, number] = [
+            sum(map(_square, own)) / size for own, size in zip(gradients, sizes, strict=True)
+        ]
+        bar.update(1)
+    found = []
+    for index, block in enumerate(blocks):
+        inner = np.zeros((len(batches), len(batches)))
+        for same in zip(*(gradients[index] for gradients in kept), strict=True):
+            stacked = torch.stack([gradient.flatten() for gradient in same]).float()
+            inner += (stacked @ stacked.T).double().cpu().numpy()
+        length = float(np.sqrt(sum(_square(p.detach()) for p in block)))
+        found.append(
+            {
+                "rgn": _mean(np.sqrt(np.diagonal(inner)) / length),
+                "gradient_snr": gradient_snr(inner),
+                "taylor": _mean(taylor[index]),
+                "fisher": _mean(fisher[index]),
+            }
+        )
+    return found
 
 
-def _with_error(row: pd.Series) -> str:
-    if row["stderr"] is None or pd.isna(row["stderr"]):
-        return f"{row['value']:.4g}"
-    return f"{row['value']:.4g} ± {row['stderr']:.2g}"
+def gradient_snr(products: np.ndarray) -> Estimate:
+    """Signal over noise of B gradients from the B×B matrix of their inner products, with its jackknife error.
+
+    Signal: mean of g_b·g_c over b ≠ c, whose expectation is ‖E g‖². Noise: the unbiased variance
+    Σ_b ‖g_b − ḡ‖²/(B − 1). B ≥ 3. Gradients that are all equal have no noise; the ratio is then infinite
+    or, for zero gradients, 0.
+    """
+    n = len(products)
+
+    def ratio(rows: np.ndarray) -> float:
+        part = products[np.ix_(rows, rows)]
+        m, own, total = len(rows), float(np.trace(part)), float(part.sum())
+        signal = (total - own) / (m * (m - 1))
+        noise = (own - total / m) / (m - 1)
+        if noise <= 1e-12 * own / m:
+            return float("inf") if signal > 0 else 0.0
+        return signal / noise
+
+    left_out = np.array([ratio(np.delete(np.arange(n), i)) for i in range(n)])
+    stderr = None
+    if np.isfinite(left_out).all():
+        stderr = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
+    return Estimate(value=ratio(np.arange(n)), stderr=stderr, n=n)
+
+
+def _gradients(loss: Tensor, blocks: list[list[nn.Parameter]]) -> list[list[Tensor]]:
+    """Gradients by block and parameter; a parameter that the loss does not reach gets zeros."""
+    raw = iter(torch.autograd.grad(loss, [p for block in blocks for p in block], allow_unused=True))
+    return [[torch.zeros_like(p) if (g := next(raw)) is None else g for p in block] for block in blocks]
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _mean(values: np.ndarray) -> Estimate:
+    stderr = float(values.std(ddof=1) / np.sqrt(len(values)))
+    return Estimate(value=float(values.mean()), stderr=stderr, n=len(values))

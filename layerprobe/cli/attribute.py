@@ -48,7 +48,7 @@ def attribute(
         return
 
     from layerprobe.analyzers.attribution import attribute_layers
-    from layerprobe.plotting.attribution import attribution_figure, patch_maps_figure
+    from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure
 
     loaded = task.load()
     record = attribute_layers(

@@ -76,9 +76,9 @@ def bridge(
     check_folder(out, resume=resume)
     backbone = replace(backbone, device=own_device(backbone.device))
     if out.dry_run:
-        from layerprobe.training.watching import tracking
+        from layerprobe.training.loop import tracker_options
 
-        tracking(config.trackers, out.folder)
+        tracker_options(config.trackers, out.folder)
         seen = backbone.sketch(task)
         check_plan(freeze_plan, seen)
         facts = training_facts(seen, freeze_plan, images=config.micro_batch or config.batch_size)

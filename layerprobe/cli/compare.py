@@ -32,7 +32,7 @@ def compare(
 
     Example: layerprobe compare gpt2 vit-base
     """
-    from layerprobe.analyzers.outlier_comparison import check_groups, check_number, compare_outliers
+    from layerprobe.analyzers.compare import check_groups, check_number, compare_outliers
 
     checkpoint.say_unused(out)
     groups = parse_groups(group) if group else None
@@ -40,7 +40,7 @@ def compare(
     check_groups(groups)
     check_number(len(set(members)))
     if out.dry_run:
-        from layerprobe.analyzers.outliers import checkpoint_facts
+        from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
         out.show_facts({name: checkpoint_facts(name, offline=checkpoint.offline) for name in members})
         return

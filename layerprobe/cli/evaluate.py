@@ -42,7 +42,7 @@ class EvaluateOptions(options.TrainingOptions):
 
     def finetune_config(self) -> FineTuneConfig:
         from layerprobe.training import FineTuneConfig
-        from layerprobe.training.evaluate import FEW_SHOTS
+        from layerprobe.training.arms import FEW_SHOTS
 
         shots = FEW_SHOTS if self.mode == "fewshot" and self.shots is None else self.shots
         rates = options.learning_rates(self.lrs)
@@ -78,7 +78,7 @@ def evaluate(
     from layerprobe.plans import FreezePlan
     from layerprobe.training import evaluate as evaluate_one
     from layerprobe.training import evaluate_arms
-    from layerprobe.training.evaluate import check_arms, check_mode, check_scope, check_seeds, planned_arms
+    from layerprobe.training.arms import check_arms, check_mode, check_scope, check_seeds, planned_arms
 
     mode, scope, arms = training.mode, training.scope, options.name_list(training.arms)
     seeds = [backbone.seed + number for number in options.seed_list(training.seeds)]

@@ -81,7 +81,7 @@ def outliers(
         rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
     files: dict[str, Any] = {"revision": revision, "include": include, "exclude": exclude}
     if out.dry_run:
-        from layerprobe.analyzers.outliers import checkpoint_facts
+        from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
         out.show_facts(checkpoint_facts(model, offline=checkpoint.offline, **files))
         return

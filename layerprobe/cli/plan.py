@@ -43,7 +43,7 @@ def show(
         sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "\n\n")
 
     def draw() -> Axes:
-        from layerprobe.plotting.plans import plot_plan
+        from layerprobe.plotting.search import plot_plan
 
         return plot_plan(record.to_frame())
 

@@ -62,7 +62,7 @@ def probe(
         out.show_facts(facts)
         return
 
-    from layerprobe.analyzers.probe_study import probe_backbone
+    from layerprobe.analyzers.probes import probe_backbone
 
     images = task.load()
     network = backbone.load()

@@ -42,7 +42,7 @@ def transfer(
         return
 
     from layerprobe.analyzers.transfer import transfer_scores
-    from layerprobe.plotting.transfer import transfer_figure
+    from layerprobe.plotting.layer_scores import transfer_figure
 
     images = task.load()
     record = transfer_scores(

@@ -8,61 +8,28 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {
-    "MinibatchCKA": "similarity.minibatch",
-    "rsa": "similarity.measures",
-    "mutual_knn": "similarity.measures",
-    "pwcca": "similarity.measures",
-    "svcca": "similarity.measures",
-    "procrustes_distance": "similarity.measures",
-    "debiased_rbf_cka": "similarity.measures",
-    "OutlierRules": "outliers",
-    "TensorOutliers": "outliers",
-    "outlier_statistics": "outliers",
-    "outlier_ratio": "outliers",
-    "merge_outliers": "outliers",
-    "ratio_of_ratios": "outliers.comparison",
-    "hedges_g": "outliers.comparison",
-    "cliffs_delta": "outliers.comparison",
-    "group_test": "outliers.comparison",
-    "permutation_null": "similarity.permutation",
-    "pairwise_cka": "similarity.all_pairs",
-    "linear_cka": "similarity.cka",
-    "debiased_linear_cka": "similarity.cka",
-    "debiased_hsic": "similarity.cka",
-    "BiasedEstimateWarning": "similarity.cka",
-    "gbc": "transferability.scores",
-    "h_score": "transferability.scores",
-    "half_sample_errors": "transferability.scores",
-    "logme": "transferability.scores",
-    "loo_knn": "transferability.scores",
-    "loo_ridge": "transferability.scores",
-    "neural_collapse": "transferability.scores",
-    "readable_scores": "transferability.scores",
-    "transrate": "transferability.scores",
-    "Estimate": "intervals",
-    "Interval": "intervals",
-    "MeanInterval": "intervals",
-    "PairedDifference": "intervals",
-    "PairedSeeds": "intervals",
-    "bootstrap_interval": "intervals",
-    "mean_interval": "intervals",
-    "paired_bootstrap": "intervals",
-    "paired_seed_interval": "intervals",
-    "wilson_interval": "intervals",
-    "C_GRID": "probing.logistic",
-    "LogisticProbe": "probing.logistic",
-    "ProbeResult": "probing.logistic",
-    "fit_logistic_path": "probing.logistic",
-    "select_probe": "probing.logistic",
-    "online_code_length": "probing.curves",
-    "few_shot_curve": "probing.curves",
-    "control_accuracy": "probing.curves",
-    "knn_predict": "probing.neighbours",
-    "select_knn": "probing.neighbours",
-    "ridge_sweep": "probing.ridge",
-    "select_ridge": "probing.ridge",
+_MODULES = {
+    "intervals": (
+        "Estimate Interval MeanInterval PairedDifference PairedSeeds bootstrap_interval mean_interval "
+        "paired_bootstrap paired_seed_interval wilson_interval"
+    ),
+    "outliers": "OutlierRules TensorOutliers merge_outliers",
+    "outliers.comparison": "ratio_of_ratios hedges_g cliffs_delta group_test",
+    "outliers.summary": "outlier_statistics outlier_ratio",
+    "probing.curves": "online_code_length few_shot_curve control_accuracy",
+    "probing.knn_ridge": "knn_predict select_knn ridge_sweep select_ridge",
+    "probing.logistic": "C_GRID LogisticProbe ProbeResult fit_logistic_path select_probe",
+    "similarity.all_pairs": "MinibatchCKA pairwise_cka",
+    "similarity.measures": (
+        "rsa mutual_knn pwcca svcca procrustes_distance debiased_rbf_cka linear_cka "
+        "debiased_linear_cka debiased_hsic BiasedEstimateWarning"
+    ),
+    "similarity.permutation": "permutation_null",
+    "transferability.scores": (
+        "gbc h_score half_sample_errors logme loo_knn loo_ridge neural_collapse readable_scores transrate"
+    ),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
 

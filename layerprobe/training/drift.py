@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerprobe.metrics.outliers import outlier_ratio
+from layerprobe.metrics.outliers.summary import outlier_ratio
 from layerprobe.training.sharding import full
 
 SPECTRUM_LIMIT = 1 << 22

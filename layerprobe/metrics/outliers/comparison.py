@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from layerprobe.errors import UsageError
+from layerprobe.records import Estimate
 
 MAX_EXACT_PERMUTATIONS = 20_000
 
@@ -23,18 +24,7 @@ Blocks = tuple[np.ndarray, np.ndarray]
 """(outlier counts, entries), one item per unit."""
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with a percentile interval; `low` and `high` are None where blocks are too few, `reason` says so."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    stderr: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupTest:
     """Two groups of models: ratio of the geometric means of their outlier ratios, and a permutation test.
 
@@ -64,7 +54,7 @@ def ratio_of_ratios(
     _check(a)
     _check(b)
     if a[1].sum() == 0 or b[1].sum() == 0:
-        return Estimate(None, reason="no entries on one side")
+        return Estimate(value=None, reason="no entries on one side")
     below = b[0].sum() / b[1].sum()
     value = float(a[0].sum() / a[1].sum() / below) if below > 0 else None
     reason = None if value is not None else "the second model has no such outliers"
@@ -72,11 +62,10 @@ def ratio_of_ratios(
         few = (
             f"{min(len(a[0]), len(b[0]))} units on a side give no interval; at least {LEAST_UNITS} are needed"
         )
-        return Estimate(value, reason=reason or few)
+        return Estimate(value=value, reason=reason or few)
     rng = np.random.default_rng(seed)
     logs = _resampled_log_ratio(a, rng, n_resamples) - _resampled_log_ratio(b, rng, n_resamples)
-    low, high = np.exp(np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2]))
-    return Estimate(value, float(low), float(high), float(logs.std(ddof=1)), reason)
+    return _with_interval(value, logs, confidence, reason)
 
 
 def log_ratios(blocks: Blocks) -> np.ndarray:
@@ -117,7 +106,7 @@ def group_test(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> GroupTest:
-    """Do two groups of models differ in their outlier ratio? Each model counts once, whatever its size.
+    """Difference of the outlier ratio between two groups of models; each model counts once, whatever its size.
 
     The value is exp(mean ln ratio of the first − of the second). Its interval resamples models, and blocks
     within models. The p-value is two-sided on the difference of mean log ratios under all relabellings of the
@@ -150,12 +139,19 @@ def group_test(
     smallest = (2 if 2 * size == total else 1) / len(chosen)
     if size < 2 or total - size < 2:
         reason = "one model in a group gives no interval over models"
-        ratio = Estimate(float(np.exp(observed)), reason=reason)
+        ratio = Estimate(value=float(np.exp(observed)), reason=reason)
     else:
         draws = _group_draws(first, rng, n_resamples) - _group_draws(second, rng, n_resamples)
-        low, high = np.exp(np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2]))
-        ratio = Estimate(float(np.exp(observed)), float(low), float(high), float(draws.std(ddof=1)))
-    return GroupTest(ratio, pvalue, smallest, len(chosen), exact)
+        ratio = _with_interval(float(np.exp(observed)), draws, confidence)
+    return GroupTest(ratio=ratio, pvalue=pvalue, p_smallest=smallest, n_permutations=len(chosen), exact=exact)
+
+
+def _with_interval(
+    value: float | None, log_draws: np.ndarray, confidence: float, reason: str | None = None
+) -> Estimate:
+    low, high = np.exp(np.quantile(log_draws, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    stderr = float(log_draws.std(ddof=1))
+    return Estimate(value=value, low=float(low), high=float(high), stderr=stderr, reason=reason)
 
 
 def _group_draws(group: Sequence[Blocks], rng: np.random.Generator, n_resamples: int) -> np.ndarray:

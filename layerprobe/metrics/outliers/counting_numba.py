@@ -5,70 +5,17 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from layerprobe.metrics.outliers.moments import Moments
-from layerprobe.metrics.outliers.top import BLOCK, add_keys
-
-
-class NumbaEngine:
-    """Counts with compiled loops that release the interpreter lock."""
-
-    name = "numba"
-
-    def __init__(self) -> None:
-        self._keys = np.empty(0, np.uint32)
-        self._n_keys = 0
-
-    def codes(self, chunk: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        maxima = np.empty(-(-chunk.size // BLOCK), chunk.dtype)
-        if chunk.dtype == np.uint8:
-            _count(chunk, counts)
-            _block_maxima(chunk, np.uint8(0x7F), maxima)
-            return maxima
-        fours = chunk.size // 4 * 4 if chunk.__array_interface__["data"][0] % 8 == 0 else 0
-        if fours:
-            _count_fours(chunk[:fours].view(np.uint64), counts)
-        if fours < chunk.size:
-            _count(chunk[fours:], counts)
-        _block_maxima(chunk, np.uint16(0x7FFF), maxima)
-        return maxima
-
-    def in_code_order(self, counts: np.ndarray) -> np.ndarray:
-        return counts
-
-    def float32(self, chunk: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, Moments, float]:
-        maxima = np.empty(-(-chunk.size // BLOCK), np.uint32)
-        bits = chunk.view(np.uint32)
-        pairs = chunk.size // 2 * 2 if chunk.__array_interface__["data"][0] % 8 == 0 else 0
-        _count_upper(bits[:pairs].view(np.uint64), counts)
-        if pairs < chunk.size:
-            _count(bits[pairs:] >> np.uint32(16), counts)
-        n, mean, m2, m3, m4, magnitude = _sum_float32(chunk, bits, maxima)
-        return maxima, Moments(int(n), mean, m2, m3, m4), magnitude
-
-    def low_halves(self, chunk: np.ndarray, slot: np.ndarray, low: np.ndarray) -> None:
-        # Hits are put aside in order and counted later: adding each one to its far place at once would
-        # wait for memory every time.
-        if self._n_keys + chunk.size > self._keys.size:
-            self.flush(low)
-            self._keys = np.empty(max(_KEYS, chunk.size), np.uint32)
-        self._n_keys = _collect_low(chunk.view(np.uint32), slot, self._keys, self._n_keys)
-
-    def flush(self, low: np.ndarray) -> None:
-        add_keys(low, self._keys[: self._n_keys])
-        self._n_keys = 0
-
-
-_KEYS = 1 << 20
+from layerprobe.metrics.outliers.codes import BLOCK
 
 
 @numba.njit(nogil=True, cache=True)
-def _count(chunk, counts):
+def count(chunk, counts):
     for i in range(chunk.size):
         counts[chunk[i]] += 1
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_fours(words, counts):
+def count_fours(words, counts):
     # Four codes come with one load.
     for i in range(words.size):
         word = words[i]
@@ -89,7 +36,7 @@ def _largest(bits, mask):
 
 
 @numba.njit(nogil=True, cache=True)
-def _block_maxima(bits, mask, maxima):
+def block_maxima(bits, mask, maxima):
     for block in range(maxima.size):
         maxima[block] = _largest(bits[block * BLOCK : (block + 1) * BLOCK], mask)
 
@@ -123,7 +70,7 @@ def _power_sums(values, shift):
 
 
 @numba.njit(nogil=True, cache=True)
-def _count_upper(words, counts):
+def count_upper(words, counts):
     # Two entries come with one load.
     for i in range(words.size):
         word = words[i]
@@ -132,7 +79,7 @@ def _count_upper(words, counts):
 
 
 @numba.njit(nogil=True, cache=True)
-def _sum_float32(chunk, bits, maxima):
+def sum_float32(chunk, bits, maxima):
     n = 0
     mean = m2 = m3 = m4 = magnitude = 0.0
     for start in range(0, chunk.size, BLOCK):
@@ -174,7 +121,7 @@ def _sum_float32(chunk, bits, maxima):
 
 
 @numba.njit(nogil=True, cache=True)
-def _collect_low(bits, slot, keys, n):
+def collect_low(bits, slot, keys, n):
     fours = bits.size // 4 * 4
     for i in range(0, bits.size, 4):
         # Few entries lie in the bins in question: all four signs set means that none of these does.

@@ -4,26 +4,88 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from layerprobe.metrics.outliers.axes import AxisSpread
-from layerprobe.metrics.outliers.codes import CODE_DTYPES, code_table, float32_bins
-from layerprobe.metrics.outliers.counting import Engine, make_engine
-from layerprobe.metrics.outliers.distribution import Distribution
-from layerprobe.metrics.outliers.moments import Moments, chunk_moments
-from layerprobe.metrics.outliers.rules import OutlierRules, TensorOutliers, moment_values, quantile_name
-from layerprobe.metrics.outliers.top import TopEntries
+from layerprobe.errors import UsageError
+from layerprobe.metrics.outliers import (
+    OutlierRules,
+    TensorOutliers,
+    measure,
+    measure_moments,
+    measure_nothing,
+    thresholds,
+)
+from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_table, float32_bins
+from layerprobe.metrics.outliers.counting import Engine, TopEntries, make_engine
+from layerprobe.metrics.outliers.moments import AxisSpread, Moments, chunk_moments
+
+if TYPE_CHECKING:
+    import torch
 
 SORT_BELOW = 1 << 20
 """float32 tensors with fewer entries are sorted; larger ones are binned by their upper 16 bits."""
 
 _REFINE_AT_ONCE = 64
-_MOMENT_METRICS = ("mean", "std", "kurtosis", "max_sigma")
 
 Passes = Callable[[], Iterator[np.ndarray]]
 """Called once per pass; yields 1-D raw chunks: uint8/uint16 codes, float32 or float64 values."""
+
+
+def outlier_statistics(
+    weight: ArrayLike | torch.Tensor,
+    *,
+    rules: OutlierRules | None = None,
+    engine: str = "auto",
+    chunk: int = 1 << 19,
+) -> TensorOutliers:
+    """All quantities of an array or torch tensor in its own precision (bfloat16 and float8 included).
+
+    Raises
+    ------
+    UsageError : integers, complex numbers, or a float format that is not known.
+    """
+    raw, dtype = _raw_codes(weight)
+    flat = raw.reshape(-1)
+
+    def passes() -> Iterator[np.ndarray]:
+        for start in range(0, flat.size, chunk):
+            yield flat[start : start + chunk]
+
+    return summarize(passes, dtype, raw.shape, rules=rules, engine=make_engine(engine))
+
+
+def outlier_ratio(weight: ArrayLike | torch.Tensor, *, n_sigma: float = 6.0) -> float:
+    """Share of entries lying more than `n_sigma` deviations from the tensor's mean.
+
+    Mean and (population) deviation run over the whole tensor; another population is another function.
+
+    Parameters
+    ----------
+    weight : array or tensor, any shape. Computed in float64 whatever dtype arrives.
+    n_sigma : float >= 0, in standard deviations.
+
+    Returns
+    -------
+    float in [0, 1]; 0 = none, higher = heavier tails.
+
+    Raises
+    ------
+    UsageError (a ValueError) : empty, non-finite or constant `weight`.
+
+    Examples
+    --------
+    >>> outlier_ratio([0.0] * 99 + [50.0])
+    0.01
+    """
+    found = outlier_statistics(weight, rules=OutlierRules(sigmas=(n_sigma,), top=0))
+    if found.n == 0 or found.nan or found.inf:
+        raise UsageError(f"outlier_ratio needs finite entries; got {found.size}, of them {found.n} finite")
+    if "max_sigma" not in found.values:
+        raise UsageError(f"outlier_ratio is undefined: {found.reasons['max_sigma']}")
+    return found.counts[f"{n_sigma:g}sigma"] / found.n
 
 
 def summarize(
@@ -51,35 +113,33 @@ def summarize(
     size = math.prod(shape)
     spread = AxisSpread(shape, dtype) if axes and len(shape) >= 2 and size else None
     if spread is not None:
-        passes = _watched(passes, spread)
+        passes = _also_into(spread, passes)
     if not rules.order and dtype == "float32" and size >= SORT_BELOW:
         result = _from_comparisons(passes, size, rules)
-        result.axes = spread.outliers() if spread is not None else {}
-        return result
-    if not needs_engine(dtype, size):
-        result, distribution = _from_sorting(passes, dtype, size, rules)
-    elif dtype in CODE_DTYPES:
-        result, distribution = _from_codes(passes, dtype, size, rules, engine or make_engine())
     else:
-        result, distribution = _from_bins(passes, size, rules, engine or make_engine())
-    with np.errstate(over="ignore", invalid="ignore"):
-        _measure(result, distribution, rules)
-    result.axes = spread.outliers() if spread is not None else {}
+        if not needs_engine(dtype, size):
+            result, distribution = _from_sorting(passes, dtype, size, rules)
+        elif dtype in CODE_DTYPES:
+            result, distribution = _from_codes(passes, dtype, size, rules, engine or make_engine())
+        else:
+            result, distribution = _from_bins(passes, size, rules, engine or make_engine())
+        with np.errstate(over="ignore", invalid="ignore"):
+            measure(result, distribution, rules)
+    if spread is not None:
+        result.axes = spread.outliers()
     return result
 
 
-def _watched(passes: Passes, spread: AxisSpread) -> Passes:
+def _also_into(spread: AxisSpread, passes: Passes) -> Passes:
     """The same passes; the first one also feeds `spread`."""
     fresh = True
 
     def again() -> Iterator[np.ndarray]:
         nonlocal fresh
         first, fresh = fresh, False
-        start = 0
         for chunk in passes():
             if first:
-                spread.update(chunk, start)
-                start += chunk.size
+                spread.update(chunk)
             yield chunk
 
     return again
@@ -96,17 +156,15 @@ def _from_codes(
     table = code_table(dtype)
     counts = np.zeros(table.n_codes, np.int64)
     top = TopEntries(rules.top, dtype)
-    start = 0
     for chunk in passes():
-        top.update(chunk, start, engine.codes(chunk, counts))
-        start += chunk.size
+        top.update(chunk, engine.codes(chunk, counts))
     counts = engine.in_code_order(counts)
     finite = counts[table.codes]
     present = np.flatnonzero(finite)
     values, found = table.low[present], finite[present]
     result = TensorOutliers(
-        size,
-        Moments.of_counts(values, found),
+        size=size,
+        moments=Moments.of_counts(values, found),
         nan=int(counts[table.nan].sum()),
         inf=int(counts[table.inf].sum()),
         zeros=int(found[values == 0].sum()),
@@ -125,7 +183,7 @@ def _from_sorting(
     start = 0
     for chunk in passes():
         raw[start : start + chunk.size] = chunk
-        top.update(chunk, start)
+        top.update(chunk)
         start += chunk.size
     nan, inf = int(np.isnan(raw).sum()), int(np.isinf(raw).sum())
     if nan or inf:
@@ -133,20 +191,18 @@ def _from_sorting(
     raw.sort()
     values = raw.astype(np.float64)
     result = TensorOutliers(
-        size,
-        Moments(values.size, float(values[0])) if values.size and values[0] == values[-1] else Moments(),
-        nan=nan,
-        inf=inf,
-        zeros=int(values.size - np.count_nonzero(values)),
-        top=top.entries(),
+        size=size, nan=nan, inf=inf, zeros=int(values.size - np.count_nonzero(values)), top=top.entries()
     )
-    distribution = Distribution.of_sorted(values)
     if values.size:
+        constant = values[0] == values[-1]
         with np.errstate(over="ignore", invalid="ignore"):
             result.mean_abs = float(np.abs(values).mean())
-            if result.n == 0:
-                result.moments = Moments.of_values(values.copy())
-    return result, distribution
+            result.moments = (
+                Moments(n=values.size, mean=float(values[0]))
+                if constant
+                else Moments.of_values(values.copy())
+            )
+    return result, Distribution.of_sorted(values)
 
 
 def _from_bins(
@@ -155,14 +211,13 @@ def _from_bins(
     table = float32_bins()
     counts = np.zeros(1 << 16, np.int64)
     top = TopEntries(rules.top, "float32")
-    moments, magnitude, start, nan = Moments(), 0.0, 0, 0
+    moments, magnitude, nan = Moments(), 0.0, 0
     for chunk in passes():
         maxima, part, absolute = engine.float32(chunk, counts)
         if part.n < chunk.size:
             nan += int(np.isnan(chunk).sum())
         moments, magnitude = moments.merge(part), magnitude + absolute
-        top.update(chunk, start, maxima)
-        start += chunk.size
+        top.update(chunk, maxima)
     counts = engine.in_code_order(counts)
     finite = counts[table.codes]
     present = np.flatnonzero(finite)
@@ -175,14 +230,16 @@ def _from_bins(
         return refined
 
     distribution = Distribution(table.low[present], table.high[present], finite[present], refine)
-    result = TensorOutliers(size, moments, nan=nan, inf=size - moments.n - nan, top=top.entries())
+    result = TensorOutliers(
+        size=size, moments=moments, nan=nan, inf=size - moments.n - nan, top=top.entries()
+    )
     if result.n:
         result.mean_abs = magnitude / result.n
         distribution.refine(_bins_in_question(distribution, result, rules))
         result.zeros = distribution.count_where(lambda v: v <= 0) - distribution.count_where(lambda v: v < 0)
         least, most = distribution.order(0), distribution.order(result.n - 1)
         if least == most:
-            result.moments = Moments(result.n, least)
+            result.moments = Moments(n=result.n, mean=least)
     return result, distribution
 
 
@@ -251,8 +308,8 @@ def _bins_in_question(d: Distribution, result: TensorOutliers, rules: OutlierRul
 def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorOutliers:
     """float32 without order statistics: moments in one pass, comparisons with the thresholds in a second."""
     top = TopEntries(rules.top, "float32")
-    result = TensorOutliers(size, Moments())
-    magnitude, start, least, most = 0.0, 0, math.inf, -math.inf
+    result = TensorOutliers(size=size)
+    magnitude, least, most = 0.0, math.inf, -math.inf
     for chunk in passes():
         here = (float(chunk.min()), float(chunk.max()))
         all_finite = math.isfinite(here[0]) and math.isfinite(here[1])
@@ -266,134 +323,47 @@ def _from_comparisons(passes: Passes, size: int, rules: OutlierRules) -> TensorO
                 finite = chunk[np.isfinite(chunk)]
                 here = (float(finite.min()), float(finite.max()))
             least, most = min(least, here[0]), max(most, here[1])
-            if max(-here[0], here[1]) > top.worst:
-                top.update(chunk, start)
-        start += chunk.size
+        top.update(chunk, greatest=max(-here[0], here[1]) if moments.n else -1.0)
     result.inf = size - result.n - result.nan
     result.top = top.entries()
     if result.n == 0:
-        _nothing_to_measure(result, rules)
+        measure_nothing(result, rules)
         return result
     if least == most:
-        result.moments = Moments(result.n, least)
+        result.moments = Moments(n=result.n, mean=least)
     if rules.mean_multiples:
         result.mean_abs = magnitude / result.n
-    _measure_moments(result, least, most)
-    thresholds = _thresholds(result, rules)
-    if not thresholds:
+    measure_moments(result, least, most)
+    bounds = thresholds(result, rules)
+    if not bounds:
         return result
-    result.counts = dict.fromkeys(thresholds, 0)
+    result.counts = dict.fromkeys(bounds, 0)
     # What lies between the innermost bounds satisfies no rule; one step of float32 covers the rounding.
-    inner_low = np.nextafter(np.float32(max(c - b for c, b in thresholds.values())), np.float32(math.inf))
-    inner_high = np.nextafter(np.float32(min(c + b for c, b in thresholds.values())), np.float32(-math.inf))
+    inner_low = np.nextafter(np.float32(max(c - b for c, b in bounds.values())), np.float32(math.inf))
+    inner_high = np.nextafter(np.float32(min(c + b for c, b in bounds.values())), np.float32(-math.inf))
     for chunk in passes():
         picked = chunk[(chunk <= inner_low) | (chunk >= inner_high)].astype(np.float64)
         picked = picked[np.isfinite(picked)]
-        for rule, (center, bound) in thresholds.items():
+        for rule, (center, bound) in bounds.items():
             result.counts[rule] += int((picked - center > bound).sum() + (center - picked > bound).sum())
     result.counted = dict.fromkeys(result.counts, result.n)
     return result
 
 
-def _nothing_to_measure(result: TensorOutliers, rules: OutlierRules) -> None:
-    why = "the tensor is empty" if result.size == 0 else "no finite entries"
-    names = [*_MOMENT_METRICS, "minimum", "maximum", "mean_abs", "zero_ratio"]
-    if rules.order:
-        names += ["median", "mad", "tail_index", *(quantile_name(q) for q in rules.quantiles)]
-    result.reasons.update(dict.fromkeys(names, why))
-    result.counts.update(dict.fromkeys(rules.definitions(), 0))
-    result.counted = dict.fromkeys(result.counts, 0)
+def _raw_codes(weight: ArrayLike | torch.Tensor) -> tuple[np.ndarray, str]:
+    if hasattr(weight, "detach"):
+        import torch
 
-
-def _measure(result: TensorOutliers, d: Distribution, rules: OutlierRules) -> None:
-    if d.n == 0:
-        _nothing_to_measure(result, rules)
-        return
-    _measure_moments(result, d.order(0), d.order(d.n - 1))
-    for rule, (center, bound) in _thresholds(result, rules).items():
-        result.counts[rule] = _beyond(
-            d, lambda v, c=center, b=bound: v - c > b, lambda v, c=center, b=bound: c - v > b
-        )
-    if rules.order:
-        _measure_order(result, d, rules)
-    result.counted = dict.fromkeys(result.counts, d.n)
-
-
-def _measure_moments(result: TensorOutliers, least: float, most: float) -> None:
-    values = result.values
-    values |= {
-        "minimum": least,
-        "maximum": most,
-        "zero_ratio": result.zeros / result.n,
-    }
-    if not math.isnan(result.mean_abs):
-        values["mean_abs"] = result.mean_abs
-    mean, std = result.moments.mean, result.moments.std
-    moment_values(result)
-    if math.isfinite(mean) and 0 < std < math.inf:
-        values["max_sigma"] = max(most - mean, mean - least) / std
-    else:
-        result.reasons["max_sigma"] = result.reasons["kurtosis"]
-
-
-def _thresholds(result: TensorOutliers, rules: OutlierRules) -> dict[str, tuple[float, float]]:
-    """Rule → (center, bound) of |w − center| > bound, for the rules that need no order statistics."""
-    found: dict[str, tuple[float, float]] = {}
-    for k in rules.all_sigmas:
-        if "std" in result.values:
-            found[f"{k:g}sigma"] = (result.moments.mean, k * result.moments.std)
-        else:
-            result.reasons[f"{k:g}sigma"] = "overflows float64"
-    found |= {f"abs{t:g}": (0.0, t) for t in rules.absolute}
-    found |= {f"mean{m:g}": (0.0, m * result.mean_abs) for m in rules.mean_multiples}
-    return found
-
-
-def _measure_order(result: TensorOutliers, d: Distribution, rules: OutlierRules) -> None:
-    counts = result.counts
-    median = d.median()
-    mad = d.median_distance(median)
-    result.values |= {"median": median, "mad": mad}
-    result.values |= {quantile_name(q): d.quantile(q) for q in rules.quantiles}
-    for z in rules.mad_z:
-        if mad > 0:
-            counts[f"madz{z:g}"] = _beyond(
-                d,
-                lambda v, z=z: 0.6745 * (v - median) / mad > z,
-                lambda v, z=z: 0.6745 * (median - v) / mad > z,
-            )
-        else:
-            result.reasons[f"madz{z:g}"] = "the MAD is 0: at least half of the entries are equal"
-    if rules.tukey:
-        q1, q3 = d.quantile(0.25), d.quantile(0.75)
-        for fence in rules.tukey:
-            upper, lower = q3 + fence * (q3 - q1), q1 - fence * (q3 - q1)
-            counts[f"tukey{fence:g}"] = _beyond(d, lambda v, b=upper: v > b, lambda v, b=lower: v < b)
-    _hill(result, d, rules.tail)
-
-
-def _beyond(d: Distribution, above: Any, below: Any) -> int:
-    return d.count_where(above) + d.count_where(below)
-
-
-def _hill(result: TensorOutliers, d: Distribution, tail: float) -> None:
-    m = math.floor(tail * d.n)
-    if m < 10:
-        result.reasons["tail_index"] = f"the tail of {tail:g} holds {m} entries; at least 10 are needed"
-        return
-    magnitude = np.sqrt(np.abs(d.low)) * np.sqrt(np.abs(d.high))
-    order = np.argsort(-magnitude)
-    magnitude, counts = magnitude[order], d.count[order]
-    reach = np.cumsum(counts)
-    last = int(np.searchsorted(reach, m, side="right"))
-    threshold = magnitude[last] if last < magnitude.size else magnitude[-1]
-    taken = np.minimum(counts, np.maximum(m - (reach - counts), 0))
-    if threshold <= 0:
-        result.reasons["tail_index"] = f"the tail of {tail:g} reaches down to 0"
-        return
-    used = taken > 0
-    spread = float((taken[used] * np.log(magnitude[used] / threshold)).sum())
-    if spread > 0:
-        result.values["tail_index"] = m / spread
-    else:
-        result.reasons["tail_index"] = "the entries of the tail are equal"
+        tensor = weight.detach().cpu().contiguous()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype in CODE_DTYPES:
+            return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.uint16).numpy(), dtype
+        weight = tensor.numpy()
+    array = np.asarray(weight)
+    if array.dtype == np.float16:
+        return np.ascontiguousarray(array).view(np.uint16), "float16"
+    if array.dtype.kind in "iub" and not hasattr(weight, "detach") and not isinstance(weight, np.ndarray):
+        array = array.astype(np.float64)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise UsageError(f"outlier statistics need floating-point weights, got {array.dtype}")
+    return np.ascontiguousarray(array), array.dtype.name

@@ -1,4 +1,4 @@
-"""Probes at growing numbers of labels: the online code length, few-shot accuracy, and random labels."""
+"""Probes at growing numbers of labels (online code length, few-shot accuracy) and on random labels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SHOTS = (1, 2, 5, 10)
 """Training images per class of the few-shot curve."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CodeLength:
-    """Bits to send the labels, given the features, by a probe that learns as it goes.
+    """Code length of the labels given the features.
 
     Attributes
     ----------
     bits : length of the online code. uniform_bits : n·log2 K, the length without features.
-    compression : uniform_bits / bits; 1 = the features say nothing, higher = the labels are easier to read.
+    compression : uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
     portions : ends of the portions, in rows.
     """
 
@@ -46,9 +46,9 @@ def online_code_length(
 ) -> CodeLength:
     """Description length of the labels by prequential coding with a linear probe.
 
-    The rows are shuffled and sent in portions that double: the first with log2 K bits a label, each later one
+    The rows are shuffled and coded in portions that double: the first with log2 K bits a label, each later one
     with the probe fitted on all before it. Predictions are mixed with the uniform distribution, as
-    (t·p + 1)/(t + K) after t rows, so that a class not met yet has a finite price.
+    (t·p + 1)/(t + K) after t rows, so that an unseen class has a finite code length.
 
     Parameters
     ----------
@@ -83,36 +83,27 @@ def online_code_length(
         ends.append(min(2 * ends[-1], n))
     nats = ends[0] * np.log(n_classes)
     for seen, end in pairwise(ends):
-        p = _predicted(
-            rows[:seen], labels[:seen], rows[seen:end], labels[seen:end], n_classes, C, tol, device
-        )
+        p = _predicted(rows[:end], labels[:end], seen, n_classes, C=C, tol=tol, device=device)
         nats -= np.log((seen * p + 1) / (seen + n_classes)).sum()
     bits, uniform = float(nats / np.log(2)), float(n * np.log2(n_classes))
-    return CodeLength(bits, uniform, uniform / bits, ends)
+    return CodeLength(bits=bits, uniform_bits=uniform, compression=uniform / bits, portions=ends)
 
 
 def _predicted(
-    X: np.ndarray,
-    y: np.ndarray,
-    X_next: np.ndarray,
-    y_next: np.ndarray,
-    n_classes: int,
-    C: float,
-    tol: float,
-    device: str,
+    X: np.ndarray, y: np.ndarray, seen: int, n_classes: int, *, C: float, tol: float, device: str
 ) -> np.ndarray:
-    """Probability that a probe fitted on (X, y) gives each next label; 0 for a class not met yet."""
-    present, coded = np.unique(y, return_inverse=True)
+    """Probability that a probe fitted on the first `seen` rows gives each later label; 0 for an unseen class."""
+    present, coded = np.unique(y[:seen], return_inverse=True)
     column = np.full(n_classes, -1)
     column[present] = np.arange(len(present))
-    known = column[y_next] >= 0
-    p = np.zeros(len(y_next))
+    later = column[y[seen:]]
+    known = later >= 0
+    p = np.zeros(len(later))
     if len(present) == 1:
         p[known] = 1.0
         return p
-    probe = fit_logistic_path(X, coded, [C], tol=tol, device=device)[0]
-    logs = probe.log_probabilities(X_next)
-    p[known] = np.exp(logs[known, column[y_next[known]]])
+    probe = fit_logistic_path(X[:seen], coded, [C], tol=tol, device=device)[0]
+    p[known] = np.exp(probe.log_probabilities(X[seen:])[known, later[known]])
     return p
 
 
@@ -139,8 +130,8 @@ def few_shot_curve(
 ) -> list[FewShot]:
     """Probes on a few training images per class, several random draws each.
 
-    The draw with more shots contains the one with fewer. C is chosen on the whole validation split, so the
-    curve shows what the images teach, not what few labels allow to select; there is no refit.
+    The draw with more shots contains the one with fewer. C is chosen on the whole validation split; there is
+    no refit.
 
     Returns
     -------
@@ -156,15 +147,9 @@ def few_shot_curve(
             by_class = order[np.argsort(y[order], kind="stable")]
             starts = np.r_[0, np.cumsum(np.bincount(y, minlength=n_classes))[:-1]]
             chosen = by_class[(starts[:, None] + np.arange(m)).ravel()]
+            few = (X[chosen], y[chosen])
             found = select_probe(
-                (X[chosen], y[chosen]),
-                validation,
-                test,
-                n_classes,
-                Cs=Cs,
-                refit="train",
-                tol=tol,
-                device=device,
+                few, validation, test, n_classes, Cs=Cs, refit="train", tol=tol, device=device
             )
             accuracies.append(found.test_accuracy)
         curve.append(FewShot(m, np.array(accuracies)))
@@ -174,11 +159,10 @@ def few_shot_curve(
 def control_accuracy(
     X: np.ndarray, labels: np.ndarray, C: float, *, tol: float = 1e-4, device: str = "cpu"
 ) -> float:
-    """Share of random labels that a probe of strength `C` learns by heart.
+    """Share of random labels that a probe of strength `C` memorises.
 
-    In a control task each type has one random label, and what a probe gets right there it can only have
-    memorised. For images the type is the image itself, so the control is judged on the images it was
-    trained on; selectivity is the accuracy on the real task minus this.
+    In a control task each type has one random label. For images the type is the image itself, so the control
+    is measured on the training images; selectivity is the accuracy on the real task minus this.
 
     Parameters
     ----------

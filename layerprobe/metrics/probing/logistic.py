@@ -1,4 +1,4 @@
-"""Linear probes: how much of a label a linear classifier reads off the features, and how sure that is."""
+"""Linear probes: multinomial logistic regression, C chosen on validation, accuracy measured on test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import Interval, wilson_interval
-from layerprobe.metrics.probing.data import Standardised
+from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.solver import LogisticFit, LogisticPath
 from layerprobe.metrics.validation import check_features, check_labels
 
@@ -19,7 +19,7 @@ C_GRID = tuple(10.0**power for power in range(-4, 4))
 REFITS = ("train+validation", "train")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogisticProbe:
     """A linear classifier for raw features: standardisation by the training split, then weights.
 
@@ -52,7 +52,7 @@ class LogisticProbe:
         return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeResult:
     """A probe with its C chosen on validation and its accuracy measured once on test.
 
@@ -145,11 +145,10 @@ def select_probe(
     tol: float = 1e-4,
     device: str = "cpu",
 ) -> ProbeResult:
-    """Fit every C on train, choose by validation accuracy, refit, and look at test once.
+    """Fit every C on train, choose by validation accuracy, refit, and measure once on test.
 
-    The refit takes the validation images in, since a chosen C needs them no longer and more labels make a
-    better probe; features stay standardised by the training split, so that the chosen C means the same.
-    Say `refit="train"` to keep the probe that was validated.
+    The refit uses the validation images as well; features stay standardised by the training split, so that
+    the chosen C means the same. `refit="train"` keeps the probe that was validated.
 
     Parameters
     ----------
@@ -170,7 +169,10 @@ def select_probe(
     best = int(accuracy.argmax())
     chosen = probes[best]
     if refit == "train+validation":
-        chosen = refit_probe(chosen, np.concatenate([X, X_val]), np.concatenate([y, y_val]), tol, device)
+        both = Standardised(np.concatenate([X, X_val]), data.mean, data.scale)
+        path = LogisticPath(both, np.concatenate([y, y_val]), n_classes, tol=tol, device=device)
+        path.start_from(chosen.coef, chosen.intercept)
+        chosen = _as_probe(path.fit(chosen.C), both)
     correct = chosen.predict(X_test) == y_test
     return ProbeResult(
         probe=chosen,
@@ -186,15 +188,7 @@ def select_probe(
     )
 
 
-def refit_probe(
-    probe: LogisticProbe, X: np.ndarray, y: np.ndarray, tol: float = 1e-4, device: str = "cpu"
-) -> LogisticProbe:
-    """The same C and standardisation on other rows, from the weights that are there."""
-    data = Standardised(X, probe.mean, probe.scale)
-    path = LogisticPath(data, y, len(probe.intercept), tol=tol, device=device)
-    path.start_from(probe.coef, probe.intercept)
-    return _as_probe(path.fit(probe.C), data)
-
-
 def _as_probe(fit: LogisticFit, data: Standardised) -> LogisticProbe:
-    return LogisticProbe(fit.coef, fit.intercept, data.mean, data.scale, fit.C, fit)
+    return LogisticProbe(
+        coef=fit.coef, intercept=fit.intercept, mean=data.mean, scale=data.scale, C=fit.C, fit=fit
+    )

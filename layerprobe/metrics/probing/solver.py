@@ -4,12 +4,11 @@ For standardised features X (n×d), labels y in 0 … K−1, weights W (K×d) an
 
     F(W, b) = Σ_i [ logsumexp(W x_i + b) − (W x_i + b)_{y_i} ] + ‖W‖² / (2C)
 
-which is scikit-learn's objective divided by C, intercept unpenalised. Three things make it fast. The features
-are rotated onto their principal axes once, where the Hessian is close to diagonal, so that an exact diagonal
-preconditions L-BFGS well. Line searches run on cached logits: a trial step costs one softmax and no matrix
-product. Work is float32; gradients of the last Newton steps and every reported number are float64, on the
-features as they came. And one thing makes it honest: a fit ends with a conjugate-gradient solve of the Newton
-system, whose decrement ½ gᵀH⁻¹g estimates F − min F; a fit that is not within tolerance says so.
+which is scikit-learn's objective divided by C, intercept unpenalised. The features are rotated onto their
+principal axes once, where an exact diagonal preconditions L-BFGS well. Line searches run on cached logits: a
+trial step costs one softmax and no matrix product. Work is float32; the last Newton steps and every reported
+number are float64. A fit ends with a conjugate-gradient solve of the Newton system, whose decrement
+½ gᵀH⁻¹g estimates F − min F and decides whether the fit counts as converged.
 """
 
 from __future__ import annotations
@@ -22,17 +21,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from layerprobe.metrics.probing.data import Standardised, lower_gram
+from layerprobe.metrics.probing import Standardised, lower_gram
 
 _MEMORY = 20  # L-BFGS pairs: each costs two passes over the K×d weights, small beside n×d×K
 _LOOSE = 2e-6  # L-BFGS's own estimate of what is left, at which the Newton steps take over
 _CG_STEPS = 150
+_MOST_EVALUATIONS = 5000  # per fit
 _DELAY = 6  # steps of conjugate gradients over which the decay of their gains is judged
 _SAFETY = 0.5  # the decrement has been seen up to 2 times too small, so it must be below half of `tol`
 _LOG_TINY = -40.0  # below exp(−40) probabilities are cut, because subnormal numbers are slow on CPUs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LogisticFit:
     """One fitted probe, in the units of the features that were given.
 
@@ -75,9 +75,8 @@ class LogisticPath:
         *,
         tol: float = 1e-4,
         device: str = "cpu",
-        max_evaluations: int = 5000,
     ) -> None:
-        self.X, self.tol, self.max_evaluations = X, tol, max_evaluations
+        self.X, self.tol = X, tol
         self.device = torch.device(device)
         self.n, self.k = len(X), n_classes
         self.y = torch.from_numpy(np.ascontiguousarray(y, dtype=np.int64)).to(self.device)
@@ -118,11 +117,11 @@ class LogisticPath:
         start = self.evaluations
         before = (self.W, self.b)
         self._extrapolate(C)
-        self._lbfgs(C, _LOOSE, start + self.max_evaluations)
+        self._lbfgs(C, _LOOSE, start + _MOST_EVALUATIONS)
         while True:
             value, decrement, gap = self._newton(C)
             converged = min(decrement, gap) <= _SAFETY * self.tol
-            if converged or self.evaluations - start >= self.max_evaluations:
+            if converged or self.evaluations - start >= _MOST_EVALUATIONS:
                 break
         self._before = before
         return LogisticFit(
@@ -144,8 +143,7 @@ class LogisticPath:
         dW, db = W - self._before[0].float(), b - self._before[1].float()
         if not dW.any():
             return
-        logits = torch.addmm(b, self.Z, W.T)
-        line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, 1 / C)
+        line = _Line(self, torch.addmm(b, self.Z, W.T), W, torch.cat([dW, db[:, None]], 1), 1 / C)
         self.evaluations += 1
         step = line.search(1.0)
         self.W, self.b = (W + step * dW).double(), (b + step * db).double()
@@ -162,12 +160,11 @@ class LogisticPath:
         self.evaluations += 1
         while self.evaluations < budget:
             direction = -_two_loop(g, pairs, inverse, scale)
-            dW, db = direction[:, :-1], direction[:, -1]
-            line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, penalty)
+            line = _Line(self, logits, W, direction, penalty)
             step = line.search(1.0)
             if step == 0:
                 break
-            W, b = W + step * dW, b + step * db
+            W, b = W + step * direction[:, :-1], b + step * direction[:, -1]
             new = self._gradient(line.R, W, penalty)
             self.evaluations += 1
             logits, change, bend = line.logits, step * direction, new - g
@@ -223,40 +220,31 @@ class LogisticPath:
         logits = torch.addmm(b, self.Z, W.T)
         system = _NewtonSystem(self, _softmax(logits), penalty)
         self.evaluations += 1
-        solution = system.solve((g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2)
+        direction, decrement, gap = system.solve(
+            (g / size).float(), 2 * _SAFETY * self.tol * value / float(size) ** 2
+        )
         unit = 0.5 * float(size) ** 2 / value
-        direction = solution.direction * size.float()
-        dW, db = direction[:, :-1] - direction[:, :-1].mean(0), direction[:, -1]
-        line = _Line(self, logits, torch.addmm(db, self.Z, dW.T), W, dW, penalty)
-        step = line.search(1.0)
-        moved_W, moved_b = self.W + step * dW.double(), self.b + step * db.double()
-        moved = self._value(moved_W, moved_b, penalty)
+        direction *= size.float()
+        direction[:, :-1] -= direction[:, :-1].mean(0)
+        step = _Line(self, logits, W, direction, penalty).search(1.0)
+        moved_W = self.W + step * direction[:, :-1].double()
+        moved_b = self.b + step * direction[:, -1].double()
+        moved = self.X.loss(self.y, moved_W @ self.rotation.T, moved_b)
+        moved += 0.5 * penalty * float((moved_W * moved_W).sum())
+        self.evaluations += 1
         if moved < value:
             self.W, self.b, value = moved_W, moved_b, moved
-        return value, solution.decrement * unit, solution.gap * unit
-
-    def _value(self, W: torch.Tensor, b: torch.Tensor, penalty: float) -> float:
-        coef, loss = W @ self.rotation.T, 0.0
-        for rows, block in self.X.blocks(self.device):
-            logits = torch.addmm(b, block, coef.T)
-            loss += float(torch.nn.functional.cross_entropy(logits, self.y[rows], reduction="sum"))
-        self.evaluations += 1
-        return loss + 0.5 * penalty * float((W * W).sum())
+        return value, decrement * unit, gap * unit
 
 
 class _Line:
     """F along one direction, from cached logits: each trial is one softmax."""
 
     def __init__(
-        self,
-        path: LogisticPath,
-        logits: torch.Tensor,
-        slope: torch.Tensor,
-        W: torch.Tensor,
-        dW: torch.Tensor,
-        penalty: float,
+        self, path: LogisticPath, logits: torch.Tensor, W: torch.Tensor, step: torch.Tensor, penalty: float
     ) -> None:
-        self.start, self.along, self.y = logits, slope, path.column
+        dW, db = step[:, :-1], step[:, -1]
+        self.start, self.along, self.y = logits, torch.addmm(db, path.Z, dW.T), path.column
         self.penalty = penalty
         self.ww, self.wd, self.dd = (float(torch.sum(a * c)) for a, c in ((W, W), (W, dW), (dW, dW)))
 
@@ -298,13 +286,6 @@ class _Line:
         return low
 
 
-@dataclass
-class _Solution:
-    direction: torch.Tensor
-    decrement: float
-    gap: float
-
-
 class _NewtonSystem:
     """Products with the Hessian at given probabilities, the intercepts eliminated, and its solution by CG."""
 
@@ -341,9 +322,10 @@ class _NewtonSystem:
         self.path.evaluations += 1
         return torch.addmm(V, T.T, self.path.Z, beta=self.penalty), shift
 
-    def solve(self, g: torch.Tensor, enough: float) -> _Solution:
+    def solve(self, g: torch.Tensor, enough: float) -> tuple[torch.Tensor, float, float]:
         """Conjugate gradients on H x = −g, until gᵀH⁻¹g is known well enough or proven small enough.
 
+        Returns x, the estimate of gᵀH⁻¹g and an upper bound of it.
         gᵀH⁻¹g = q + rᵀH⁻¹r, where q grows with every step and rᵀH⁻¹r ≤ C ‖r‖², since H ⪰ I/C on the weights.
         """
         residual, shift = self.eliminate(g)
@@ -375,7 +357,7 @@ class _NewtonSystem:
                 break
             p = z + (rz / old) * p
         decrement = min(bound, q + rest)
-        return _Solution(torch.cat([x, shift[:, None]], 1), decrement, gap)
+        return torch.cat([x, shift[:, None]], 1), decrement, gap
 
 
 def _tail(gains: Sequence[float]) -> float:

@@ -1,15 +1,12 @@
 """Debiased linear CKA of all layers of one model with all layers of another: exact, fast, in flat memory.
 
-Two exact forms, and the cheaper one is chosen. The Gram form (`similarity_gram`) walks over half of the n×n
-square in tiles; in a tile the centred Gram matrices of all layers are made once and multiplied with one
-another, so that the cost is that of the Gram matrices alone. The feature form (`similarity_features`)
-multiplies d×d matrices and wins where n is much larger than d. Products run in float32 over at most 8,192
-terms and are summed in float64; up to 512 images everything is float64.
+`pairwise_cka` takes whole arrays; `MinibatchCKA` takes batches that are seen once and never kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity.rows import CentredRows, centred_layers
+from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, paired_layers
+from layerprobe.metrics.similarity.hsic import Terms, feature_cost, feature_terms, gram_cost, gram_terms
 
-FloatArray = NDArray[np.float64]
-Progress = Callable[[float], None]
-
-DIAGONAL_ROWS = 256
-"""Rows per tile of the Gram form along the diagonal, where half a tile is wasted: the fewer the less waste,
-the more the faster the matrix product."""
 METHODS = ("auto", "gram", "features")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairwiseCKA:
     """Values and what is known of their uncertainty; made by `pairwise_cka`.
 
@@ -36,9 +28,9 @@ class PairwiseCKA:
     ----------
     values, stderr : layers of X × layers of Y; NaN where undefined.
     reasons : per cell, why it is undefined, or None.
-    influence : groups of images × layers of X × layers of Y: how each group pulls each cell. Its sum of
+    influence : groups of images × layers of X × layers of Y: how each group moves each cell. Its sum of
         squares over groups is the delete-a-group variance before the small-sample correction.
-    n : images. method : "gram" or "features".
+    n : images. method : "gram", "features" or "minibatch".
     """
 
     values: FloatArray
@@ -63,22 +55,6 @@ class PairwiseCKA:
         return float(np.sqrt(np.square(difference).sum()))
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What both forms deliver. `cross`, `self_x`, `self_y` are n(n−3)·HSIC₁; the `part_*` are the shares of
-    groups of images in them (groups × …); `square(c, u, v)` is the sum over pairs of different images or
-    groups of the squared, doubly centred kernel c·cross − u·self_x − v·self_y, all (layers of X × of Y)."""
-
-    cross: FloatArray
-    self_x: FloatArray
-    self_y: FloatArray
-    part_cross: FloatArray
-    part_x: FloatArray
-    part_y: FloatArray
-    scale: float
-    square: Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
-
-
 def pairwise_cka(
     layers_x: Sequence[Any],
     layers_y: Sequence[Any] | None = None,
@@ -101,7 +77,7 @@ def pairwise_cka(
     rows_x, rows_y : row orders that pair the images, where they are not stored in the same order.
     names_x, names_y : what errors call the layers.
     method : "gram", "features", or "auto" for the one with fewer multiplications.
-    seed : deals the images into groups for the standard errors; values depend on it only by rounding.
+    seed : assigns images to groups for the standard errors; values depend on it only by rounding.
     device : where the products run ("cpu", "cuda").
     progress : called with the share of the work done since the last call.
 
@@ -119,9 +95,6 @@ def pairwise_cka(
     is a delete-a-group jackknife of the linearised ratio, less the quadratic part that a jackknife counts
     twice: Efron, Stein, "The jackknife estimate of variance", Annals of Statistics 9(3), 1981.
     """
-    from layerprobe.metrics.similarity.features import feature_terms
-    from layerprobe.metrics.similarity.gram import gram_terms
-
     if method not in METHODS:
         raise UsageError(f"unknown method '{method}' for CKA; choose one of {', '.join(METHODS)}")
     xs, ys = paired_layers(layers_x, layers_y, rows_x=rows_x, rows_y=rows_y, names_x=names_x, names_y=names_y)
@@ -133,48 +106,92 @@ def pairwise_cka(
     return _finish(terms, xs, xs if ys is None else ys, method)
 
 
-def paired_layers(
-    layers_x: Sequence[Any],
-    layers_y: Sequence[Any] | None,
-    *,
-    rows_x: NDArray[np.intp] | None,
-    rows_y: NDArray[np.intp] | None,
-    names_x: Sequence[str] | None,
-    names_y: Sequence[str] | None,
-) -> tuple[list[CentredRows], list[CentredRows] | None]:
-    """Both models' layers, checked against one another; the second is None for a self-comparison."""
-    xs = centred_layers(layers_x, names_x or [f"layer {i} of A" for i in range(len(layers_x))], rows_x)
-    if layers_y is None:
-        return xs, None
-    ys = centred_layers(layers_y, names_y or [f"layer {i} of B" for i in range(len(layers_y))], rows_y)
-    if ys[0].n != xs[0].n:
-        raise UsageError(
-            f"similarity pairs rows image by image: {xs[0].name} is {xs[0].n}×{xs[0].d}, "
-            f"{ys[0].name} is {ys[0].n}×{ys[0].d}"
+class MinibatchCKA:
+    """Sums of HSIC₁ over batches, weighted by b(b−3), and their ratio at the end.
+
+    Every batch gives unbiased estimates of the same quantities, so batches of any size mix, and the standard
+    error comes from their spread. Pairs of images in different batches are never compared.
+
+    References
+    ----------
+    Nguyen, Raghu, Kornblith, ICLR 2021, arXiv 2010.15327, section 3 and appendix.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> running = MinibatchCKA()
+    >>> for _ in range(3):
+    ...     batch = rng.normal(size=(64, 8))
+    ...     running.update([batch], [2 * batch])
+    >>> running.result().values.round(6)
+    array([[1.]])
+    """
+
+    def __init__(self, *, device: str = "cpu") -> None:
+        self.device = device
+        self.n = 0
+        self._parts: list[tuple[FloatArray, FloatArray, FloatArray]] = []
+        self._names: tuple[list[str], list[str]] | None = None
+
+    def update(self, layers_x: Sequence[Any], layers_y: Sequence[Any] | None = None) -> None:
+        """Add one batch: a list of b×d arrays for each model (the second left out compares a model with itself).
+
+        Raises
+        ------
+        UsageError : fewer than 4 images in the batch, other layers than before, shapes that do not pair, or
+            non-finite values.
+        """
+        xs, ys = paired_layers(layers_x, layers_y)
+        names = ([layer.name for layer in xs], [layer.name for layer in ys or xs])
+        if self._names is not None and names != self._names:
+            raise UsageError(
+                f"every batch must bring the same layers: {len(self._names[0])} and {len(self._names[1])} before, "
+                f"{len(names[0])} and {len(names[1])} now"
+            )
+        self._names = names
+        terms = gram_terms(xs, ys, np.arange(xs[0].n, dtype=np.intp), self.device, lambda share: None)
+        # The layers arrive scaled by powers of two that differ from batch to batch; the sums must not.
+        scale_x = np.array([0.0 if layer.constant else layer.scale**-2.0 for layer in xs])
+        scale_y = np.array([0.0 if layer.constant else layer.scale**-2.0 for layer in ys or xs])
+        self._parts.append(
+            (
+                terms.cross * scale_x[:, None] * scale_y[None, :],
+                terms.self_x * scale_x**2,
+                terms.self_y * scale_y**2,
+            )
         )
-    return xs, ys
+        self.n += xs[0].n
 
-
-def gram_cost(xs: list[CentredRows], ys: list[CentredRows] | None) -> float:
-    """Multiplications of the Gram form."""
-    n = xs[0].n
-    layers = xs if ys is None else xs + ys
-    return n * (n + DIAGONAL_ROWS) / 2 * (sum(layer.d for layer in layers) + len(xs) * len(ys or xs))
-
-
-def feature_cost(xs: list[CentredRows], ys: list[CentredRows] | None) -> float:
-    """Multiplications of the feature form."""
-    n = xs[0].n
-    if ys is None:
-        return float(n * sum(a.d * b.d for i, a in enumerate(xs) for b in xs[i:]))
-    return float(n * (sum(a.d * b.d for a in xs for b in ys) + sum(layer.d**2 for layer in xs + ys)))
+    def result(self) -> PairwiseCKA:
+        """Values over all batches so far; standard errors from the spread of the batches (NaN for one batch)."""
+        if self._names is None:
+            raise UsageError("no batch was added")
+        cross, self_x, self_y = (np.stack(part) for part in zip(*self._parts, strict=True))
+        batches = len(cross)
+        values, c, u, v = _ratio(cross.sum(axis=0), self_x.sum(axis=0), self_y.sum(axis=0))
+        influence = c * cross - u * self_x[:, :, None] - v * self_y[:, None, :]
+        if batches > 1:
+            influence *= math.sqrt(batches / (batches - 1))
+            stderr = np.sqrt(np.square(influence).sum(axis=0))
+        else:
+            stderr = np.full_like(values, np.nan)
+        flat_x, flat_y = (
+            [f"{name} is constant over the images of every batch" if bad else None for name, bad in pairs]
+            for pairs in (
+                zip(self._names[0], self_x.sum(axis=0) <= 0.0, strict=True),
+                zip(self._names[1], self_y.sum(axis=0) <= 0.0, strict=True),
+            )
+        )
+        reasons = [[a or b for b in flat_y] for a in flat_x]
+        return PairwiseCKA(
+            values=values, stderr=stderr, reasons=reasons, influence=influence, n=self.n, method="minibatch"
+        )
 
 
 def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: str) -> PairwiseCKA:
     """Ratio, influence of each group through the ratio's derivative, and the standard error."""
-    n = xs[0].n
     self_x, self_y = _positive(terms.self_x, xs), _positive(terms.self_y, ys)
-    values, c, u, v = finish_ratio(terms.cross, self_x, self_y)
+    values, c, u, v = _ratio(terms.cross, self_x, self_y)
     influence = (
         2.0
         * terms.scale
@@ -184,10 +201,17 @@ def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: 
     # No variance is below its quadratic part, but the positive part of a noisy difference is biased upwards
     # (by 15 % for independent features at n = 100), so only three quarters of that part are insisted on.
     variance = np.maximum(np.square(influence).sum(axis=0) - quadratic, 0.75 * quadratic)
-    return PairwiseCKA(values, np.sqrt(variance), _reasons(xs, ys, self_x, self_y), influence, n, method)
+    return PairwiseCKA(
+        values=values,
+        stderr=np.sqrt(variance),
+        reasons=_reasons(xs, ys, self_x, self_y),
+        influence=influence,
+        n=xs[0].n,
+        method=method,
+    )
 
 
-def finish_ratio(
+def _ratio(
     cross: FloatArray, self_x: FloatArray, self_y: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """CKA and its derivative: d CKA = c·d cross − u·d self_x − v·d self_y; NaN where a self term is not positive."""

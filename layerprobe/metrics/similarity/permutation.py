@@ -23,8 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity.all_pairs import FloatArray, Progress, paired_layers
-from layerprobe.metrics.similarity.rows import CentredRows
+from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, paired_layers
 
 MAX_IMAGES = 4096
 """More images than this are sampled: the null's shape no longer depends on n, its spread does so in a known way."""

@@ -1,21 +1,27 @@
-"""Readable transfer scores: what the features of one layer already say about the labels of a task.
+"""Readable transfer scores: how well the features of one layer predict the labels of a task, without training.
 
-Each function takes n×d features X and n integer labels y, or a `ClassSpectrum` made from them once;
-`readable_scores` runs the whole battery on one Gram matrix and one eigendecomposition.
+Each function takes n×d features X and n integer labels ≥ 0, or a `ClassSpectrum` made from them once;
+`readable_scores` computes all of them from one Gram matrix and one eigendecomposition.
 All scores but `knn` cost O(n·d·min(n, d)).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.transferability.evidence import maximum_evidence
-from layerprobe.metrics.transferability.spectrum import ClassSpectrum, checked, class_spectrum
+from layerprobe.metrics.probing.knn_ridge import leave_one_out, majority
+from layerprobe.metrics.transferability import (
+    ClassSpectrum,
+    check_labelled,
+    class_spectrum,
+    maximum_evidence,
+)
+from layerprobe.records import Estimate
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "logme": True,
@@ -29,13 +35,6 @@ HIGHER_IS_BETTER: dict[str, bool] = {
 """The readable scores and their direction: True where a larger value promises better transfer."""
 
 
-class Score(NamedTuple):
-    """A value, or None and the reason why there is none."""
-
-    value: float | None
-    reason: str | None = None
-
-
 def logme(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) -> float:
     """Logarithm of the maximum evidence of Bayesian linear regression onto the labels, per image.
 
@@ -44,13 +43,7 @@ def logme(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) 
 
     The maximum is exact: β is eliminated in closed form and the remaining one-dimensional search covers
     every scale of α/β, infinity included. So the value does not change when X is scaled, and it is right for
-    n < d and for rank-deficient X; a fixed point from α = β = 1 is neither. A class that never occurs has no
-    evidence and is left out of the average.
-
-    Parameters
-    ----------
-    features : n×d, or a `ClassSpectrum` (then without labels).
-    labels : n integers ≥ 0.
+    n < d and for rank-deficient X. A class that never occurs is left out of the average.
 
     Returns
     -------
@@ -245,11 +238,15 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
     n, values = spectrum.n_samples, spectrum.eigenvalues
     damped = 1.0 / (values + _gcv_penalty(spectrum))
     leverage = 1.0 / n + spectrum.scores**2 @ damped
-    fitted = spectrum.scores @ (spectrum.class_sums * damped).T + spectrum.counts / n
-    # Leaving row i out divides all its fitted values by the same 1 − h_i, after h_i·y is taken away.
     own = np.repeat(np.arange(len(spectrum.classes)), spectrum.counts)
-    fitted[np.arange(n), own] -= leverage
-    return float((fitted.argmax(axis=1) == own).mean())
+    arrays = (
+        spectrum.scores,
+        spectrum.class_sums[None] * damped,
+        spectrum.counts / n,
+        leverage[:, None],
+        own,
+    )
+    return float(leave_one_out(*(torch.from_numpy(array) for array in arrays))[0])
 
 
 def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) -> float:
@@ -267,7 +264,7 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
     """
     if n_neighbours < 1:
         raise UsageError(f"knn needs at least one neighbour: n_neighbours={n_neighbours}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     if len(X) < 2:
         raise UsageError("knn leaves one image out: it needs at least two")
     X = X.astype(np.float64)
@@ -275,19 +272,17 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
     lengths = np.einsum("ij,ij->i", X, X)
     k = min(n_neighbours, len(X) - 1)
     classes, own = np.unique(y, return_inverse=True)
+    bank, target = torch.from_numpy(X), torch.from_numpy(own)
+    # A vote is worth 1, and a little more the nearer it is: less than a vote in sum, so it only breaks ties.
+    worth = 1 + 2.0 ** -torch.arange(2, k + 2, dtype=torch.float64)
     hits = 0
     for start in range(0, len(X), 512):
-        stop = min(start + 512, len(X))
-        distances = lengths - 2 * X[start:stop] @ X.T
-        distances[np.arange(stop - start), np.arange(start, stop)] = np.inf
-        nearest = np.argpartition(distances, k - 1, axis=1)[:, :k]
-        rank = np.argsort(np.take_along_axis(distances, nearest, axis=1), axis=1, kind="stable")
-        neighbours = own[np.take_along_axis(nearest, rank, axis=1)]
-        votes = np.zeros((stop - start, len(classes)))
-        # A vote is worth 1, and a little more the nearer it is: less than a vote in sum, so it only breaks ties.
-        for position in range(k):
-            np.add.at(votes, (np.arange(stop - start), neighbours[:, position]), 1 + 2.0 ** -(position + 2))
-        hits += int((votes.argmax(axis=1) == own[start:stop]).sum())
+        part = bank[start : start + 512]
+        distances = torch.addmm(torch.from_numpy(lengths), part, bank.T, alpha=-2)
+        distances.diagonal(start).fill_(torch.inf)
+        nearest = distances.topk(k, dim=1, largest=False).indices
+        found = majority(target[nearest], worth.expand(len(part), k), len(classes))
+        hits += int((found == target[start : start + 512]).sum())
     return hits / len(X)
 
 
@@ -305,8 +300,8 @@ SPECTRAL_SCORES = tuple(_SPECTRAL)
 
 def readable_scores(
     features: ArrayLike, labels: ArrayLike, *, scores: tuple[str, ...] = tuple(HIGHER_IS_BETTER)
-) -> dict[str, Score]:
-    """The battery: every score of `scores`, from one Gram matrix and one eigendecomposition.
+) -> dict[str, Estimate]:
+    """Every score of `scores`, from one Gram matrix and one eigendecomposition.
 
     Parameters
     ----------
@@ -315,7 +310,7 @@ def readable_scores(
 
     Returns
     -------
-    dict name → Score(value, reason); a score that is undefined here has value None and says why.
+    dict name → Estimate with value and reason; a score that is undefined here has value None and says why.
 
     Raises
     ------
@@ -324,17 +319,17 @@ def readable_scores(
     unknown = [name for name in scores if name not in HIGHER_IS_BETTER]
     if unknown:
         raise UsageError(f"unknown transfer scores {unknown}; known: {', '.join(HIGHER_IS_BETTER)}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     try:
         spectrum = class_spectrum(X, y)
     except UsageError as error:
-        return {name: Score(None, str(error)) for name in scores}
-    found: dict[str, Score] = {}
+        return {name: Estimate(value=None, reason=str(error)) for name in scores}
+    found: dict[str, Estimate] = {}
     for name in scores:
         try:
-            found[name] = Score(loo_knn(X, y) if name == "knn" else _SPECTRAL[name](spectrum))
+            found[name] = Estimate(value=loo_knn(X, y) if name == "knn" else _SPECTRAL[name](spectrum))
         except UsageError as error:
-            found[name] = Score(None, str(error))
+            found[name] = Estimate(value=None, reason=str(error))
     return found
 
 
@@ -345,18 +340,17 @@ def half_sample_errors(
     n_replicates: int = 50,
     seed: int = 0,
     scores: tuple[str, ...] = SPECTRAL_SCORES,
-) -> Mapping[str, Score]:
+) -> Mapping[str, Estimate]:
     """Standard errors of the readable scores, by the half-sample bootstrap within classes.
 
-    A replicate keeps a random half of each class, without repeats. Its spread around the mean replicate
-    estimates the spread of the full sample (for a mean, exactly: half as many images, none twice). The usual
-    bootstrap draws images twice, and an image left out would find its own copy among the others. In
-    simulations the claimed error is 0.9 to 1.35 times the true one: on the safe side for scores that depend
-    on the number of images (transrate, h_score).
+    A replicate keeps a random half of each class, without repeats; the spread of the replicates estimates
+    the spread of the full sample. (The usual bootstrap draws images twice, and an image left out would find its
+    own copy among the others.) In simulations the error is 0.9 to 1.35 times the true one, too large for
+    scores that depend on the number of images (transrate, h_score).
 
     Returns
     -------
-    dict name → Score(standard error, reason why there is none).
+    dict name → Estimate whose value is the standard error, or the reason why there is none.
 
     References
     ----------
@@ -365,24 +359,25 @@ def half_sample_errors(
     """
     if n_replicates < 2:
         raise UsageError(f"a spread needs at least two replicates: n_replicates={n_replicates}")
-    X, y = checked(features, labels)
+    X, y = check_labelled(features, labels)
     rng = np.random.default_rng(seed)
     replicates = [
         readable_scores(X[rows], y[rows], scores=scores)
         for rows in (half_sample(y, rng) for _ in range(n_replicates))
     ]
-    errors: dict[str, Score] = {}
+    errors = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        values = np.array([r[name].value for r in replicates], dtype=float)
-        errors[name] = (
-            Score(float(values.std(ddof=1))) if missing is None else Score(None, f"half samples: {missing}")
-        )
+        spread = float(np.array([r[name].value for r in replicates], dtype=float).std(ddof=1))
+        if missing is None:
+            errors[name] = Estimate(value=spread)
+        else:
+            errors[name] = Estimate(value=None, reason=f"half samples: {missing}")
     return errors
 
 
 def half_sample(labels: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Rows of a random half of each class; of an odd class, the spare image is in or out by a coin."""
+    """Rows of a random half of each class; the odd image of a class is in or out at random."""
     kept = []
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))

@@ -13,8 +13,14 @@ from families import save
 from torch import nn
 
 from layerprobe.analyzers.attribution import METHODS, SLOW_METHODS, attribute_layers
-from layerprobe.analyzers.attribution_path import Ablation, Taps, mean_updates, path_conductance, refined
-from layerprobe.analyzers.trainability import only_these_train
+from layerprobe.analyzers.attribution_path import (
+    ablated,
+    mean_updates,
+    path_conductance,
+    refined,
+    residual_taps,
+)
+from layerprobe.analyzers.heads import only_these_train
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.plotting.attribution import attribution_figure, patch_maps_figure, plot_attribution
@@ -82,7 +88,7 @@ def test_one_pass_equals_captum_layer_by_layer(backbone, problem):
     predict, pixels, baseline, targets = problem
     n_steps = 5
     alphas = approximation_parameters("gausslegendre")[1](n_steps + 1)
-    with Taps(backbone) as taps:
+    with residual_taps(backbone) as taps:
         single = [
             LayerConductance(predict, tap).attribute(
                 pixels,
@@ -90,7 +96,7 @@ def test_one_pass_equals_captum_layer_by_layer(backbone, problem):
                 additional_forward_args=(targets,),
                 n_steps=n_steps,
             )
-            for tap in taps.modules
+            for tap in taps
         ]
         ours = path_conductance(lambda p: predict(p, targets), taps, pixels, baseline, alphas, rule="left")
     assert len(single) == backbone.n_blocks + 1
@@ -102,7 +108,7 @@ def test_one_pass_equals_captum_layer_by_layer(backbone, problem):
 def test_every_place_sums_to_the_same_and_the_update_is_part_of_it(backbone, problem):
     predict, pixels, baseline, targets = problem
     alphas = np.linspace(0, 1, 65).tolist()
-    with Taps(backbone) as taps, only_these_train(backbone, []):
+    with residual_taps(backbone) as taps, only_these_train(backbone, []):
         found = path_conductance(
             lambda p: predict(p, targets), taps, pixels, baseline, alphas, with_step_errors=True
         )
@@ -136,7 +142,7 @@ def test_update_attribution_of_a_linear_chain_is_exact():
             block.weight.copy_(torch.eye(4) + weights[-1])
     head = torch.randn(4)
     x, base = torch.randn(2, 5, 4), torch.randn(5, 4)
-    with Taps(chain) as taps:
+    with residual_taps(chain) as taps:
         found = path_conductance(lambda p: chain(p).sum(dim=1) @ head, taps, x, base, [0.0, 0.3, 1.0])
     moved, back = x - base, [head]
     for block in reversed(list(chain.blocks)):
@@ -154,24 +160,22 @@ def test_ablations_equal_captums_feature_ablation(backbone, problem, task):
     with only_these_train(backbone, []):
         updates, mean_image = mean_updates(backbone, [batch[:20], batch[20:]])
         assert torch.allclose(mean_image, batch.mean(dim=0), atol=1e-5)
-        with Taps(backbone) as taps, torch.no_grad():
+        with residual_taps(backbone) as taps, torch.no_grad():
             seen = []
-            handles = [
-                tap.register_forward_hook(lambda _m, _a, out: seen.append(out)) for tap in taps.modules
-            ]
+            handles = [tap.register_forward_hook(lambda _m, _a, out: seen.append(out)) for tap in taps]
             whole = predict(pixels, targets)
             for handle in handles:
                 handle.remove()
             for index, block in enumerate(backbone.blocks):
                 for update in (None, updates[index]):
                     replacement = seen[index] if update is None else seen[index] + update
-                    theirs = LayerFeatureAblation(predict, taps.modules[index + 1]).attribute(
+                    theirs = LayerFeatureAblation(predict, taps[index + 1]).attribute(
                         pixels,
                         layer_baselines=replacement,
                         additional_forward_args=(targets,),
                         layer_mask=torch.zeros(1, *replacement.shape[1:], dtype=torch.int64),
                     )
-                    with Ablation(block, update):
+                    with ablated(block, update):
                         lost = whole - predict(pixels, targets)
                     assert torch.allclose(theirs[:, 0, 0], lost, atol=1e-5)
                     assert lost.abs().max() > 0
@@ -180,17 +184,17 @@ def test_ablations_equal_captums_feature_ablation(backbone, problem, task):
 def test_hooks_leave_with_their_block_also_after_an_error(backbone, problem):
     predict, pixels, baseline, targets = problem
     before = n_hooks(backbone)
-    with pytest.raises(RuntimeError, match="stop"), Taps(backbone) as taps:
+    with pytest.raises(RuntimeError, match="stop"), residual_taps(backbone) as taps:
 
         def broken(p):
             predict(p, targets)
             raise RuntimeError("stop")
 
         path_conductance(broken, taps, pixels, baseline, [0.0, 1.0])
-    with pytest.raises(RuntimeError), Ablation(backbone.blocks[0]):
+    with pytest.raises(RuntimeError), ablated(backbone.blocks[0]):
         raise RuntimeError
     assert n_hooks(backbone) == before
-    assert not any(tap._forward_hooks for tap in taps.modules)
+    assert not any(tap._forward_hooks for tap in taps)
 
 
 def test_steps_are_halved_where_the_error_is():

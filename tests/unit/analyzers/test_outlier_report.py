@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import layerprobe as lp
-from layerprobe.analyzers.outlier_comparison import DEPTHS
+from layerprobe.analyzers.compare import DEPTHS
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import OutlierRules
 from layerprobe.plotting import outliers as plots

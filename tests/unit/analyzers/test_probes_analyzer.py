@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import layerprobe
-from layerprobe.analyzers.probe_study import pixel_features, probe_backbone
-from layerprobe.analyzers.probes import LinearProbes, linear_probes
+from layerprobe.analyzers.probe_record import LinearProbes
+from layerprobe.analyzers.probes import linear_probes, pixel_features, probe_backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.layers import LayerRef
 from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength

@@ -14,7 +14,7 @@ import layerprobe as lp
 from layerprobe.analyzers import similarity as analyzer
 from layerprobe.errors import UsageError
 from layerprobe.layers import LayerRef
-from layerprobe.metrics.similarity.cka import debiased_linear_cka
+from layerprobe.metrics.similarity.measures import debiased_linear_cka
 from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
 from layerprobe.tables import COLUMNS
 

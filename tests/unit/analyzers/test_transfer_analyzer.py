@@ -10,10 +10,10 @@ import torch
 from families import save
 from torch.nn import functional
 
-from layerprobe.analyzers import trainability
-from layerprobe.analyzers.heads import Classifier, evaluating, fit_probe_head, make_classifier
-from layerprobe.analyzers.trainability import gradient_snr, only_these_train, trainable_scores
-from layerprobe.analyzers.transfer import transfer_scores
+from layerprobe.analyzers import transfer
+from layerprobe.analyzers.features import evaluating
+from layerprobe.analyzers.heads import Predictor, fit_probe_head, make_predictor, only_these_train
+from layerprobe.analyzers.transfer import gradient_snr, trainable_scores, transfer_scores
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, logme, neural_collapse
@@ -34,7 +34,7 @@ def backbone(tmp_path_factory, task):
 
 @pytest.fixture(scope="module")
 def classifier(backbone, task):
-    return make_classifier(backbone, task, n_train=100)
+    return make_predictor(backbone, task, n_train=100)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_equal_gradients_have_no_noise():
 def test_blocks_in_turns_give_the_same_scores(classifier, batches, monkeypatch):
     images = [batches[0][0][:1], batches[1][0][:1]]
     at_once = trainable_scores(classifier, batches, images)
-    monkeypatch.setattr(trainability, "GRADIENT_BYTES", 1)
+    monkeypatch.setattr(transfer, "GRADIENT_BYTES", 1)
     in_turns = trainable_scores(classifier, batches, images)
     for a, b in zip(at_once, in_turns, strict=True):
         for name in a:
@@ -215,7 +215,7 @@ def test_the_record_holds_both_families_apart(record):
     assert not set(readable["metric"]) & set(trainable["metric"])
     assert frame["metric"].str.startswith("transfer_").all()
     assert ((frame["low"] <= frame["value"]) | frame["low"].isna()).all()
-    assert list(record.wide().index) == ["embed", "block 0", "block 1", "block 2"]
+    assert [row["layer"] for row in record.table()] == ["embed", "block 0", "block 1", "block 2"]
     assert "not combined" in record.summary()
 
 
@@ -279,16 +279,16 @@ def test_requests_that_cannot_be_served_say_why(backbone, task):
     with pytest.raises(UsageError, match="at least 3 batches of 128"):
         transfer_scores(backbone, task, families=("trainable",), batch_size=128)
     with pytest.raises(UnknownNameError, match="unknown head"):
-        make_classifier(backbone, task, "probes")
+        make_predictor(backbone, task, "probes")
     with pytest.raises(UsageError, match="brings no image classifier"):
-        make_classifier(backbone, task, "own")
+        make_predictor(backbone, task, "own")
 
 
 def test_a_vision_models_own_classifier_serves_where_it_fits(tmp_path, task):
     folder = save("vit", tmp_path, image_size=8, patch_size=2, num_channels=3, num_labels=10)
     vision = load_backbone(str(folder), device="cpu")
-    own = make_classifier(vision, task, "own")
-    assert isinstance(own, Classifier) and own.facts == {"head": "own"}
+    own = make_predictor(vision, task, "own")
+    assert isinstance(own, Predictor) and own.facts == {"head": "own"}
     pixels = vision.preprocess(task.train.images(range(8)))
     found = trainable_scores(
         own, [(pixels, torch.arange(8)), (pixels.flip(0), torch.arange(8))] * 2, [pixels[:1]] * 2
@@ -298,4 +298,4 @@ def test_a_vision_models_own_classifier_serves_where_it_fits(tmp_path, task):
         str(save("vit", tmp_path / "w", image_size=8, patch_size=2, num_labels=7)), device="cpu"
     )
     with pytest.raises(UsageError, match="7 outputs, digits has 10"):
-        make_classifier(wrong, task, "own")
+        make_predictor(wrong, task, "own")

@@ -6,11 +6,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing.data import Standardised, objective
+from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.logistic import C_GRID, fit_logistic_path, select_probe
 from layerprobe.metrics.probing.solver import LogisticPath
 
@@ -23,6 +24,11 @@ def transformer_like(n: int = 600, d: int = 40, k: int = 7, seed: int = 0) -> tu
     centres = rng.normal(size=(k, d))
     X = (centres[y] + 1.5 * rng.normal(size=(n, d))) * scales @ np.linalg.qr(rng.normal(size=(d, d)))[0]
     return (X + 300 * X.std(0) * (np.arange(d) % 9 == 0)).astype(np.float32), y
+
+
+def objective(data: Standardised, y: np.ndarray, coef: np.ndarray, intercept: np.ndarray, C: float) -> float:
+    loss = data.loss(torch.from_numpy(y), torch.from_numpy(coef), torch.from_numpy(intercept))
+    return loss + float((coef * coef).sum()) / (2 * C)
 
 
 def scikit_learn_objective(X: np.ndarray, y: np.ndarray, C: float) -> tuple[float, LogisticRegression]:
@@ -167,3 +173,16 @@ def test_bad_input_is_one_line(X, y, Cs, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         fit_logistic_path(X, np.asarray(y), Cs)
     assert "\n" not in str(caught.value)
+
+
+def test_a_dead_column_changes_nothing() -> None:
+    """Columns that a trained norm switched off (MiniLM has one with weight 1e-33) must not blow up a probe."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    X = rng.normal(size=(120, 6)) + 2 * np.eye(6)[labels]
+    dead = np.c_[X, 1e-33 * rng.normal(size=120)]
+    for with_dead, without in zip(fit_logistic_path(dead, labels), fit_logistic_path(X, labels), strict=True):
+        folded = with_dead.coef / with_dead.scale
+        assert np.abs(folded).max() < 1e6
+        assert np.abs(folded[:, 6]).max() < 1e-30
+        assert np.allclose(with_dead.coef[:, :6], without.coef, atol=1e-3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +15,12 @@ from sklearn.cross_decomposition import CCA
 from sklearn.neighbors import NearestNeighbors
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity.cka import debiased_hsic, debiased_linear_cka
 from layerprobe.metrics.similarity.measures import (
+    BiasedEstimateWarning,
+    debiased_hsic,
+    debiased_linear_cka,
     debiased_rbf_cka,
+    linear_cka,
     mutual_knn,
     procrustes_distance,
     pwcca,
@@ -158,3 +164,97 @@ def test_options_out_of_range_are_refused() -> None:
         mutual_knn(x, y, k=30)
     with pytest.raises(UsageError, match="1 by construction: 20 and 10 components of 30 images"):
         pwcca(*pair(30, 20, 10, 0))
+
+
+# -- linear CKA ------------------------------------------------------------------------------------------
+
+
+def related(n: int, d: int, e: int, *, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two feature sets that have `share` of their spread from eight common directions."""
+    rng = np.random.default_rng(seed)
+    common = rng.normal(size=(n, 8))
+    x = share * common @ rng.normal(size=(8, d)) + rng.normal(size=(n, d))
+    y = share * common @ rng.normal(size=(8, e)) + rng.normal(size=(n, e))
+    return x, y
+
+
+def hsic_by_enumeration(K: np.ndarray, L: np.ndarray) -> float:
+    """HSIC's unbiased estimate straight from its definition: a mean over all ordered quadruples."""
+    quadruples = list(itertools.permutations(range(len(K)), 4))
+    total = 0.0
+    for i, j, q, r in quadruples:
+        total += K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])
+    return total / len(quadruples)
+
+
+SETS = st.tuples(
+    st.integers(5, 60), st.integers(1, 12), st.integers(1, 12), st.floats(0.1, 1.0), st.integers(0, 999)
+)
+
+
+def test_hsic_equals_its_definition_over_quadruples() -> None:
+    x, y = related(7, 3, 4, share=0.5)
+    assert debiased_hsic(x @ x.T, y @ y.T) == pytest.approx(hsic_by_enumeration(x @ x.T, y @ y.T), rel=1e-12)
+
+
+@given(SETS)
+@settings(max_examples=40, deadline=None)
+def test_debiased_cka_is_the_ratio_of_hsics(case) -> None:
+    n, d, e, share, seed = case
+    x, y = related(n, d, e, share=share, seed=seed)
+    k, m = x @ x.T, y @ y.T
+    expected = debiased_hsic(k, m) / np.sqrt(debiased_hsic(k, k) * debiased_hsic(m, m))
+    assert debiased_linear_cka(x, y) == pytest.approx(expected, abs=1e-9)
+    assert debiased_linear_cka(y, x) == pytest.approx(expected, abs=1e-9)
+    assert abs(expected) <= 1 + 1e-9
+
+
+@given(SETS)
+@settings(max_examples=40, deadline=None)
+def test_rotation_scale_and_shift_change_nothing_and_a_copy_scores_one(case) -> None:
+    n, d, e, share, seed = case
+    x, y = related(n, d, e, share=share, seed=seed)
+    moved = 1e-4 * x @ rotation(d, seed) + np.linspace(-50, 50, d)
+    assert debiased_linear_cka(moved, y) == pytest.approx(debiased_linear_cka(x, y), abs=1e-7)
+    assert debiased_linear_cka(moved, x) == pytest.approx(1.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("transform", [lambda x: x * np.linspace(0.2, 5, x.shape[1]), np.tanh])
+def test_other_transforms_do_change_it(transform) -> None:
+    x, _ = related(200, 6, 6, share=1.0)
+    assert debiased_linear_cka(x, transform(3 * x)) < 0.99
+
+
+def test_independent_features_score_zero_on_average_where_the_biased_form_scores_three_quarters() -> None:
+    rng = np.random.default_rng(0)
+    draws = [(rng.normal(size=(256, 768)), rng.normal(size=(256, 768))) for _ in range(12)]
+    values = np.array([debiased_linear_cka(x, y) for x, y in draws])
+    assert abs(values.mean()) <= 3 * values.std(ddof=1) / np.sqrt(len(values))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BiasedEstimateWarning)
+        assert linear_cka(*draws[0]) == pytest.approx(0.75, abs=0.01)
+
+
+def test_the_debiased_mean_over_many_small_draws_is_within_three_standard_errors_of_zero() -> None:
+    rng = np.random.default_rng(1)
+    values = np.array(
+        [debiased_linear_cka(rng.normal(size=(20, 5)), rng.normal(size=(20, 30))) for _ in range(2000)]
+    )
+    assert abs(values.mean()) <= 3 * values.std(ddof=1) / np.sqrt(len(values))
+    assert values.min() < 0
+
+
+def test_the_biased_form_warns_exactly_where_images_are_few() -> None:
+    x, y = related(300, 5, 29, share=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_cka(x, y)
+        with pytest.raises(BiasedEstimateWarning, match=r"299 images and 30 features"):
+            linear_cka(x[:299], np.c_[y, y[:, :1]][:299])
+
+
+def test_biased_cka_is_the_normalised_inner_product_of_centred_grams() -> None:
+    x, y = related(50, 4, 5, share=1.0)
+    centre = np.eye(50) - 1 / 50
+    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
+    assert linear_cka(x, y) == pytest.approx(np.sum(k * m) / np.linalg.norm(k) / np.linalg.norm(m), rel=1e-12)

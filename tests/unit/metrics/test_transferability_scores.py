@@ -8,8 +8,10 @@ from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf
 
 from layerprobe.errors import UsageError
+from layerprobe.metrics.transferability import class_spectrum
 from layerprobe.metrics.transferability.scores import (
     HIGHER_IS_BETTER,
+    _gcv_penalty,
     gbc,
     h_score,
     half_sample,
@@ -21,7 +23,6 @@ from layerprobe.metrics.transferability.scores import (
     readable_scores,
     transrate,
 )
-from layerprobe.metrics.transferability.spectrum import class_spectrum
 
 SPECTRAL = {
     "logme": logme,
@@ -225,8 +226,6 @@ def test_loo_ridge_with_fewer_images_than_dimensions():
     X, y = CASES["n < d"]
     # The spectrum says which penalty was taken; the refits are independent of it.
     spectrum = class_spectrum(X, y)
-    from layerprobe.metrics.transferability.scores import _gcv_penalty
-
     assert loo_ridge(X, y) == loo_ridge_by_refitting(X, y, _gcv_penalty(spectrum))
 
 
@@ -339,9 +338,9 @@ def test_equal_class_means_have_no_collapse():
     [
         (np.ones(3), np.zeros(3, int), "n×d"),
         (np.ones((3, 0)), np.zeros(3, int), "n×d"),
-        (np.ones((3, 2)), np.zeros(2, int), "one label per image"),
-        (np.ones((3, 2)), np.zeros(3), "integers"),
-        (np.ones((3, 2)), np.array([0, -1, 1]), "smallest -1"),
+        (np.ones((3, 2)), np.zeros(2, int), "one label per row"),
+        (np.ones((3, 2)), np.full(3, 0.5), "whole numbers"),
+        (np.ones((3, 2)), np.array([0, -1, 1]), "found -1 to 1"),
         (
             np.array([[1.0], [np.nan], [np.inf]]),
             np.array([0, 1, 1]),

@@ -1,4 +1,4 @@
-"""Ridge, nearest neighbours, code length, few-shot curves and random labels: independent formulas."""
+"""Ridge and nearest neighbours against independent formulas."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
-from layerprobe.metrics.probing.logistic import fit_logistic_path
-from layerprobe.metrics.probing.neighbours import knn_predict, select_knn
-from layerprobe.metrics.probing.ridge import ridge_sweep, select_ridge
+from layerprobe.metrics.probing.knn_ridge import knn_predict, ridge_sweep, select_knn, select_ridge
 
 
 def clusters(n: int, d: int, k: int, *, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -71,60 +68,12 @@ def test_neighbours_are_chosen_on_validation() -> None:
     assert result.test_accuracy == pytest.approx((predicted == test[1]).mean())
 
 
-def test_code_length_is_the_sum_of_what_each_portion_costs() -> None:
-    X, y = clusters(130, 5, 4)
-    code = online_code_length(X, y, 4, C=0.3, first=40, seed=3)
-    order = np.random.default_rng(3).permutation(130)
-    X, y = X[order], y[order]
-    bits = 40 * 2.0
-    for seen, end in ((40, 80), (80, 130)):
-        probe = fit_logistic_path(X[:seen], y[:seen], [0.3])[0]
-        p = np.exp(probe.log_probabilities(X[seen:end]))[np.arange(end - seen), y[seen:end]]
-        bits -= np.log2((seen * p + 1) / (seen + 4)).sum()
-    assert code.portions == [40, 80, 130]
-    assert code.bits == pytest.approx(bits, rel=1e-9)
-    assert code.compression == pytest.approx(260 / bits)
-
-
-def test_labels_that_the_features_do_not_hold_cannot_be_compressed() -> None:
-    X, y = clusters(400, 5, 4)
-    noise = np.random.default_rng(0).integers(0, 4, 400)
-    assert online_code_length(X, y, 4, C=1.0).compression > 1.5
-    assert online_code_length(X, noise, 4, C=0.01).compression < 1.02
-
-
-def test_code_length_with_a_class_that_comes_late() -> None:
-    X, y = clusters(64, 4, 3)
-    code = online_code_length(X, np.where(np.arange(64) == 5, 2, np.minimum(y, 1)), 3, first=4)
-    assert np.isfinite(code.bits)
-
-
-def test_few_shot_accuracy_grows_and_leaves_out_what_is_not_there() -> None:
-    train, validation, test = (clusters(160, 12, 4, spread=1.5, seed=seed) for seed in range(3))
-    curve = few_shot_curve(train, validation, test, 4, shots=(1, 4, 16, 1000), draws=3, Cs=(1e-2, 1.0))
-    assert [point.shots for point in curve] == [1, 4, 16]
-    means = [point.accuracies.mean() for point in curve]
-    assert means[0] < means[1] < means[2]
-    assert all(len(point.accuracies) == 3 for point in curve)
-
-
-def test_random_labels_are_learnt_by_heart_only_with_room() -> None:
-    rng = np.random.default_rng(0)
-    narrow, wide = rng.normal(size=(300, 3)), rng.normal(size=(300, 400))
-    labels = rng.integers(0, 5, 300)
-    assert control_accuracy(narrow, labels, 1.0) < 0.4
-    assert control_accuracy(wide, labels, 1.0) > 0.99
-    assert control_accuracy(wide, labels, 1e-6) < 0.99
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: ridge_sweep(np.eye(4), [0, 1, 0, 1], 2, [0.0]), "ridge strengths are positive"),
         (lambda: ridge_sweep(np.eye(4), [0, 1, 0, 2], 2), "found 0 to 2"),
         (lambda: knn_predict((np.eye(4), np.array([0, 1, 0, 1])), np.eye(4), 2, [5]), "between 1 and 4"),
-        (lambda: online_code_length(np.eye(4), [0, 1, 0, 1], 2, C=-1), "C values are positive"),
-        (lambda: online_code_length(np.eye(4), [0, 1, 0, 1], 2, first=0), "at least one row"),
     ],
 )
 def test_bad_input_is_one_line(call, message: str) -> None:

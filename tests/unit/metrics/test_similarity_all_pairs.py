@@ -1,24 +1,16 @@
-"""Debiased CKA: theorems, an independent formula, and agreement of every form with float64."""
+"""All pairs of layers: agreement of every form with float64, standard errors, minibatches."""
 
 from __future__ import annotations
 
-import itertools
-import warnings
+import functools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity import gram, rows
-from layerprobe.metrics.similarity.all_pairs import feature_cost, gram_cost, paired_layers, pairwise_cka
-from layerprobe.metrics.similarity.cka import (
-    BiasedEstimateWarning,
-    debiased_hsic,
-    debiased_linear_cka,
-    linear_cka,
-)
+from layerprobe.metrics.similarity import FLOAT64_UP_TO, SCAN_ROWS, hsic, paired_layers
+from layerprobe.metrics.similarity.all_pairs import MinibatchCKA, pairwise_cka
+from layerprobe.metrics.similarity.measures import debiased_linear_cka
 
 
 def related(n: int, d: int, e: int, *, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -30,93 +22,15 @@ def related(n: int, d: int, e: int, *, share: float, seed: int = 0) -> tuple[np.
     return x, y
 
 
-def hsic_by_enumeration(K: np.ndarray, L: np.ndarray) -> float:
-    """HSIC's unbiased estimate straight from its definition: a mean over all ordered quadruples."""
-    quadruples = list(itertools.permutations(range(len(K)), 4))
-    total = 0.0
-    for i, j, q, r in quadruples:
-        total += K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q])
-    return total / len(quadruples)
-
-
-def rotation(d: int, seed: int) -> np.ndarray:
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
-
-
-SETS = st.tuples(
-    st.integers(5, 60), st.integers(1, 12), st.integers(1, 12), st.floats(0.1, 1.0), st.integers(0, 999)
-)
-
-
-def test_hsic_equals_its_definition_over_quadruples() -> None:
-    x, y = related(7, 3, 4, share=0.5)
-    assert debiased_hsic(x @ x.T, y @ y.T) == pytest.approx(hsic_by_enumeration(x @ x.T, y @ y.T), rel=1e-12)
-
-
-@given(SETS)
-@settings(max_examples=40, deadline=None)
-def test_debiased_cka_is_the_ratio_of_hsics(case) -> None:
-    n, d, e, share, seed = case
-    x, y = related(n, d, e, share=share, seed=seed)
-    k, m = x @ x.T, y @ y.T
-    expected = debiased_hsic(k, m) / np.sqrt(debiased_hsic(k, k) * debiased_hsic(m, m))
-    assert debiased_linear_cka(x, y) == pytest.approx(expected, abs=1e-9)
-    assert debiased_linear_cka(y, x) == pytest.approx(expected, abs=1e-9)
-    assert abs(expected) <= 1 + 1e-9
-
-
-@given(SETS)
-@settings(max_examples=40, deadline=None)
-def test_rotation_scale_and_shift_change_nothing_and_a_copy_scores_one(case) -> None:
-    n, d, e, share, seed = case
-    x, y = related(n, d, e, share=share, seed=seed)
-    moved = 1e-4 * x @ rotation(d, seed) + np.linspace(-50, 50, d)
-    assert debiased_linear_cka(moved, y) == pytest.approx(debiased_linear_cka(x, y), abs=1e-7)
-    assert debiased_linear_cka(moved, x) == pytest.approx(1.0, abs=1e-7)
-
-
-@pytest.mark.parametrize("transform", [lambda x: x * np.linspace(0.2, 5, x.shape[1]), np.tanh])
-def test_other_transforms_do_change_it(transform) -> None:
-    x, _ = related(200, 6, 6, share=1.0)
-    assert debiased_linear_cka(x, transform(3 * x)) < 0.99
-
-
-def test_independent_features_score_zero_on_average_where_the_biased_form_scores_three_quarters() -> None:
-    rng = np.random.default_rng(0)
-    draws = [(rng.normal(size=(256, 768)), rng.normal(size=(256, 768))) for _ in range(12)]
-    values = np.array([debiased_linear_cka(x, y) for x, y in draws])
-    assert abs(values.mean()) <= 3 * values.std(ddof=1) / np.sqrt(len(values))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", BiasedEstimateWarning)
-        assert linear_cka(*draws[0]) == pytest.approx(0.75, abs=0.01)
-
-
-def test_the_debiased_mean_over_many_small_draws_is_within_three_standard_errors_of_zero() -> None:
-    rng = np.random.default_rng(1)
-    values = np.array(
-        [debiased_linear_cka(rng.normal(size=(20, 5)), rng.normal(size=(20, 30))) for _ in range(2000)]
+def mixed(
+    rng: np.random.Generator, n: int, share: float, d: int = 12, e: int = 20
+) -> tuple[np.ndarray, np.ndarray]:
+    mixing = np.random.default_rng(5)
+    common = rng.normal(size=(n, 4))
+    return (
+        share * common @ mixing.normal(size=(4, d)) + rng.normal(size=(n, d)),
+        share * common @ mixing.normal(size=(4, e)) + rng.normal(size=(n, e)),
     )
-    assert abs(values.mean()) <= 3 * values.std(ddof=1) / np.sqrt(len(values))
-    assert values.min() < 0
-
-
-def test_the_biased_form_warns_exactly_where_images_are_few() -> None:
-    x, y = related(300, 5, 29, share=1.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        linear_cka(x, y)
-        with pytest.raises(BiasedEstimateWarning, match=r"299 images and 30 features"):
-            linear_cka(x[:299], np.c_[y, y[:, :1]][:299])
-
-
-def test_biased_cka_is_the_normalised_inner_product_of_centred_grams() -> None:
-    x, y = related(50, 4, 5, share=1.0)
-    centre = np.eye(50) - 1 / 50
-    k, m = centre @ x @ x.T @ centre, centre @ y @ y.T @ centre
-    assert linear_cka(x, y) == pytest.approx(np.sum(k * m) / np.linalg.norm(k) / np.linalg.norm(m), rel=1e-12)
-
-
-# -- all pairs at once ------------------------------------------------------------------------------------
 
 
 def awkward_layers(n: int, widths: list[int], seed: int) -> list[np.ndarray]:
@@ -195,19 +109,17 @@ def test_memory_mapped_half_precision_strided_and_torch_inputs_give_the_same(tmp
 def test_strips_and_tiles_of_any_size_give_the_same(monkeypatch) -> None:
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12], seed=5)
     whole = pairwise_cka(xs, ys, method="gram")
-    monkeypatch.setattr(gram, "PANEL_BYTES", 1)
+    monkeypatch.setattr(hsic, "PANEL_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="gram")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, atol=1e-6)
 
 
 def test_pieces_of_the_feature_form_give_the_same(monkeypatch) -> None:
-    from layerprobe.metrics.similarity import features
-
     xs, ys = awkward_layers(1400, [33, 20], seed=4), awkward_layers(1400, [12, 50], seed=5)
     whole = pairwise_cka(xs, ys, method="features")
-    monkeypatch.setattr(features, "PIECE_BYTES", 1)
-    monkeypatch.setattr(features, "ACCUMULATOR_BYTES", 1)
+    monkeypatch.setattr(hsic, "PIECE_BYTES", 1)
+    monkeypatch.setattr(hsic, "ACCUMULATOR_BYTES", 1)
     pieces = pairwise_cka(xs, ys, method="features")
     np.testing.assert_allclose(pieces.values, whole.values, atol=1e-7)
     np.testing.assert_allclose(pieces.stderr, whole.stderr, rtol=1e-4, atol=1e-6)
@@ -226,8 +138,8 @@ def test_auto_takes_the_form_with_fewer_multiplications() -> None:
     wide = [np.random.default_rng(0).normal(size=(100, 300))]
     narrow = [np.random.default_rng(0).normal(size=(3000, 3))]
     for layers, method in ((wide, "gram"), (narrow, "features")):
-        xs, _ = paired_layers(layers, None, rows_x=None, rows_y=None, names_x=None, names_y=None)
-        assert (gram_cost(xs, None) < feature_cost(xs, None)) == (method == "gram")
+        xs, _ = paired_layers(layers, None)
+        assert (hsic.gram_cost(xs, None) < hsic.feature_cost(xs, None)) == (method == "gram")
         assert pairwise_cka(layers).method == method
 
 
@@ -261,7 +173,7 @@ def test_non_finite_values_are_counted_and_located(n: int) -> None:
     message = r"block\.12\.mlp_out holds 3 non-finite values \(first: image 18\)"
     with pytest.raises(UsageError, match=message):
         pairwise_cka([x], [y], names_x=["block.12.mlp_out"])
-    with pytest.raises(UsageError, match=r"X holds 3 non-finite values \(first: row 18\)"):
+    with pytest.raises(UsageError, match=r"X holds 3 non-finite values \(first: image 18\)"):
         debiased_linear_cka(x, y)
 
 
@@ -277,7 +189,7 @@ def test_shapes_that_do_not_pair_are_refused() -> None:
         pairwise_cka([x[:3]])
     with pytest.raises(UsageError, match="at least 4 images; got 3"):
         debiased_linear_cka(x[:3], x[:3])
-    with pytest.raises(UsageError, match=r"images × features, got shape \(5, 2, 2\)"):
+    with pytest.raises(UsageError, match=r"n×d features, one row per image, got shape \(5, 2, 2\)"):
         pairwise_cka([np.zeros((5, 2, 2))])
     with pytest.raises(UsageError, match="no layers"):
         pairwise_cka([])
@@ -287,4 +199,136 @@ def test_shapes_that_do_not_pair_are_refused() -> None:
 
 def test_a_piece_of_the_scan_is_smaller_than_the_tests_above() -> None:
     """The streaming paths are only tested if the arrays above are longer than one piece."""
-    assert rows.SCAN_ROWS < 1100 and rows.FLOAT64_UP_TO < 1100
+    assert SCAN_ROWS < 1100 and FLOAT64_UP_TO < 1100
+
+
+# -- standard errors --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def truth_of(share: float) -> float:
+    """Debiased CKA of 40,000 images: ten times surer than any sample below."""
+    x, y = mixed(np.random.default_rng(12345), 40_000, share)
+    return float(pairwise_cka([x], [y], method="features").values[0, 0])
+
+
+def coverage(share: float, n: int, method: str, repeats: int) -> tuple[float, float]:
+    """Share of 95 % intervals that hold the truth, and mean standard error over the true deviation."""
+    rng = np.random.default_rng(2)
+    values, errors, held = [], [], 0
+    for _ in range(repeats):
+        x, y = mixed(rng, n, share)
+        found = pairwise_cka([x], [y], method=method, seed=int(rng.integers(1 << 30)))
+        half = found.quantile(0.95) * found.stderr[0, 0]
+        held += abs(found.values[0, 0] - truth_of(share)) <= half
+        values.append(found.values[0, 0])
+        errors.append(found.stderr[0, 0])
+    return held / repeats, float(np.mean(errors) / np.std(values))
+
+
+@pytest.mark.parametrize("method", ["gram", "features"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_intervals_cover_the_truth_about_as_often_as_they_say(share: float, method: str) -> None:
+    held, ratio = coverage(share, 300, method, repeats=200)
+    assert 0.90 <= held <= 0.98
+    assert 0.85 <= ratio <= 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gram", "features"])
+@pytest.mark.parametrize("n", [100, 300, 1000, 3000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.6, 1.0])
+def test_intervals_cover_the_truth_in_a_long_simulation(share: float, n: int, method: str) -> None:
+    held, _ = coverage(share, n, method, repeats=600)
+    assert 0.90 <= held <= 0.98
+
+
+def test_the_error_of_a_difference_is_smaller_for_layers_that_move_together() -> None:
+    rng = np.random.default_rng(0)
+    x, y = mixed(rng, 800, 0.8)
+    near = y + 0.05 * rng.normal(size=y.shape)
+    found = pairwise_cka([x], [y, near])
+    together = found.difference_stderr((0, 0), (0, 1))
+    assert together < 0.3 * found.stderr.min()
+    assert found.difference_stderr((0, 0), (0, 0)) == 0.0
+
+
+def test_the_seed_deals_groups_and_leaves_values_alone() -> None:
+    x, y = mixed(np.random.default_rng(0), 700, 0.5)
+    one, other, again = (pairwise_cka([x], [y], seed=seed) for seed in (0, 1, 0))
+    assert one.values[0, 0] == pytest.approx(other.values[0, 0], abs=1e-7)
+    assert one.stderr[0, 0] != other.stderr[0, 0]
+    assert one.stderr[0, 0] == again.stderr[0, 0]
+
+
+def test_a_sorted_split_does_not_mislead_the_standard_error() -> None:
+    """Groups are dealt at random, so the order in which the images are stored does not matter."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 80)
+    centres = rng.normal(size=(10, 12))
+    x, y = centres[labels] + rng.normal(size=(800, 12)), centres[labels] + rng.normal(size=(800, 12))
+    shuffle = rng.permutation(800)
+    by_class, mixed_up = pairwise_cka([x], [y]), pairwise_cka([x[shuffle]], [y[shuffle]])
+    assert by_class.stderr[0, 0] == pytest.approx(mixed_up.stderr[0, 0], rel=0.35)
+
+
+def test_quantiles_are_those_of_student() -> None:
+    x, y = mixed(np.random.default_rng(0), 100, 0.5)
+    found = pairwise_cka([x], [y])
+    assert 1.96 < found.quantile(0.95) < 2.1
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        found.quantile(95)
+
+
+# -- minibatches ------------------------------------------------------------------------------------------
+
+
+def test_one_batch_is_the_whole() -> None:
+    x, y = mixed(np.random.default_rng(0), 700, 0.5)
+    running = MinibatchCKA()
+    running.update([x, 1e-3 * y], [y])
+    found = running.result()
+    np.testing.assert_allclose(found.values, pairwise_cka([x, y], [y]).values, atol=1e-6)
+    assert np.isnan(found.stderr).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_minibatches_agree_with_the_whole_within_their_standard_error(share: float) -> None:
+    x, y = mixed(np.random.default_rng(1), 4000, share)
+    running = MinibatchCKA()
+    for start, stop in zip(
+        [0, 40, 200, *range(400, 4000, 100)], [40, 200, *range(400, 4001, 100)], strict=True
+    ):
+        running.update([x[start:stop]], [y[start:stop] * 1e-3])
+    found = running.result()
+    assert found.n == 4000
+    whole = pairwise_cka([x], [y])
+    assert abs(found.values - whole.values)[0, 0] < 3 * found.stderr[0, 0]
+    assert found.stderr[0, 0] >= 0.8 * whole.stderr[0, 0]
+
+
+def test_minibatch_intervals_cover_the_truth() -> None:
+    rng, held = np.random.default_rng(3), 0
+    for _ in range(150):
+        running = MinibatchCKA()
+        for _ in range(20):
+            x, y = mixed(rng, 32, 0.5)
+            running.update([x], [y])
+        found = running.result()
+        held += abs(found.values[0, 0] - truth_of(0.5)) <= found.quantile() * found.stderr[0, 0]
+    assert 0.88 <= held / 150 <= 1.0
+
+
+def test_batches_that_do_not_fit_are_refused() -> None:
+    x, y = mixed(np.random.default_rng(0), 20, 0.5)
+    running = MinibatchCKA()
+    with pytest.raises(UsageError, match="no batch was added"):
+        running.result()
+    running.update([x, np.ones((20, 2))], [y])
+    with pytest.raises(UsageError, match="2 and 1 before, 1 and 1 now"):
+        running.update([x], [y])
+    with pytest.raises(UsageError, match="at least 4 images; got 3"):
+        running.update([x[:3], x[:3]], [y[:3]])
+    found = running.result()
+    assert found.reasons == [[None], ["layer 1 of A is constant over the images of every batch"]]
+    assert np.isnan(found.values[1, 0])

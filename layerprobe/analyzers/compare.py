@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from layerprobe.analyzers.outlier_scan import ScannedTensor
 from layerprobe.analyzers.outliers import OutlierReport, definitions, gaussian_tail, outlier_report
 from layerprobe.errors import UsageError
-from layerprobe.metrics.outliers import OutlierRules, merge_outliers
+from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
 from layerprobe.metrics.outliers.comparison import (
     Blocks,
     cliffs_delta,
@@ -22,7 +24,7 @@ from layerprobe.metrics.outliers.comparison import (
     ratio_of_ratios,
 )
 from layerprobe.provenance import provenance
-from layerprobe.records import Record
+from layerprobe.records import Estimate, Record
 from layerprobe.tables import tidy
 
 if TYPE_CHECKING:
@@ -40,8 +42,11 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 DEPTHS = ("early", "middle", "late")
 """Thirds of the blocks: block b of L is at (b + ½)/L."""
 
+Cell = tuple[str, str]
+"""A part of the model (all, a family, a module kind or a group) and a depth."""
 
-@dataclass(repr=False)
+
+@dataclass(repr=False, kw_only=True)
 class OutlierComparison(Record):
     """What `compare_outliers` returns: one row per pair of models (or of groups), part, depth and quantity.
 
@@ -66,51 +71,40 @@ class OutlierComparison(Record):
 
     def table(self) -> list[dict[str, Any]]:
         """The rows worth a look on a terminal: every pair (or the groups) by part over all depths, and by depth."""
-        wanted = "group" if self.groups else "pair"
+        many = not self.groups and len(self.reports) > 2
         shown = []
-        for row in self.rows:
-            if row["level"] != wanted or row["metric"] != self._main:
-                continue
-            if row["depth"] != "all" and row["part"] != "all":
+        for row in self._answers():
+            if "all" not in (row["depth"], row["part"]):
                 continue
             x, y = self._short(row["model"]), self._short(row["model_y"])
-            line: dict[str, Any] = {"models": f"{x} : {y}"} if self._many else {}
-            line |= {
-                "part": row["part"],
-                "depth": row["depth"],
-                f"{'first' if self._many else x} %": _percent(row["ratio"]),
-                f"{'second' if self._many else y} %": _percent(row["ratio_y"]),
-                "ratio": row["value"],
-                f"{100 * row['confidence']:g} %": _span(row),
-            }
-            if self.groups:
-                line["p"] = row["pvalue"]
-            else:
-                line["g"] = row["effect"]
-            shown.append(line)
+            shares = {"first" if many else x: row["ratio"], "second" if many else y: row["ratio_y"]}
+            interval = None if row["low"] is None else f"{row['low']:.3g} to {row['high']:.3g}"
+            shown.append(
+                {
+                    **({"models": f"{x} : {y}"} if many else {}),
+                    "part": row["part"],
+                    "depth": row["depth"],
+                    **{f"{side} %": None if v is None else 100 * v for side, v in shares.items()},
+                    "ratio": row["value"],
+                    f"{100 * row['confidence']:g} %": interval,
+                    **({"p": row["pvalue"]} if self.groups else {"g": row["effect"]}),
+                }
+            )
         return shown
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """The rows that answer: of pairs, or where there are groups of groups, at `n_sigma`."""
+        wanted = ("group" if self.groups else "pair", f"ratio_of_ratios_{self.n_sigma:g}sigma")
+        return [row for row in self.rows if (row["level"], row["metric"]) == wanted]
 
     def _short(self, model: str) -> str:
         """The last part of a path where that is enough to tell the models apart."""
         last = [report.model.rstrip("/").rsplit("/", 1)[-1] for report in self.reports]
         return model.rstrip("/").rsplit("/", 1)[-1] if len(set(last)) == len(last) else model
 
-    @property
-    def _many(self) -> bool:
-        return not self.groups and len(self.reports) > 2
-
-    @property
-    def _main(self) -> str:
-        return f"ratio_of_ratios_{self.n_sigma:g}sigma"
-
     def summary(self) -> str:
-        wanted = "group" if self.groups else "pair"
-        return "\n".join(
-            self._sentence(row)
-            for row in self.rows
-            if row["level"] == wanted
-            and (row["metric"], row["part"], row["depth"]) == (self._main, "all", "all")
-        )
+        main = [row for row in self._answers() if (row["part"], row["depth"]) == ("all", "all")]
+        return "\n".join(map(self._sentence, main))
 
     def _sentence(self, row: Mapping[str, Any]) -> str:
         x, y, k = self._short(row["model"]), self._short(row["model_y"]), self.n_sigma
@@ -123,40 +117,30 @@ class OutlierComparison(Record):
         span = f" [{row['low']:.3g}, {row['high']:.3g}]" if row["low"] is not None else ""
         factor = f"{row['value']:.3g}{span} times"
         if self.groups:
-            verdict = "differ" if row["pvalue"] <= 0.05 else "are not shown to differ"
-            text = (
-                f"{x} and {y} {verdict}: geometric means {shares}, {factor} as many; permutation "
-                f"p = {row['pvalue']:.3g} over {row['n']} and {row['n_y']} models (the least that so few models "
-                f"can give is {row['p_smallest']:.3g})"
+            differ = row["pvalue"] <= 0.05
+            shares = f"geometric means {shares}"
+            more = (
+                f"; permutation p = {row['pvalue']:.3g} over {row['n']} and {row['n_y']} models (the least that so "
+                f"few models can give is {row['p_smallest']:.3g})"
             )
         else:
-            unsure = row["low"] is None or row["low"] <= 1 <= row["high"]
-            verdict = "are not shown to differ" if unsure else "differ"
-            effect = f", Hedges' g = {row['effect']:.2f} over blocks" if row["effect"] is not None else ""
-            text = f"{x} and {y} {verdict}: {shares}, {factor} as many{effect}"
-        where = self._where(row)
-        return f"{text}{where}."
+            differ = row["low"] is not None and not row["low"] <= 1 <= row["high"]
+            more = f", Hedges' g = {row['effect']:.2f} over blocks" if row["effect"] is not None else ""
+        verdict = "differ" if differ else "are not shown to differ"
+        return f"{x} and {y} {verdict}: {shares}, {factor} as many{more}{self._where(row)}."
 
     def _where(self, main: Mapping[str, Any]) -> str:
-        same = [
-            row
-            for row in self.rows
-            if (row["level"], row["metric"], row["model"], row["model_y"])
-            == (main["level"], main["metric"], main["model"], main["model_y"])
-            and row["value"]
-        ]
-
-        def most(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-            return max(rows, key=lambda row: abs(np.log(row["value"])), default=None)
-
-        part = most([row for row in same if row["part"] in FAMILIES and row["depth"] == "all"])
-        depth = most([row for row in same if row["part"] == "all" and row["depth"] != "all"])
-        said = []
-        if part is not None:
-            said.append(f"in {part['part']} ({part['value']:.3g} times)")
-        if depth is not None:
-            said.append(f"in the {depth['depth']} third ({depth['value']:.3g} times)")
-        return "; farthest apart " + " and ".join(said) if said else ""
+        """The family and the third of the depth in which the two sides differ most."""
+        pair = (main["model"], main["model_y"])
+        rows = [row for row in self._answers() if (row["model"], row["model_y"]) == pair and row["value"]]
+        by_part = [row for row in rows if row["part"] in FAMILIES and row["depth"] == "all"]
+        by_depth = [row for row in rows if row["part"] == "all" and row["depth"] != "all"]
+        places = []
+        for group, words in ((by_part, "in {part}"), (by_depth, "in the {depth} third")):
+            if group:
+                most = max(group, key=lambda row: abs(np.log(row["value"])))
+                places.append(f"{words.format(**most)} ({most['value']:.3g} times)")
+        return "; farthest apart " + " and ".join(places) if places else ""
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
         """Ratio of ratios with intervals, by part and depth."""
@@ -206,21 +190,16 @@ def compare_outliers(
     """
     rules = rules or OutlierRules()
     if n_sigma not in rules.all_sigmas:
-        rules = OutlierRules(**{**rules.__dict__, "sigmas": (*rules.sigmas, n_sigma)})
-    named = {name: list(members) for name, members in (groups or {}).items()}
+        rules = dataclasses.replace(rules, sigmas=(*rules.sigmas, n_sigma))
     check_groups(groups)
-    asked = [*models, *(member for members in named.values() for member in members)]
+    named = {name: list(members) for name, members in (groups or {}).items()}
+    options: dict[str, Any] = {"threads": threads, "engine": engine, "offline": offline, "quiet": quiet}
     reports: dict[str, OutlierReport] = {}
-    for model in asked:
-        key = model.model if isinstance(model, OutlierReport) else str(model)
-        if key not in reports:
-            reports[key] = (
-                model
-                if isinstance(model, OutlierReport)
-                else outlier_report(
-                    model, rules=rules, threads=threads, engine=engine, offline=offline, quiet=quiet
-                )
-            )
+    for model in (*models, *(member for members in named.values() for member in members)):
+        if isinstance(model, OutlierReport):
+            reports.setdefault(model.model, model)
+        elif str(model) not in reports:
+            reports[str(model)] = outlier_report(model, rules=rules, **options)
     check_number(len(reports))
     for report in reports.values():
         if not report.n_blocks:
@@ -229,18 +208,11 @@ def compare_outliers(
         name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
         for name, group in named.items()
     }
-    maker = _Rows(reports, rules, n_sigma, confidence, n_resamples, seed)
-    rows = [*maker.models(), *maker.pairs(), *maker.groups(members)]
+    bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
+    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *rules.sigmas))), bootstrap)
     facts = provenance(
         "compare",
-        {
-            "models": list(reports),
-            "groups": members,
-            "n_sigma": n_sigma,
-            "confidence": confidence,
-            "n_resamples": n_resamples,
-            "seed": seed,
-        },
+        {"models": list(reports), "groups": members, "n_sigma": n_sigma, **bootstrap},
         revisions={report.model: report.revision for report in reports.values()},
         definitions=definitions(rules)
         | {
@@ -251,150 +223,130 @@ def compare_outliers(
             "families": {name: list(kinds) for name, kinds in FAMILIES.items()},
         },
     )
-    return OutlierComparison(list(reports.values()), members, n_sigma, rows, facts)
+    return OutlierComparison(
+        reports=list(reports.values()),
+        groups=members,
+        n_sigma=n_sigma,
+        rows=[*maker.models(), *maker.pairs(), *maker.groups(members)],
+        provenance=facts,
+    )
 
 
 class _Rows:
     """Makes the rows; one cell is a part of the model at a depth, for one k."""
 
     def __init__(
-        self,
-        reports: Mapping[str, OutlierReport],
-        rules: OutlierRules,
-        n_sigma: float,
-        confidence: float,
-        n_resamples: int,
-        seed: int,
+        self, reports: Mapping[str, OutlierReport], sigmas: Sequence[float], bootstrap: dict[str, Any]
     ) -> None:
-        self.reports = reports
-        self.sigmas = tuple(dict.fromkeys((n_sigma, *rules.sigmas)))
-        self.options: dict[str, Any] = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
-        self.confidence = confidence
+        self.reports, self.sigmas, self.bootstrap = reports, sigmas, bootstrap
         self._cells = {name: _cells(report) for name, report in reports.items()}
 
     def models(self) -> Iterator[dict[str, Any]]:
         """The outlier ratio of each model in each cell."""
         for name, report in self.reports.items():
-            for (part, depth), blocks in self._cells[name].items():
+            for cell, units in self._cells[name].items():
                 for k in self.sigmas:
-                    counts, entries = _at(blocks, k)
-                    ratio = float(counts.sum() / entries.sum()) if entries.sum() else None
+                    found = _at(units, k)
+                    ratio = _share(found)
                     yield {
-                        **self._about("model", name, None, part, depth, k),
+                        **self._about("model", name, None, cell, k),
                         "revision": report.revision,
                         "metric": f"outlier_ratio_{k:g}sigma",
                         "value": ratio,
-                        "n": int(entries.sum()),
+                        "n": int(found[1].sum()),
                         "reason": None if ratio is not None else "no finite entries",
                     }
 
     def pairs(self) -> Iterator[dict[str, Any]]:
         for x, y in combinations(self.reports, 2):
-            for cell, blocks_x in self._cells[x].items():
-                if cell not in self._cells[y]:
-                    continue
+            for cell in self._shared_cells(x, y):
                 for k in self.sigmas:
-                    yield from self._pair(x, y, cell, _at(blocks_x, k), _at(self._cells[y][cell], k), k)
+                    yield from self._pair(x, y, cell, k)
 
-    def _pair(
-        self, x: str, y: str, cell: tuple[str, str], a: Blocks, b: Blocks, k: float
-    ) -> Iterator[dict[str, Any]]:
-        ratio = ratio_of_ratios(a, b, **self.options)
+    def _pair(self, x: str, y: str, cell: Cell, k: float) -> Iterator[dict[str, Any]]:
+        a, b = (_at(self._cells[name][cell], k) for name in (x, y))
         logs = log_ratios(a), log_ratios(b)
         effect, delta = hedges_g(*logs), cliffs_delta(*logs)
         about = {
-            **self._about("pair", x, y, *cell, k),
+            **self._about("pair", x, y, cell, k),
             "revision": self.reports[x].revision,
             "revision_y": self.reports[y].revision,
             "n": len(a[0]),
             "n_y": len(b[0]),
         }
         shares = {"ratio": _share(a), "ratio_y": _share(b), "effect": effect}
-        yield {
-            **about,
-            **shares,
-            "metric": f"ratio_of_ratios_{k:g}sigma",
-            "value": ratio.value,
-            "low": ratio.low,
-            "high": ratio.high,
-            "stderr_log": ratio.stderr,
-            "reason": ratio.reason,
-            "seed": self.options["seed"],
-        }
-        few = "needs at least two units on either side, with some spread"
-        yield {
-            **about,
-            "metric": f"hedges_g_{k:g}sigma",
-            "value": effect,
-            "reason": few if effect is None else None,
-        }
+        yield {**about, **shares, **self._ratio(k, ratio_of_ratios(a, b, **self.bootstrap))}
+        few = "needs at least two units on either side, with some spread" if effect is None else None
+        yield {**about, "metric": f"hedges_g_{k:g}sigma", "value": effect, "reason": few}
         yield {**about, "metric": f"cliffs_delta_{k:g}sigma", "value": delta}
 
     def groups(self, members: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
         for x, y in combinations(members, 2):
-            everyone = [*members[x], *members[y]]
-            for cell in self._cells[everyone[0]]:
-                if not all(cell in self._cells[name] for name in everyone):
-                    continue
+            for cell in self._shared_cells(*members[x], *members[y]):
                 for k in self.sigmas:
                     sides = [[_at(self._cells[name][cell], k) for name in members[side]] for side in (x, y)]
-                    test = group_test(*sides, **self.options)
+                    test = group_test(*sides, **self.bootstrap)
                     means = [float(np.exp(np.mean([np.log(_smooth(one)) for one in side]))) for side in sides]
                     yield {
-                        **self._about("group", x, y, *cell, k),
-                        "metric": f"ratio_of_ratios_{k:g}sigma",
-                        "value": test.ratio.value,
-                        "low": test.ratio.low,
-                        "high": test.ratio.high,
-                        "stderr_log": test.ratio.stderr,
-                        "reason": test.ratio.reason,
+                        **self._about("group", x, y, cell, k),
+                        **self._ratio(k, test.ratio),
                         "ratio": means[0],
                         "ratio_y": means[1],
                         "pvalue": test.pvalue,
                         "p_smallest": test.p_smallest,
                         "n": len(members[x]),
                         "n_y": len(members[y]),
-                        "seed": self.options["seed"],
                     }
 
-    def _about(self, level: str, x: str, y: str | None, part: str, depth: str, k: float) -> dict[str, Any]:
+    def _shared_cells(self, first: str, *others: str) -> list[Cell]:
+        return [cell for cell in self._cells[first] if all(cell in self._cells[name] for name in others)]
+
+    def _about(self, level: str, x: str, y: str | None, cell: Cell, k: float) -> dict[str, Any]:
+        names = {"level": level, "model": x, "model_y": y, "part": cell[0], "depth": cell[1]}
+        confidence = self.bootstrap["confidence"] if y is not None else None
+        return {**names, "gaussian": gaussian_tail(k), "confidence": confidence}
+
+    def _ratio(self, k: float, ratio: Estimate) -> dict[str, Any]:
         return {
-            "level": level,
-            "model": x,
-            "model_y": y,
-            "part": part,
-            "depth": depth,
-            "gaussian": gaussian_tail(k),
-            "confidence": self.confidence if y is not None else None,
+            "metric": f"ratio_of_ratios_{k:g}sigma",
+            "value": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "stderr_log": ratio.stderr,
+            "reason": ratio.reason,
+            "seed": self.bootstrap["seed"],
         }
 
 
-def _cells(report: OutlierReport) -> dict[tuple[str, str], list[Any]]:
-    """(part, depth) → one pooled `TensorOutliers` per unit: per block over all depths, per matrix in a third."""
-    rows = report.separated()
-    stacks = sorted({row.place.stack or "" for row in rows if row.place.block is not None})
-    n_blocks = {
-        stack: 1 + max(row.place.block or 0 for row in rows if (row.place.stack or "") == stack)
-        for stack in stacks
-    }
-    members: dict[tuple[str, str], dict[Any, list[Any]]] = {}
+def _cells(report: OutlierReport) -> dict[Cell, list[TensorOutliers]]:
+    """(part, depth) → one roll-up per unit: per block over all depths, per matrix in a third."""
+    rows = _separated(report)
+    n_blocks: dict[str | None, int] = {}
+    for row in rows:
+        stack = row.place.stack
+        n_blocks[stack] = max(n_blocks.get(stack, 0), 1 + (row.place.block or 0))
+    members: dict[Cell, dict[object, list[TensorOutliers]]] = {}
     for row in rows:
         place = row.place
-        parts = [place.kind]
+        parts, depths = [place.kind], ["all"]
         if place.group == "blocks":
             parts = ["all", *(name for name, kinds in FAMILIES.items() if place.kind in kinds), place.kind]
-        depths = ["all"]
-        if place.block is not None and place.group == "blocks":
-            third = int(3 * (place.block + 0.5) / n_blocks[place.stack or ""])
-            depths.append(DEPTHS[third])
-        for part in dict.fromkeys(parts):
-            for depth in depths:
-                cell = members.setdefault((part, depth), {})
-                # A third of a small model has two blocks: too few to resample, so its matrices are the units.
-                unit = (place.stack, place.block) if depth == "all" else row.name
-                cell.setdefault(unit, []).append(row.found)
+            if place.block is not None:
+                depths.append(DEPTHS[int(3 * (place.block + 0.5) / n_blocks[place.stack])])
+        assert row.found is not None
+        for part, depth in product(dict.fromkeys(parts), depths):
+            # A third of a small model has two blocks: too few to resample, so its matrices are the units.
+            unit = (place.stack, place.block) if depth == "all" else row.name
+            members.setdefault((part, depth), {}).setdefault(unit, []).append(row.found)
     ordered = sorted(members, key=lambda cell: (_part_rank(cell[0]), ("all", *DEPTHS).index(cell[1])))
     return {cell: [merge_outliers(found) for found in members[cell].values()] for cell in ordered}
+
+
+def _separated(report: OutlierReport) -> list[ScannedTensor]:
+    """The weights that count, fused matrices replaced by their parts: the same in every layout."""
+    parts = [row for row in report.tensors if row.part_of is not None]
+    fused = {row.part_of for row in parts}
+    return [row for row in report.counted() if row.name not in fused] + parts
 
 
 def _part_rank(part: str) -> tuple[int, str]:
@@ -402,11 +354,11 @@ def _part_rank(part: str) -> tuple[int, str]:
     return (order.index(part), "") if part in order else (len(order), part)
 
 
-def _at(blocks: Sequence[Any], k: float) -> Blocks:
+def _at(units: Sequence[TensorOutliers], k: float) -> Blocks:
     rule = f"{k:g}sigma"
     return (
-        np.array([block.counts.get(rule, 0) for block in blocks], dtype=np.float64),
-        np.array([block.counted.get(rule, 0) for block in blocks], dtype=np.float64),
+        np.array([unit.counts.get(rule, 0) for unit in units], dtype=np.float64),
+        np.array([unit.counted.get(rule, 0) for unit in units], dtype=np.float64),
     )
 
 
@@ -416,11 +368,3 @@ def _share(blocks: Blocks) -> float | None:
 
 def _smooth(blocks: Blocks) -> float:
     return float((blocks[0].sum() + 0.5) / (blocks[1].sum() + 1.0))
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
-def _span(row: Mapping[str, Any]) -> str | None:
-    return None if row["low"] is None else f"{row['low']:.3g} to {row['high']:.3g}"

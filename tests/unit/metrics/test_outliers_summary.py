@@ -12,15 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.metrics.outliers import (
-    OutlierRules,
-    merge_outliers,
-    outlier_ratio,
-    outlier_statistics,
-    quantile_name,
-)
+from layerprobe.metrics.outliers import OutlierRules, merge_outliers, quantile_name
 from layerprobe.metrics.outliers import summary as module
 from layerprobe.metrics.outliers.counting import make_engine
+from layerprobe.metrics.outliers.summary import outlier_ratio, outlier_statistics
 
 ENGINES = ["torch", *(["numba"] if importlib.util.find_spec("numba") else [])]
 DTYPES = [

@@ -1,7 +1,8 @@
-"""Ridge regression on one-hot labels: all strengths, with leave-one-out accuracy, from one decomposition."""
+"""Classifiers without iterations: nearest neighbours, and ridge regression onto one-hot labels."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,13 @@ from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import Interval, wilson_interval
-from layerprobe.metrics.probing.data import Standardised, lower_gram
+from layerprobe.metrics.probing import Standardised, lower_gram
 from layerprobe.metrics.validation import check_features, check_labels
+
+K_GRID = (1, 5, 10, 20, 50)
+"""Numbers of neighbours tried by default."""
+
+_BLOCK = 2048  # rows compared with the whole training split at a time
 
 ALPHA_GRID = tuple(10.0**power for power in range(-5, 3))
 """Ridge strengths per training row tried by default: 8 values over 7 decades."""
@@ -20,7 +26,95 @@ ALPHA_GRID = tuple(10.0**power for power in range(-5, 3))
 _ROWS = 512  # rows fitted at a time, for all strengths at once, so that the block stays in cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class NeighbourResult:
+    """k nearest neighbours with k chosen on validation, measured once on test."""
+
+    k: int
+    val_accuracy: np.ndarray
+    test_accuracy: float
+    interval: Interval
+
+
+def knn_predict(
+    train: tuple[np.ndarray, np.ndarray],
+    X: np.ndarray,
+    n_classes: int,
+    ks: Sequence[int] = K_GRID,
+    *,
+    device: str = "cpu",
+) -> np.ndarray:
+    """Classes by majority among the k most similar training rows, for several k.
+
+    Similarity is the cosine between features standardised by the training split; of equally frequent
+    classes the one with the larger sum of similarities wins.
+
+    Parameters
+    ----------
+    train : (features n×d, labels). X : m×d. ks : neighbours, each at most n.
+
+    Returns
+    -------
+    len(ks)×m int64. Cost m·n·d; memory 2048·n.
+
+    Raises
+    ------
+    UsageError : non-finite features, unusable labels, a k outside 1 … n.
+    """
+    rows = check_features(train[0], "the training features")
+    labels, _ = check_labels(train[1], len(rows), "labels", n_classes)
+    queries = check_features(X, "X")
+    if not ks or min(ks) < 1 or max(ks) > len(rows):
+        raise UsageError(f"the number of neighbours lies between 1 and {len(rows)}; got {list(ks)}")
+    place = torch.device(device)
+    data = Standardised.of(rows)
+    bank = torch.cat([_unit(block) for _, block in data.blocks(place)])
+    classes = torch.from_numpy(labels).to(place)
+    found = np.empty((len(ks), len(queries)), dtype=np.int64)
+    parts = [_unit(block) for _, block in data.like(queries).blocks(place)]
+    start = 0
+    for part in torch.cat(parts).split(_BLOCK):
+        near, index = (part @ bank.T).topk(max(ks), dim=1)
+        # Similarities below 1e-3 of a vote only order equal counts.
+        weight = 1 + 1e-3 * (near + 1) / (2 * max(ks))
+        for i, k in enumerate(ks):
+            winners = majority(classes[index[:, :k]], weight[:, :k], n_classes)
+            found[i, start : start + len(part)] = winners.cpu().numpy()
+        start += len(part)
+    return found
+
+
+def majority(voters: torch.Tensor, weight: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """The class with the largest sum of weights in each row of `voters` (classes, m×k)."""
+    votes = torch.zeros(len(voters), n_classes, dtype=weight.dtype, device=weight.device)
+    return votes.scatter_add_(1, voters, weight).argmax(1)
+
+
+def select_knn(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
+    test: tuple[np.ndarray, np.ndarray],
+    n_classes: int,
+    *,
+    ks: Sequence[int] = K_GRID,
+    device: str = "cpu",
+) -> NeighbourResult:
+    """Choose k by validation accuracy (the largest of equals), measure once on test. k above n is left out."""
+    usable = [k for k in ks if k <= len(train[1])]
+    scores = (knn_predict(train, validation[0], n_classes, usable, device=device) == validation[1]).mean(1)
+    best = int(len(usable) - 1 - scores[::-1].argmax())
+    hits = int((knn_predict(train, test[0], n_classes, [usable[best]], device=device)[0] == test[1]).sum())
+    n = len(test[1])
+    return NeighbourResult(
+        k=usable[best], val_accuracy=scores, test_accuracy=hits / n, interval=wilson_interval(hits, n)
+    )
+
+
+def _unit(block: torch.Tensor) -> torch.Tensor:
+    return (block / block.norm(dim=1, keepdim=True).clamp(min=1e-300)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RidgeSweep:
     """Ridge classifiers for several strengths.
 
@@ -47,7 +141,7 @@ class RidgeSweep:
         return (Z @ self.coef[index].T + self.intercept).argmax(axis=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RidgeResult:
     """A ridge classifier with its strength chosen by leave-one-out accuracy, measured once on test."""
 
@@ -118,24 +212,47 @@ def ridge_sweep(
     shrink = 1 / (values + n * torch.from_numpy(strengths).to(place)[:, None])  # A×r
     leverage = (squares @ shrink.T.to(squares.dtype)).double() + 1 / n
     weights = (moments * shrink[:, None, :]) @ axes.T  # A×K×d
-    stacked = weights.to(working).reshape(-1, d)
-    offsets = shares.to(working).repeat(len(strengths))
-    hits = torch.zeros(len(strengths), dtype=torch.float64, device=place)
+    accuracy, error = leave_one_out(narrow, weights.to(working), shares, leverage, target)
+    return RidgeSweep(
+        alphas=strengths,
+        loo_accuracy=accuracy.cpu().numpy(),
+        loo_error=error.cpu().numpy(),
+        coef=weights.cpu().numpy(),
+        intercept=shares.cpu().numpy(),
+        mean=data.mean,
+        scale=data.scale,
+    )
+
+
+def leave_one_out(
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    shares: torch.Tensor,
+    leverage: torch.Tensor,
+    target: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accuracy, and mean squared residual over rows and classes, of ridge fits without the row that is judged.
+
+    Parameters
+    ----------
+    rows : n×d. weights : A×K×d for A strengths. shares : K class shares, the intercepts.
+    leverage : n×A, the diagonal of each hat matrix. target : n labels.
+    """
+    strengths, n_classes, d = weights.shape
+    n, stacked, offsets = len(rows), weights.reshape(-1, d), shares.to(rows.dtype).repeat(strengths)
+    hits = torch.zeros(strengths, dtype=torch.float64, device=rows.device)
     error = torch.zeros_like(hits)
     for begin in range(0, n, _ROWS):
         part = slice(begin, min(begin + _ROWS, n))
-        fitted = torch.addmm(offsets, narrow[part], stacked.T).reshape(-1, len(strengths), n_classes)
-        label = target[part, None, None].expand(-1, len(strengths), 1)
+        fitted = torch.addmm(offsets, rows[part], stacked.T).reshape(-1, strengths, n_classes)
+        label = target[part, None, None].expand(-1, strengths, 1)
         own = fitted.gather(2, label)[..., 0].double()
         free = (1 - leverage[part]).clamp(min=1e-12)
         error += ((fitted.square().sum(2).double() - 2 * own + 1) / free**2).sum(0)
         # The leave-one-out fit is (ŷ − h·y) / (1 − h); its largest entry does not depend on the divisor.
         fitted.scatter_(2, label, -torch.inf)
         hits += (own - leverage[part] > fitted.amax(2)).double().sum(0)
-    accuracy, squared = (hits / n).cpu().numpy(), (error / (n * n_classes)).cpu().numpy()
-    return RidgeSweep(
-        strengths, accuracy, squared, weights.cpu().numpy(), shares.cpu().numpy(), data.mean, data.scale
-    )
+    return hits / n, error / (n * n_classes)
 
 
 def select_ridge(
@@ -156,5 +273,8 @@ def select_ridge(
     hits = int((sweep.predict(test[0], best) == test[1]).sum())
     n = len(test[1])
     return RidgeResult(
-        float(sweep.alphas[best]), float(sweep.loo_accuracy[best]), hits / n, wilson_interval(hits, n)
+        alpha=float(sweep.alphas[best]),
+        loo_accuracy=float(sweep.loo_accuracy[best]),
+        test_accuracy=hits / n,
+        interval=wilson_interval(hits, n),
     )
