@@ -24,7 +24,7 @@ from layerprobe.analyzers.similarity import cka_matrix
 from layerprobe.backbones import Backbone, load_backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.files import write_text
-from layerprobe.plotting.attribution import attribution_figure
+from layerprobe.plotting.layer_scores import attribution_figure
 from layerprobe.plotting.probes import plot_probe_accuracy
 from layerprobe.plotting.similarity import plot_cka
 from layerprobe.tasks import Task, load_task

@@ -27,7 +27,7 @@ from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.intervals import mean_interval
-from layerprobe.plotting.transfer import FAMILY_COLOURS
+from layerprobe.plotting.layer_scores import FAMILY_COLOURS
 from layerprobe.search.agreement import permutation_agreement
 from layerprobe.search.replay import ExhaustiveTable, Truth, score_agreement
 from layerprobe.search.scores import by_block, layer_scores

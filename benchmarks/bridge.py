@@ -27,10 +27,9 @@ import torch
 from layerprobe.backbones import load_backbone
 from layerprobe.provenance import machine, versions
 from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, block_plan
-from layerprobe.training.classifier import Classifier, Snapshot, set_training
-from layerprobe.training.cost import training_flops
-from layerprobe.training.guard import Guard
-from layerprobe.training.loop import autocast, make_accelerator, make_optimizer, training_steps
+from layerprobe.training.classifier import Classifier, Snapshot, autocast, set_training, training_flops
+from layerprobe.training.freeze_check import FrozenCheck
+from layerprobe.training.loop import make_accelerator, make_optimizer, training_steps
 
 CLASSES = 10
 
@@ -264,7 +263,7 @@ def main() -> None:
                 plan.apply(backbone.model, remember=False)
                 backbone.stem.requires_grad_(plan.states["stem"] == "trainable")
             else:
-                Guard(plan, classifier)
+                FrozenCheck(plan, classifier)
             set_training(classifier)
             if number < 0:
                 if arguments.device.startswith("cuda"):
@@ -296,7 +295,7 @@ def main() -> None:
                         )
             classifier.zero_grad()
             if snapshot is not None:
-                snapshot.restore(backbone)
+                snapshot.restore()
     for name, times in loops.items():
         value = statistics.median(times)
         ratio = statistics.median([t / o for t, o in zip(times, loops["layerprobe"], strict=True)])

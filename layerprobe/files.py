@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HASHED_AT_ONCE = 32 << 20
 
 
 @contextlib.contextmanager
@@ -96,3 +102,82 @@ def cache_root() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "layerprobe"
+
+
+TORCH_ENDINGS = (".bin", ".pth", ".pt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+
+
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of a model folder that hold its weights, sorted, and where an index places each tensor.
+
+    The order of preference is the one of `from_pretrained`: `model.safetensors`, its sharded form with an
+    index, `pytorch_model.bin`, its sharded form; then whatever other weight files lie there. No files where
+    there are none; no placements where no index was used.
+
+    Raises
+    ------
+    BrokenFileError : an index that is none, leaves its folder, or names a missing shard.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return [folder / single], {}
+        if (index := folder / f"{single}.index.json").is_file():
+            return _shards(index)
+    if indices := sorted(folder.glob("*.safetensors.index.json")):
+        return _shards(indices[0])
+    for ending in (".safetensors", *TORCH_ENDINGS):
+        found = sorted(
+            file for file in folder.glob(f"*{ending}") if not file.name.startswith((".", *_NO_WEIGHTS))
+        )
+        if found:
+            return found, {}
+    return [], {}
+
+
+def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
+    content = read_json(index, what="shard index")
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table:
+        raise BrokenFileError(f"cannot read shard index {index}: it has no weight_map")
+    placed: dict[str, Path] = {}
+    for name, shard in table.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise BrokenFileError(
+                f"shard index {index} places tensor '{name}' in '{shard}', which is not a file of its folder"
+            )
+        file = index.parent / shard
+        if not file.is_file():
+            raise BrokenFileError(
+                f"shard index {index} names {shard} for tensor '{name}', and that file is missing; "
+                "finish the download"
+            )
+        placed[name] = file
+    return sorted(set(placed.values())), placed
+
+
+def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces, so that a large one on an accelerator needs no second copy here.
+
+    Of a tensor that is sharded over processes, the part that lies here.
+    """
+    import torch
+
+    local = tensor.detach()
+    if hasattr(local, "to_local"):
+        local = local.to_local()
+    flat = local.contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _HASHED_AT_ONCE):
+        yield flat[start : start + _HASHED_AT_ONCE].cpu().numpy().data
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """sha256 over dtype, shape and bytes, so that -0.0 differs from 0.0 and a NaN equals itself.
+
+    Of a tensor that is sharded over processes, the part that lies here.
+    """
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    digest = hashlib.sha256(f"{local.dtype}{tuple(local.shape)}".encode())
+    for piece in tensor_bytes(local):
+        digest.update(piece)
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from layerprobe.backbones.backbone import POOLINGS, Backbone, pool
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.hooks.capture import all_layers, capture, check_layers
-from layerprobe.hooks.store import FeatureStore, encode, features_root
+from layerprobe.hooks.feature_store import FeatureStore, encode, features_root
 from layerprobe.layers import LayerRef
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance

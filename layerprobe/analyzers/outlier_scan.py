@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from layerprobe.backbones.sources import RUN_FILE, resolve_model, weights_hash
+from layerprobe.backbones.resolve import RUN_FILE, resolve_model, weights_hash
 from layerprobe.checkpoints import (
     CHUNK_BYTES,
     Checkpoint,
-    Place,
     StoredTensor,
+    TensorRole,
     fused_parts,
     open_checkpoint,
-    places,
+    tensor_roles,
 )
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
@@ -45,7 +45,7 @@ class ScannedTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    place: Place
+    place: TensorRole
     found: TensorOutliers | None = None
     skip: str | None = None
     tied_to: str | None = None
@@ -152,7 +152,7 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
 
     def add(
         tensor: StoredTensor,
-        place: Place,
+        place: TensorRole,
         skip: str | None = None,
         tied_to: str | None = None,
         part_of: str | None = None,
@@ -170,7 +170,7 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
         )
         return rows[-1]
 
-    located = places({tensor.name: tensor.shape for tensor in checkpoint.tensors})
+    located = tensor_roles({tensor.name: tensor.shape for tensor in checkpoint.tensors})
     for tensor in checkpoint.tensors:
         place = located[tensor.name]
         skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_PUBLIC = {
-    "load_backbone": "loading",
-    "Backbone": "backbone",
-    "ModelSource": "sources",
-    "resolve_model": "sources",
-    "MODELS": "catalog",
-    "Layout": "layout",
-    "find_layout": "layout",
-    "PatchStem": "stem",
-}
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.backbones.load import load_backbone
+    from layerprobe.backbones.resolve import resolve_model
 
-__all__ = list(_PUBLIC)
+_FILES = {"Backbone": "backbone", "load_backbone": "load", "resolve_model": "resolve"}
+
+__all__ = ["Backbone", "load_backbone", "resolve_model"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Lazily, because finding a model's files must not load torch.
-    if name not in _PUBLIC:
+    if name not in _FILES:
         raise AttributeError(f"module 'layerprobe.backbones' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"layerprobe.backbones.{_PUBLIC[name]}"), name)
+    return getattr(importlib.import_module(f"layerprobe.backbones.{_FILES[name]}"), name)

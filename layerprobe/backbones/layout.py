@@ -12,14 +12,17 @@ Everything is read off the module tree, so that a new architecture works without
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from layerprobe.errors import UsageError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Names inside one base model (all dotted, relative to it)."""
 
@@ -41,7 +44,18 @@ class Layout:
         return [model.get_submodule(name) for name in self.block_names]
 
 
-def find_layout(model: nn.Module, config: Any) -> Layout:
+def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
+    """The part that images go through: the image tower of a two-tower model, the encoder of an
+    encoder-decoder, else the base model under a task head."""
+    base = cast("PreTrainedModel", getattr(model, "base_model", model))
+    for candidate in (model, base):
+        tower: PreTrainedModel | None = getattr(candidate, "vision_model", None)
+        if isinstance(tower, nn.Module):
+            return tower
+    return base.get_encoder() if base.config.is_encoder_decoder else base
+
+
+def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
     """Read the layout off a Hugging Face base model.
 
     Raises
@@ -54,16 +68,20 @@ def find_layout(model: nn.Module, config: Any) -> Layout:
     attention: list[str | None] = []
     mlp: list[str | None] = []
     for name, block in zip(names, blocks, strict=True):
-        attention_path = _outermost_attention(block)
-        inside = _last_writer(block, width, lambda path, a=attention_path: _within(path, a))
-        outside = _last_writer(block, width, lambda path, a=attention_path: not _within(path, a))
-        attention.append(f"{name}.{inside}" if inside and attention_path is not None else None)
+        inside, outside = _last_writers(block, width)
+        attention.append(f"{name}.{inside}" if inside else None)
         mlp.append(f"{name}.{outside}" if outside else None)
     groups, norms = _group_parameters(model, names, config)
-    return Layout(names, tuple(attention), tuple(mlp), groups, norms)
+    return Layout(
+        block_names=names,
+        attention_outputs=tuple(attention),
+        mlp_outputs=tuple(mlp),
+        parameter_groups=groups,
+        norm_names=norms,
+    )
 
 
-def hidden_size(config: Any) -> int:
+def hidden_size(config: PretrainedConfig) -> int:
     """Width d of the residual stream."""
     for attribute in ("hidden_size", "d_model", "n_embd", "dim"):
         value = getattr(config, attribute, None)
@@ -74,19 +92,18 @@ def hidden_size(config: Any) -> int:
     )
 
 
-def _find_block_list(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
+def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
     expected = getattr(config, "num_hidden_layers", None)
-    found: list[tuple[str, nn.ModuleList]] = []
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        if any(name.startswith(outer + ".") for outer, _ in found):
-            continue
-        if len({type(member) for member in module}) == 1 and any(True for _ in module.parameters()):
-            found.append((name, module))
-    fitting = [item for item in found if expected is None or len(item[1]) == expected]
+        nested = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and not nested and _of_one_class(module):
+            found[name] = module
+    fitting = [item for item in found.items() if expected in (None, len(item[1]))]
     if not fitting:
-        seen = ", ".join(f"{name} ({len(module)} × {type(module[0]).__name__})" for name, module in found)
+        seen = ", ".join(
+            f"{name} ({len(list_)} × {type(list_[0]).__name__})" for name, list_ in found.items()
+        )
         raise UsageError(
             f"no transformer blocks found in {type(model).__name__}: looked for a ModuleList of "
             f"{expected if expected is not None else 'equal'} modules of one class "
@@ -95,45 +112,43 @@ def _find_block_list(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]
     return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def _outermost_attention(block: nn.Module) -> str | None:
-    for name, module in block.named_modules():
-        if name and "attention" in type(module).__name__.lower():
-            return name
-    return None
+def _of_one_class(modules: nn.ModuleList) -> bool:
+    """Whether they have parameters and one class."""
+    return len({type(member) for member in modules}) == 1 and any(True for _ in modules.parameters())
 
 
-def _within(path: str, ancestor: str | None) -> bool:
-    return ancestor is not None and (path == ancestor or path.startswith(ancestor + "."))
-
-
-def _last_writer(block: nn.Module, width: int, wanted: Any) -> str | None:
-    """Path of the last linear map that writes `width` features, among paths `wanted` accepts."""
-    last = None
+def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]:
+    """Paths of the last linear maps that write `width` features, in the block's attention and outside it."""
+    attention = None
+    inside = outside = None
     for path, module in block.named_modules():
+        if attention is None and path and "attention" in type(module).__name__.lower():
+            attention = path
         weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding) or not wanted(path):
+        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
             continue
         # nn.Linear keeps (out, in); GPT-2's Conv1D keeps (in, out) and says so in `nf`.
-        written = getattr(module, "nf", None) or weight.shape[0]
-        if written == width:
-            last = path
-    return last
+        if (getattr(module, "nf", None) or weight.shape[0]) != width:
+            continue
+        if attention is not None and f"{path}.".startswith(f"{attention}."):
+            inside = path
+        else:
+            outside = path
+    return inside, outside
 
 
 def _group_parameters(
-    model: nn.Module, block_names: tuple[str, ...], config: Any
+    model: nn.Module, block_names: tuple[str, ...], config: PretrainedConfig
 ) -> tuple[dict[str, str], frozenset[str]]:
-    positions_at_least = getattr(config, "max_position_embeddings", None)
-    get_embeddings = getattr(model, "get_input_embeddings", None)
+    """The group of every parameter, and the names of those that belong to norms."""
     try:
-        token_embedding = get_embeddings() if get_embeddings else None
-    except NotImplementedError:
+        token_embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
         token_embedding = None
     groups: dict[str, str] = {}
     norms: set[str] = set()
     for name, _ in model.named_parameters():
-        owner_name, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner_name) if owner_name else model
+        owner = model.get_submodule(name.rpartition(".")[0])
         is_norm = "norm" in type(owner).__name__.lower()
         if is_norm:
             norms.add(name)
@@ -142,15 +157,26 @@ def _group_parameters(
             groups[name] = f"block.{block}"
         elif is_norm:
             groups[name] = "norm"
-        elif "position" in name.lower() or (
-            isinstance(owner, nn.Embedding)
-            and owner is not token_embedding
-            and isinstance(positions_at_least, int)
-            and owner.num_embeddings >= positions_at_least
-        ):
-            groups[name] = "positions"
-        elif owner is token_embedding or "embed" in name.lower() or leaf in ("cls_token", "mask_token"):
-            groups[name] = "embeddings"
         else:
-            groups[name] = "other"
+            groups[name] = _group_outside(name, owner, token_embedding, config)
     return groups, frozenset(norms)
+
+
+def _group_outside(
+    name: str, owner: nn.Module, token_embedding: nn.Module | None, config: PretrainedConfig
+) -> str:
+    """The group of a parameter that is in no block and no norm."""
+    longest = getattr(config, "max_position_embeddings", None)
+    is_token_embedding = owner is token_embedding
+    is_position_table = (
+        isinstance(owner, nn.Embedding)
+        and not is_token_embedding
+        and isinstance(longest, int)
+        and owner.num_embeddings >= longest
+    )
+    if "position" in name.lower() or is_position_table:
+        return "positions"
+    leaf = name.rpartition(".")[2]
+    if is_token_embedding or "embed" in name.lower() or leaf in ("cls_token", "mask_token"):
+        return "embeddings"
+    return "other"

@@ -1,9 +1,8 @@
 """Weights as files: shards, dtypes, names. Streams what it reads and never builds a model."""
 
-from layerprobe.checkpoints.folders import Checkpoint, open_checkpoint
-from layerprobe.checkpoints.fused import fused_parts
-from layerprobe.checkpoints.naming import GROUPS, KINDS, Place, places
-from layerprobe.checkpoints.tensors import CHUNK_BYTES, RAW_DTYPES, StoredTensor
+from layerprobe.checkpoints.folder import Checkpoint, open_checkpoint
+from layerprobe.checkpoints.safetensors import CHUNK_BYTES, RAW_DTYPES, StoredTensor
+from layerprobe.checkpoints.tensor_roles import GROUPS, KINDS, TensorRole, fused_parts, tensor_roles
 
 __all__ = [
     "CHUNK_BYTES",
@@ -11,9 +10,9 @@ __all__ = [
     "KINDS",
     "RAW_DTYPES",
     "Checkpoint",
-    "Place",
     "StoredTensor",
+    "TensorRole",
     "fused_parts",
     "open_checkpoint",
-    "places",
+    "tensor_roles",
 ]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from layerprobe.checkpoints.tensors import RAW_DTYPES, StoredTensor
+import numpy as np
+
+from layerprobe.checkpoints.safetensors import RAW_DTYPES, StoredTensor
 from layerprobe.errors import BrokenFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_torch(file: Path) -> list[StoredTensor]:
@@ -43,8 +48,8 @@ def read_torch(file: Path) -> list[StoredTensor]:
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in _flatten(loaded):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
-        alias = seen.setdefault(place, name) if tensor.numel() else name
+        storage = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), dtype)
+        alias = seen.setdefault(storage, name) if tensor.numel() else name
         skip = None if dtype in RAW_DTYPES else f"{dtype} tensor: quantised codes or indices, not weights"
         if tensor.layout != torch.strided or tensor.is_quantized:
             skip = f"{tensor.layout} {dtype} tensor: its stored values are not a dense weight"
@@ -58,7 +63,7 @@ def read_torch(file: Path) -> list[StoredTensor]:
                 nbytes=tensor.numel() * tensor.element_size(),
                 skip=skip,
                 alias_of=None if alias == name else alias,
-                source=_raw(tensor, dtype) if skip is None else None,
+                source=_raw(tensor) if skip is None else None,
             )
         )
     if not tensors:
@@ -66,7 +71,7 @@ def read_torch(file: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -76,7 +81,8 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _raw(tensor: Any, dtype: str) -> Any:
+def _raw(tensor: Tensor) -> np.ndarray:
+    """The flat values; the codes of dtypes below 32 bits."""
     import torch
 
     flat = tensor.reshape(-1)

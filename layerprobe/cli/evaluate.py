@@ -14,7 +14,6 @@ from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
-    from layerprobe.backbones.sketch import Sketch
     from layerprobe.plans import FreezePlan
     from layerprobe.training import BridgeConfig, FineTuneConfig
 
@@ -130,7 +129,7 @@ def evaluate(
     )
 
 
-def run_plan(backbone: Backbone | Sketch, scope: str) -> FreezePlan | None:
+def run_plan(backbone: Backbone, scope: str) -> FreezePlan | None:
     """The freeze plan that lies beside a bridge run, where the backbone came from one."""
     from layerprobe.plans import FreezePlan
 

@@ -30,7 +30,7 @@ def features(
 
     Example: layerprobe features --model minilm --task digits
     """
-    from layerprobe.hooks.store import check_store_dtype
+    from layerprobe.hooks.feature_store import check_store_dtype
 
     options.check_split(split, "all")
     check_store_dtype(store_dtype)
@@ -40,9 +40,11 @@ def features(
         loaded = task.load()
         n_images = sum(len(part) for name, part in loaded.splits.items() if split in ("all", name))
         n_tokens, value_bytes = seen.tokens if tokens else 1, 4 if store_dtype == "float32" else 2
-        size = n_images * n_layers * seen.width * n_tokens * value_bytes
+        size = n_images * n_layers * seen.hidden_size * n_tokens * value_bytes
         facts = forward_facts(seen, batch_size=layers.batch_size)
-        facts["store"] = f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {seen.width}"
+        facts["store"] = (
+            f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {seen.hidden_size}"
+        )
         facts["store"] += f" × {seen.tokens} tokens" if tokens else ""
         out.show_facts(facts)
         return

@@ -45,7 +45,7 @@ def features(
     as_json: options.Json = False,
 ) -> None:
     """List the feature stores on disk, or delete some."""
-    from layerprobe.hooks.store import features_root, list_stores, prune_stores
+    from layerprobe.hooks.feature_store import features_root, list_stores, prune_stores
 
     root = features_root(cache_dir)
     rows = list_stores(root)

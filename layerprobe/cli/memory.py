@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from layerprobe.backbones.sketch import Sketch
+    from layerprobe.backbones import Backbone
     from layerprobe.plans import FreezePlan
 
 FORWARD_VALUES = 12
@@ -24,29 +24,29 @@ class Memory(NamedTuple):
     activations: int
 
 
-def memory_needed(seen: Sketch, *, images: int, trained: int | None = None) -> Memory:
+def memory_needed(seen: Backbone, *, images: int, trained: int | None = None) -> Memory:
     """Memory of one forward pass, or of one training step with AdamW for `trained` parameters."""
-    size = seen.weights_bytes // max(1, seen.parameters)
+    size = seen.weights_bytes // max(1, seen.n_parameters)
     per_value = FORWARD_VALUES * size if trained is None else TRAINING_BYTES * seen.n_blocks
     return Memory(
-        seen.weights_bytes, 3 * (trained or 0) * size, images * seen.tokens * seen.width * per_value
+        seen.weights_bytes, 3 * (trained or 0) * size, images * seen.tokens * seen.hidden_size * per_value
     )
 
 
-def forward_facts(seen: Sketch, *, batch_size: int) -> dict[str, Any]:
+def forward_facts(seen: Backbone, *, batch_size: int) -> dict[str, Any]:
     """Model, blocks, and an estimate of the memory for weights and one forward pass."""
-    from layerprobe.backbones.loading import available_memory
+    from layerprobe.backbones.load import available_memory
     from layerprobe.tables import bytes_text
 
-    free = available_memory(seen.device)
+    free = available_memory(seen.run_device)
     needed = memory_needed(seen, images=batch_size)
     fits = "unknown" if free is None else ("yes" if sum(needed) < free else "no")
     return {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
-        "width": seen.width,
-        "parameters": f"{seen.parameters:,}",
-        "device": str(seen.device),
+        "width": seen.hidden_size,
+        "parameters": f"{seen.n_parameters:,}",
+        "device": str(seen.run_device),
         "dtype": str(seen.dtype).removeprefix("torch."),
         "weights": bytes_text(needed.weights),
         "tokens an image": seen.tokens_in_words,
@@ -56,15 +56,15 @@ def forward_facts(seen: Sketch, *, batch_size: int) -> dict[str, Any]:
     }
 
 
-def training_facts(seen: Sketch, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
+def training_facts(seen: Backbone, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
     """Model, plan, and an estimate of the memory for weights, gradients, AdamW's moments and activations."""
     from layerprobe.tables import bytes_text
 
-    trained = seen.parameters if plan is None else plan.counts["trainable_parameters"]
+    trained = seen.n_parameters if plan is None else plan.counts["trainable_parameters"]
     needed = memory_needed(seen, images=images, trained=trained)
     return {
         "model": f"{seen.source.model_id} @ {seen.source.revision}",
-        "device": str(seen.device),
+        "device": str(seen.run_device),
         "blocks": seen.n_blocks,
         "plan": "no plan: everything trains" if plan is None else plan.summary(),
         "trained parameters": trained,
@@ -76,7 +76,7 @@ def training_facts(seen: Sketch, plan: FreezePlan | None, *, images: int) -> dic
     }
 
 
-def check_plan(plan: FreezePlan | None, seen: Sketch) -> None:
+def check_plan(plan: FreezePlan | None, seen: Backbone) -> None:
     """PlanError for a plan of another model, by names and shapes alone."""
     if plan is not None:
         from layerprobe.plans import parameter_table

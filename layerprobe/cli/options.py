@@ -20,7 +20,6 @@ from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
-    from layerprobe.backbones.sketch import Sketch
     from layerprobe.layers import LayerRef
     from layerprobe.tasks.task import Task
 
@@ -94,16 +93,16 @@ class BackboneOptions:
         chosen = asdict(self)
         return load_backbone(chosen.pop("model"), **chosen)
 
-    def sketch(self, task: TaskOptions) -> Sketch:
+    def sketch(self, task: TaskOptions) -> Backbone:
         """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
         from layerprobe.backbones.backbone import MIXED_SIZE
-        from layerprobe.backbones.sketch import sketch_backbone
+        from layerprobe.backbones.load import load_for_dry_run
         from layerprobe.tasks.glance import glance_at_task
 
         seen = glance_at_task(task.task, data_dir=task.data_dir)
         chosen = asdict(self)
         del chosen["seed"]
-        return sketch_backbone(
+        return load_for_dry_run(
             chosen.pop("model"),
             task_size=MIXED_SIZE if seen.mixed else seen.image_size,
             task_size_certain=seen.certain,
@@ -149,7 +148,7 @@ class LayerOptions:
 
         return [LayerRef(0, site.strip()).site for site in self.sites.split(",")]
 
-    def pick(self, backbone: Backbone | Sketch, *, model: str) -> list[LayerRef]:
+    def pick(self, backbone: Backbone, *, model: str) -> list[LayerRef]:
         """The layers at the sites of the chosen blocks, and those outside all blocks."""
         from layerprobe.hooks.capture import all_layers, check_layers
         from layerprobe.layers import parse_blocks

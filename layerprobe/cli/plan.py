@@ -63,14 +63,15 @@ def check(
 
     Example: layerprobe plan check plan.json --model gpt2
     """
-    from layerprobe.backbones.loading import image_or_text_tower, load_skeleton
-    from layerprobe.backbones.sources import resolve_model
+    from layerprobe.backbones import load_backbone
     from layerprobe.plans import FreezePlan, parameter_table
 
     loaded = FreezePlan.load(plan)
-    source = resolve_model(model, revision=revision, offline=offline)
-    skeleton = load_skeleton(source, trust_remote_code=trust_remote_code)
-    loaded.check(parameter_table(image_or_text_tower(skeleton)))
+    backbone = load_backbone(
+        model, revision=revision, device="meta", offline=offline, trust_remote_code=trust_remote_code
+    )
+    source = backbone.source
+    loaded.check(parameter_table(backbone.model))
     n_tensors = len(loaded.parameters)
     remarks = []
     if loaded.revision and loaded.revision != source.revision:

@@ -14,9 +14,9 @@ What each site means (all before a dropout or layer scale that may follow; in ev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,22 +26,28 @@ from layerprobe.layers import EMBED, SITES, LayerRef
 Pool = Callable[[Tensor], Tensor]
 
 
-class HasLayout(Protocol):
-    """What `check_layers` needs of a backbone, loaded or not."""
+class Layout(Protocol):
+    """Where the blocks of a model are; `layerprobe.backbones.layout.Layout` is one."""
 
     @property
-    def name(self) -> str: ...
-
+    def n_blocks(self) -> int: ...
     @property
-    def layout(self) -> Any: ...
+    def block_names(self) -> tuple[str, ...]: ...
+    @property
+    def attention_outputs(self) -> tuple[str | None, ...]: ...
+    @property
+    def mlp_outputs(self) -> tuple[str | None, ...]: ...
 
 
 class Hookable(Protocol):
     """What `capture` needs of a backbone."""
 
-    name: str
-    model: nn.Module
-    layout: Any
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def layout(self) -> Layout: ...
 
 
 class _EnoughSeen(Exception):
@@ -52,58 +58,40 @@ class Capture(Mapping[LayerRef, Tensor]):
     """The captured tensors of the last forward pass, by layer. Made by `capture`."""
 
     def __init__(
-        self,
-        backbone: Hookable,
-        layers: Sequence[LayerRef],
-        *,
-        pool: Pool | None,
-        stop_early: bool,
-        detach: bool,
+        self, backbone: Hookable, layers: Sequence[LayerRef], *, pool: Pool | None, stop_early: bool
     ) -> None:
         self.layers = list(dict.fromkeys(layers))
         self._pool = pool
         self._stop_early = stop_early
-        self._detach = detach
         self._seen: dict[LayerRef, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._backbone = backbone
-        self._shape: Any = None  # B×T×D of this pass
+        self._shape = torch.Size()  # B×T×D of this pass
         check_layers(self.layers, backbone)
 
     def __enter__(self) -> Capture:
         layout, model = self._backbone.layout, self._backbone.model
+        blocks = [model.get_submodule(name) for name in layout.block_names]
+        writers = {"attn_out": layout.attention_outputs, "mlp_out": layout.mlp_outputs}
         try:
-            first = model.get_submodule(layout.block_names[0])
-            self._handles.append(first.register_forward_pre_hook(self._note_shape, with_kwargs=True))
+            self._handles.append(blocks[0].register_forward_pre_hook(self._note_shape, with_kwargs=True))
             for layer in self.layers:
                 block = layer.block or 0
                 if layer.site in ("resid_pre", EMBED):
-                    module = model.get_submodule(layout.block_names[block])
-                    self._handles.append(
-                        module.register_forward_pre_hook(self._on_input(layer), with_kwargs=True)
-                    )
-                else:
-                    name = {
-                        "resid_post": layout.block_names,
-                        "attn_out": layout.attention_outputs,
-                        "mlp_out": layout.mlp_outputs,
-                    }[layer.site][block]
-                    module = model.get_submodule(name)
-                    self._handles.append(module.register_forward_hook(self._on_output(layer)))
+                    hook = self._on_input(layer)
+                    self._handles.append(blocks[block].register_forward_pre_hook(hook, with_kwargs=True))
+                    continue
+                module = blocks[block]
+                if layer.site in writers:
+                    module = model.get_submodule(writers[layer.site][block] or "")
+                self._handles.append(module.register_forward_hook(self._on_output(layer)))
         except BaseException:
             self._remove()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self._remove()
-        if kind is not None and issubclass(kind, _EnoughSeen):
-            return True
         if kind is None:
             missing = [layer for layer in self.layers if layer not in self._seen]
             if missing:
@@ -111,7 +99,7 @@ class Capture(Mapping[LayerRef, Tensor]):
                     f"{missing[0]} was requested but never ran in this forward pass; "
                     f"{len(self._seen)} of {len(self.layers)} requested layers did"
                 )
-        return False
+        return kind is not None and issubclass(kind, _EnoughSeen)
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -128,13 +116,13 @@ class Capture(Mapping[LayerRef, Tensor]):
         return hook
 
     def _on_output(self, layer: LayerRef) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             # Blocks of transformers 5 return a tensor or a tuple that starts with it.
             self._take(layer, output[0] if isinstance(output, (tuple, list)) else output, module)
 
         return hook
 
-    def _take(self, layer: LayerRef, value: Any, module: nn.Module) -> None:
+    def _take(self, layer: LayerRef, value: object, module: nn.Module) -> None:
         if isinstance(value, Tensor) and value.ndim == 2 and value.shape[0] == self._shape[:2].numel():
             value = value.view(self._shape[0], self._shape[1], -1)  # OPT runs its MLP on (B·T)×D
         if not isinstance(value, Tensor) or value.ndim != 3:
@@ -142,10 +130,9 @@ class Capture(Mapping[LayerRef, Tensor]):
             raise LayerprobeError(
                 f"{layer}: expected B×T×D activations from {type(module).__name__}, got a {found}"
             )
-        if self._detach:
-            value = value.detach()
+        value = value.detach()
         kept = value if self._pool is None else self._pool(value)
-        if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() and self._detach:
+        if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
             # Some blocks add in place afterwards, and a view would keep the whole tensor alive.
             kept = kept.clone()
         self._seen[layer] = kept
@@ -168,7 +155,6 @@ def capture(
     *,
     pool: Pool | None = None,
     stop_early: bool = False,
-    detach: bool = True,
 ) -> Capture:
     """A context manager that captures layers of every forward pass inside it.
 
@@ -184,34 +170,33 @@ def capture(
     pool : applied to each B×T×D tensor on its device at once, so that no whole activation is kept.
     stop_early : end the forward pass when the last requested layer was seen; code after the call in the
         `with` body is then skipped.
-    detach : False keeps the autograd graph (and the tensors themselves, not copies).
 
     Raises
     ------
     UnknownNameError : a block that does not exist. UsageError : a site this model has not.
     LayerprobeError : on leaving, when a requested layer never ran.
     """
-    return Capture(backbone, layers, pool=pool, stop_early=stop_early, detach=detach)
+    return Capture(backbone, layers, pool=pool, stop_early=stop_early)
 
 
-def check_layers(layers: Sequence[LayerRef], backbone: HasLayout) -> None:
+def check_layers(layers: Sequence[LayerRef], backbone: Hookable) -> None:
     """Refuse layers that the backbone has not, before anything runs."""
-    n_blocks = backbone.layout.n_blocks
+    layout = backbone.layout
+    writers = {"attn_out": layout.attention_outputs, "mlp_out": layout.mlp_outputs}
     if not layers:
         raise UsageError("no layers were requested")
     for layer in layers:
         if layer.block is None:
             continue
-        if not 0 <= layer.block < n_blocks:
+        if not 0 <= layer.block < layout.n_blocks:
             raise UnknownNameError(
-                f"block {layer.block} does not exist: {backbone.name} has {n_blocks} blocks "
-                f"(0 to {n_blocks - 1})"
+                f"block {layer.block} does not exist: {backbone.name} has {layout.n_blocks} blocks "
+                f"(0 to {layout.n_blocks - 1})"
             )
-        names = {"attn_out": backbone.layout.attention_outputs, "mlp_out": backbone.layout.mlp_outputs}
-        if layer.site in names and names[layer.site][layer.block] is None:
+        if layer.site in writers and writers[layer.site][layer.block] is None:
             kind = "attention" if layer.site == "attn_out" else "MLP"
             raise UsageError(
-                f"{layer}: no {kind} output projection was found in {backbone.layout.block_names[layer.block]} "
+                f"{layer}: no {kind} output projection was found in {layout.block_names[layer.block]} "
                 f"of {backbone.name} (looked for the last linear map of the model's width); "
                 "use resid_pre and resid_post"
             )

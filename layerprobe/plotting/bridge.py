@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+
+from layerprobe.plotting import style as look
 
 ARM_COLOURS = {
-    "language": "#0072B2",
-    "bridge": "#009E73",
-    "full-bridge": "#56B4E9",
-    "partial": "#CC79A7",
-    "none": "#999999",
-    "random": "#D55E00",
-    "random-bridge": "#E69F00",
-    "model": "#000000",
+    "language": look.BLUE,
+    "bridge": look.GREEN,
+    "full-bridge": look.SKY,
+    "partial": look.PINK,
+    "none": look.GREY,
+    "random": look.ORANGE,
+    "random-bridge": look.YELLOW,
+    "model": look.BLACK,
 }
 """One fixed, colour-blind-safe colour per training kind (Okabe & Ito)."""
+
+COST_LABELS = {
+    "train_flops": "training cost (FLOP in the blocks)",
+    "train_seconds": "training time (s)",
+    "trainable_parameters": "parameters trained in fine-tuning",
+}
 
 
 def plot_bridge_curve(
@@ -28,17 +36,15 @@ def plot_bridge_curve(
 
     `frame` is `BridgeRun.history`; `guess` is 1/K.
     """
-    ax = ax if ax is not None else _axes()
+    ax = ax if ax is not None else look.new_axes(6, 4)
     window = max(1, len(frame) // 25)
     smooth = frame["accuracy"].rolling(window, min_periods=1).mean()
-    colour = style.pop("color", ARM_COLOURS["bridge"])
-    ax.plot(frame["step"], frame["accuracy"], color=colour, alpha=0.25, linewidth=0.8)
-    ax.plot(frame["step"], smooth, color=colour, label=f"mean of {window} steps", **style)
+    options = {"color": ARM_COLOURS["bridge"], "marker": "", "label": f"mean of {window} steps", **style}
+    ax.plot(frame["step"], frame["accuracy"], color=options["color"], alpha=0.25, linewidth=0.8)
+    look.draw_line(ax, frame["step"], smooth, **options)
     if guess is not None:
-        ax.axhline(guess, color="#666666", linestyle="--", linewidth=1, label=f"guess, {guess:.1%}")
-    ax.set_xlabel("optimizer step")
-    ax.set_ylabel("random labels recalled (share)")
-    ax.set_ylim(bottom=0)
+        look.reference_line(ax, guess, label=f"guess, {guess:.1%}")
+    ax.set(xlabel="optimizer step", ylabel="random labels recalled (share)", ylim=(0, None))
     ax.legend(frameon=False)
     return ax
 
@@ -48,15 +54,13 @@ def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: A
 
     `frame` is `BridgeRun.to_frame()`.
     """
-    ax = ax if ax is not None else _axes()
+    ax = ax if ax is not None else look.new_axes(6, 4)
     rows = frame[(frame["metric"] == "weight_change") & frame["block"].notna()]
     blocks, values = rows["block"].astype(int), rows["value"].astype(float)
     ax.bar(blocks, values, **{"color": ARM_COLOURS["bridge"], **style})
-    for block, value in zip(blocks, values, strict=True):
-        if value == 0:
-            ax.text(block, 0, "frozen", rotation=90, ha="center", va="bottom", color="#666666", fontsize=8)
-    ax.set_xticks(list(blocks))
-    ax.set_xlabel("block (input → output)")
+    for block in blocks[values == 0]:
+        ax.text(block, 0, "frozen", rotation=90, ha="center", va="bottom", color=look.LINE_GREY, fontsize=8)
+    look.block_axis(ax, int(blocks.max()) + 1)
     ax.set_ylabel("‖W₁ − W₀‖ / ‖W₀‖")
     return ax
 
@@ -71,33 +75,20 @@ def plot_accuracy_against(
     frame : `Evaluation.to_frame()`.
     x : "train_flops", "train_seconds" or "trainable_parameters".
     """
-    ax = ax if ax is not None else _axes()
-    seeds = frame[frame["metric"] == "test_accuracy"]
-    means = frame[frame["metric"] == "test_accuracy_mean"].set_index("arm")
-    for arm, trials in seeds.groupby("arm", sort=False):
-        row = means.loc[arm]
-        if row["value"] is None or row["value"] != row["value"]:
-            continue
-        colour = ARM_COLOURS.get(str(arm), "#000000")
-        place = float(trials[x].astype(float).mean())
-        ax.scatter([place] * len(trials), 100 * trials["value"].astype(float), s=10, color=colour, alpha=0.5)
-        centre = 100 * float(row["value"])
-        reach = [[centre - 100 * float(row["low"])], [100 * float(row["high"]) - centre]]
-        look = {"fmt": "o", "capsize": 3, "color": colour, **style}
-        ax.errorbar([place], [centre], yerr=reach, label=str(arm), **look)
-    names = {
-        "train_flops": "training cost (FLOP in the blocks)",
-        "train_seconds": "training time (s)",
-        "trainable_parameters": "parameters trained in fine-tuning",
-    }
-    ax.set_xlabel(names[x])
+    ax = ax if ax is not None else look.new_axes(6, 4)
+    means = frame[(frame["metric"] == "test_accuracy_mean") & frame["value"].notna()]
+    seeds = frame[(frame["metric"] == "test_accuracy") & frame["arm"].isin(means["arm"])]
+    cost = seeds[x].astype(float).groupby(seeds["arm"]).transform("mean")
+    seeds = seeds.assign(cost=cost, percent=100 * seeds["value"].astype(float))
+    dots = {"size": 3.2, "alpha": 0.5, "jitter": False, "native_scale": True, "legend": False}
+    colours = {arm: ARM_COLOURS.get(arm, look.BLACK) for arm in means["arm"]}
+    seaborn.stripplot(seeds, x="cost", y="percent", hue="arm", palette=colours, ax=ax, **dots)
+    for arm, own in seeds.groupby("arm", sort=False):
+        known = 100 * means.loc[means["arm"] == arm, ["value", "low", "high"]].astype(float)
+        line = {"color": colours[arm], "linestyle": "", "markersize": 6, "label": str(arm), **style}
+        look.draw_line(ax, own["cost"].iloc[:1], *known.T.to_numpy(), bars=True, **line)
+    ax.set_xlabel(COST_LABELS[x])
     kinds = sorted({str(kind) for kind in means["interval"].dropna()})
     ax.set_ylabel("test accuracy (%)" + (f"\nbars: {'; '.join(kinds)}" if kinds else ""))
     ax.legend(frameon=False)
     return ax
-
-
-def _axes() -> Axes:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(6, 4)).subplots()

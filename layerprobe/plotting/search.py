@@ -1,24 +1,22 @@
-"""Figures of a freeze search: the front of accuracy against size, the ranking of arms, plans as strips.
-
-Frames come from a `SearchResult` or from the CSV files of its run folder.
-"""
+"""Figures of plans and their search: frames come from a `SearchResult`, its CSV files, or `plan_frame`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch, Rectangle
 
 from layerprobe.errors import UsageError
+from layerprobe.plotting import style as look
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-
-PLAN_COLOUR = "#D55E00"
-FRONT_COLOUR = "#0072B2"
 OTHER_COLOUR = "#9AA5B1"
-FROZEN_COLOUR = "#D9DEE4"
+STATE_COLOURS = {"frozen": "#D9DEE4", "partial": "#F0C571", "trainable": look.ORANGE}
+"""One colour per state of a block; told apart by brightness as well as by hue."""
 
 
 def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
@@ -34,53 +32,30 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     -------
     The Axes. Bars are one standard error where a plan has several seeds; single runs are hollow.
     """
-    import matplotlib.pyplot as plt
-
     if frame.empty:
         raise UsageError("no plan was valued at full length, so there is no front to draw")
-    if ax is None:
-        ax = plt.subplots(figsize=(6.4, 4.2), layout="constrained")[1]
-    x, y = (
-        frame["trainable_parameters"].to_numpy(float) / 1e6,
-        100 * frame["validation_accuracy"].to_numpy(float),
-    )
-    repeated = frame["n_seeds"].to_numpy() > 1
-    error = 100 * frame["sd"].to_numpy(float) / np.sqrt(frame["n_seeds"].to_numpy(float))
-    front = frame["on_front"].astype(bool).to_numpy()
-    order = np.argsort(x[front])
-    ax.plot(x[front][order], y[front][order], color=FRONT_COLOUR, lw=1.2, drawstyle="steps-post", zorder=1)
+    ax = ax if ax is not None else look.new_axes(6.4, 4.2)
+    rows = frame.sort_values("trainable_parameters")
+    x = rows["trainable_parameters"].to_numpy(float) / 1e6
+    y = 100 * rows["validation_accuracy"].to_numpy(float)
+    error = 100 * rows["sd"].to_numpy(float) / np.sqrt(rows["n_seeds"].to_numpy(float))
+    front, chosen = (rows[column].astype(bool).to_numpy() for column in ("on_front", "chosen"))
+    repeated = rows["n_seeds"].to_numpy() > 1
+    ax.plot(x[front], y[front], color=look.BLUE, lw=1.2, drawstyle="steps-post", zorder=1)
     ax.errorbar(x[repeated], y[repeated], error[repeated], fmt="none", ecolor=OTHER_COLOUR, lw=1, zorder=2)
-    colours = np.where(front, FRONT_COLOUR, OTHER_COLOUR)
-    look = {"s": 34, "zorder": 3, **style}
-    ax.scatter(
-        x[repeated], y[repeated], c=colours[repeated], label="several seeds, ± 1 standard error", **look
-    )
-    ax.scatter(
-        x[~repeated],
-        y[~repeated],
-        facecolors="white",
-        edgecolors=colours[~repeated],
-        label="one seed",
-        **look,
-    )
-    chosen = frame["chosen"].astype(bool).to_numpy()
+    colours = np.where(front, look.BLUE, OTHER_COLOUR)
+    dots: dict[str, Any] = {"s": 34, "zorder": 3, **style}
+    averaged = "several seeds, ± 1 standard error"
+    ax.scatter(x[repeated], y[repeated], c=colours[repeated], label=averaged, **dots)
+    ax.scatter(x[~repeated], y[~repeated], fc="white", ec=colours[~repeated], label="one seed", **dots)
     if chosen.any():
-        ax.scatter(
-            x[chosen],
-            y[chosen],
-            s=150,
-            facecolors="none",
-            edgecolors=PLAN_COLOUR,
-            linewidths=2,
-            zorder=4,
-            label="the plan",
+        ax.plot(
+            x[chosen], y[chosen], "o", ms=12, mfc="none", mec=look.ORANGE, mew=2, zorder=4, label="the plan"
         )
-    ax.set_xlabel("trainable parameters in blocks, millions")
-    ax.set_ylabel("validation accuracy, %")
+    ax.set(xlabel="trainable parameters in blocks, millions", ylabel="validation accuracy, %")
     ax.margins(x=0.06)
     ax.legend(frameon=False, fontsize="small")
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    seaborn.despine(ax=ax)
     return ax
 
 
@@ -93,46 +68,30 @@ def plot_ranking(
     ----------
     frame : `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
         `trainable_parameters`. Arms without a value are left out.
-    chance : accuracy of a guess, drawn as a line. style : passed on to the error bars.
-
-    Returns
-    -------
-    The Axes.
+    chance : accuracy of a guess, drawn as a line. style : passed on to the points.
     """
-    import matplotlib.pyplot as plt
-
     known = frame[frame["test_accuracy"].notna()].sort_values("test_accuracy")
     if known.empty:
         raise UsageError("no arm has a test accuracy, so there is no ranking to draw")
-    if ax is None:
-        ax = plt.subplots(figsize=(6.4, 1.2 + 0.36 * len(known)), layout="constrained")[1]
-    rows = np.arange(len(known))
-    mean = 100 * known["test_accuracy"].to_numpy(float)
-    low, high = 100 * known["low"].to_numpy(float), 100 * known["high"].to_numpy(float)
-    spread = np.vstack([np.nan_to_num(mean - low), np.nan_to_num(high - mean)])
-    for row, arm in zip(rows, known["arm"], strict=True):
-        colour = PLAN_COLOUR if arm == "plan" else FRONT_COLOUR if arm == "all" else OTHER_COLOUR
-        look = {"color": colour, "marker": "o", "ms": 6, "lw": 1.6, "capsize": 3, **style}
-        ax.errorbar(mean[row], row, xerr=spread[:, row : row + 1], **look)
+    ax = ax if ax is not None else look.new_axes(6.4, 1.2 + 0.36 * len(known))
+    colours = {"plan": look.ORANGE, "all": look.BLUE}
+    estimates = 100 * known[["test_accuracy", "low", "high"]].to_numpy(float)
+    for row, (arm, estimate) in enumerate(zip(known["arm"], estimates, strict=True)):
+        mean, low, high = estimate[:, None]
+        point = {"color": colours.get(arm, OTHER_COLOUR), "markersize": 6, **style}
+        look.draw_line(ax, mean, [row], low, high, bars=True, orient="y", **point)
     sizes = known["trainable_parameters"].to_numpy(float) / 1e6
     labels = [f"{arm}  ({size:.2g} M)" for arm, size in zip(known["arm"], sizes, strict=True)]
-    ax.set_yticks(rows, labels)
+    ax.set_yticks(range(len(labels)), labels)
     ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize="small")
     if chance is not None:
-        ax.axvline(100 * chance, color="black", lw=0.8, ls=":")
-        ax.annotate(
-            "chance",
-            (100 * chance, 0),
-            (3, 3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize="small",
-        )
+        look.reference_line(ax, 100 * chance, vertical=True, color="black", linewidth=0.8, linestyle=":")
+        at = ("data", "axes fraction")
+        ax.annotate("chance", (100 * chance, 0), (3, 3), at, "offset points", fontsize="small")
     seeds = int(known["n_seeds"].max())
-    ax.set_xlabel(f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)")
+    ax.set(xlabel=f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)", ylabel="")
     ax.tick_params(axis="y", length=0)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
+    seaborn.despine(ax=ax, left=True)
     return ax
 
 
@@ -144,37 +103,72 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     frame : rows with `plan` ('#' trained, '.' frozen), `validation_accuracy` in [0, 1] and `chosen`, for
         example `SearchResult.finalists`; drawn from best to worst.
     style : passed on to every cell (a matplotlib Rectangle).
-
-    Returns
-    -------
-    The Axes.
     """
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch, Rectangle
-
     known = frame[frame["validation_accuracy"].notna()].sort_values("validation_accuracy", ascending=False)
     if known.empty:
         raise UsageError("no plan with a validation accuracy, so there are no strips to draw")
-    n_blocks = len(known["plan"].iloc[0])
-    if ax is None:
-        size = (max(4.5, 2.2 + 0.36 * n_blocks), 1.3 + 0.4 * len(known))
-        ax = plt.subplots(figsize=size, layout="constrained")[1]
-    for row, (plan, accuracy, chosen) in enumerate(
-        known[["plan", "validation_accuracy", "chosen"]].itertuples(index=False)
-    ):
-        for block, mark in enumerate(plan):
-            colour = FROZEN_COLOUR if mark != "#" else PLAN_COLOUR if chosen else FRONT_COLOUR
-            look = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.0, **style}
-            ax.add_patch(Rectangle((block - 0.5, row - 0.4), 1.0, 0.8, **look))
-        text = f"{100 * accuracy:.1f} %" + ("  ← the plan" if chosen else "")
-        ax.text(n_blocks - 0.3, row, text, va="center", ha="left", fontsize="small")
-    ax.set_xlim(-0.6, n_blocks + 0.25 * n_blocks + 1.2)
-    ax.set_ylim(len(known) - 0.4, -0.6)
-    ax.set_xticks(range(0, n_blocks, max(1, -(-n_blocks // 16))))
-    ax.set_yticks([])
+    legend = {"trained": look.BLUE, "frozen": STATE_COLOURS["frozen"]}
+    cells, notes = [], []
+    rows = known[["plan", "validation_accuracy", "chosen"]].itertuples(index=False)
+    for plan, accuracy, chosen in rows:
+        trained = look.ORANGE if chosen else look.BLUE
+        cells.append({block: trained if mark == "#" else legend["frozen"] for block, mark in enumerate(plan)})
+        notes.append(f"{100 * accuracy:.1f} %" + ("  ← the plan" if chosen else ""))
+    ax = _strips(ax, cells, notes, legend, style)
+    ax.set(xlim=(-0.6, 1.25 * len(cells[0]) + 1.2), yticks=[])
     ax.set_xlabel("block, input to output; right: validation accuracy")
-    for side in ax.spines.values():
-        side.set_visible(False)
-    handles = [Patch(facecolor=FRONT_COLOUR, label="trained"), Patch(facecolor=FROZEN_COLOUR, label="frozen")]
-    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, frameon=False)
+    return ax
+
+
+def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """Draw plans as strips of blocks from input to output, coloured by what is trained.
+
+    Parameters
+    ----------
+    frame : rows with `plan`, `block` (empty for what lies around the blocks), `state` (`frozen`,
+        `partial`, `trainable`), `value` (trained parameters) and `n` (all of them), as `plan_frame`
+        makes them; several frames may be concatenated. Plans stand in the order in which they come.
+    ax : where to draw; by default a new figure sized for the strips.
+    style : passed on to every cell (a matplotlib Rectangle).
+
+    Returns
+    -------
+    The Axes. Beside each strip stands the share of the backbone's parameters that is trained.
+    """
+    inside = frame[frame["block"].notna()]
+    if inside.empty:
+        raise UsageError("no block to draw: the frame has no row with a block index")
+    names = list(dict.fromkeys(frame["plan"]))
+    states = [inside[inside["plan"] == name].set_index("block")["state"] for name in names]
+    cells = [of_plan.map(STATE_COLOURS).to_dict() for of_plan in states]
+    sums = frame.groupby("plan")[["value", "n"]].sum().loc[names]
+    notes = [f"{share:.1%}" for share in sums["value"] / sums["n"]]
+    legend = {state: colour for state, colour in STATE_COLOURS.items() if (inside["state"] == state).any()}
+    ax = _strips(ax, cells, notes, legend, style)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("block, input to output; right: share of parameters trained")
+    return ax
+
+
+def _strips(
+    ax: Axes | None,
+    cells: Sequence[Mapping[Any, str]],
+    notes: Sequence[str],
+    legend: Mapping[str, str],
+    style: dict[str, Any],
+) -> Axes:
+    """One row of cells (block → colour) a plan, from top to bottom, with a note on its right."""
+    n_blocks = 1 + int(max(max(row) for row in cells if row))
+    ax = ax if ax is not None else look.new_axes(max(4.5, 2.2 + 0.36 * n_blocks), 1.3 + 0.42 * len(cells))
+    for row, (colours, note) in enumerate(zip(cells, notes, strict=True)):
+        for block, colour in colours.items():
+            cell = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.0, **style}
+            ax.add_patch(Rectangle((block - 0.5, row - 0.4), 1.0, 0.8, **cell))
+        ax.text(n_blocks - 0.3, row, note, va="center", ha="left", fontsize="small")
+    ax.set(xlim=(-0.6, 1.06 * n_blocks + 0.9), ylim=(len(cells) - 0.4, -0.6))
+    look.block_axis(ax, n_blocks)
+    ax.tick_params(length=0)
+    seaborn.despine(ax=ax, left=True, bottom=True)
+    handles = [Patch(facecolor=colour, label=label) for label, colour in legend.items()]
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False)
     return ax

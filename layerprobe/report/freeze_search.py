@@ -11,8 +11,7 @@ import pandas as pd
 from layerprobe.errors import BrokenFileError
 from layerprobe.files import read_json
 from layerprobe.plans import FreezePlan
-from layerprobe.report.page import cell, figure, folded, interval, percent, strip, table, text
-from layerprobe.report.records import repeat_section
+from layerprobe.report import page as html
 from layerprobe.tables import read_frame, strict_rows
 
 SCHEMA = "layerprobe.search/v1"
@@ -51,13 +50,13 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
         raise BrokenFileError(f"{folder / 'search.json'} is not of the schema {SCHEMA}")
     plan = FreezePlan.load(folder / "plan.json")
     try:
-        baselines = _rows(folder / "baselines.csv")
-        layers = _rows(folder / "layers.csv")
-        trials = _rows(folder / "trials.csv")
+        baselines, layers, trials = (
+            _rows(folder / f"{name}.csv") for name in ("baselines", "layers", "trials")
+        )
         sections = [
-            f"<h1>Which blocks of {text(found['model'])} to train for {text(found['task'])}</h1>",
-            f'<p class="answer">{text(found["answer"])}</p>',
-            strip(plan.blocks),
+            f"<h1>Which blocks of {html.text(found['model'])} to train for {html.text(found['task'])}</h1>",
+            f'<p class="answer">{html.text(found["answer"])}</p>',
+            html.strip(plan.blocks),
             _facts(found, plan),
             "<h2>Against the baselines, on unseen seeds</h2>",
             _baselines(baselines, found),
@@ -69,7 +68,7 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
             _trials(trials, found),
             "<h2>What to do with the plan</h2>",
             _next_steps(folder, found),
-            repeat_section(found.get("provenance") or {}),
+            html.repeat_section(found.get("provenance") or {}),
         ]
     except KeyError as error:
         raise BrokenFileError(f"the run in {folder} lacks the entry {error}; run the search again") from error
@@ -84,23 +83,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
-    trained, total = sum(plan.blocks), len(plan.blocks)
-    counts = plan.counts
-    share = counts["trainable_parameters"] / max(
-        1, counts["trainable_parameters"] + counts["frozen_parameters"]
-    )
+    trainable, frozen = (plan.counts[f"{state}_parameters"] for state in ("trainable", "frozen"))
+    share = trainable / max(1, trainable + frozen)
+    frugal = "fewest trainable parameters within one standard error of the best"
+    rule = frugal if found["objective"] == "frugal" else "highest validation accuracy"
     return (
-        f"<p>The plan trains {trained} of {total} blocks, {cell(counts['trainable_parameters'])} parameters of the "
-        f"backbone ({percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
+        f"<p>The plan trains {sum(plan.blocks)} of {len(plan.blocks)} blocks, {html.cell(trainable)} parameters of the "
+        f"backbone ({html.percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
         f"after a random-label bridge and fine-tuning under each plan "
-        f"({text(found['strategy'])} strategy, {text(found['trainings'])} trainings, "
-        f"{cell(round(float(found['spent']), 2))} of {cell(float(found['budget']))} full trainings spent); the rule is "
-        + (
-            "<em>fewest trainable parameters within one standard error of the best</em>."
-            if found["objective"] == "frugal"
-            else "<em>highest validation accuracy</em>."
-        )
-        + f" Chance is {percent(float(found['chance']))}&nbsp;%.</p>"
+        f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "
+        f"{html.cell(round(float(found['spent']), 2))} of {html.cell(float(found['budget']))} full trainings spent); "
+        f"the rule is <em>{rule}</em>. Chance is {html.percent(float(found['chance']))}&nbsp;%.</p>"
     )
 
 
@@ -111,64 +104,59 @@ def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
             "trained parameters": row["trainable_parameters"],
             "rate": row["lr"],
             "test accuracy, %": _estimate(row["test_accuracy"], row["low"], row["high"]),
-            "plan minus this, points": _estimate(
-                _negated(row, "minus_plan"),
-                _negated(row, "minus_plan_high"),
-                _negated(row, "minus_plan_low"),
-                sign=True,
-            ),
+            "plan minus this, points": _estimate(*_turned(row), sign=True),
             "P(plan better)": _complement(row.get("p_better_than_plan")),
         }
         for row in rows
     ]
     return (
-        table(shown, mark=ARM_NAMES["plan"])
+        html.table(shown, mark=ARM_NAMES["plan"])
         + f'<p class="soft">In brackets: 95 % intervals. Each arm has its own learning rate, chosen on validation. '
-        f"Mean over {text(found['seeds'])} "
+        f"Mean over {html.text(found['seeds'])} "
         "seeds that selected nothing; Student t intervals over seeds; differences are paired by seed. They do not "
         "include the sampling of test images, nor the chance in which plan the search chose.</p>"
     )
 
 
 def _estimate(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
-    return f"{percent(value, sign=sign)} ({interval(low, high, sign=sign)})" if value is not None else "–"
+    return (
+        f"{html.percent(value, sign=sign)} ({html.interval(low, high, sign=sign)})"
+        if value is not None
+        else "–"
+    )
 
 
-def _negated(row: Mapping[str, Any], column: str) -> float | None:
-    value = row.get(column)
-    return None if value is None else -float(value)
+def _complement(share: float | None) -> float | None:
+    return None if share is None else round(1 - float(share), 3)
 
 
-def _complement(value: float | None) -> float | None:
-    return None if value is None else round(1 - float(value), 3)
+def _turned(row: Mapping[str, Any]) -> list[float | None]:
+    """Plan minus arm with its interval, from the columns of arm minus plan."""
+    known = (row.get(f"minus_plan{end}") for end in ("", "_high", "_low"))
+    return [None if value is None else -float(value) for value in known]
 
 
 def _layers(rows: list[dict[str, Any]]) -> str:
     names = {"train_gain": "gain from training it, points", "train_gain_stderr": "± s.e."}
     shown = []
     for row in rows:
-        line: dict[str, Any] = {
-            "block": row["block"],
-            "in the plan": "trained" if row["in_plan"] else "frozen",
-        }
+        state = "trained" if row["in_plan"] else "frozen"
+        line: dict[str, Any] = {"block": row["block"], "in the plan": state}
         for column, value in row.items():
             if column in names:
-                line[names[column]] = percent(value, sign=column == "train_gain")
+                line[names[column]] = html.percent(value, sign=column == "train_gain")
             elif column not in ("block", "in_plan", "site"):
                 line[column.removeprefix("transfer_")] = value
         shown.append(line)
-    kept = (
-        [column for column in shown[0] if any(row[column] not in (None, "–") for row in shown)]
-        if shown
-        else []
-    )
+    columns = shown[0] if shown else {}
+    kept = [column for column in columns if any(row[column] not in (None, "–") for row in shown)]
     gain = (
         "The gain is a least-squares estimate over all trials of the search (other blocks equal). "
         if names["train_gain"] in kept
         else "There were too few trials to tell the gain from training each block. "
     )
     return (
-        table(shown, columns=kept) + f'<p class="soft">{gain}'
+        html.table(shown, columns=kept) + f'<p class="soft">{gain}'
         "The other columns are transfer scores of two kinds that are never mixed: readable (what the block's output "
         "says about the task already) and trainable (what gradients say training it would change). "
         "They propose plans; training decides.</p>"
@@ -177,7 +165,7 @@ def _layers(rows: list[dict[str, Any]]) -> str:
 
 def _figures(folder: Path) -> list[str]:
     figures = [
-        figure(path, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " ")))
+        html.figure(path, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " ")))
         for path in [*sorted(folder.glob("*.png")), *sorted((folder / "bridge").glob("*.png"))]
     ]
     return figures or ['<p class="soft">none were drawn</p>']
@@ -188,14 +176,19 @@ def _trials(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
         "number", "plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds", "reason",
     ]  # fmt: skip
     failed = sum(row["validation_accuracy"] is None for row in rows)
-    note = f"{len(rows)} trainings in {cell(round(float(found['train_seconds'])))} seconds of training"
-    note += f"; {failed} failed." if failed else "."
-    return f"<p>{note}</p>" + folded("every training", table(rows, columns=columns))
+    seconds = html.cell(round(float(found["train_seconds"])))
+    note = f"{len(rows)} trainings in {seconds} seconds of training" + (
+        f"; {failed} failed." if failed else "."
+    )
+    return f"<p>{note}</p>" + html.folded("every training", html.table(rows, columns=columns))
 
 
 def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:
     model, task, run = found["model"], found["task"], folder.name
-    how = _image_flags((found.get("provenance") or {}).get("backbone") or {})
+    backbone = (found.get("provenance") or {}).get("backbone") or {}
+    # The flags that let images enter a language backbone as they did in the search.
+    stem = f" --stem {backbone.get('stem')} --patch-size {backbone.get('patch_size')}"
+    how = stem if backbone.get("modality") == "language" else ""
     lines = [
         f"layerprobe plan show {run}/plan.json",
         f"layerprobe bridge --model {model} --task {task} --plan {run}/plan.json{how} -o BRIDGE",
@@ -203,16 +196,9 @@ def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:
         f"layerprobe plan export {run}/plan.json --to regex",
     ]
     kept = (
-        f"<p>The bridge-trained backbone of this plan is in <code>{text(run)}/bridge/final/backbone</code> "
+        f"<p>The bridge-trained backbone of this plan is in <code>{html.text(run)}/bridge/final/backbone</code> "
         "and loads with <code>AutoModel.from_pretrained</code>.</p>"
         if (folder / "bridge").is_dir()
         else ""
     )
-    return kept + f"<pre>{text(chr(10).join(lines))}</pre>"
-
-
-def _image_flags(backbone: Mapping[str, Any]) -> str:
-    """The flags that let images enter a language backbone as they did in the search."""
-    if backbone.get("modality") != "language":
-        return ""
-    return f" --stem {backbone.get('stem')} --patch-size {backbone.get('patch_size')}"
+    return kept + f"<pre>{html.text(chr(10).join(lines))}</pre>"

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import base64
 import html
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from layerprobe.errors import BrokenFileError
+from layerprobe.metrics.intervals import interval_in_words
 
 MAX_FIGURE_BYTES = 20 << 20
 
 STYLE = """
-:root {
-  color-scheme: light;
-  --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef;
-}
-body {
-  font: 16px/1.5 system-ui, sans-serif; color: var(--ink);
-  max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem;
-}
+:root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); }
+body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .3rem; }
 h2 { font-size: 1.15rem; margin-top: 2.4rem; }
-.answer {
-  font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; margin: 1.2rem 0;
-}
+.answer { font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; }
 .soft { color: var(--soft); font-size: .9rem; }
 .strip { display: flex; gap: 3px; margin: 1rem 0 .2rem; }
-.strip span {
-  flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px;
-  background: var(--frozen);
-}
+.strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; }
+.strip span { background: var(--frozen); }
 .strip span.on { background: var(--train); color: #fff; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
@@ -73,23 +64,19 @@ def table(
     if not rows:
         return '<p class="soft">none</p>'
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    left = {n for n in names if any(isinstance(row.get(n), str) for row in rows)}
-    head = "".join(f"<th{_left(n in left)}>{text(n)}</th>" for n in names)
+    left = {n: ' class="t"' if any(isinstance(row.get(n), str) for row in rows) else "" for n in names}
+    head = "".join(f"<th{left[n]}>{text(n)}</th>" for n in names)
     lines = []
     for row in rows:
         marked = ' class="mark"' if mark is not None and row.get(names[0]) == mark else ""
-        cells = "".join(f"<td{_left(n in left)}>{text(cell(row.get(n)))}</td>" for n in names)
+        cells = "".join(f"<td{left[n]}>{text(cell(row.get(n)))}</td>" for n in names)
         lines.append(f"<tr{marked}>{cells}</tr>")
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _left(yes: bool) -> str:
-    return ' class="t"' if yes else ""
-
-
 def cell(value: Any) -> str:
     """A number as people read it; a dash for what is undefined."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -102,16 +89,12 @@ def cell(value: Any) -> str:
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent with one decimal."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+    return "–" if value is None or value != value else f"{100 * value:{'+' if sign else ''}.1f}"
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
     """`low to high` in per cent, or a dash."""
-    if low is None or high is None:
-        return "–"
-    return f"{percent(low, sign=sign)} to {percent(high, sign=sign)}"
+    return "–" if low is None or high is None else interval_in_words(low, high, sign=sign)
 
 
 def figure(path: Path, caption: str) -> str:
@@ -123,33 +106,40 @@ def figure(path: Path, caption: str) -> str:
     """
     size = path.stat().st_size
     if size > MAX_FIGURE_BYTES:
-        raise BrokenFileError(
-            f"figure {path} has {size:,} bytes; more than {MAX_FIGURE_BYTES:,} are not embedded"
-        )
+        most = f"{MAX_FIGURE_BYTES:,}"
+        raise BrokenFileError(f"figure {path} has {size:,} bytes; more than {most} are not embedded")
     data = path.read_bytes()
     if not data.startswith(b"\x89PNG"):
         raise BrokenFileError(f"{path} is no PNG file")
     code = base64.b64encode(data).decode("ascii")
-    return (
-        f'<figure><img alt="{text(caption)}" src="data:image/png;base64,{code}">'
-        f"<figcaption>{text(caption)}</figcaption></figure>"
-    )
+    image = f'<img alt="{text(caption)}" src="data:image/png;base64,{code}">'
+    return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
 def strip(flags: Sequence[bool]) -> str:
     """The blocks of a plan from input to output, trained ones filled."""
-    cells = "".join(
-        f'<span class="on" title="block {i}: trained">{i}</span>'
-        if on
-        else f'<span title="block {i}: frozen">{i}</span>'
-        for i, on in enumerate(flags)
-    )
-    return (
-        f'<div class="strip">{cells}</div><p class="soft">blocks from input to output; '
-        "filled = trained, pale = frozen</p>"
-    )
+    looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
+    cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
+    legend = "blocks from input to output; filled = trained, pale = frozen"
+    return f'<div class="strip">{cells}</div><p class="soft">{legend}</p>'
 
 
 def folded(title: str, inner: str) -> str:
     """Something for those who want to look closer."""
     return f"<details><summary>{text(title)}</summary>{inner}</details>"
+
+
+def repeat_section(provenance: Mapping[str, Any]) -> str:
+    """The command that repeats a result, and the versions and machine it was made with."""
+    given = (provenance.get("arguments") or {}).items()
+    arguments = "\n".join(f"#   {key} = {value}" for key, value in given)
+    line = provenance.get("command_line") or f"# from Python: {provenance.get('command')} with\n{arguments}"
+    entries = []
+    for section, values in provenance.items():
+        if isinstance(values, Mapping):
+            entries += [(f"{section}.{key}", value) for key, value in values.items()]
+        elif section != "command_line":
+            entries.append((section, values))
+    known = [{"entry": entry, "value": str(value)} for entry, value in entries if value is not None]
+    details = folded("arguments, versions, machine", table(known))
+    return f"<h2>How to repeat this</h2><pre>{text(line)}</pre>{details}"

@@ -1,15 +1,16 @@
-"""`write_report`: one HTML file beside the tables it was made from."""
+"""`write_report`: one HTML file beside the tables it was made from, for a freeze search or any other run."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from layerprobe.errors import UsageError
-from layerprobe.files import write_text
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.files import read_json, write_text
 from layerprobe.report.freeze_search import search_sections
-from layerprobe.report.page import page
-from layerprobe.report.records import record_sections
+from layerprobe.report.page import figure, page, repeat_section, table, text
+
+SHOWN_ROWS = 200
 
 
 def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None) -> Path:
@@ -34,3 +35,38 @@ def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[st
     make = search_sections if (source / "search.json").is_file() else record_sections
     title, sections = make(source)
     return write_text(output if output is not None else source / "report.html", page(title, sections))
+
+
+def record_sections(folder: Path) -> tuple[str, list[str]]:
+    """Title and sections for a folder that holds saved records (`<command>.json`).
+
+    Raises
+    ------
+    BrokenFileError : no record is there.
+    """
+    files = {path.stem: read_json(path, what="record") for path in sorted(folder.glob("*.json"))}
+    records = {name: content for name, content in files.items() if _is_record(content)}
+    if not records:
+        raise BrokenFileError(
+            f"{folder} holds no finished layerprobe run (no search.json, no <command>.json with rows); "
+            "name the folder that a command was given with -o"
+        )
+    sections = [f"<h1>{text(folder.resolve().name)}</h1>"]
+    for name, content in records.items():
+        rows = [row for row in content["rows"] if isinstance(row, dict)]
+        known = [c for c in (rows[0] if rows else {}) if any(row.get(c) is not None for row in rows)]
+        more = f'<p class="soft">{len(rows) - SHOWN_ROWS:,} more rows in {text(name)}.csv</p>'
+        sections += [f"<h2>{text(name)}</h2>", table(rows[:SHOWN_ROWS], columns=known)]
+        sections.append(more if len(rows) > SHOWN_ROWS else "")
+    figures = [figure(path, path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
+    sections += ["<h2>Figures</h2>", *figures] if figures else []
+    sections.append(repeat_section(next(iter(records.values())).get("provenance") or {}))
+    return f"layerprobe: {folder.resolve().name}", sections
+
+
+def _is_record(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and str(content.get("schema", "")).startswith("layerprobe.")
+        and isinstance(content.get("rows"), list)
+    )

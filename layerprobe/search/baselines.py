@@ -24,7 +24,7 @@ FULL_LENGTH_RATES = 2
 
 ON_REQUEST = (AUTO_RGN, GREEDY)
 """Baselines that a report has when they are asked for by name. `auto-rgn` trains everything, each block at a
-rate in proportion to its relative gradient norm (`layerprobe.training.relative`), at the price of any arm.
+rate in proportion to its relative gradient norm (`layerprobe.training.loop.BlockRates`), at the price of any arm.
 `greedy` is the plan that SubTuning's forward selection finds with the same budget as the search, which this
 doubles; trainings that both ask for are done once."""
 

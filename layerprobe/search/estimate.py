@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from layerprobe.backbones.loading import available_memory
-from layerprobe.backbones.sketch import Sketch
+from layerprobe.backbones.backbone import Backbone
+from layerprobe.backbones.load import available_memory
 from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
 from layerprobe.search.settings import make_settings, refuse
@@ -16,7 +16,7 @@ from layerprobe.search.space import Space
 
 
 def search_facts(
-    seen: Sketch,
+    seen: Backbone,
     preset: str | None,
     given: Mapping[str, Any],
     *,
@@ -33,7 +33,7 @@ def search_facts(
     UsageError : what `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
-    n_blocks, width = seen.n_blocks, seen.width
+    n_blocks, width = seen.n_blocks, seen.hidden_size
     space = Space(_block_params(seen), settings.constraints)
     refuse(settings, space, output)
     arms = chosen_arms(settings.baselines, space, seed=settings.seed)
@@ -52,19 +52,19 @@ def search_facts(
         "report": f"about {report:.3g} full trainings for the plan and {len(arms)} baselines",
     }
     # Weights, the copy that restores them, gradients and two moments; activations as the trainer counts them.
-    size = seen.weights_bytes // max(1, seen.parameters)
+    size = seen.weights_bytes // max(1, seen.n_parameters)
     activations = settings.batch_size * seen.tokens * width * 34 * 2 * n_blocks
-    needed = workers * (2 * seen.weights_bytes + 3 * seen.parameters * size + activations)
-    free = available_memory(seen.device)
+    needed = workers * (2 * seen.weights_bytes + 3 * seen.n_parameters * size + activations)
+    free = available_memory(seen.run_device)
     facts |= {
-        "device": str(seen.device),
+        "device": str(seen.run_device),
         "tokens an image": seen.tokens_in_words,
         "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
         "memory free": "unknown" if free is None else f"{free / 2**20:,.0f} MiB",
     }
     if settings.budget is not None:
         facts["budget"] = f"{settings.budget:g} full trainings"
-        seconds = operations * (settings.budget + report) / _speed(str(seen.device)) / workers
+        seconds = operations * (settings.budget + report) / _speed(str(seen.run_device)) / workers
         facts["duration"] = f"very roughly {max(1, round(seconds / 60)):,} min (matrix products alone)"
     else:
         facts["time"] = f"{settings.time:g} s for search and report"
@@ -82,7 +82,7 @@ def parse_constraints(
     }
 
 
-def _block_params(seen: Sketch) -> tuple[int, ...]:
+def _block_params(seen: Backbone) -> tuple[int, ...]:
     """Number of parameters of each block."""
     sizes = [0] * seen.n_blocks
     for name, parameter in seen.model.named_parameters():

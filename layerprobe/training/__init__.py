@@ -1,13 +1,13 @@
 """Random-label bridge training under a freeze plan, fine-tuning and evaluation."""
 
+from layerprobe.training.arms import ARMS, Evaluation, Trial
+from layerprobe.training.bridge import bridge_train
+from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 from layerprobe.training.data import TaskTensors
-from layerprobe.training.evaluate import ARMS, evaluate, evaluate_arms
-from layerprobe.training.evaluation import Evaluation, Trial
+from layerprobe.training.evaluate import evaluate, evaluate_arms
 from layerprobe.training.finetune import Outcome, train_and_score
-from layerprobe.training.guard import all_trainable, block_plan
-from layerprobe.training.run import BridgeRun
-from layerprobe.training.trainer import bridge_train
+from layerprobe.training.freeze_check import all_trainable, block_plan
 
 __all__ = [
     "ARMS",

@@ -9,8 +9,8 @@
         stem.safetensors  head.safetensors  optimizer.safetensors  state.json
       final/                  the same at the end of a finished run
 
-A checkpoint folder is written aside and renamed, and only then does `layerprobe_run.json` name it: whatever
-moment a run is killed at, the run file points to a whole checkpoint or to none.
+A checkpoint folder is written under another name and renamed, and only then does `layerprobe_run.json` name
+it: whenever a run is killed, the run file points to a whole checkpoint or to none.
 """
 
 from __future__ import annotations
@@ -21,22 +21,40 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
-from layerprobe.training.classifier import Classifier
-from layerprobe.training.sharding import full, placed_like
+from layerprobe.tables import strict_value
+from layerprobe.training.classifier import Classifier, state_tensors, whole
+from layerprobe.training.config import text_hash
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.plans import FreezePlan
+    from layerprobe.training.config import BridgeConfig
+    from layerprobe.training.data import TaskTensors
+    from layerprobe.training.freeze_check import FrozenCheck
 
 RUN_FILE = "layerprobe_run.json"
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 STATE_SCHEMA = "layerprobe.bridge-state/v1"
 FINAL = "final"
+BACKBONE = ("model_id", "revision", "init", "n_blocks", "patch_size", "image_size", "attention", "pooling")
+"""What of `Backbone.describe()` must be the same when a run is continued."""
+MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
+"""Settings that a continued run may have otherwise than it began with."""
 
 
 @dataclass(frozen=True)
@@ -54,84 +72,63 @@ class Checkpoint:
 
 def save_checkpoint(
     run_folder: Path,
-    classifier: Classifier,
-    optimizer: torch.optim.Optimizer | None,
+    backbone: Backbone,
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor] | None,
     state: dict[str, Any],
     *,
     about: dict[str, Any],
     keep: int,
     final: bool = False,
-    weights: dict[str, Tensor] | None = None,
-    moments: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint, point the run file at it, and remove all but the newest `keep`.
 
-    Parameters
-    ----------
-    state : JSON values for `state.json`, with "step".
-    about : JSON values for the run file: `backbone.describe()`, task, configuration.
-    weights, moments : full tensors of classifier and optimizer where these are sharded over processes.
-
-    Raises
-    ------
-    LayerprobeError : the disk is full or cannot be written; the checkpoint before is untouched.
+    `weights` and `moments` come from `classifier_tensors` and `optimizer_tensors`; `state` and `about` are JSON
+    values for `state.json` (with "step") and for the run file. LayerprobeError where the disk is full or cannot
+    be written; the checkpoint before is untouched then.
     """
     folder = run_folder / FINAL if final else run_folder / "checkpoints" / f"step-{state['step']:08d}"
-    aside = folder.with_name(f".{folder.name}.part")
-    with _clean(aside, run_folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        backbone = classifier.backbone
-        own = None if weights is None else _part(weights, "backbone.model.")
-        with _no_bars():
-            backbone.model.save_pretrained(aside / "backbone", state_dict=own)
-        if backbone.stem is not None:
-            stem = backbone.stem.state_dict() if weights is None else _part(weights, "backbone.stem.")
-            save_file(_plain(stem), aside / "stem.safetensors")
-        head = classifier.head.state_dict() if weights is None else _part(weights, "head.")
-        save_file(_plain(head), aside / "head.safetensors")
-        if moments is None and optimizer is not None:
-            moments = optimizer_tensors(optimizer, classifier)
-        if moments is not None:
-            save_file(_plain(moments), aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {"schema": STATE_SCHEMA, **state})
-        for path in aside.rglob("*"):
+    temporary = folder.with_name(f".{folder.name}.part")
+    with _disk_errors(temporary, run_folder):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with _no_transformers_bars():
+            backbone.model.save_pretrained(  # type: ignore[operator]
+                temporary / "backbone", state_dict=_part(weights, "backbone.model.")
+            )
+        stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")
+        for name, tensors in (("stem", stem), ("head", head), ("optimizer", moments)):
+            if tensors is not None and (tensors or name == "optimizer"):
+                plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+                save_file(plain, temporary / f"{name}.safetensors")
+        write_json(temporary / "state.json", {"schema": STATE_SCHEMA, **state})
+        for path in temporary.rglob("*"):
             _flush(path)
         if folder.exists():
             shutil.rmtree(folder)
-        aside.replace(folder)
+        temporary.replace(folder)
         _flush(folder.parent)
     where = folder.relative_to(run_folder)
-    stem_file = str(where / "stem.safetensors") if classifier.backbone.stem is not None else None
-    write_json(
-        run_folder / RUN_FILE,
-        {
-            "schema": RUN_SCHEMA,
-            **about,
-            "backbone": str(where / "backbone"),
-            "stem_file": stem_file,
-            "checkpoint": str(where),
-            "step": state["step"],
-            "finished": final,
-        },
-    )
+    run = {
+        "schema": RUN_SCHEMA,
+        **about,
+        "backbone": str(where / "backbone"),
+        "stem_file": str(where / "stem.safetensors") if backbone.stem is not None else None,
+        "checkpoint": str(where),
+        "step": state["step"],
+        "finished": final,
+    }
+    write_json(run_folder / RUN_FILE, run)
     # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
-    others = sorted(p for p in (run_folder / "checkpoints").glob("step-*") if p != folder)
-    earlier = [p for p in others if final or p.name < folder.name]
-    kept = set(earlier[len(earlier) - (keep - 1) :]) if keep > 1 else set()
-    for old in others:
-        if old not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    others = set((run_folder / "checkpoints").glob("step-*")) - {folder}
+    earlier = sorted(p for p in others if final or p.name < folder.name)
+    for old in others.difference(earlier[1 - keep :] if keep > 1 else []):
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def find_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint of a run, or None where there is none yet.
-
-    Raises
-    ------
-    BrokenFileError : the run file or the state it points to is unreadable.
-    """
+    """The newest good checkpoint of a run, None where there is none yet, BrokenFileError where it is unreadable."""
     run_file = run_folder / RUN_FILE
     if not run_file.exists():
         return None
@@ -148,20 +145,15 @@ def find_checkpoint(run_folder: Path) -> Checkpoint | None:
 
 
 def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
-    """Put a checkpoint's weights into `classifier`, bit for bit.
-
-    Raises
-    ------
-    BrokenFileError : a file is missing, truncated, or does not fit the model.
-    """
+    """Put a checkpoint's weights into `classifier`, bit for bit; BrokenFileError where they cannot be read."""
     backbone = classifier.backbone
-    model = backbone.model
+    model: Any = backbone.model
     try:
-        with _no_bars():
+        with _no_transformers_bars():
             saved = type(model).from_pretrained(
                 checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
             )
-        _copy(dict(saved.named_parameters()) | dict(saved.named_buffers()), model)
+        _copy(state_tensors(saved), model)
         if backbone.stem is not None:
             _copy(load_file(checkpoint.folder / "stem.safetensors"), backbone.stem)
         _copy(load_file(checkpoint.folder / "head.safetensors"), classifier.head)
@@ -172,55 +164,64 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: nn.Module) -> None:
-    for name, tensor in [*target.named_parameters(), *target.named_buffers()]:
+    for name, tensor in state_tensors(target).items():
         if source[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(source[name].shape)}, not {tuple(tensor.shape)}")
         tensor.copy_(source[name])
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, classifier: Classifier) -> dict[str, Tensor]:
+def classifier_tensors(classifier: Classifier) -> dict[str, Tensor]:
+    """The classifier's state, sharded tensors gathered."""
+    return {name: whole(tensor) for name, tensor in classifier.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: Optimizer, classifier: Classifier) -> dict[str, Tensor]:
     """AdamW's state as "<parameter name>/<moment>" → whole tensor; parameters not stepped yet have none."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in trained_names(classifier, optimizer).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            found[f"{name}/{key}"] = full(torch.as_tensor(value)).cpu()
-    return found
+    return {
+        f"{name}/{key}": whole(torch.as_tensor(value))
+        for name, parameter in classifier.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def load_optimizer(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer, classifier: Classifier) -> None:
-    """Give AdamW the moments it had.
-
-    Raises
-    ------
-    BrokenFileError : the file is unreadable or names parameters that are not trained here.
-    """
+def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Classifier) -> None:
+    """Give AdamW the moments it had; BrokenFileError for a file that is unreadable or of other parameters."""
     path = checkpoint.folder / "optimizer.safetensors"
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise BrokenFileError(f"cannot read the optimizer's state {path}: {error}") from error
-    parameters = trained_names(classifier, optimizer)
+    parameters = {name: p for name, p in classifier.named_parameters() if p.requires_grad}
     for key_name, value in tensors.items():
         name, _, key = key_name.rpartition("/")
         if name not in parameters:
             raise BrokenFileError(f"{path} holds the state of {name}, which is not trained in this run")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = placed_like(value, parameter) if key != "step" else value
+        if key != "step" or optimizer.defaults.get("fused"):  # else the step is counted on the CPU
+            value = value.to(parameter.device)
+        if key != "step" and isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        optimizer.state[parameter][key] = value
 
 
-def trained_names(classifier: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Name within the classifier → parameter, for all that the optimizer holds."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in classifier.named_parameters() if id(p) in held}
+def shard(classifier: Classifier, device: torch.device) -> None:
+    """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
+
+    Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
+    parameters may be mixed in any way, inside a block too. UsageError for a single process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with: accelerate launch"
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # One group per block, one for the head (it may have another dtype), one for all the rest.
+    for module in [*classifier.backbone.blocks, classifier.head, classifier]:
+        fully_shard(module, mesh=mesh)
 
 
 def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
-    """A run folder is continued only when that is asked for, and never written over.
-
-    Raises
-    ------
-    UsageError : there is a run already.
-    """
+    """UsageError for a folder that holds a run, unless it is unfinished and to be resumed."""
     checkpoint = find_checkpoint(run_folder)
     if checkpoint is None:
         return
@@ -235,12 +236,52 @@ def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
         )
 
 
+def identity(
+    tensors: TaskTensors, labels: np.ndarray, plan: FreezePlan, about: dict[str, Any], check: FrozenCheck
+) -> dict[str, Any]:
+    """What `state.json` holds and must be the same when the run is continued, besides the settings."""
+    return {
+        "data": {
+            "images": len(labels),
+            "ids": text_hash("\n".join(map(str, tensors.ids["train"]))),
+            "labels": text_hash(labels.tobytes().hex()),
+            "revision": tensors.facts["task_revision"],
+        },
+        "backbone": {key: about[key] for key in BACKBONE},
+        "origin": check.before.to_dict(),
+        "trainable_digest": text_hash("\n".join(plan.trainable)),
+    }
+
+
+def refuse_other_run(
+    found: Checkpoint, run_folder: Path | None, config: BridgeConfig, now: dict[str, Any]
+) -> None:
+    """UsageError unless `now`, the `identity` of the run that continues, and its settings are those of `found`."""
+    state = found.state
+    data, then = now["data"], state["data"]
+    if data != then:
+        what = next(key for key in data if data[key] != then.get(key))
+        raise UsageError(
+            f"the training images changed since the checkpoint at step {found.step}: {what} is not the same "
+            f"({then.get('images')} images then, {data['images']} now); use the same --task, --limit and --seed"
+        )
+    settings = strict_value(config.to_dict())
+    for key, value in state["config"].items():
+        if key not in MAY_CHANGE and settings.get(key) != value:
+            raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {settings.get(key)}")
+    for key, value in state["backbone"].items():
+        if now["backbone"][key] != value:
+            raise UsageError(
+                f"the run in {run_folder} trains a backbone with {key}={value}, not {now['backbone'][key]}"
+            )
+    if state["trainable_digest"] != now["trainable_digest"]:
+        raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
+    if state["origin"] != now["origin"]:
+        raise UsageError(f"the run in {run_folder} started from other weights than these")
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def _flush(path: Path) -> None:
@@ -252,8 +293,8 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which know nothing of the run's."""
+def _no_transformers_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break the run's."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -266,16 +307,15 @@ def _no_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _clean(aside: Path, run_folder: Path) -> Iterator[None]:
+def _disk_errors(temporary: Path, run_folder: Path) -> Iterator[None]:
     """Turn a full disk or missing permission into one line, and leave no half checkpoint."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         good = None
         with contextlib.suppress(BrokenFileError):
             good = find_checkpoint(run_folder)
         left = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
-        if isinstance(error, OSError):
-            raise LayerprobeError(f"{cannot_write(aside, error)}; {left}") from error
-        raise LayerprobeError(f"cannot write {aside}: {error}; {left}") from error
+        why = cannot_write(temporary, error if isinstance(error, OSError) else OSError(str(error)))
+        raise LayerprobeError(f"{why}; {left}") from error

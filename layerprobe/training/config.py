@@ -1,7 +1,7 @@
 """The settings of bridge training and fine-tuning, checked together before any work begins.
 
-The work this follows does not publish its number of random classes, epochs, learning rates or patch
-size. Every such setting is therefore an explicit option with a default of our own, recorded with the run.
+The published work does not state its number of random classes, epochs, learning rates or patch size. Each is
+therefore an explicit setting with a default of our own, recorded with the run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from layerprobe.errors import UsageError
 
@@ -62,35 +62,27 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        mistakes = list(self._mistakes())
+        mistakes = [text for wrong, text in self._checks() if wrong]
         if mistakes:
             raise UsageError(f"{type(self).__name__}: " + "; ".join(mistakes))
 
-    def _mistakes(self) -> list[str]:
-        found = []
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            found.append(f"lr must be a positive number, not {self.lr}")
-        if self.steps is not None and self.steps < 1:
-            found.append(f"steps must be at least 1, not {self.steps}")
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            found.append(f"epochs must be positive, not {self.epochs}")
-        if self.batch_size < 1:
-            found.append(f"batch_size must be at least 1, not {self.batch_size}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            found.append(f"micro_batch must be at least 1, not {self.micro_batch}")
-        if not 0 <= self.warmup < 1:
-            found.append(f"warmup is a share of the steps in [0, 1), not {self.warmup}")
-        if not 0 <= self.final_lr <= 1:
-            found.append(f"final_lr is a share of lr in [0, 1], not {self.final_lr}")
-        if self.weight_decay < 0:
-            found.append(f"weight_decay must not be negative, not {self.weight_decay}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            found.append(f"clip_norm must be positive or None, not {self.clip_norm}")
-        if self.augment not in AUGMENTATIONS:
-            found.append(f"augment is one of {', '.join(AUGMENTATIONS)}, not '{self.augment}'")
-        if self.precision not in PRECISIONS:
-            found.append(f"precision is one of {', '.join(PRECISIONS)}, not '{self.precision}'")
-        return found
+    def _checks(self) -> list[tuple[bool, str]]:
+        """(whether it is violated, what it says) per rule."""
+        micro, clip = self.micro_batch, self.clip_norm
+        augmentations, precisions = ", ".join(AUGMENTATIONS), ", ".join(PRECISIONS)
+        return [
+            (not _positive(self.lr), f"lr must be a positive number, not {self.lr}"),
+            (self.steps is not None and self.steps < 1, f"steps must be at least 1, not {self.steps}"),
+            (not _positive(self.epochs), f"epochs must be positive, not {self.epochs}"),
+            (self.batch_size < 1, f"batch_size must be at least 1, not {self.batch_size}"),
+            (micro is not None and micro < 1, f"micro_batch must be at least 1, not {micro}"),
+            (not 0 <= self.warmup < 1, f"warmup is a share of the steps in [0, 1), not {self.warmup}"),
+            (not 0 <= self.final_lr <= 1, f"final_lr is a share of lr in [0, 1], not {self.final_lr}"),
+            (self.weight_decay < 0, f"weight_decay must not be negative, not {self.weight_decay}"),
+            (clip is not None and clip <= 0, f"clip_norm must be positive or None, not {clip}"),
+            (self.augment not in AUGMENTATIONS, f"augment is one of {augmentations}, not '{self.augment}'"),
+            (self.precision not in PRECISIONS, f"precision is one of {precisions}, not '{self.precision}'"),
+        ]
 
     def n_steps(self, n_images: int) -> int:
         """Optimizer steps for a training set of `n_images`."""
@@ -112,7 +104,7 @@ class TrainConfig:
         done = (step - climb) / max(1, n_steps - climb)
         return self.lr * (self.final_lr + (1 - self.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def replace(self, **changes: Any) -> Any:
+    def replace(self, **changes: Any) -> Self:
         """A copy with some settings changed, checked again."""
         return dataclasses.replace(self, **changes)
 
@@ -130,8 +122,8 @@ class BridgeConfig(TrainConfig):
     random_classes : number K ≥ 2 of random labels. Our own default: the published work does not say.
     label_seed : seed of the labels; None uses `seed`.
     lrs : candidate learning rates; with two or more, each trains for `lr_steps` and the one with the
-        lowest random-label loss on views of the training images that were not trained on is taken (random
-        labels of *other* images cannot be predicted by any model).
+        lowest random-label loss on unshifted training images is taken (random labels of *other* images
+        cannot be predicted by any model).
     lr_steps : optimizer steps of each candidate; None takes a tenth of the run, at least 20.
     stem_steps : train stem and head alone for this many first steps, then the plan's blocks with them.
     checkpoint_every : optimizer steps between checkpoints; None makes ten over the run.
@@ -150,23 +142,21 @@ class BridgeConfig(TrainConfig):
     shard: bool = False
     trackers: tuple[str, ...] = ()
 
-    def _mistakes(self) -> list[str]:
-        found = super()._mistakes()
-        if self.random_classes < 2:
-            found.append(f"random_classes must be at least 2, not {self.random_classes}")
-        if any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
-            found.append(f"lrs must be positive numbers, not {list(self.lrs)}")
-        if self.stem_steps < 0:
-            found.append(f"stem_steps must not be negative, not {self.stem_steps}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            found.append(f"checkpoint_every must be at least 1, not {self.checkpoint_every}")
-        if self.shard and self.stem_steps:
-            found.append("stem_steps cannot go with shard: what trains must not change once it is sharded")
-        if self.shard and len(self.lrs) > 1:
-            found.append("lrs cannot go with shard: choose the rate with one process first")
-        if self.keep < 1:
-            found.append(f"keep must be at least 1, not {self.keep}")
-        return found
+    def _checks(self) -> list[tuple[bool, str]]:
+        every, choosing = self.checkpoint_every, len(self.lrs) > 1
+        return [
+            *super()._checks(),
+            (self.random_classes < 2, f"random_classes must be at least 2, not {self.random_classes}"),
+            (not all(map(_positive, self.lrs)), f"lrs must be positive numbers, not {list(self.lrs)}"),
+            (self.stem_steps < 0, f"stem_steps must not be negative, not {self.stem_steps}"),
+            (every is not None and every < 1, f"checkpoint_every must be at least 1, not {every}"),
+            (
+                self.shard and self.stem_steps != 0,
+                "stem_steps cannot go with shard: what trains must not change once it is sharded",
+            ),
+            (self.shard and choosing, "lrs cannot go with shard: choose the rate with one process first"),
+            (self.keep < 1, f"keep must be at least 1, not {self.keep}"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,13 +172,23 @@ class FineTuneConfig(TrainConfig):
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     shots: int | None = None
 
-    def _mistakes(self) -> list[str]:
-        found = super()._mistakes()
-        if not self.lrs or any(not (math.isfinite(lr) and lr > 0) for lr in self.lrs):
-            found.append(f"lrs must be one or more positive numbers, not {list(self.lrs)}")
-        if self.shots is not None and self.shots < 1:
-            found.append(f"shots must be at least 1, not {self.shots}")
-        return found
+    def _checks(self) -> list[tuple[bool, str]]:
+        usable = bool(self.lrs) and all(map(_positive, self.lrs))
+        few = self.shots is not None and self.shots < 1
+        return [
+            *super()._checks(),
+            (not usable, f"lrs must be one or more positive numbers, not {list(self.lrs)}"),
+            (few, f"shots must be at least 1, not {self.shots}"),
+        ]
+
+
+def _positive(number: float) -> bool:
+    return math.isfinite(number) and number > 0
+
+
+def text_hash(text: str) -> str:
+    """32 hexadecimal digits."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def derive_seed(*parts: object) -> int:

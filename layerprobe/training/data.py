@@ -1,42 +1,46 @@
-"""Images as tensors, in an order and with views that depend on the seed and the position alone.
+"""Images as tensors, and the batches of a run, whose order and augmentation depend on seed and position alone.
 
-Nothing here keeps a state: batch number s of a run is a function of (seed, s, sample), so a resumed run,
-another worker count or another number of processes sees the same images, the same views and the same labels.
+Batch s of a run is a function of (seed, s): a resumed run or another number of processes sees the same images
+in the same views.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from layerprobe.errors import UsageError
-from layerprobe.training.config import TrainConfig, derive_seed
+from layerprobe.tasks.random_labels import random_labels
+from layerprobe.training.config import BridgeConfig, TrainConfig, derive_seed
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.tasks import ImageSplit, Task
 
 IN_MEMORY_BYTES = 4 << 30
 """Preprocessed splits up to this size are held in memory; larger ones are preprocessed batch by batch."""
 
 
-class Pixels:
+class ImageTensors:
     """The preprocessed images of a split: float32, n×C×H×W, indexed by an array of positions."""
 
-    def __init__(self, backbone: Any, split: Any, *, max_bytes: int = IN_MEMORY_BYTES) -> None:
+    def __init__(self, backbone: Backbone, split: ImageSplit) -> None:
         if len(split) == 0:
             raise UsageError("the split holds no images")
         self._backbone, self._split = backbone, split
-        first = self._load(np.arange(1))
-        self.shape = (len(split), *first.shape[1:])
+        self.shape = (len(split), *self._load(np.arange(1)).shape[1:])
         self._all: Tensor | None = None
-        if first.element_size() * first.numel() * len(split) <= max_bytes:
+        if 4 * math.prod(self.shape) <= IN_MEMORY_BYTES:
             self._all = torch.empty(self.shape, dtype=torch.float32)
-            for start in range(0, len(split), 1024):
-                rows = np.arange(start, min(start + 1024, len(split)))
-                self._all[start : start + len(rows)] = self._load(rows)
+            for rows in row_batches(len(split), 1024):
+                self._all[torch.from_numpy(rows)] = self._load(rows)
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -46,40 +50,46 @@ class Pixels:
             return self._all[torch.from_numpy(np.ascontiguousarray(indices))]
         return self._load(indices)
 
-    def subset(self, rows: np.ndarray) -> Pixels:
+    def subset(self, rows: np.ndarray) -> ImageTensors:
         """The images at `rows`, sharing what is in memory where possible."""
-        part = object.__new__(Pixels)
-        part._backbone, part._split = self._backbone, self._split.subset(rows)
+        part = copy.copy(self)
+        part._split = self._split.subset(rows)
         part.shape = (len(rows), *self.shape[1:])
         part._all = None if self._all is None else self._all[torch.from_numpy(rows)]
         return part
 
+    @torch.no_grad()
     def _load(self, indices: np.ndarray) -> Tensor:
-        with torch.no_grad():
-            return self._backbone.preprocess(self._split.images(indices)).to("cpu", torch.float32)
+        return self._backbone.preprocess(self._split.images(indices)).to("cpu", torch.float32)
 
 
-@dataclass
+def row_batches(n: int, size: int) -> Iterator[np.ndarray]:
+    """The positions 0 … n−1 in arrays of at most `size`."""
+    for start in range(0, n, size):
+        yield np.arange(start, min(start + size, n))
+
+
+@dataclass(kw_only=True)
 class TaskTensors:
     """A task's splits, preprocessed once for one backbone and shared by all runs on them.
 
-    `labels[split]` is an int64 array in the order of `ids[split]`.
+    `labels[split]` is an int64 array in the order of `ids[split]`; `facts` identify the data of a run.
     """
 
-    pixels: dict[str, Pixels]
+    pixels: dict[str, ImageTensors]
     labels: dict[str, np.ndarray]
     ids: dict[str, np.ndarray]
     n_classes: int
     flip: bool
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any]
 
     @classmethod
     def of(
-        cls, backbone: Any, task: Any, splits: tuple[str, ...] = ("train", "validation", "test")
+        cls, backbone: Backbone, task: Task, splits: Sequence[str] = ("train", "validation", "test")
     ) -> TaskTensors:
         """Preprocess `splits` of `task` the way `backbone` wants its images."""
         return cls(
-            pixels={name: Pixels(backbone, task.splits[name]) for name in splits},
+            pixels={name: ImageTensors(backbone, task.splits[name]) for name in splits},
             labels={name: np.asarray(task.splits[name].labels, dtype=np.int64) for name in splits},
             ids={name: np.asarray(task.splits[name].ids) for name in splits},
             n_classes=task.n_classes,
@@ -87,8 +97,13 @@ class TaskTensors:
             facts=task_facts(task),
         )
 
+    def random_labels(self, config: BridgeConfig) -> np.ndarray:
+        """The bridge's label of every training image: int64 n."""
+        seed = config.seed if config.label_seed is None else config.label_seed
+        return random_labels(self.ids["train"], config.random_classes, seed)
 
-def task_facts(task: Any) -> dict[str, Any]:
+
+def task_facts(task: Task) -> dict[str, Any]:
     """What identifies the data of a run: names, hash of the splits, counts."""
     return {
         "task": task.name,
@@ -102,27 +117,26 @@ def task_facts(task: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Positions in the split of the images of one optimizer step, and how each is to be seen."""
+    """The images of one optimizer step and how each is augmented.
+
+    `indices` int64 b, positions in the split; `shifts` int64 b×2, pixels down and right; `flips` bool b.
+    """
 
     indices: np.ndarray
-    """int64, b."""
     shifts: np.ndarray
-    """int64, b×2, in pixels: down, right."""
     flips: np.ndarray
-    """bool, b."""
 
     def part(self, start: int, stop: int) -> Batch:
         return Batch(self.indices[start:stop], self.shifts[start:stop], self.flips[start:stop])
 
     def pieces(self, size: int | None) -> Iterator[Batch]:
         """Micro-batches of at most `size` images, in order."""
-        n = len(self.indices)
-        step = size or n
-        for start in range(0, n, step):
-            yield self.part(start, min(start + step, n))
+        step = size or len(self.indices)
+        for start in range(0, len(self.indices), step):
+            yield self.part(start, start + step)
 
 
-class Order:
+class BatchSampler:
     """The batches of a run: an endless row of permutations of the training set, cut into equal batches.
 
     Every image comes once per epoch and no batch is short, also where a batch spans two epochs.
@@ -139,10 +153,9 @@ class Order:
         size = self.config.batch_size
         places = np.arange(step * size, (step + 1) * size)
         parts = []
-        for epoch in range(int(places[0] // self.n), int(places[-1] // self.n) + 1):
-            here = places[places // self.n == epoch] % self.n
+        for epoch in np.unique(places // self.n).tolist():
             order, shifts, flips = self._epoch(epoch)
-            images = order[here]
+            images = order[places[places // self.n == epoch] % self.n]
             parts.append((images, shifts[images], flips[images]))
         return Batch(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -161,14 +174,9 @@ class Order:
             self._epochs[epoch] = (order, shifts, flips)
         return self._epochs[epoch]
 
-    @cached_property
-    def changes_views(self) -> bool:
-        """Whether an image looks different from one epoch to the next."""
-        return self.config.augment == "weak"
 
-
-def view(pixels: Tensor, batch: Batch) -> Tensor:
-    """The images of `batch` (b×C×H×W) as it wants them seen: shifted with repeated edges, mirrored."""
+def augmented(pixels: Tensor, batch: Batch) -> Tensor:
+    """The images of `batch` (b×C×H×W), shifted with repeated edges and mirrored as it says."""
     if not batch.shifts.any() and not batch.flips.any():
         return pixels
     b, _, height, width = pixels.shape

@@ -1,99 +1,40 @@
-"""Judging a backbone on a task: fine-tuned, with few images, by a linear probe, or by its own head.
+"""Test accuracy of a backbone: fine-tuned, with few images, by a linear probe, or by its own head.
 
-Every arm takes its own learning rate, chosen on validation images; test images are judged at that rate.
+Every arm takes its own learning rate, chosen on validation images; test accuracy is taken at that rate.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
+import numpy as np
+
+from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
+from layerprobe.metrics.probing.logistic import select_probe
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.training.config import BridgeConfig, FineTuneConfig
-from layerprobe.training.data import TaskTensors, task_facts
-from layerprobe.training.evaluation import Evaluation, Trial
-from layerprobe.training.finetune import train_and_score
-from layerprobe.training.guard import all_trainable, block_plan
-from layerprobe.training.probe import judge_own_head, judge_probe
+from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
+from layerprobe.training.bridge_run import BridgeRun
+from layerprobe.training.classifier import evaluating, in_batches
+from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
+from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
+from layerprobe.training.finetune import Outcome, train_and_score
+from layerprobe.training.freeze_check import all_trainable, block_plan
 
-MODES = ("finetune", "fewshot", "probe", "own-head")
-SCOPES = ("arm", "plan", "all")
-FEW_SHOTS = 5
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way from an initialisation to a fine-tuned model.
-
-    `bridge` and `finetune` say what trains in the stage: the `plan`'s parameters, `all`, `none` (stem and
-    head alone); `bridge` None leaves the stage out.
-    """
-
-    init: str
-    bridge: str | None
-    finetune: str
-    meaning: str
-
-
-ARMS = {
-    "language": Arm("pretrained", None, "all", "published weights, fine-tuned as a whole"),
-    "bridge": Arm("pretrained", "plan", "plan", "bridge and fine-tuning under the plan"),
-    "full-bridge": Arm("pretrained", "all", "all", "bridge and fine-tuning of everything"),
-    "partial": Arm("pretrained", None, "plan", "no bridge, fine-tuning under the plan"),
-    "none": Arm("pretrained", "none", "none", "bridge and fine-tuning of stem and head alone"),
-    "random": Arm("random", None, "all", "random weights, fine-tuned as a whole"),
-    "random-bridge": Arm("random", "all", "all", "random weights, bridge and fine-tuning of everything"),
-}
-
-
-def check_mode(mode: str) -> None:
-    """UnknownNameError for what is not in `MODES`."""
-    if mode not in MODES:
-        raise UnknownNameError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}")
-
-
-def check_scope(scope: str) -> None:
-    """UnknownNameError for what is not in `SCOPES`."""
-    if scope not in SCOPES:
-        raise UnknownNameError(
-            f"unknown fine-tuning scope '{scope}'.{did_you_mean(scope, SCOPES)} "
-            f"Choose one of: {', '.join(SCOPES)}"
-        )
-
-
-def check_arms(arms: Sequence[str], scope: str, plan: FreezePlan | None) -> None:
-    """UnknownNameError for an arm or scope that does not exist, UsageError for an arm that lacks its plan."""
-    if wrong := [arm for arm in arms if arm not in ARMS]:
-        raise UnknownNameError(
-            f"unknown arm '{wrong[0]}'.{did_you_mean(wrong[0], ARMS)} Arms: {', '.join(ARMS)}"
-        )
-    check_scope(scope)
-    if plan is None and (needs := planned_arms(arms, scope)):
-        raise UsageError(f"the arm '{needs[0]}' trains a freeze plan; give one with --plan")
-
-
-def planned_arms(arms: Sequence[str], scope: str) -> list[str]:
-    """The arms of which a stage trains the freeze plan."""
-    return [a for a in arms if "plan" in (ARMS[a].bridge, ARMS[a].finetune if scope == "arm" else scope)]
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """UsageError for no seed, or one that is there twice."""
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError(f"seeds must be one or more different numbers, not {list(seeds)}")
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.tasks import ImageSplit, Task
 
 
 def evaluate(
-    run_or_backbone: Any,
-    task: Any,
+    run_or_backbone: BridgeRun | Backbone,
+    task: Task,
     *,
     mode: str = "finetune",
     plan: FreezePlan | None = None,
@@ -106,7 +47,7 @@ def evaluate(
 
     Parameters
     ----------
-    run_or_backbone : a `BridgeRun`, or a backbone; it is handed back bit for bit as it was.
+    run_or_backbone : a `BridgeRun`, or a backbone; it is restored bit for bit.
     mode : "finetune" (under `plan`, or everything), "fewshot" (the same on `config.shots` images per class),
         "probe" (logistic regression on frozen features) or "own-head" (the checkpoint's own classifier).
     plan : stays frozen in fine-tuning; None takes the run's own plan, or trains everything.
@@ -118,54 +59,35 @@ def evaluate(
     UsageError : a head of its own that does not fit the task.
     """
     check_mode(mode)
-    backbone = getattr(run_or_backbone, "backbone", run_or_backbone)
-    plan = plan or getattr(run_or_backbone, "plan", None)
+    if isinstance(run_or_backbone, BridgeRun):
+        backbone, plan = run_or_backbone.backbone, plan or run_or_backbone.plan
+    else:
+        backbone = run_or_backbone
     backbone.prepare(task)
     config = config or FineTuneConfig()
     if mode == "fewshot" and config.shots is None:
         config = config.replace(shots=FEW_SHOTS)
     about = {**backbone.describe(), **task_facts(task)}
     if mode in ("probe", "own-head"):
-        judge = judge_probe if mode == "probe" else judge_own_head
-        validation, test = judge(backbone, task)
-        trial = Trial(
-            arm="model",
-            lr=None,
-            seed=seeds[0],
-            validation_accuracy=validation,
-            test_accuracy=float(test.mean()),
-            n_validation=len(task.splits["validation"]),
-            n_test=len(test),
-            trainable_parameters=0,
-            train_flops=0.0,
-            train_seconds=0.0,
-        )
-        result = Evaluation(mode, [trial], {"model": None}, about)
+        trial = (_score_probe if mode == "probe" else _score_own_head)(backbone, task, seeds[0])
+        result = Evaluation(mode=mode, trials=[trial], chosen={"model": None}, about=about)
     else:
         tensors = TaskTensors.of(backbone, task)
-        chosen_plan = plan or all_trainable(backbone)
+        used = plan or all_trainable(backbone)
 
-        def run(lr: float, seed: int) -> Trial:
-            return _trial("model", backbone, tensors, chosen_plan, chosen_plan, None, config, lr, seed)
+        def run(_arm: str, lr: float, seed: int) -> Outcome:
+            finetune = _finetune_at(config, tensors, lr, seed)
+            return train_and_score(backbone, tensors, used, bridge=None, finetune=finetune, test=True)
 
-        store = _Store(
-            output, {"mode": mode, "config": config.to_dict(), "about": about, "plan": _plan_key(chosen_plan)}
-        )
-        result = _compare({"model": run}, mode, config.lrs, seeds, about, store, quiet)
-    result.provenance = provenance(
-        "evaluate",
-        {"mode": mode, "seeds": list(seeds), **config.to_dict()},
-        backbone=about,
-        plan=None if plan is None else {"blocks": list(plan.blocks), "states": plan.states},
-    )
-    if output is not None:
-        result.save(output)
-    return result
+        settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": _plan_key(used)}
+        store = _TrialStore(output, settings)
+        result = _compare(run, ["model"], mode, config.lrs, seeds, about, store, quiet)
+    return _with_provenance(result, {"mode": mode, "seeds": list(seeds), **config.to_dict()}, plan, output)
 
 
 def evaluate_arms(
-    load: Callable[[str, int], Any],
-    task: Any,
+    load: Callable[[str, int], Backbone],
+    task: Task,
     arms: Sequence[str],
     *,
     plan: FreezePlan | None = None,
@@ -194,39 +116,13 @@ def evaluate_arms(
     """
     check_arms(arms, scope, plan)
     bridge, finetune = bridge or BridgeConfig(), finetune or FineTuneConfig()
-    bridge_size = bridge.random_classes
-    if any(ARMS[a].bridge for a in arms) and bridge_size > len(task.train):
-        raise UsageError(f"{bridge_size} random classes are more than the {len(task.train)} training images")
-    held: dict[tuple[str, int], Any] = {}
-    shared: list[TaskTensors] = []
-
-    def backbone_of(init: str, seed: int) -> tuple[Any, TaskTensors]:
-        if (init, seed) not in held:
-            held.clear()
-            held[init, seed] = load(init, seed).prepare(task)
-            if not shared:  # preprocessing belongs to the architecture, so all arms see the same pixels
-                shared.append(TaskTensors.of(held[init, seed], task))
-        return held[init, seed], shared[0]
-
-    def plans_of(arm: Arm, backbone: Any) -> tuple[FreezePlan | None, FreezePlan]:
-        made: dict[str | None, FreezePlan | None] = {
-            None: None,
-            "plan": plan,
-            "all": all_trainable(backbone),
-            "none": block_plan(backbone, []),
-        }
-        return made[arm.bridge], made[arm.finetune if scope == "arm" else scope]  # type: ignore[return-value]
-
-    def runner(name: str) -> Callable[[float, int], Trial]:
-        def run(lr: float, seed: int) -> Trial:
-            backbone, tensors = backbone_of(ARMS[name].init, seed)
-            first, second = plans_of(ARMS[name], backbone)
-            return _trial(name, backbone, tensors, first, second, bridge, finetune, lr, seed)
-
-        return run
-
-    sample, _ = backbone_of(ARMS[arms[0]].init, seeds[0])
-    about = {**sample.describe(), **task_facts(task)}
+    if any(ARMS[arm].bridge for arm in arms) and bridge.random_classes > len(task.train):
+        raise UsageError(
+            f"{bridge.random_classes} random classes are more than the {len(task.train)} training images"
+        )
+    trainer = _ArmTrainer(load=load, task=task, plan=plan, scope=scope, bridge=bridge, finetune=finetune)
+    sample, tensors = trainer.backbone(ARMS[arms[0]].init, seeds[0])
+    about = {**sample.describe(), **tensors.facts}
     settings: dict[str, Any] = {
         "bridge": bridge.to_dict(),
         "finetune": finetune.to_dict(),
@@ -234,112 +130,116 @@ def evaluate_arms(
         "about": {k: v for k, v in about.items() if k not in ("init", "seed", "stem_hash")},
         "plan": _plan_key(plan),
     }
-    result = _compare(
-        {name: runner(name) for name in arms},
-        "finetune" if finetune.shots is None else "fewshot",
-        finetune.lrs,
-        seeds,
-        about,
-        _Store(output, settings),
-        quiet,
-    )
-    result.provenance = provenance(
-        "evaluate",
-        {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings},
-        backbone=about,
-        plan=None if plan is None else {"blocks": list(plan.blocks), "states": plan.states},
-    )
-    if output is not None:
-        result.save(output)
-    return result
+    mode = "finetune" if finetune.shots is None else "fewshot"
+    store = _TrialStore(output, settings)
+    result = _compare(trainer, arms, mode, finetune.lrs, seeds, about, store, quiet)
+    arguments = {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings}
+    return _with_provenance(result, arguments, plan, output)
 
 
-def _trial(
-    name: str,
-    backbone: Any,
-    tensors: TaskTensors,
-    bridge_plan: FreezePlan | None,
-    finetune_plan: FreezePlan,
-    bridge: BridgeConfig | None,
-    finetune: FineTuneConfig,
-    lr: float,
-    seed: int,
-) -> Trial:
-    n = len(tensors.labels["train"])
-    shots = None if finetune.shots is None else finetune.shots * tensors.n_classes
-    if bridge is not None and bridge_plan is not None:
-        bridge = bridge.replace(lr=lr, steps=bridge.n_steps(n), seed=seed)
-    else:
-        bridge = None
-    outcome = train_and_score(
-        backbone,
-        tensors,
-        bridge_plan if bridge_plan is not None else finetune_plan,
-        bridge=bridge,
-        finetune=finetune.replace(lr=lr, steps=finetune.n_steps(shots or n), seed=seed),
-        finetune_plan=finetune_plan,
-        test=True,
-    )
-    return Trial(
-        arm=name,
-        lr=lr,
-        seed=seed,
-        validation_accuracy=outcome.validation_accuracy,
-        test_accuracy=outcome.test_accuracy,
-        n_validation=outcome.n_validation or 0,
-        n_test=outcome.n_test or 0,
-        trainable_parameters=finetune_plan.counts["trainable_parameters"],
-        train_flops=outcome.train_flops,
-        train_seconds=outcome.train_seconds,
-        bridge_accuracy=outcome.bridge_accuracy,
-        reason=outcome.reason,
-    )
+@dataclass(kw_only=True)
+class _ArmTrainer:
+    """Trains an arm at a learning rate and seed; holds one backbone at a time, and the task's tensors."""
+
+    load: Callable[[str, int], Backbone]
+    task: Task
+    plan: FreezePlan | None
+    scope: str
+    bridge: BridgeConfig
+    finetune: FineTuneConfig
+
+    def __post_init__(self) -> None:
+        self._held: dict[tuple[str, int], Backbone] = {}
+        self._tensors: TaskTensors | None = None
+
+    def backbone(self, init: str, seed: int) -> tuple[Backbone, TaskTensors]:
+        if (init, seed) not in self._held:
+            self._held.clear()
+            self._held[init, seed] = self.load(init, seed).prepare(self.task)
+        backbone = self._held[init, seed]
+        if self._tensors is None:  # preprocessing belongs to the architecture: the same for all arms
+            self._tensors = TaskTensors.of(backbone, self.task)
+        return backbone, self._tensors
+
+    def __call__(self, name: str, lr: float, seed: int) -> Outcome:
+        arm = ARMS[name]
+        backbone, tensors = self.backbone(arm.init, seed)
+        finetune_plan = self._plan(arm.finetune if self.scope == "arm" else self.scope, backbone)
+        return train_and_score(
+            backbone,
+            tensors,
+            finetune_plan if arm.bridge is None else self._plan(arm.bridge, backbone),
+            bridge=None if arm.bridge is None else self.bridge.replace(lr=lr, seed=seed),
+            finetune=_finetune_at(self.finetune, tensors, lr, seed),
+            finetune_plan=finetune_plan,
+            test=True,
+        )
+
+    def _plan(self, trains: str, backbone: Backbone) -> FreezePlan:
+        """The plan of a stage that trains the `plan`, `all` or `none`."""
+        if trains == "plan":
+            assert self.plan is not None, "check_arms"
+            return self.plan
+        return all_trainable(backbone) if trains == "all" else block_plan(backbone, [])
+
+
+def _finetune_at(config: FineTuneConfig, tensors: TaskTensors, lr: float, seed: int) -> FineTuneConfig:
+    n = len(tensors.labels["train"]) if config.shots is None else config.shots * tensors.n_classes
+    return config.replace(lr=lr, seed=seed, steps=config.n_steps(n))
 
 
 def _compare(
-    runners: Mapping[str, Callable[[float, int], Trial]],
+    train: Callable[[str, float, int], Outcome],
+    arms: Sequence[str],
     mode: str,
     lrs: Sequence[float],
     seeds: Sequence[int],
     about: dict[str, Any],
-    store: _Store,
+    store: _TrialStore,
     quiet: bool,
 ) -> Evaluation:
     """Per arm: every rate with the first seed, the best on validation, the other seeds at that rate."""
     check_seeds(seeds)
     trials: list[Trial] = []
     chosen: dict[str, float | None] = {}
-    per_arm = len(lrs) + len(seeds) - 1
-    with progress_bar(total=per_arm * len(runners), unit="training", quiet=quiet) as bar:
-        for name, run in runners.items():
+    total = (len(lrs) + len(seeds) - 1) * len(arms)
+    with progress_bar(total=total, unit="training", quiet=quiet) as bar:
 
-            def one(lr: float, seed: int, name: str = name, run: Any = run) -> Trial:
-                bar.set_description(f"{name}, lr {lr:g}, seed {seed}")
-                trial = store.get(name, lr, seed) or store.put(run(lr, seed))
-                bar.update(1)
-                return trial
+        def trial(arm: str, lr: float, seed: int) -> Trial:
+            bar.set_description(f"{arm}, lr {lr:g}, seed {seed}")
+            found = store.get(arm, lr, seed) or store.put(Trial(arm=arm, **vars(train(arm, lr, seed))))
+            bar.update(1)
+            trials.append(found)
+            return found
 
-            tried = [one(lr, seeds[0]) for lr in lrs]
-            finished = [t for t in tried if t.validation_accuracy is not None]
-            trials += tried
-            if not finished:
-                chosen[name] = lrs[0]
-                continue
-            best = max(finished, key=lambda t: t.validation_accuracy or 0.0)
-            chosen[name] = best.lr
-            assert best.lr is not None
-            trials += [one(best.lr, seed) for seed in seeds[1:]]
-            if not quiet and len(lrs) > 1 and best.lr in (min(lrs), max(lrs)):
-                note(f"{name}: the best learning rate, {best.lr:g}, is at the end of the grid; widen --lrs")
-    return Evaluation(mode, trials, chosen, about)
+        for arm in arms:
+            scores = {lr: trial(arm, lr, seeds[0]).validation_accuracy for lr in lrs}
+            finished = {lr: score for lr, score in scores.items() if score is not None}
+            chosen[arm] = best = max(finished, key=lambda lr: finished[lr], default=lrs[0])
+            if finished:
+                for seed in seeds[1:]:
+                    trial(arm, best, seed)
+                if not quiet and len(lrs) > 1 and best in (min(lrs), max(lrs)):
+                    note(f"{arm}: the best learning rate, {best:g}, is at the end of the grid; widen --lrs")
+    return Evaluation(mode=mode, trials=trials, chosen=chosen, about=about)
 
 
-class _Store:
-    """Finished trainings of one evaluation on disk, found again when exactly the same is asked."""
+def _with_provenance(
+    result: Evaluation, arguments: dict[str, Any], plan: FreezePlan | None, output: str | Path | None
+) -> Evaluation:
+    """The record with what it was made from, saved where there is a folder."""
+    shown = None if plan is None else {"blocks": list(plan.blocks), "states": plan.states}
+    result.provenance = provenance("evaluate", arguments, backbone=result.about, plan=shown)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+class _TrialStore:
+    """Finished trainings of one evaluation on disk, reused for exactly the same settings."""
 
     def __init__(self, output: str | Path | None, settings: Mapping[str, Any]) -> None:
-        text = json.dumps(settings, sort_keys=True, default=str)
-        self._key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self._key = text_hash(json.dumps(settings, sort_keys=True, default=str))
         self._path = output_folder(output) / "trials.json" if output is not None else None
         self._found: dict[str, dict[str, Any]] = {}
         if self._path is not None and self._path.exists():
@@ -360,14 +260,73 @@ class _Store:
             raise BrokenFileError(f"{self._path} holds a trial that cannot be read: {error}") from error
 
     def put(self, trial: Trial) -> Trial:
-        self._found[f"{trial.arm}/{trial.lr:g}/{trial.seed}"] = asdict(trial)
+        self._found[f"{trial.arm}/{trial.lr:g}/{trial.seed}"] = {"arm": trial.arm, **trial.to_dict()}
         if self._path is not None:
             write_json(self._path, {"settings": self._key, "trials": self._found})
         return trial
 
 
 def _plan_key(plan: FreezePlan | None) -> str | None:
+    """Of what a stored trial was trained under; also the states, which name stem and head."""
     if plan is None:
         return None
-    states = json.dumps(plan.states, sort_keys=True)
-    return hashlib.blake2b("\n".join([states, *plan.trainable]).encode(), digest_size=16).hexdigest()
+    return text_hash("\n".join([json.dumps(plan.states, sort_keys=True), *plan.trainable]))
+
+
+# -- without training the backbone -------------------------------------------------------------------------
+
+
+def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
+    """Logistic regression on the pooled output of the frozen backbone, with its C chosen on validation."""
+
+    def data(split: ImageSplit) -> tuple[np.ndarray, np.ndarray]:
+        with evaluating(backbone):
+            features = in_batches(backbone.features, ImageTensors(backbone, split), device=backbone.device)
+        return features.double().numpy(), np.asarray(split.labels)
+
+    train, validation, test = (data(task.splits[name]) for name in ("train", "validation", "test"))
+    found = select_probe(train, validation, test, task.n_classes)
+    best = list(found.Cs).index(found.best_C)
+    return _untrained(task, seed, float(found.val_accuracy[best]), float(found.correct.mean()))
+
+
+def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
+    """The checkpoint's own classifier; its classes are matched by name, else by index."""
+
+    def accuracy(split: ImageSplit) -> float:
+        pixels = ImageTensors(backbone, split)
+        guesses = in_batches(lambda x: backbone.own_logits(x).argmax(1), pixels, device=backbone.device)
+        return float((_class_map(backbone, task)[guesses.numpy()] == split.labels).mean())
+
+    return _untrained(task, seed, accuracy(task.splits["validation"]), accuracy(task.splits["test"]))
+
+
+def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
+    return Trial(
+        arm="model",
+        seed=seed,
+        validation_accuracy=validation,
+        test_accuracy=test,
+        n_validation=len(task.splits["validation"]),
+        n_test=len(task.splits["test"]),
+        trainable_parameters=0,
+    )
+
+
+def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
+    """Class of the checkpoint → class of the task."""
+    names = [str(backbone.config.id2label[i]) for i in range(len(backbone.config.id2label))]
+    theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
+    if sorted(theirs) == sorted(ours):
+        return np.array([ours.index(name) for name in theirs])
+    unnamed = all(name == f"label{i}" or name == str(i) for i, name in enumerate(theirs))
+    if unnamed and len(theirs) == len(ours):
+        return np.arange(len(ours))
+    raise UsageError(
+        f"the classifier of {backbone.name} knows {len(names)} classes ({', '.join(names[:3])}, …), the task "
+        f"{task.name} has {len(ours)} ({', '.join(task.classes[:3])}, …); fine-tune or probe it instead"
+    )
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

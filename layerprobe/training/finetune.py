@@ -10,22 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.tasks.random_labels import random_labels
-from layerprobe.training.classifier import Classifier, Snapshot, set_training
-from layerprobe.training.config import BridgeConfig, FineTuneConfig, TrainConfig
-from layerprobe.training.cost import training_flops
-from layerprobe.training.data import Pixels, TaskTensors
-from layerprobe.training.guard import Guard
+from layerprobe.training.classifier import Classifier, Snapshot, predict, set_training, training_flops
+from layerprobe.training.config import BridgeConfig, FineTuneConfig
+from layerprobe.training.data import TaskTensors
+from layerprobe.training.freeze_check import FrozenCheck
 from layerprobe.training.loop import (
+    BlockRates,
     DivergedError,
     make_accelerator,
     make_optimizer,
     make_prefix,
-    own_random_state,
-    predict,
+    preserved_rng,
     training_steps,
 )
-from layerprobe.training.relative import RelativeRates
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -41,7 +38,7 @@ class Outcome:
     validation_accuracy, test_accuracy : shares in [0, 1]; None: not asked for, or the run failed (`reason`).
     bridge_accuracy : random-label train accuracy over the last tenth of the bridge; chance is 1/K.
     train_seconds : wall time of the steps alone. call_seconds : of the whole call, evaluation included.
-    train_flops : matrix-product operations of the steps, see `layerprobe.training.cost.training_flops`.
+    train_flops : matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
     trainable_parameters : of the backbone, in fine-tuning; stem and head are trained besides.
     validation_correct, test_correct : bool, one per image, for paired comparisons; not stored.
     """
@@ -95,11 +92,10 @@ def train_and_score(
     test: bool = False,
     auto_rgn: bool = False,
 ) -> Outcome:
-    """Random-label bridge, then fine-tuning, under `plan`; the backbone is handed back bit for bit as it was.
+    """Random-label bridge, then fine-tuning, under `plan`; the backbone is restored bit for bit afterwards.
 
-    Each stage anneals its learning rate over its own steps, so accuracies at different lengths are each those
-    of a finished training. The seeds fix labels, head, order, augmentation and dropout: plans trained with
-    the same seeds are paired.
+    Each stage anneals its learning rate over its own steps. The seeds fix labels, head, order, augmentation and
+    dropout: plans trained with the same seeds are paired.
 
     Parameters
     ----------
@@ -110,7 +106,7 @@ def train_and_score(
     finetune : the same for the fine-tuning.
     finetune_plan : another plan for the second stage; None keeps `plan`.
     test : also measure accuracy on the test split. Selection must not.
-    auto_rgn : every block learns at a rate of its own, see `layerprobe.training.relative.RelativeRates`.
+    auto_rgn : every block learns at a rate of its own, see `layerprobe.training.loop.BlockRates`.
 
     Raises
     ------
@@ -118,37 +114,17 @@ def train_and_score(
     """
     began = time.perf_counter()
     finetune_plan = finetune_plan or plan
-    rows = few_shot_rows(tensors.labels["train"], finetune.shots, finetune.seed)
-    steps = finetune.n_steps(len(tensors.labels["train"]) if rows is None else len(rows))
-    if bridge is not None:
-        steps += bridge.n_steps(len(tensors.labels["train"]))
+    labels = tensors.labels["train"]
+    steps = finetune.n_steps(len(few_shot_rows(labels, finetune)))
+    steps += bridge.n_steps(len(labels)) if bridge is not None else 0
     seconds = flops = 0.0
     bridge_accuracy = validation = tested = reason = None
-    with Snapshot.restored(backbone), own_random_state():
+    with Snapshot(backbone), preserved_rng():
         try:
             if bridge is not None:
-                label_seed = bridge.seed if bridge.label_seed is None else bridge.label_seed
-                labels = random_labels(tensors.ids["train"], bridge.random_classes, label_seed)
-                stage = run_stage(
-                    backbone,
-                    tensors,
-                    labels,
-                    bridge.random_classes,
-                    plan=plan,
-                    config=bridge,
-                    auto_rgn=auto_rgn,
-                )
+                stage = run_stage(backbone, tensors, bridge, plan=plan, auto_rgn=auto_rgn)
                 seconds, flops, bridge_accuracy = stage.seconds, stage.flops, stage.train_accuracy
-            stage = run_stage(
-                backbone,
-                tensors,
-                tensors.labels["train"],
-                tensors.n_classes,
-                plan=finetune_plan,
-                config=finetune,
-                rows=rows,
-                auto_rgn=auto_rgn,
-            )
+            stage = run_stage(backbone, tensors, finetune, plan=finetune_plan, auto_rgn=auto_rgn)
             seconds, flops = seconds + stage.seconds, flops + stage.flops
             validation = correct(stage.classifier, tensors, "validation", finetune.precision)
             tested = correct(stage.classifier, tensors, "test", finetune.precision) if test else None
@@ -173,13 +149,15 @@ def train_and_score(
     )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Stage:
-    """A finished training: the classifier as it ended, and what it took."""
+    """A finished training: the classifier as it ended, and what it took.
+
+    `train_accuracy` is the mean over the last tenth of the steps.
+    """
 
     classifier: Classifier
     train_accuracy: float
-    """Mean over the last tenth of the steps."""
     seconds: float
     flops: float
 
@@ -187,55 +165,55 @@ class Stage:
 def run_stage(
     backbone: Backbone,
     tensors: TaskTensors,
-    labels: np.ndarray,
-    n_classes: int,
+    config: BridgeConfig | FineTuneConfig,
     *,
     plan: FreezePlan,
-    config: TrainConfig,
-    rows: np.ndarray | None = None,
     auto_rgn: bool = False,
 ) -> Stage:
-    """Train `backbone` in place with a new head, on the training images (or its `rows`), verified."""
+    """Train `backbone` in place with a new head, on random labels or the task's own, and verify the plan."""
+    pixels = tensors.pixels["train"]
+    if isinstance(config, BridgeConfig):
+        labels, n_classes = tensors.random_labels(config), config.random_classes
+    else:
+        labels, n_classes = tensors.labels["train"], tensors.n_classes
+        if config.shots is not None:
+            rows = few_shot_rows(labels, config)
+            pixels, labels = pixels.subset(rows), labels[rows]
     classifier = Classifier(backbone, n_classes, seed=config.seed)
-    guard = Guard(plan, classifier)
+    check = FrozenCheck(plan, classifier)
     set_training(classifier)
-    pixels: Pixels = tensors.pixels["train"]
-    if rows is not None:
-        pixels, labels = pixels.subset(rows), labels[rows]
-    device = next(classifier.parameters()).device
-    accelerator = make_accelerator(device)
+    accelerator = make_accelerator(classifier.device)
     if accelerator.num_processes > 1:
         raise UsageError(
             f"fine-tuning and plan values run in one process, not {accelerator.num_processes}; only the bridge "
             "spreads over processes"
         )
     optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
-    prefix = make_prefix(classifier, pixels, config, device=device)
+    prefix = make_prefix(classifier, pixels, config)
     n_steps = config.n_steps(len(pixels))
     began = time.perf_counter()
-    history = list(
-        training_steps(
-            classifier,
-            optimizer,
-            pixels,
-            labels,
-            config,
-            accelerator=accelerator,
-            n_steps=n_steps,
-            flip=tensors.flip,
-            prefix=prefix,
-            relative=RelativeRates(optimizer) if auto_rgn else None,
-        )
+    steps = training_steps(
+        classifier,
+        optimizer,
+        pixels,
+        labels,
+        config,
+        accelerator=accelerator,
+        n_steps=n_steps,
+        flip=tensors.flip,
+        prefix=prefix,
+        block_rates=BlockRates(optimizer) if auto_rgn else None,
     )
+    accuracies = [step.accuracy for step in steps]
     seconds = time.perf_counter() - began
     optimizer.zero_grad()
-    guard.verify(after=f"{n_steps} steps")
-    last = history[-max(1, n_steps // 10) :]
+    check.verify(after=f"{n_steps} steps")
+    flops = training_flops(classifier, pixels.shape, config.batch_size, prefix.depth if prefix else 0)
     return Stage(
-        classifier,
-        float(np.mean([step.accuracy for step in last])),
-        seconds,
-        n_steps * training_flops(classifier, pixels.shape, config.batch_size, prefix.depth if prefix else 0),
+        classifier=classifier,
+        train_accuracy=float(np.mean(accuracies[-max(1, n_steps // 10) :])),
+        seconds=seconds,
+        flops=n_steps * flops,
     )
 
 
@@ -244,10 +222,10 @@ def correct(classifier: Classifier, tensors: TaskTensors, split: str, precision:
     return predict(classifier, tensors.pixels[split], precision=precision) == tensors.labels[split]
 
 
-def few_shot_rows(labels: np.ndarray, shots: int | None, seed: int) -> np.ndarray | None:
-    """Positions of `shots` images per class, drawn by `seed`, or None for all; small classes give what they have."""
-    if shots is None:
-        return None
-    draw = np.random.default_rng(seed)
-    chosen = [draw.permutation(np.flatnonzero(labels == k))[:shots] for k in np.unique(labels)]
+def few_shot_rows(labels: np.ndarray, config: FineTuneConfig) -> np.ndarray:
+    """Positions of `shots` images per class, drawn by `seed`, or of all; small classes give what they have."""
+    if config.shots is None:
+        return np.arange(len(labels))
+    draw = np.random.default_rng(config.seed)
+    chosen = [draw.permutation(np.flatnonzero(labels == k))[: config.shots] for k in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

@@ -1,74 +1,88 @@
-"""The training loop: one function that every stage runs, bridge, fine-tuning and plan values alike."""
+"""The training loop of every stage (bridge, fine-tuning, trials), with its optimizer and its forward passes."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
-from layerprobe.training.classifier import (
-    PREFIX_BYTES,
-    Classifier,
-    Prefix,
-    frozen_depth,
-    set_training,
-    trained_parameters,
-)
+from layerprobe.training.classifier import Classifier, autocast, gradient_flow, set_training, whole
 from layerprobe.training.config import TrainConfig, derive_seed
-from layerprobe.training.data import Batch, Order, Pixels, view
-from layerprobe.training.relative import PER_BLOCK, RelativeRates
-from layerprobe.training.sharding import full, gradients_stay_here
+from layerprobe.training.data import Batch, BatchSampler, ImageTensors, augmented, row_batches
 
 DIVERGED_WINDOW = 50
 """A run has diverged when its mean loss over this many steps is twice the loss of a uniform guess."""
+PREFIX_BYTES = 4 << 30
+"""Outputs of a frozen prefix are kept when they take no more memory than this."""
+GROUP_BLOCK = "block"
+"""Key of an optimizer's parameter group that names the block its parameters belong to, '' outside all."""
 
 
 class DivergedError(LayerprobeError):
     """Training left the finite numbers, or its loss stays far above that of a guess."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one optimizer step was like, over all processes."""
+    """One optimizer step, over all processes.
+
+    `index` counts from 0; `loss` is the mean cross-entropy in nats and `accuracy` the share of right images
+    before the step; `grad_norm` is taken before clipping.
+    """
 
     index: int
-    """From 0."""
     loss: float
-    """Mean cross-entropy in nats over the step's images."""
     accuracy: float
-    """Share of the step's images whose label was the most likely one before the step."""
     lr: float
     grad_norm: float
-    """Before clipping, over all trained parameters."""
     seconds: float
 
 
 def make_accelerator(device: torch.device | str, **options: Any) -> Accelerator:
-    """An Accelerator on `device`; under `accelerate launch` or `torchrun`, one of many processes.
-
-    Precision is left to the loop's own autocast, so that one process may train in several precisions.
-    """
+    """An Accelerator on `device`, one of many under `accelerate launch`; precision is left to `autocast`."""
     device = torch.device(device)
-    on_cpu = device.type == "cpu"
     if PartialState._shared_state and PartialState().num_processes == 1:
         # Accelerate remembers the first device of the process; a later model may live elsewhere.
         AcceleratorState._reset_state(reset_partial_state=True)
     # Tensors of a plan that this forward pass does not touch (token embeddings) get no gradient.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[unused], **options)
+    accelerator = Accelerator(
+        cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[unused], **options
+    )
     if accelerator.num_processes == 1 and device.index not in (None, accelerator.device.index):
         torch.cuda.set_device(device)
     return accelerator
+
+
+def tracker_options(names: tuple[str, ...], folder: Path | None) -> dict[str, Any]:
+    """Accelerate's arguments for trackers; one that is missing is an error."""
+    if not names:
+        return {}
+    here = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if missing := [name for name in names if name not in here]:
+        raise NotAvailableError(
+            f"tracker '{missing[0]}' is not installed; installed: {', '.join(here) or 'none'} "
+            "(history.csv is written in any case)"
+        )
+    if folder is None:
+        raise UsageError("trackers write into the run folder; name one with -o")
+    return {"log_with": list(names), "project_dir": folder}
 
 
 def make_optimizer(
@@ -76,51 +90,71 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
 
-    With `by_block`, every block has parameter groups of its own (`layerprobe.training.relative`).
-
-    Raises
-    ------
-    UsageError : nothing is left to train.
+    With `by_block`, every block has parameter groups of its own (`BlockRates`). UsageError where nothing trains.
     """
     layout = classifier.backbone.layout
-    positions = {name for name, group in layout.parameter_groups.items() if group == "positions"}
-    spared = {f"backbone.model.{name}" for name in layout.norm_names | positions}
-    places = {f"backbone.model.{name}": place for name, place in layout.parameter_groups.items()}
+    groups = {f"backbone.model.{name}": group for name, group in layout.parameter_groups.items()}
+    norms = {f"backbone.model.{name}" for name in layout.norm_names}
     found: dict[tuple[bool, str], list[nn.Parameter]] = {}
-    for name, parameter in trained_parameters(classifier).items():
-        plain = parameter.ndim < 2 or name in spared or name.endswith("cls_token")
-        place = places.get(name, "")
-        block = place if by_block and place.startswith("block.") else ""
-        found.setdefault((plain, block), []).append(parameter)
+    for name, parameter in classifier.named_parameters():
+        if parameter.requires_grad:
+            group = groups.get(name, "")
+            undecayed = name in norms or group == "positions" or name.endswith("cls_token")
+            block = group if by_block and group.startswith("block.") else ""
+            found.setdefault((parameter.ndim < 2 or undecayed, block), []).append(parameter)
     if not found:
         raise UsageError("nothing to train: the plan freezes the blocks, the stem and the head")
-    groups: list[dict[str, Any]] = [
-        {"params": found[key], "weight_decay": 0.0 if key[0] else config.weight_decay, PER_BLOCK: key[1]}
+    options: list[dict[str, Any]] = [
+        {"params": found[key], "weight_decay": 0.0 if key[0] else config.weight_decay, GROUP_BLOCK: key[1]}
         for key in sorted(found)
     ]
-    first = groups[0]["params"][0]
+    first = options[0]["params"][0]
     fused = first.device.type in ("cpu", "cuda") and first.is_floating_point()
-    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    return torch.optim.AdamW(options, lr=config.lr, fused=fused)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 autocast where asked for, else nothing.
+class BlockRates:
+    """Auto-RGN: block b learns at ‖g_b‖/‖θ_b‖ ÷ (the largest such ratio of all blocks) of the learning rate.
 
-    Raises
-    ------
-    NotAvailableError : the accelerator has no bfloat16.
+    For an optimizer from `make_optimizer` with `by_block`. What lies outside the blocks learns at the full
+    rate: stem and head are new, so their ratio says nothing about pretrained weights. Where the authors measure
+    five batches before each epoch, forget Adam's moments, and have a ratio per tensor, here it is the epoch's
+    first batch, the moments stay, and the ratio is the block's, the unit of a freeze plan.
+
+    References
+    ----------
+    Lee et al., Surgical Fine-Tuning Improves Adaptation to Distribution Shifts, ICLR 2023, arXiv 2210.11466, section 4.
     """
-    if precision == "float32":
-        return contextlib.nullcontext()
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise NotAvailableError(f"{torch.cuda.get_device_name(device)} has no bfloat16; use --dtype float32")
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._groups: list[dict[str, Any]] = optimizer.param_groups
+        self.shares: dict[str, float] = {}
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Take the shares from the gradients as they are now, before any clipping."""
+        gradient: dict[str, float] = {}
+        weight: dict[str, float] = {}
+        for group in self._groups:
+            if block := group[GROUP_BLOCK]:
+                for p in group["params"]:
+                    squared = 0.0 if p.grad is None else float(p.grad.double().square().sum())
+                    gradient[block] = gradient.get(block, 0.0) + squared
+                    weight[block] = weight.get(block, 0.0) + float(p.double().square().sum())
+        ratio = {b: (gradient[b] / weight[b]) ** 0.5 if weight[b] else 0.0 for b in weight}
+        largest = max(ratio.values(), default=0.0)
+        self.shares = {block: value / largest if largest else 1.0 for block, value in ratio.items()}
+
+    def apply(self, lr: float) -> None:
+        """Set every group's learning rate for the coming step."""
+        for group in self._groups:
+            group["lr"] = lr * self.shares.get(group[GROUP_BLOCK], 1.0)
 
 
 def training_steps(
     model: nn.Module,
-    optimizer: Any,
-    pixels: Pixels,
+    optimizer: Optimizer,
+    pixels: ImageTensors,
     labels: np.ndarray,
     config: TrainConfig,
     *,
@@ -128,9 +162,9 @@ def training_steps(
     n_steps: int,
     start: int = 0,
     flip: bool = False,
-    prefix: Prefix | None = None,
-    prepare_step: Callable[[int], Prefix | None] | None = None,
-    relative: RelativeRates | None = None,
+    prefix: FrozenPrefix | None = None,
+    before_step: Callable[[int], FrozenPrefix | None] | None = None,
+    block_rates: BlockRates | None = None,
 ) -> Iterator[Step]:
     """Train `model` (a prepared `Classifier`) on `labels`, one optimizer step per item handed out.
 
@@ -142,146 +176,191 @@ def training_steps(
     ----------
     labels : int64, one per image of `pixels`.
     start : the first step to take; those before it were taken by an earlier run.
-    prefix : kept outputs of a frozen prefix, see `Prefix`.
-    prepare_step : called with the step's index before it begins; hands back the prefix to use.
-    relative : gives every block a learning rate of its own, measured at the first step of an epoch; for runs
-        that are not continued, since it is kept nowhere.
+    before_step : called with the step's index before it begins; hands back the prefix to use from then on.
+    block_rates : measured at each epoch's first step; for runs that are not continued, since it is not saved.
 
     Raises
     ------
     DivergedError : a loss or gradient that is not finite, or a loss that stays at twice a guess's.
     UsageError : fewer images in a step than there are processes.
     """
-    world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch_size < world:
         raise UsageError(f"batch size {config.batch_size} is smaller than the number of processes, {world}")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    order = Order(len(pixels), pixels.shape, config, flip=flip)
+    sampler = BatchSampler(len(pixels), pixels.shape, config, flip=flip)
     share = np.linspace(0, config.batch_size, world + 1).round().astype(int)
-    guess = float(np.log(labels.max() + 1)) if len(labels) else 0.0
-    recent: list[float] = []
-
+    guess = float(np.log(labels.max() + 1))
+    losses: list[float] = []
     for step in range(start, n_steps):
         began = time.perf_counter()
-        if prepare_step is not None:
-            prefix = prepare_step(step)
+        if before_step is not None:
+            prefix = before_step(step)
         lr = config.rate(step, n_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        mine = order.batch(step).part(share[rank], share[rank + 1])
-        pieces = list(mine.pieces(config.micro_batch))
-        seen = torch.zeros(2, device=device)  # summed loss, number right
-
-        for number, piece in enumerate(pieces):
-            images, targets = _load(pixels, labels, piece, device)
-            last = number == len(pieces) - 1
-            with contextlib.ExitStack() as stack:
-                if not last:
-                    stack.enter_context(gradients_stay_here(accelerator, model))
-                if prefix is not None:
-                    stack.enter_context(prefix.used(piece.indices))
-                # Dropout alone draws from torch's generator.
-                _seed(derive_seed(config.seed, "dropout", step, rank, number), device)
-                with autocast(device, config.precision):
-                    logits = model(images)
-                loss = cross_entropy(logits.float(), targets, reduction="sum")
-                # Processes' gradients are averaged; times their number this is the mean over the step.
-                accelerator.backward(loss * (world / config.batch_size))
-            seen += torch.stack([loss.detach(), (logits.argmax(1) == targets).sum()])
-
-        if relative is not None:
-            if step == start or order.begins_epoch(step):
-                relative.measure()
-            relative.apply(lr)
-        norm = _clip(accelerator, parameters, config.clip_norm)
-        total = cast(Tensor, accelerator.reduce(seen, "sum")) if world > 1 else seen
-        mean_loss, accuracy = (total / config.batch_size).tolist()
-        norm = float(full(norm))
-        if not (np.isfinite(mean_loss) and np.isfinite(norm)):
-            raise DivergedError(
-                f"step {step + 1} of {n_steps}: loss {mean_loss}, gradient norm {norm} at learning rate "
-                f"{lr:.3g}; try a lower --lr"
-            )
-        recent = [*recent[1 - DIVERGED_WINDOW :], mean_loss]
-        if len(recent) == DIVERGED_WINDOW and np.mean(recent) > 2 * max(guess, 0.5):
-            raise DivergedError(
-                f"step {step + 1} of {n_steps}: the mean loss of the last {DIVERGED_WINDOW} steps is "
-                f"{np.mean(recent):.3g}, a guess has {guess:.3g}; the learning rate {config.lr:.3g} is too high"
-            )
+        batch = sampler.batch(step).part(share[rank], share[rank + 1])
+        sums = _accumulate_gradients(model, pixels, labels, batch, step, config, accelerator, prefix)
+        if block_rates is not None:
+            if step == start or sampler.begins_epoch(step):
+                block_rates.measure()
+            block_rates.apply(lr)
+        limit = float("inf") if config.clip_norm is None else config.clip_norm
+        norm = float(whole(accelerator.clip_grad_norm_(parameters, limit)))
+        sums = cast(Tensor, accelerator.reduce(sums, "sum")) if world > 1 else sums
+        loss, accuracy = (sums / config.batch_size).tolist()
+        losses = [*losses[1 - DIVERGED_WINDOW :], loss]
+        if found := _divergence(losses, norm, guess=guess, lr=lr, peak=config.lr):
+            raise DivergedError(f"step {step + 1} of {n_steps}: {found}")
         optimizer.step()
-        yield Step(step, mean_loss, accuracy, lr, norm, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        yield Step(index=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, seconds=seconds)
 
 
-def _load(pixels: Pixels, labels: np.ndarray, piece: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    images = view(pixels[piece.indices], piece)
-    return images.to(device), torch.from_numpy(labels[piece.indices]).to(device)
+def _accumulate_gradients(
+    model: nn.Module,
+    pixels: ImageTensors,
+    labels: np.ndarray,
+    batch: Batch,
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    prefix: FrozenPrefix | None,
+) -> Tensor:
+    """Backward passes over the micro-batches of a process; the summed loss and the number of right images."""
+    device, world = accelerator.device, accelerator.num_processes
+    sums = torch.zeros(2, device=device)
+    pieces = list(batch.pieces(config.micro_batch))
+    for number, piece in enumerate(pieces):
+        images = augmented(pixels[piece.indices], piece).to(device)
+        targets = torch.from_numpy(labels[piece.indices]).to(device)
+        with contextlib.ExitStack() as stack:
+            if number < len(pieces) - 1:
+                stack.enter_context(_no_gradient_sync(accelerator, model))
+            if prefix is not None:
+                stack.enter_context(prefix.used(piece.indices))
+            # For dropout. On a CPU torch.manual_seed would visit every accelerator at every step.
+            seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+            seed(derive_seed(config.seed, "dropout", step, accelerator.process_index, number))
+            with autocast(device, config.precision):
+                logits = model(images)
+            loss = cross_entropy(logits.float(), targets, reduction="sum")
+            # Processes' gradients are averaged; times their number this is the mean over the step.
+            accelerator.backward(loss * (world / config.batch_size))
+        sums += torch.stack([loss.detach(), (logits.argmax(1) == targets).sum()])
+    return sums
 
 
-def _seed(seed: int, device: torch.device) -> None:
-    if device.type == "cpu":
-        # What torch.manual_seed does for the CPU, without its tour of all accelerators in every step.
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
-def _clip(accelerator: Accelerator, parameters: list[nn.Parameter], limit: float | None) -> Any:
-    return accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-
-
-def make_prefix(
-    classifier: Classifier, pixels: Pixels, config: TrainConfig, *, device: torch.device
-) -> Prefix | None:
-    """The frozen prefix's outputs for all images, where that is sound and fits in memory; else None.
-
-    Sound: no augmentation changes the images, and nothing that acts before the prefix's end trains.
-    """
-    if not config.cache_prefix or config.augment != "none" or config.compile:
-        return None
-    set_training(classifier)
-    sample = pixels[np.arange(1)].to(device)
-    depth = frozen_depth(classifier, sample)
-    if depth == 0:
-        return None
-    with torch.no_grad():
-        hidden = classifier.backbone(sample)
-    if hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
-        return None
-    prefix = Prefix(classifier, depth)
-    with autocast(device, config.precision):
-        prefix.fill(
-            lambda rows: pixels[rows].to(device), len(pixels), config.micro_batch or config.batch_size
+def _divergence(losses: list[float], norm: float, *, guess: float, lr: float, peak: float) -> str | None:
+    """What is wrong with the latest steps, if anything."""
+    if not (np.isfinite(losses[-1]) and np.isfinite(norm)):
+        return f"loss {losses[-1]}, gradient norm {norm} at learning rate {lr:.3g}; try a lower --lr"
+    if len(losses) == DIVERGED_WINDOW and np.mean(losses) > 2 * max(guess, 0.5):
+        return (
+            f"the mean loss of the last {DIVERGED_WINDOW} steps is {np.mean(losses):.3g}, a guess has "
+            f"{guess:.3g}; the learning rate {peak:.3g} is too high"
         )
-    return prefix
-
-
-@torch.no_grad()
-def predict(
-    classifier: Classifier, pixels: Pixels, *, batch_size: int | None = None, precision: str = "float32"
-) -> np.ndarray:
-    """The most likely class of every image, int64 n; without dropout or augmentation."""
-    device = next(classifier.parameters()).device
-    # On a CPU larger activations leave the cache.
-    batch_size = batch_size or (64 if device.type == "cpu" else 256)
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.eval()
-    try:
-        found = []
-        for start in range(0, len(pixels), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(pixels)))
-            with autocast(device, precision):
-                logits = classifier(pixels[rows].to(device))
-            found.append(logits.float().argmax(1).cpu())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return torch.cat(found).numpy()
+    return None
 
 
 @contextlib.contextmanager
-def own_random_state() -> Iterator[None]:
+def _no_gradient_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Within: a backward pass adds to this process's gradients and exchanges nothing."""
+    if not isinstance(model, FSDPModule):
+        with accelerator.no_sync(model):
+            yield
+        return
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class FrozenPrefix:
+    """The outputs of the frozen blocks at the input end, computed once per image instead of once per step.
+
+    Inside `used`, those blocks hand on the kept outputs of block `depth`-1; the model's own code does everything
+    else. Made by `make_prefix`.
+    """
+
+    def __init__(self, classifier: Classifier, depth: int, pixels: ImageTensors, *, batch_size: int) -> None:
+        self.depth = depth
+        self._device = classifier.device
+        self._blocks = classifier.backbone.blocks[:depth]
+        self._n_outputs = 0
+        self._kept = torch.empty(0)
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._n_outputs = len(output) if isinstance(output, tuple) else 0
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not len(self._kept):
+                self._kept = torch.empty((len(pixels), *hidden.shape[1:]), dtype=hidden.dtype)
+            self._kept[torch.from_numpy(rows)] = hidden.cpu()
+
+        handle = self._blocks[-1].register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                for rows in row_batches(len(pixels), batch_size):
+                    classifier.backbone(pixels[rows].to(self._device))
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def used(self, indices: np.ndarray) -> Iterator[None]:
+        """Within: a forward pass over the images `indices` takes the kept outputs."""
+        hidden = self._kept[torch.as_tensor(indices)].to(self._device)
+        output = (hidden, *(None,) * (self._n_outputs - 1)) if self._n_outputs else hidden
+        for block in self._blocks:
+            block.forward = lambda *_args, **_kwargs: output
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+
+def make_prefix(classifier: Classifier, pixels: ImageTensors, config: TrainConfig) -> FrozenPrefix | None:
+    """The frozen prefix's outputs for all images, where they fit in memory; None where augmentation or
+    training before the prefix's end would change them."""
+    if not config.cache_prefix or config.augment != "none" or config.compile:
+        return None
+    set_training(classifier)
+    sample = pixels[np.arange(1)].to(classifier.device)
+    _, outputs = gradient_flow(classifier, sample)
+    depth = outputs.index(True) if True in outputs else len(outputs)
+    with torch.no_grad():
+        hidden = classifier.backbone(sample)
+    if depth == 0 or hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
+        return None
+    with autocast(classifier.device, config.precision):
+        return FrozenPrefix(classifier, depth, pixels, batch_size=config.micro_batch or config.batch_size)
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
     """Leave torch's generators as they were: the loop reseeds them at every step."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Within: the first Ctrl-C is noted and acted on between two steps, the second is immediate."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def remember(signum: int, _frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(signum)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -37,7 +37,7 @@ def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port:
     config = BridgeConfig(**settings["config"])
     run = bridge_train(backbone, task, plan=plan, config=config, output=output, resume=True)
     answer = {
-        "digests": {n: digest(full(p)) for n, p in backbone.named_parameters()},
+        "digests": {n: tensor_digest(whole(p)) for n, p in backbone.named_parameters()},
         "labels": run.labels.tolist(),
         "loss": run.history["loss"].tolist(),
         "verified": run.provenance["verified"],
@@ -112,9 +112,9 @@ if __name__ == "__main__":
     import torch
 
     from layerprobe.backbones import load_backbone
+    from layerprobe.plans.apply import tensor_digest
     from layerprobe.tasks import load_task
     from layerprobe.training import BridgeConfig, block_plan, bridge_train
-    from layerprobe.training.classifier import digest
-    from layerprobe.training.sharding import full
+    from layerprobe.training.classifier import whole
 
     main()

@@ -18,7 +18,7 @@ from families import save
 import layerprobe as lp
 from layerprobe.errors import LayerprobeError, UnknownNameError
 from layerprobe.hooks import all_layers
-from layerprobe.hooks.store import list_stores
+from layerprobe.hooks.feature_store import list_stores
 from layerprobe.layers import LayerRef
 
 

@@ -23,7 +23,7 @@ from layerprobe.analyzers.attribution_path import (
 from layerprobe.analyzers.heads import only_these_train
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.plotting.attribution import attribution_figure, patch_maps_figure, plot_attribution
+from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure, plot_attribution
 from layerprobe.tasks import load_task
 
 # gpt-neo and deberta-v2 return tuples from their blocks, the others bare tensors.

@@ -17,7 +17,7 @@ from layerprobe.analyzers.transfer import gradient_snr, trainable_scores, transf
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, logme, neural_collapse
-from layerprobe.plotting.transfer import plot_transfer, transfer_figure
+from layerprobe.plotting.layer_scores import plot_transfer, transfer_figure
 from layerprobe.tasks import load_task
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from layerprobe.checkpoints import StoredTensor, fused_parts, open_checkpoint, places
+from layerprobe.checkpoints import StoredTensor, fused_parts, open_checkpoint, tensor_roles
 from layerprobe.errors import UsageError
 
 
@@ -132,7 +132,7 @@ NAMES = {
 
 def test_names_of_many_families_find_block_kind_and_group() -> None:
     shapes = {name: (4,) if "norm" in name.lower() or name.endswith("bias") else (4, 4) for name in NAMES}
-    found = places(shapes)
+    found = tensor_roles(shapes)
     assert {name: (found[name].block, found[name].kind, found[name].group) for name in NAMES} == NAMES
 
 
@@ -141,7 +141,7 @@ def test_every_matrix_in_the_blocks_of_the_promised_families_has_a_kind() -> Non
 
     for family in families.FAMILIES:
         shapes = {name: tuple(value.shape) for name, value in families.build(family).state_dict().items()}
-        found = places(shapes)
+        found = tensor_roles(shapes)
         unknown = [name for name, place in found.items() if place.group == "blocks" and place.kind == "other"]
         assert unknown == [], family
         blocks = {(place.stack, place.block) for place in found.values() if place.block is not None}
@@ -150,7 +150,7 @@ def test_every_matrix_in_the_blocks_of_the_promised_families_has_a_kind() -> Non
 
 
 def test_causal_masks_and_rotary_tables_are_buffers_but_attention_biases_are_not() -> None:
-    found = places(
+    found = tensor_roles(
         {
             "h.0.attn.bias": (1, 1, 8, 8),
             "h.0.attn.masked_bias": (),
@@ -162,7 +162,7 @@ def test_causal_masks_and_rotary_tables_are_buffers_but_attention_biases_are_not
 
 
 def test_nested_stages_are_counted_through_and_stacks_are_kept_apart() -> None:
-    found = places(
+    found = tensor_roles(
         {
             **{f"encoder.layers.0.blocks.{i}.mlp.fc1.weight": (4, 4) for i in range(2)},
             **{f"encoder.layers.1.blocks.{i}.mlp.fc1.weight": (4, 4) for i in range(3)},
@@ -193,7 +193,7 @@ def test_fused_matrices_are_cut_into_their_parts(layout: str, container: str, tm
         weights, tmp_path / container
     )
     tensor = open_checkpoint(tmp_path).tensors[0]
-    parts = dict(fused_parts(tensor, places({name: tensor.shape})[name]))
+    parts = dict(fused_parts(tensor, tensor_roles({name: tensor.shape})[name]))
     assert list(parts) == list(expected)
     for kind, part in parts.items():
         assert part.name == f"{name}[{kind}]"
@@ -203,5 +203,5 @@ def test_fused_matrices_are_cut_into_their_parts(layout: str, container: str, tm
 
 def test_interleaved_heads_are_left_whole() -> None:
     name = "gpt_neox.layers.0.attention.query_key_value.weight"
-    tensor = StoredTensor(name, "float32", (18, 6), Path("x"), 0, 432)
-    assert fused_parts(tensor, places({name: (18, 6)})[name]) == []
+    tensor = StoredTensor(name=name, dtype="float32", shape=(18, 6), file=Path("x"), offset=0, nbytes=432)
+    assert fused_parts(tensor, tensor_roles({name: (18, 6)})[name]) == []

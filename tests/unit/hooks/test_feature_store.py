@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
-from layerprobe.hooks.store import FeatureStore, encode, list_stores, prune_stores
+from layerprobe.hooks.feature_store import FeatureStore, encode, list_stores, prune_stores
 from layerprobe.layers import LayerRef
 
 KEY = {"backbone": {"model": "tiny"}, "task": "t", "split": "train"}

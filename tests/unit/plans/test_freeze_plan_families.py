@@ -8,8 +8,7 @@ import pytest
 from families import FAMILIES, build
 from freeze_plan_examples import trained_names
 
-from layerprobe.backbones.layout import find_layout
-from layerprobe.backbones.loading import image_or_text_tower
+from layerprobe.backbones.layout import find_layout, image_or_text_tower
 from layerprobe.plans import FreezePlan, parameter_table, standard_plans
 from layerprobe.plans.matching import block_modules
 

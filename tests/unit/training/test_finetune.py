@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from layerprobe.errors import UsageError
+from layerprobe.plans.apply import tensor_digest
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,
@@ -17,12 +19,11 @@ from layerprobe.training import (
     block_plan,
     train_and_score,
 )
-from layerprobe.training.classifier import digest
 
 
 def digests(backbone):
     state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-    return {name: digest(tensor) for name, tensor in state.items()}
+    return {name: tensor_digest(tensor) for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
@@ -127,3 +128,20 @@ def test_an_outcome_survives_json_and_reads_the_form_of_version_0_1():
     old = {"accuracy": 0.5, "test": None, "seconds": 2.0, "reason": None, "facts": facts}
     assert Outcome.from_dict(old) == found
     assert Outcome.from_dict({**old, "facts": {}}).call_seconds == 2.0
+
+
+def test_plans_are_scored_in_one_process(make_backbone, task, monkeypatch):
+    from types import SimpleNamespace
+
+    from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, finetune
+
+    monkeypatch.setattr(finetune, "make_accelerator", lambda *_args: SimpleNamespace(num_processes=2))
+    backbone = make_backbone()
+    with pytest.raises(UsageError, match="fine-tuning and plan values run in one process, not 2"):
+        finetune.train_and_score(
+            backbone,
+            TaskTensors.of(backbone, task),
+            all_trainable(backbone),
+            bridge=None,
+            finetune=FineTuneConfig(),
+        )

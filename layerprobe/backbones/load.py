@@ -1,0 +1,332 @@
+"""From a name to a `Backbone`: configuration, weights, device, and the mistakes on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from layerprobe.backbones.backbone import Backbone, check_choices
+from layerprobe.backbones.image_input import PatchStem, for_language
+from layerprobe.backbones.layout import image_or_text_tower
+from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.progress import note
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    stem: str = "random",
+    patch_size: int | None = None,
+    image_size: int | None = None,
+    attention: str | None = None,
+    pooling: str | None = None,
+    offline: bool = False,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load any Hugging Face transformer as a backbone for images.
+
+    Parameters
+    ----------
+    name : alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run.
+    revision : branch, tag or commit on the hub.
+    init : "pretrained", or "random" for the control of the same architecture, drawn with `seed`.
+    device : "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has
+        names and shapes but no values, and takes no memory: what a dry run looks at.
+    dtype : "float32" (default), "bfloat16" or "float16".
+    stem : how the image stem of a language backbone starts: "random" or "pca".
+    patch_size, image_size : pixels per side; defaults follow the task (about 8 × 8 patches) or the model.
+    attention : "causal" or "bidirectional"; None keeps what the model was pretrained with.
+    pooling : "mean" (default), "last" or "cls".
+
+    Raises
+    ------
+    UnknownNameError, NotAvailableError, BrokenFileError, UsageError : see the messages.
+    """
+    check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
+    target = choose_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
+    source = resolve_model(name, revision=revision, offline=offline)
+    with _quiet_transformers():
+        full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
+    full.eval()
+    # Without a classifier of its own, nothing beside the tower is used again.
+    (full if hasattr(full, "classifier") else image_or_text_tower(full)).to(target)
+    backbone = Backbone(
+        full,
+        source,
+        init=init,
+        seed=seed,
+        **_image_settings(
+            full,
+            source,
+            stem=stem,
+            patch_size=patch_size,
+            image_size=image_size,
+            attention=attention,
+            pooling=pooling,
+        ),
+    )
+    if source.run is not None and source.run.get("stem_file") and init == "pretrained":
+        _restore_stem(backbone, source.run)
+    return backbone.eval()
+
+
+def load_for_dry_run(
+    name: str,
+    *,
+    task_size: int | None,
+    task_size_certain: bool = True,
+    device: str | None = None,
+    **options: Any,
+) -> Backbone:
+    """The backbone on the meta device: refuses what `load_backbone` and `prepare` would, as far as shapes tell.
+
+    Parameters
+    ----------
+    task_size : pixels per side of the task's images, None where unknown. With `task_size_certain` False it is
+        a guess, by which tokens are counted but nothing is refused.
+    device : where the run would be; kept as `run_device`.
+    options : as of `load_backbone`.
+    """
+    run_device = choose_device(device)
+    backbone = load_backbone(name, device="meta", **options)
+    backbone.run_device = run_device
+    if task_size or backbone.image_size:
+        try:
+            backbone.expect_images(task_size)
+        except UsageError:
+            # The first image may be of another size than the others, which are then all resized.
+            if task_size_certain or backbone.image_size:
+                raise
+    return backbone
+
+
+def _image_settings(model: nn.Module, source: ModelSource, **asked: Any) -> dict[str, Any]:
+    """How images enter: as asked, and what was left open as a bridge run had it."""
+    run = source.run
+    if run is None:
+        return asked
+    settings = {key: run.get(key) if value in (None, "random") else value for key, value in asked.items()}
+    if image_or_text_tower(model).main_input_name == "pixel_values":
+        return settings | {"attention": None, "stem": "random", "image_size": asked["image_size"]}
+    return settings | {"stem": settings["stem"] or "random"}
+
+
+def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's configuration; remote code runs only when the user said so."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"'{source.name}' wants to run its own Python code; look at it, then pass --trust-remote-code"
+            ) from error
+        raise BrokenFileError(
+            f"cannot read the configuration of '{source.name}' in {source.folder}: {_short(error)}"
+        ) from error
+
+
+def _architecture(config: PretrainedConfig) -> Any:
+    """The class the checkpoint was saved from, so that no layer is invented; else the AutoModel."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or []:
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModel
+
+
+def _build(
+    source: ModelSource,
+    init: str,
+    seed: int,
+    target: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> nn.Module:
+    """The whole model: without values for the meta device, else on the CPU."""
+    config = _load_config(source, trust_remote_code)
+    if (
+        target.type == "meta" or not trust_remote_code
+    ):  # the repository's code cannot be sized without running it
+        with torch.device("meta"):
+            skeleton = _random_model(config, trust_remote_code)
+        if target.type == "meta":
+            return skeleton.to(dtype)
+        _check_memory(skeleton, source, dtype, target)
+    if init == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return _random_model(config, trust_remote_code).to(dtype)
+    return _pretrained_model(source, config, dtype, trust_remote_code)
+
+
+def _random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+    """The architecture with the weights that its constructor draws."""
+    from transformers import AutoModel
+
+    architecture = _architecture(config)
+    if architecture is AutoModel:
+        made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        return made
+    return architecture(config)
+
+
+def _pretrained_model(
+    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> nn.Module:
+    """The checkpoint's model; BrokenFileError where weights are missing that the tower needs."""
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    architecture = _architecture(config)
+    auto = architecture is AutoModel
+    extra = {"trust_remote_code": trust_remote_code} if auto else {}
+    try:
+        model, loading = architecture.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            **extra,
+        )
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise BrokenFileError(
+            f"cannot load the weights of '{source.name}' from {source.folder}: {_short(error)}"
+        ) from error
+    tower = image_or_text_tower(model)
+    of_tower = {id(p): n for n, p in tower.named_parameters()}
+    missing = sorted(
+        of_tower[id(parameter)]
+        for name, parameter in model.named_parameters()
+        if name in loading["missing_keys"] and id(parameter) in of_tower
+    )
+    if not all(".pooler." in f".{name}" for name in missing):  # which no feature passes through
+        raise BrokenFileError(
+            f"{source.folder} lacks {len(missing)} tensors of {type(tower).__name__} (first: {missing[0]}); "
+            "they would be random numbers, so nothing was loaded"
+        )
+    return model
+
+
+def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:
+    """Give the backbone the trained stem of its bridge run."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    run_folder = Path(backbone.name).expanduser()
+    path = inside(run_folder, str(run["stem_file"]), run_folder)
+    try:
+        state = load_file(path)
+        rows, columns = state["projection.weight"].shape
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise BrokenFileError(f"cannot read the stem {path}: {_short(error)}") from error
+    patch = int(backbone.patch_size or 0)
+    if not patch or columns % (patch * patch) or rows != backbone.embedding_width:
+        raise BrokenFileError(f"the stem {path} ({rows}×{columns}) does not fit patch size {patch}")
+    channels = columns // (patch * patch)
+    stem = PatchStem(channels, patch, rows)
+    stem.load_state_dict(state)
+    backbone.stem = stem.to(backbone.device, backbone.dtype)
+    backbone.preprocessing = for_language(backbone.image_size, channels)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or the best one here, with a note. One that is missing is an error."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        best = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if best != "cpu":
+            note(f"device: {best} (choose with --device)")
+        return torch.device(best)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UnknownNameError(f"unknown device '{name}'; examples: cpu, cuda, cuda:1, mps") from error
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise NotAvailableError(
+            f"device '{name}' was asked for, but torch {torch.__version__} sees {count} CUDA devices; "
+            "use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise NotAvailableError(f"device '{name}' was asked for, but it is not here; use --device cpu")
+    return device
+
+
+def _check_memory(full: nn.Module, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that cannot fit before anything is loaded."""
+    needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize
+    free = available_memory(device)
+    if free is not None and needed > free:
+        kind = str(dtype).removeprefix("torch.")
+        raise NotAvailableError(
+            f"'{source.name}' needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {device} has "
+            f"{free / 2**30:.1f} GiB free; try --dtype bfloat16, another device, or a smaller model"
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Free bytes on `device`, or None where that cannot be told. $LAYERPROBE_MEMORY_LIMIT caps it."""
+    free: int | None = None
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+                if line.startswith("MemAvailable:"):
+                    free = int(line.split()[1]) * 1024
+    if limit := os.environ.get("LAYERPROBE_MEMORY_LIMIT"):
+        try:
+            cap = int(limit)
+        except ValueError as error:
+            raise UsageError(f"LAYERPROBE_MEMORY_LIMIT is a number of bytes, not {limit!r}") from error
+        free = cap if free is None else min(free, cap)
+    return free
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' remarks on torchvision and unused heads off the user's terminal."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,196 @@
+"""From a name to a folder of files: alias, hub id, local folder, or a bridge run. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerprobe.backbones.catalog import MODELS, PACKAGES
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, did_you_mean
+from layerprobe.files import read_json, weight_files
+
+RUN_FILE = "layerprobe_run.json"
+"""A folder with this file is a bridge run: it names the folder of the backbone and the file of the stem."""
+
+RUN_SCHEMA = "layerprobe.bridge-run/v1"
+
+_FULL_HASH_LIMIT = 256 << 20
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model's files are on this machine."""
+
+    name: str
+    """What the user typed."""
+    model_id: str
+    """Hub id, or the folder's name for local weights."""
+    revision: str
+    """Commit of the hub repository, or `local-` and a hash of the weights."""
+    folder: Path
+    origin: str
+    """hub, local, package or bridge."""
+    run: dict[str, Any] | None = None
+    """The contents of the run file, for a bridge run."""
+
+
+def resolve_model(name: str, *, revision: str | None = None, offline: bool = False) -> ModelSource:
+    """Find the files of a model, downloading them into the Hugging Face cache when that is allowed.
+
+    Order: an existing folder, an alias of `catalog.MODELS`, a hub id `owner/name`.
+
+    Raises
+    ------
+    UnknownNameError : neither a folder nor an alias nor a hub id.
+    NotAvailableError : not in the cache while offline, gated, or the hub cannot be reached.
+    BrokenFileError : a folder without configuration or weights, or an index that points outside it.
+    """
+    as_path = Path(name).expanduser()
+    if as_path.is_dir():
+        return _local(name, as_path)
+    if name in MODELS:
+        hub_id = MODELS[name].hub_id
+        if name in PACKAGES and revision is None and (packaged := _package_folder(*PACKAGES[name])):
+            return _on_disk(name, hub_id, packaged, "package")
+        return _from_hub(name, hub_id, revision, offline)
+    if as_path.exists():
+        raise UnknownNameError(f"{name} is a file; name the folder that holds config.json and the weights")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnknownNameError(f"there is no folder {name}")
+    if "/" not in name:
+        raise UnknownNameError(
+            f"unknown model '{name}'.{did_you_mean(name, MODELS)} See: layerprobe ls models "
+            "(a hub id is written owner/name)"
+        )
+    return _from_hub(name, name, revision, offline)
+
+
+def _local(name: str, folder: Path) -> ModelSource:
+    run_file = folder / RUN_FILE
+    if run_file.is_file():
+        run = read_json(run_file, what="bridge run")
+        if not isinstance(run, dict) or run.get("schema") != RUN_SCHEMA:
+            found = run.get("schema") if isinstance(run, dict) else type(run).__name__
+            raise BrokenFileError(f"{run_file} is no bridge run that this version reads: schema {found!r}")
+        backbone = inside(folder, str(run.get("backbone", "backbone")), run_file)
+        return _on_disk(name, str(run.get("model_id", folder.name)), backbone, "bridge", run)
+    return _on_disk(name, folder.resolve().name, folder, "local")
+
+
+def _on_disk(
+    name: str, model_id: str, folder: Path, origin: str, run: dict[str, Any] | None = None
+) -> ModelSource:
+    """A folder that is no snapshot of the hub, named by a hash of its weights."""
+    _check_weights(folder)
+    return ModelSource(
+        name=name, model_id=model_id, revision=weights_hash(folder), folder=folder, origin=origin, run=run
+    )
+
+
+def _package_folder(package: str, inner: str) -> Path | None:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / inner
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> ModelSource:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    offline = offline or constants.HF_HUB_OFFLINE
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        folder = Path(
+            snapshot_download(hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted)
+        )
+        if not offline and not any(folder.glob("*.safetensors")):
+            folder = Path(
+                snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
+            )
+    except HFValidationError as error:
+        raise UnknownNameError(f"'{hub_id}' is no hub id (owner/name): {_first_line(error)}") from error
+    except GatedRepoError as error:
+        raise NotAvailableError(
+            f"'{hub_id}' is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UnknownNameError(f"'{hub_id}' has no revision '{revision}'") from error
+    except RepositoryNotFoundError as error:
+        raise UnknownNameError(
+            f"the hub has no model '{hub_id}' (or it is private).{did_you_mean(name, MODELS)} "
+            "See: layerprobe ls models"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        why = _offline_reason(offline)
+        at = f" at revision '{revision}'" if revision else ""
+        raise NotAvailableError(
+            f"'{name}' ({hub_id}{at}) is not cached and {why}; download it first or pass a local folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise NotAvailableError(f"cannot download '{hub_id}': {_first_line(error)}") from error
+    _check_weights(folder)
+    return ModelSource(name=name, model_id=hub_id, revision=folder.name, folder=folder, origin="hub")
+
+
+def _offline_reason(offline: bool) -> str:
+    if not offline:
+        return "the hub cannot be reached"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "offline mode is on (HF_HUB_OFFLINE=1)"
+    return "offline mode is on (--offline)"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse a folder that cannot be a model: no configuration, no weights, an index that leaves it."""
+    if not (folder / "config.json").is_file():
+        raise BrokenFileError(
+            f"{folder} holds no config.json, so it is no model folder (nor a bridge run: no {RUN_FILE})"
+        )
+    if not weight_files(folder)[0]:
+        raise BrokenFileError(f"{folder} holds no weights: looked for *.safetensors, *.bin, *.pth, *.pt")
+
+
+def inside(folder: Path, relative: str, named_by: Path) -> Path:
+    """`folder / relative`, refusing a name that would leave the folder. Links within a cache are fine."""
+    if Path(relative).is_absolute() or ".." in Path(relative).parts or not relative:
+        raise BrokenFileError(f"{named_by} names a path outside its folder: {relative!r}")
+    return folder / relative
+
+
+def weights_hash(folder: Path) -> str:
+    """A name for local weights: `local-` and 12 hex digits over configuration and weight bytes.
+
+    Files up to 256 MiB are hashed whole; of larger ones the size and 64 evenly spaced MiB, so that a 13 GB
+    checkpoint takes a fraction of a second. Checkpoints that differ only between the samples share a name.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder)[0]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as stream:
+            if size <= _FULL_HASH_LIMIT:
+                for piece in iter(lambda: stream.read(_SAMPLE), b""):
+                    digest.update(piece)
+            else:
+                for k in range(64):
+                    stream.seek((size - _SAMPLE) * k // 63)
+                    digest.update(stream.read(_SAMPLE))
+    return f"local-{digest.hexdigest()[:12]}"

@@ -1,0 +1,392 @@
+"""Bridge training: random labels, a freeze plan, and a run folder that can be continued exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from layerprobe.errors import UsageError
+from layerprobe.files import output_folder
+from layerprobe.plans import FreezePlan
+from layerprobe.plans.apply import Verification
+from layerprobe.plans.plan import TRAINABLE
+from layerprobe.progress import note, progress_bar
+from layerprobe.provenance import provenance
+from layerprobe.tables import write_frame
+from layerprobe.training import checkpoints
+from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
+from layerprobe.training.classifier import Classifier, Snapshot, autocast, in_batches, predict, set_training
+from layerprobe.training.config import BridgeConfig
+from layerprobe.training.data import TaskTensors
+from layerprobe.training.finetune import run_stage
+from layerprobe.training.freeze_check import FrozenCheck, all_trainable
+from layerprobe.training.loop import (
+    DivergedError,
+    FrozenPrefix,
+    Step,
+    interrupts,
+    make_accelerator,
+    make_optimizer,
+    make_prefix,
+    preserved_rng,
+    tracker_options,
+    training_steps,
+)
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.tasks import Task
+
+
+def bridge_train(
+    backbone: Backbone,
+    task: Task,
+    *,
+    plan: FreezePlan | None = None,
+    config: BridgeConfig | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = True,
+) -> BridgeRun:
+    """Teach `backbone` random labels of the task's training images, under a freeze plan. Trains in place.
+
+    The label of an image is a keyed hash of (seed, its id) modulo K. Stem, head and exactly the plan's
+    parameters are trained; that every other tensor is bit-identical is checked at every checkpoint and at
+    the end. A run that was stopped and continued ends with the weights of one that was not, bit for bit, on
+    the CPU with the same number of threads and processes.
+
+    Parameters
+    ----------
+    backbone : from `load_backbone`; a language backbone gets its stem for `task` if it has none yet.
+    plan : None trains everything.
+    output : run folder (see `layerprobe.training.checkpoints`); None keeps nothing on disk.
+    resume : continue the unfinished run in `output`, if there is one.
+    quiet : no bar and no remarks.
+
+    Raises
+    ------
+    UsageError : more random classes than images, nothing to train, a run folder in use, other settings or
+        data than the run to be continued.
+    PlanError : the plan is for another model, or a frozen tensor changed.
+    DivergedError : the loss left the finite numbers or stays far above a guess's.
+    LayerprobeError : the disk is full.
+    KeyboardInterrupt : Ctrl-C, after a checkpoint was saved.
+    """
+    config = config or BridgeConfig()
+    n_images = len(task.train)
+    if config.random_classes > n_images:
+        raise UsageError(
+            f"{config.random_classes} random classes are more than the {n_images} training images; "
+            "choose fewer with --random-classes"
+        )
+    folder = output_folder(output) if output is not None else None
+    backbone.prepare(task)
+    if folder is not None:
+        checkpoints.refuse_used_folder(folder, resume=resume)
+    plan = plan or all_trainable(backbone)
+    if not plan.trainable and plan.states["stem"] != TRAINABLE and plan.states["head"] != TRAINABLE:
+        raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
+    if n_images < 2:
+        raise UsageError(f"{n_images} training images are too few for random labels")
+    tensors = TaskTensors.of(backbone, task, ("train",))
+    with preserved_rng():
+        return _Training(backbone, tensors, plan, config, folder, resume=resume, quiet=quiet).run()
+
+
+class _Training:
+    """The parts of one run, so that each method reads from top to bottom."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tensors: TaskTensors,
+        plan: FreezePlan,
+        config: BridgeConfig,
+        folder: Path | None,
+        *,
+        resume: bool,
+        quiet: bool,
+    ) -> None:
+        self.backbone, self.tensors, self.pixels = backbone, tensors, tensors.pixels["train"]
+        self.plan, self.folder, self.quiet = plan, folder, quiet
+        self.labels = tensors.random_labels(config)
+        self.n_steps = config.n_steps(len(self.pixels))
+        self.accelerator = make_accelerator(backbone.device, **tracker_options(config.trackers, folder))
+        if self.accelerator.num_processes > 1:
+            backbone.to(self.accelerator.device)
+        self.is_main = self.accelerator.is_main_process
+        self.about = {**backbone.describe(), **tensors.facts}
+        found = checkpoints.find_checkpoint(folder) if folder is not None and resume else None
+        self.config, self.lr = config, self._rate(config, found)
+        self.classifier = Classifier(backbone, config.random_classes, seed=config.seed)
+        # Digests before any training: a continued run is held to these too.
+        self.check = FrozenCheck(plan, self.classifier)
+        self.identity = checkpoints.identity(tensors, self.labels, plan, self.about, self.check)
+        self.before = initial_weights(backbone)
+        self.start = 0
+        if found is not None:
+            checkpoints.refuse_other_run(found, folder, config, self.identity)
+            self._note_other_machine(found)
+            checkpoints.load_weights(found, self.classifier)
+            self.start = found.step
+        if config.shard:
+            checkpoints.shard(self.classifier, self.accelerator.device)
+            self.check.take_digests()
+        self.optimizer = make_optimizer(self.classifier, config)
+        if found is not None:
+            checkpoints.load_optimizer(found, self.optimizer, self.classifier)
+        self.history = History(folder if self.is_main else None, keep=self.start)
+        self.phase: str | None = None
+        self.prefix: FrozenPrefix | None = None
+
+    def _rate(self, config: BridgeConfig, found: checkpoints.Checkpoint | None) -> float:
+        """The learning rate given, the one a continued run had, or the best of the candidates."""
+        if found is not None:
+            return float(found.state["lr"])
+        if len(config.lrs) < 2:
+            return config.lrs[0] if config.lrs else config.lr
+        if self.accelerator.num_processes > 1:
+            raise UsageError("choose the learning rate with one process first, then pass one --lr")
+        return choose_rate(self.backbone, self.tensors, self.labels, self.plan, config, quiet=self.quiet)
+
+    def run(self) -> BridgeRun:
+        config = self.config.replace(lr=self.lr)
+        every = config.checkpoint_every or max(1, math.ceil(self.n_steps / 10))
+        with _gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
+            self._enter_phase(self.start)
+            optimizer = self.accelerator.prepare(self.optimizer)
+            model: Any = self.classifier if config.shard else self.accelerator.prepare(self.classifier)
+            if config.compile:
+                model = torch.compile(model)
+            steps = training_steps(
+                model,
+                optimizer,
+                self.pixels,
+                self.labels,
+                config,
+                accelerator=self.accelerator,
+                n_steps=self.n_steps,
+                start=self.start,
+                flip=self.tensors.flip,
+                before_step=self._enter_phase,
+            )
+            if self.folder is not None and self.is_main and not self.start:
+                self.plan.save(self.folder / "plan.json")
+                table = pd.DataFrame({"id": self.tensors.ids["train"], "label": self.labels})
+                write_frame(table, self.folder / "labels.csv")
+            if config.trackers:
+                settings = {
+                    k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()
+                }
+                self.accelerator.init_trackers("layerprobe-bridge", config=settings)
+            bar = progress_bar(
+                total=self.n_steps * config.batch_size,
+                initial=self.start * config.batch_size,
+                unit="img",
+                unit_scale=True,
+                desc="bridge",
+                quiet=self.quiet or not self.is_main,
+            )
+            done = self.start
+            with bar, interrupts() as interrupted, self._last_good_in_errors():
+                for step in steps:
+                    done = step.index + 1
+                    self._record(step, bar)
+                    stop = self._any_process(bool(interrupted))
+                    if stop or (done % every == 0 and done < self.n_steps):
+                        self._save(done)
+                    if stop:
+                        raise KeyboardInterrupt
+            return self._finish(done)
+
+    def _enter_phase(self, step: int) -> FrozenPrefix | None:
+        """Set what trains at `step`: all of the plan, or stem first and then the plan without the stem."""
+        stem_steps = self.config.stem_steps
+        phase = "all" if not stem_steps else "stem" if step < stem_steps else "blocks"
+        if phase == self.phase:
+            return self.prefix
+        self.phase = phase
+        model, stem = self.backbone.model, self.backbone.stem
+        self.plan.apply(model, remember=False)
+        if phase == "stem":
+            model.requires_grad_(False)
+        if stem is not None:
+            stem.requires_grad_(self.plan.states["stem"] == TRAINABLE and phase != "blocks")
+        set_training(self.classifier)
+        self.optimizer.zero_grad()
+        if not self.config.shard:
+            self.prefix = make_prefix(self.classifier, self.pixels, self.config)
+        return self.prefix
+
+    def _record(self, step: Step, bar: tqdm[Any]) -> None:
+        self.history.add(step, self.config.batch_size, len(self.pixels))
+        bar.update(self.config.batch_size)
+        guess = 1 / self.config.random_classes
+        bar.set_postfix_str(f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%} (guess {guess:.1%})", False)
+        if self.config.trackers:
+            values = {key: getattr(step, key) for key in ("loss", "accuracy", "lr", "grad_norm")}
+            self.accelerator.log(values, step=step.index)
+
+    def _any_process(self, interrupted: bool) -> bool:
+        """Whether any process was interrupted; all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return interrupted
+        flag = torch.tensor([float(interrupted)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _finish(self, done: int) -> BridgeRun:
+        self.classifier.zero_grad()
+        verified = self._save(done, final=True)
+        if self.config.trackers:
+            self.accelerator.end_training()
+        last = self.history.frame().tail(max(1, self.n_steps // 10))
+        right = predict(self.classifier, self.pixels, precision=self.config.precision) == self.labels
+        self.classifier.eval()
+        n_frozen = verified.frozen + verified.buffers
+        figures: list[tuple[str, float, int | None]] = [
+            ("random_label_accuracy", float(right.mean()), len(right)),
+            ("random_label_guess", 1 / self.config.random_classes, len(right)),
+            ("random_label_loss", float(last["loss"].mean()), len(last)),
+            ("learning_rate", self.lr, None),
+            ("images_per_second", float(last["images_per_second"].median()), len(last)),
+            ("frozen_tensors_verified", float(n_frozen), n_frozen),
+            ("trained_tensors_changed", float(len(verified.changed)), len(self.plan.trainable)),
+        ]
+        rows = [{"block": None, "metric": metric, "value": value, "n": n} for metric, value, n in figures]
+        run = BridgeRun(
+            backbone=self.backbone,
+            plan=self.plan,
+            config=self.config,
+            labels=self.labels,
+            history=self.history.frame(),
+            rows=[*rows, *drift_rows(self.backbone, self.before)],
+            about=self.about,
+            folder=self.folder,
+            is_main=self.is_main,
+            provenance=provenance(
+                "bridge",
+                self.config.replace(lr=self.lr).to_dict(),
+                backbone=self.about,
+                plan={k: getattr(self.plan, k) for k in ("blocks", "states", "counts")},
+                verified=verified.summary(),
+                processes=self.accelerator.num_processes,
+            ),
+        )
+        if self.folder is not None and self.is_main:
+            run.save(self.folder)
+        return run
+
+    def _save(self, done: int, *, final: bool = False) -> Verification:
+        """Check the frozen tensors, then write history and checkpoint where there is a folder."""
+        verified = self.check.verify(after=f"{done} steps")
+        if self.folder is not None and (self.is_main or self.config.shard):
+            # Sharded tensors are gathered by all processes and written by one.
+            weights = checkpoints.classifier_tensors(self.classifier)
+            moments = None if final else checkpoints.optimizer_tensors(self.optimizer, self.classifier)
+            if self.is_main:
+                self.history.write()
+                state = {
+                    "step": done,
+                    "n_steps": self.n_steps,
+                    "lr": self.lr,
+                    "config": self.config.to_dict(),
+                    **self.identity,
+                    "processes": self.accelerator.num_processes,
+                    "threads": torch.get_num_threads(),
+                    "random_state": "every draw is a function of seed, step, process and micro-batch",
+                }
+                checkpoints.save_checkpoint(
+                    self.folder,
+                    self.backbone,
+                    weights,
+                    moments,
+                    state,
+                    about={**self.about, "config": self.config.to_dict(), "plan": "plan.json"},
+                    keep=self.config.keep,
+                    final=final,
+                )
+        self.accelerator.wait_for_everyone()
+        return verified
+
+    def _note_other_machine(self, found: checkpoints.Checkpoint) -> None:
+        """Say where a continued run cannot end with the same bits."""
+        state, world, threads = found.state, self.accelerator.num_processes, torch.get_num_threads()
+        if state["processes"] != world and self.is_main:
+            note(
+                f"continuing with {world} processes what {state['processes']} began: images, labels and effective "
+                "batch stay the same, but sums are taken in another order, so the last bits will differ"
+            )
+        if state["threads"] != threads and self.is_main and not self.quiet:
+            note(f"continuing with {threads} threads what {state['threads']} began: last bits differ")
+
+    @contextlib.contextmanager
+    def _last_good_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except DivergedError as error:
+            good = checkpoints.find_checkpoint(self.folder) if self.folder is not None else None
+            left = f"; the last good checkpoint is {good.folder}" if good else ""
+            raise DivergedError(f"{error}{left}") from error
+
+
+def choose_rate(
+    backbone: Backbone,
+    tensors: TaskTensors,
+    labels: np.ndarray,
+    plan: FreezePlan,
+    config: BridgeConfig,
+    *,
+    quiet: bool,
+) -> float:
+    """The rate of `config.lrs` with the lowest loss after `config.lr_steps` steps, each annealed to its end.
+
+    The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
+    training with weak augmentation shows one time in eighteen.
+    """
+    steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
+    rows = np.arange(min(len(labels), 2048))
+    plain, targets = tensors.pixels["train"].subset(rows), torch.from_numpy(labels[rows])
+    losses: dict[float, float] = {}
+    for lr in config.lrs:
+        trial = config.replace(lr=lr, steps=steps, lrs=())
+        with Snapshot(backbone):
+            try:
+                stage = run_stage(backbone, tensors, trial, plan=plan)
+                model = stage.classifier.eval()
+                with autocast(model.device, config.precision):
+                    logits = in_batches(model, plain, device=model.device)
+                losses[lr] = float(cross_entropy(logits.float(), targets))
+            except DivergedError:
+                losses[lr] = math.inf
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        raise DivergedError(f"all learning rates diverged: {', '.join(map(str, config.lrs))}; try lower ones")
+    if not quiet:
+        shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
+        note(f"learning rate {best:g}, by random-label loss on plain views after {steps} steps ({shown})")
+    return best
+
+
+@contextlib.contextmanager
+def _gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
+    if not on:
+        yield
+        return
+    # Newer transformers have another name for it, which the oldest supported ones lack.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model.gradient_checkpointing_disable()

@@ -1,0 +1,83 @@
+"""Plans over blocks, and the check that training left every frozen tensor bit-identical."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from layerprobe.errors import PlanError
+from layerprobe.plans import FreezePlan
+from layerprobe.plans.apply import Verification, tensor_digest
+from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
+from layerprobe.training.classifier import Classifier
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+
+
+class FrozenCheck:
+    """Applies `plan` to a classifier and remembers every tensor that must not change: the plan's frozen
+    parameters, the buffers of its frozen blocks, and stem or head where the plan freezes them.
+
+    `before` are the digests of the whole model at the start.
+    """
+
+    def __init__(self, plan: FreezePlan, classifier: Classifier) -> None:
+        self.plan, self._classifier = plan, classifier
+        plan.apply(classifier.backbone.model, remember=False)
+        if classifier.backbone.stem is not None:
+            classifier.backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
+        classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
+        self.take_digests()
+        self.before = self._digests
+
+    def take_digests(self) -> None:
+        """Compare from now on with the tensors as they are; of a sharded model, with the part that lies here."""
+        self._digests = self.plan.fingerprint(self._classifier.backbone.model)
+        self._outside = {name: tensor_digest(tensor) for name, tensor in self._frozen_outside().items()}
+
+    def verify(self, *, after: str) -> Verification:
+        """Compare every frozen tensor with what it was; PlanError names one that changed and says after what."""
+        found = self.plan.verify(self._classifier.backbone.model, self._digests)
+        now = self._frozen_outside()
+        changed = [name for name, before in self._outside.items() if tensor_digest(now[name]) != before]
+        if changed:
+            raise PlanError(
+                f"frozen, but changed after {after}: {len(changed)} tensors of stem and head ({changed[0]})"
+            )
+        return found
+
+    def _frozen_outside(self) -> dict[str, Tensor]:
+        """The tensors of stem and head where the plan freezes them."""
+        parts = {"stem": self._classifier.backbone.stem, "head": self._classifier.head}
+        return {
+            f"{part}.{name}": tensor
+            for part, module in parts.items()
+            if module is not None and self.plan.states[part] == FROZEN
+            for name, tensor in module.state_dict().items()
+        }
+
+
+def all_trainable(backbone: Backbone) -> FreezePlan:
+    """The plan that freezes nothing."""
+    return block_plan(backbone, range(backbone.n_blocks), outside=TRAINABLE)
+
+
+def block_plan(
+    backbone: Backbone, trainable_blocks: Iterable[int], *, outside: str = FROZEN, stem: str = TRAINABLE
+) -> FreezePlan:
+    """The plan that trains these blocks; `outside` is the state of embeddings, positions and outer norms."""
+    return FreezePlan.from_blocks(
+        parameter_table(backbone.model),
+        backbone.layout.parameter_groups,
+        trainable_blocks,
+        model_id=backbone.source.model_id,
+        revision=backbone.source.revision,
+        norms=outside,
+        positions=outside,
+        embeddings=outside,
+        other=outside,
+        stem=stem,
+    )
