@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short
-from trainings import Trainings
+from trainings import ExhaustiveTable, Trainings
 
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.studies import draw_levels, plot_lines
-from layerprobe.search.replay import ExhaustiveTable
-from layerprobe.search.settings import Settings
+from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, mask_of
 from layerprobe.search.verdict import Finalist, choose
 from layerprobe.tables import tidy
@@ -117,7 +116,7 @@ def valued(
 ) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
     """The plans at one share, and how many training images that is."""
     part = part_of(task, share)
-    settings = Settings(
+    settings = make_settings(
         lrs=lrs(s),
         seeds=n_seeds(s),
         budget=1.0,

@@ -32,7 +32,7 @@ from trainings import Trainings, trial_rows
 
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.studies import draw_levels, plot_claims, plot_lines
-from layerprobe.search.settings import Settings
+from layerprobe.search.settings import make_settings
 from layerprobe.search.space import REPORT_REPEAT, Trial, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
@@ -99,7 +99,7 @@ def steps(s: Setup) -> dict[str, int]:
 def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Trial, Any]]:
     """Arm → trial → outcome: every rate with every seed, judged on test."""
     seeds = QUICK_SEEDS if s.quick else SEEDS
-    settings = Settings(
+    settings = make_settings(
         lrs=lrs(s),
         seeds=len(seeds),
         budget=1.0,
@@ -112,7 +112,9 @@ def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Tri
     n = runs.space.n_blocks
     masks = {"all": runs.space.all, "first half": mask_of(range(n // 2), n), "none": runs.space.none}
     found = {
-        arm: runs.value([Trial(mask, lr, REPORT_REPEAT + seed) for lr in lrs(s) for seed in seeds])
+        arm: runs.outcomes(
+            [Trial(mask=mask, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs(s) for seed in seeds]
+        )
         for arm, mask in masks.items()
         if not (s.quick and arm == "first half")
     }
@@ -120,8 +122,8 @@ def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Tri
     for seed in seeds:
         untrained = s.load(model, task, init="random", seed=seed)
         runs = Trainings(s, f"{label}-untrained-{seed}", untrained, task, settings)
-        trials = [Trial(runs.space.all, lr, REPORT_REPEAT + seed) for lr in lrs(s)]
-        found["untrained, all"] |= runs.value(trials)
+        trials = [Trial(mask=runs.space.all, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs(s)]
+        found["untrained, all"] |= runs.outcomes(trials)
     return found
 
 
@@ -137,7 +139,7 @@ def own_rates(found: dict[str, dict[Trial, Any]]) -> dict[str, float]:
     """Arm → the rate with the best mean validation accuracy."""
     rates = {}
     for arm, outcomes in found.items():
-        validation = by_rate(outcomes, "accuracy")
+        validation = by_rate(outcomes, "validation_accuracy")
         rates[arm] = max(validation, key=lambda lr: sum(validation[lr]))
     return rates
 
@@ -149,8 +151,8 @@ def table(
     for arm, outcomes in found.items():
         about = {"model": short(model), "task": short(task), "arm": arm}
         rows += trial_rows(outcomes, **about)
-        n = next(iter(outcomes.values())).facts["n_test"]
-        for lr, values in by_rate(outcomes, "test").items():
+        n = next(iter(outcomes.values())).n_test
+        for lr, values in by_rate(outcomes, "test_accuracy").items():
             mean = {"metric": "test_accuracy_mean", "split": "test", "lr": lr, "n": n, "own": lr == own[arm]}
             rows.append(mean_row(values, **about, **mean))
     return rows
@@ -159,7 +161,7 @@ def table(
 def claims(
     found: dict[str, dict[Trial, Any]], own: dict[str, float], model: str, task: str, n: int
 ) -> list[Answer]:
-    test = {arm: by_rate(outcomes, "test") for arm, outcomes in found.items()}
+    test = {arm: by_rate(outcomes, "test_accuracy") for arm, outcomes in found.items()}
     answers = []
     for a, b in CONTRASTS:
         if a not in test or b not in test:

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
-from trainings import Trainings
+from trainings import ExhaustiveTable, Trainings
 
 from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError
 from layerprobe.files import read_json
 from layerprobe.plotting.studies import draw_levels
-from layerprobe.search.replay import ExhaustiveTable
-from layerprobe.search.settings import Settings
+from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, strip, structured_masks
 from layerprobe.search.verdict import Finalist, choose
 from layerprobe.tables import tidy
@@ -125,7 +124,7 @@ def stored(folder: Path) -> Source:
 def trained(s: Setup, model: str, name: str) -> Source:
     task = s.task(name)
     steps, batch = (QUICK_STEPS, QUICK_BATCH) if s.quick else (STEPS, BATCH)
-    settings = Settings(
+    settings = make_settings(
         lrs=QUICK_LRS if s.quick else LRS,
         seeds=QUICK_N_SEEDS if s.quick else N_SEEDS,
         budget=1.0,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short
-from trainings import Trainings
+from trainings import ExhaustiveTable, Trainings, Truth, permutation_agreement, score_agreement
 
 from layerprobe.backbones import load_backbone
 from layerprobe.cli.output import save_figure
@@ -28,10 +28,8 @@ from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.plotting.layer_scores import FAMILY_COLOURS
-from layerprobe.search.agreement import permutation_agreement
-from layerprobe.search.replay import ExhaustiveTable, Truth, score_agreement
-from layerprobe.search.scores import by_block, layer_scores
-from layerprobe.search.settings import Settings
+from layerprobe.search.evaluator import by_block, layer_scores
+from layerprobe.search.settings import make_settings
 from layerprobe.tables import tidy
 from layerprobe.tasks import load_task
 
@@ -142,7 +140,7 @@ def quick_table(s: Setup) -> tuple[ExhaustiveTable, int]:
     task = s.task(s.tasks[0])
     backbone = s.load(s.models[0], task)
     frozen = tuple(b for b in QUICK_FROZEN if b < backbone.n_blocks)
-    settings = Settings(
+    settings = make_settings(
         lrs=QUICK_LRS,
         seeds=1,
         budget=1.0,

@@ -1,8 +1,10 @@
-"""Trainings of a study by the library's chain: kept, never repeated, and valued by the rules of the search."""
+"""Trainings of a study: kept, never repeated, and scored by the rules of the search."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import study
@@ -10,67 +12,88 @@ from study import Setup, digest
 
 from layerprobe.backbones import Backbone
 from layerprobe.progress import note
-from layerprobe.search.replay import ExhaustiveTable
+from layerprobe.search.run import prepare
 from layerprobe.search.settings import Settings, identify
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial
-from layerprobe.search.study import Ledger
-from layerprobe.search.valuing import ChainEvaluator
+from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, strip
 from layerprobe.tasks import Task
+from layerprobe.training import Outcome
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+# Tables of every plan are made and replayed by the benchmark of the search; studies read the same ones.
+from agreement import permutation_agreement, score_agreement
+from replay import ExhaustiveTable, Truth
+
+__all__ = [
+    "ExhaustiveTable",
+    "Trainings",
+    "Truth",
+    "permutation_agreement",
+    "score_agreement",
+    "trial_rows",
+]
 
 
 class Trainings:
-    """Bridge and fine-tuning of one backbone on one task by the library's chain, kept and never repeated."""
+    """Bridge and fine-tuning of one backbone on one task, kept and never repeated."""
 
     def __init__(self, setup: Setup, label: str, backbone: Backbone, task: Task, settings: Settings) -> None:
         self.settings, self.label, self.task = settings, label, task
-        self.evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
-        self.space = Space(self.evaluator.block_params(), settings.constraints)
         identity = {**identify(backbone, task, settings), "study": setup.name}
         path = study.WORK / setup.name / f"{label}-{digest(identity)}.db"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger.open(path, identity)
+        self.runner = prepare(backbone, task, settings, path, study=setup.name)
+        self.space = self.runner.space
 
-    def value(self, trials: Sequence[Trial]) -> dict[Trial, Any]:
-        """Answers to `trials`, one after the other, with a line of progress every ten."""
-        found = {}
+    def outcomes(self, trials: Sequence[Trial]) -> dict[Trial, Outcome]:
+        """Outcomes of `trials`, one after the other, with a line of progress every ten."""
+        found: dict[Trial, Outcome] = {}
         for count, trial in enumerate(dict.fromkeys(trials), start=1):
-            found |= self.ledger.value([trial], self.evaluator)
+            found |= self.runner.outcomes([trial])
             if count % 10 == 0:
                 note(f"{self.label}: {count} of {len(trials)} trainings")
         return found
 
     def plans(self, masks: Sequence[Mask], *, unseen: int | None = None) -> ExhaustiveTable:
-        """Plans valued by the search's rules: own rate on repeat 0, then selection and `unseen` repeats.
+        """Plans scored by the search's rules: own rate on repeat 0, then selection and `unseen` repeats.
 
         As many unseen repeats as selection repeats unless said otherwise. The table holds these `masks` alone,
         whatever its space; read them by `validation` and `test`.
         """
         s = self.settings
-        found = self.value([Trial(mask, lr) for mask in masks for lr in s.lrs])
-        table = ExhaustiveTable(self.label, self.space, s.lrs, s.seeds, 1.0, found)
+        found = self.outcomes([Trial(mask=mask, lr=lr) for mask in masks for lr in s.lrs])
+        table = ExhaustiveTable(
+            name=self.label, space=self.space, lrs=s.lrs, seeds=s.seeds, fidelity=1.0, outcomes=found
+        )
         rates = {mask: table.own_lr(mask) for mask in masks}
         judging = range(REPORT_REPEAT, REPORT_REPEAT + (unseen or s.seeds))
         repeats = [*range(1, s.seeds), *judging]
-        found |= self.value([Trial(mask, rates[mask], r) for r in repeats for mask in masks])
+        found |= self.outcomes(
+            [Trial(mask=mask, lr=rates[mask], repeat=r) for r in repeats for mask in masks]
+        )
         return table
 
 
-def trial_rows(found: Mapping[Trial, Any], **constants: Any) -> list[dict[str, Any]]:
-    """One row a training: validation accuracy, and test accuracy where it was judged."""
+def trial_rows(found: Mapping[Trial, Outcome], **constants: Any) -> list[dict[str, Any]]:
+    """One row a training: validation accuracy, and test accuracy where it was measured."""
     rows = []
     for trial, outcome in found.items():
-        plan = "".join("#" if flag else "." for flag in trial.mask)
-        about = {"plan": plan, "lr": trial.lr, "seed": trial.repeat, "reason": outcome.reason, **constants}
+        about = {
+            "plan": strip(trial.mask),
+            "lr": trial.lr,
+            "seed": trial.repeat,
+            "reason": outcome.reason,
+            **constants,
+        }
         rows.append(
             {
                 "metric": "validation_accuracy",
                 "split": "validation",
-                "value": outcome.accuracy,
-                "n": outcome.facts.get("n_validation"),
+                "value": outcome.validation_accuracy,
+                "n": outcome.n_validation,
                 **about,
             }
         )
-        if outcome.test is not None:
-            judged = {"metric": "test_accuracy", "split": "test", "value": outcome.test}
-            rows.append({**judged, "n": outcome.facts.get("n_test"), **about})
+        if outcome.test_accuracy is not None:
+            tested = {"metric": "test_accuracy", "split": "test", "value": outcome.test_accuracy}
+            rows.append({**tested, "n": outcome.n_test, **about})
     return rows

@@ -3,11 +3,11 @@
     python benchmarks/freeze_search.py make-table --model MODEL --task TASK --name NAME --workers 2
     python benchmarks/freeze_search.py replay results/freeze_search/tables/* -o results/freeze_search
 
-`make-table` trains every mask at every learning rate: a short rung and 3 seeds for the search to look at, and
+`make-table` trains every mask at every learning rate: low-fidelity runs and 3 seeds for the search to look at, and
 3 unseen seeds with test accuracy, at each mask's own rate, to judge by. It is resumable: finished trainings are
 kept in an SQLite file under runs/ and never repeated. `--dry-run` states the cost.
 
-`replay` runs strategies on stored tables, prints the measures of PROTOCOL.md section 6 and, with `-o`, writes
+`replay` runs strategies on stored tables, prints the measures and, with `-o`, writes
 the page. The default strategy has no setting that was tuned on these tables; one that is must be judged with the
 table that it is judged on left out.
 """
@@ -18,28 +18,27 @@ import argparse
 import shlex
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from agreement import score_agreement
 from freeze_search_page import SHARE, bars, publish, summarise
-
-from layerprobe.errors import BudgetError, LayerprobeError
-from layerprobe.files import write_json
-from layerprobe.provenance import machine, versions
-from layerprobe.search.bench import Outcome
-from layerprobe.search.replay import (
+from replay import (
     WHOLE_TABLE,
     ExhaustiveTable,
     Truth,
     judging_trials,
     replay,
-    score_agreement,
     selection_trials,
     whole_table,
 )
-from layerprobe.search.space import REPORT_REPEAT, Space, Trial, strip
+
+from layerprobe.errors import BudgetError, LayerprobeError
+from layerprobe.files import write_json
+from layerprobe.provenance import machine, versions
+from layerprobe.search.space import REPORT_REPEAT, Trial, strip
 
 TABLES = Path("results/freeze_search/tables")
 WORK = Path("runs")
@@ -55,11 +54,9 @@ def make_table(arguments: argparse.Namespace) -> None:
     import torch
 
     from layerprobe.backbones import load_backbone
-    from layerprobe.search.scores import layer_scores, proposals
-    from layerprobe.search.settings import Settings, identify
-    from layerprobe.search.study import Ledger
-    from layerprobe.search.valuing import ChainEvaluator
-    from layerprobe.search.workers import helpers
+    from layerprobe.search.evaluator import proposals
+    from layerprobe.search.run import prepare
+    from layerprobe.search.settings import make_settings
     from layerprobe.tasks import load_task
 
     if arguments.workers > 1:
@@ -67,8 +64,8 @@ def make_table(arguments: argparse.Namespace) -> None:
     task = load_task(arguments.task, limit=arguments.limit, seed=0)
     backbone = load_backbone(
         arguments.model, patch_size=arguments.patch_size, stem=arguments.stem, seed=0, device=arguments.device
-    ).prepare(task)
-    settings = Settings(
+    )
+    settings = make_settings(
         lrs=tuple(arguments.lrs),
         seeds=arguments.seeds,
         fidelity=arguments.fidelity,
@@ -78,56 +75,49 @@ def make_table(arguments: argparse.Namespace) -> None:
         budget=1.0,
         strategy="exhaustive",
     )
-    evaluator = ChainEvaluator(backbone, task, settings.chain, settings.seed)
-    space = Space(evaluator.block_params())
+    runner = prepare(backbone, task, settings, WORK / f"table-{arguments.name}.db", exhaustive_table=True)
+    space = runner.space
     selection = selection_trials(space, settings.lrs, settings.seeds, settings.fidelity)
     cost = sum(space.cost(trial) for trial in selection)
-    judging = sum(settings.seeds * space.cost(Trial(mask, 1.0)) for mask in space.masks())
+    judging = sum(settings.seeds * space.cost(Trial(mask=mask, lr=1.0)) for mask in space.masks())
     print(
         f"{space.count_upper()} plans, {len(selection)} trainings to select by and "
         f"{space.count_upper() * settings.seeds} to judge by: {cost + judging:.0f} full trainings of "
-        f"{settings.bridge_steps} + {settings.finetune_steps} steps",
+        f"{arguments.bridge_steps} + {arguments.finetune_steps} steps",
         file=sys.stderr,
     )
     if arguments.dry_run:
         return
     folder = TABLES / arguments.name
     folder.mkdir(parents=True, exist_ok=True)
-    identity = {**identify(backbone, task, settings), "exhaustive_table": True}
     WORK.mkdir(parents=True, exist_ok=True)
-    url = str(WORK / f"table-{arguments.name}.db")
-    ledger = Ledger.open(url, identity)
     began = time.time()
 
-    def train(trial: Trial) -> Outcome:
-        outcome = evaluator(trial)
-        finished = len(ledger.records()) + 1
-        print(f"{finished} trainings finished, {time.time() - began:.0f} s", file=sys.stderr, flush=True)
-        return outcome
+    def watch(finished: int, total: int) -> None:
+        seconds = time.time() - began
+        print(f"{finished} of {total} trainings finished, {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    if ledger.get("scores") is None:
-        scores = layer_scores(backbone, task, seed=0, quiet=True)
-        from layerprobe.tables import strict_rows
-
-        ledger.put(
-            "scores", strict_rows(scores[["block", "site", "metric", "value", "stderr", "n", "reason"]])
-        )
-    scores = pd.DataFrame(ledger.get("scores"))
-    with helpers(arguments.workers - 1, url, identity, evaluator):
-        found = ledger.value(selection, train)
+    with closing(runner.store), runner.helpers(arguments.workers - 1):
+        scores = runner.scores()
+        found = runner.outcomes(selection, watch)
         table = ExhaustiveTable(
-            arguments.name, space, settings.lrs, settings.seeds, settings.fidelity, dict(found)
+            name=arguments.name,
+            space=space,
+            lrs=settings.lrs,
+            seeds=settings.seeds,
+            fidelity=settings.fidelity,
+            outcomes=dict(found),
         )
-        found |= ledger.value(judging_trials(space, table.own_lr, settings.seeds), train)
+        found |= runner.outcomes(judging_trials(space, table.own_lr, settings.seeds), watch)
     rows = [
         {
             "plan": strip(trial.mask),
             "lr": trial.lr,
             "repeat": trial.repeat,
             "fidelity": trial.fidelity,
-            "validation_accuracy": outcome.accuracy,
-            "test_accuracy": outcome.test,
-            "seconds": round(outcome.seconds, 3),
+            "validation_accuracy": outcome.validation_accuracy,
+            "test_accuracy": outcome.test_accuracy,
+            "seconds": round(outcome.train_seconds, 3),
         }
         for trial, outcome in found.items()
     ]
@@ -149,11 +139,11 @@ def make_table(arguments: argparse.Namespace) -> None:
             "lrs": list(settings.lrs),
             "seeds": settings.seeds,
             "fidelity": settings.fidelity,
-            "bridge_steps": settings.bridge_steps,
-            "finetune_steps": settings.finetune_steps,
-            "batch_size": settings.batch_size,
+            "bridge_steps": arguments.bridge_steps,
+            "finetune_steps": arguments.finetune_steps,
+            "batch_size": arguments.batch_size,
             "first_unseen_repeat": REPORT_REPEAT,
-            "train_seconds": round(sum(outcome.seconds for outcome in found.values())),
+            "train_seconds": round(sum(outcome.train_seconds for outcome in found.values())),
             "scores": {
                 name: [value.tolist(), np.nan_to_num(stderr).tolist()]
                 for name, (value, stderr) in proposals(scores, space.n_blocks).items()
@@ -162,7 +152,6 @@ def make_table(arguments: argparse.Namespace) -> None:
             "machine": machine(),
         },
     )
-    ledger.close()
     print(folder)
 
 
@@ -241,7 +230,7 @@ def main() -> None:
     make.add_argument("--batch-size", type=int, default=32)
     make.add_argument("--seeds", type=int, default=3)
     make.add_argument("--lrs", type=float, nargs="+", default=LRS)
-    make.add_argument("--fidelity", type=float, default=0.4, help="length of the short rung")
+    make.add_argument("--fidelity", type=float, default=0.4, help="length of low-fidelity runs")
     make.add_argument("--workers", type=int, default=1)
     make.add_argument("--device", default="cpu")
     make.add_argument("--dry-run", action="store_true")

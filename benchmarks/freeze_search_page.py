@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from replay import WHOLE_TABLE, ExhaustiveTable, Truth, upper_third_test
 from scipy import stats
 
 from layerprobe.cli.output import save_figure
 from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.provenance import machine, versions
-from layerprobe.search.replay import WHOLE_TABLE, ExhaustiveTable, Truth, upper_third_test
 from layerprobe.search.space import parse_strip, strip
 from layerprobe.tables import write_frame
 

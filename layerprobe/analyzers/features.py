@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layerprobe.backbones.backbone import POOLINGS, Backbone, pool
+from layerprobe.backbones.backbone import POOLINGS, Backbone, evaluating, pool
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.hooks.capture import all_layers, capture, check_layers
 from layerprobe.hooks.feature_store import FeatureStore, encode, features_root
@@ -280,18 +279,6 @@ def pixel_batches(
     for first in range(start, len(split), batch_size):
         rows = slice(first, min(first + batch_size, len(split)))
         yield rows, backbone.preprocess(split.images(range(rows.start, rows.stop))).to(backbone.device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; on leaving every module has its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:

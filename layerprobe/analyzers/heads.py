@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.analyzers.features import evaluating, pixel_batches
-from layerprobe.backbones.backbone import Backbone
+from layerprobe.analyzers.features import pixel_batches
+from layerprobe.backbones.backbone import Backbone, evaluating
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.tasks import ImageSplit, Task

@@ -32,12 +32,13 @@ from layerprobe.tasks import ImageSplit, Task
 from layerprobe.tasks.random_labels import random_labels
 
 SPLITS = ("train", "validation", "test")
+CONSTANT = "constant layer: every image has the same features"
 PIXEL_SIZE = 32
 """Raw pixels are probed at the images' own size, at most at this many pixels per side."""
 
 Given = FeatureSet | tuple[FeatureSet, ArrayLike]
 """Features that bring their labels, arrays without labels, or a pair (arrays, labels)."""
-Parts = Sequence[tuple[np.ndarray, np.ndarray]]
+Parts = list[tuple[np.ndarray, np.ndarray]]
 """One layer's features and labels of train, validation and test."""
 Row = dict[str, Any]
 
@@ -91,32 +92,23 @@ def linear_probes(
         (features_train, y_train), (features_val, y_val), (features_test, y_test)
     )
     train, _, test = splits
-    setting = _Setting(
-        n_classes=len(classes), train_ids=train.ids, Cs=grid, seed=seed, tol=tol, device=device
-    )
+    options: dict[str, Any] = {"Cs": grid, "seed": seed, "tol": tol, "device": device}
+    setting = _Setting(n_classes=len(classes), train_ids=train.ids, **options)
     constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
-    extra_rows: list[dict[str, Any]] = []
     results: list[ProbeResult | None] = []
+    extra_rows: list[Row] = []
     for layer in progress_bar(list(train.arrays), unit="layer", desc="probes", quiet=quiet):
-        X = train.arrays[layer]
-        if bool((X[0] == X).all()):
-            results.append(None)
-            continue
         parts = [(part.arrays[layer], part.labels) for part in splits]
-        result = select_probe(
-            parts[0], parts[1], parts[2], len(classes), Cs=grid, refit=refit, tol=tol, device=device
-        )
+        result, rows = _probe_layer(parts, refit, extras, setting)
         results.append(result)
-        found = [row for kind in extras for row in EXTRAS[kind](parts, result, setting)]
-        extra_rows += [{**constants, **place(layer), **row} for row in found]
-    constant = "constant layer: every image has the same features"
-    arguments = {"Cs": grid.tolist(), "refit": refit, "tol": tol, "seed": seed, "device": device}
+        extra_rows += [{**constants, **place(layer), **row} for row in rows]
+    arguments = {**options, "Cs": grid.tolist(), "refit": refit, "extras": list(extras)}
     origin = getattr(features_train, "provenance", None)
-    described = {"features": origin} if origin else {}
+    absent = {part.name: _absent(part.labels, classes) for part in splits}
     return LinearProbes(
-        layers=list(train.arrays),
+        layers=list(splits[0].arrays),
         results=results,
-        reasons=[constant if result is None else None for result in results],
+        reasons=[CONSTANT if result is None else None for result in results],
         Cs=grid,
         classes=classes,
         counts={part.name: len(part.labels) for part in splits},
@@ -126,13 +118,23 @@ def linear_probes(
         extra_rows=extra_rows,
         provenance=provenance(
             "probe",
-            {**arguments, "extras": list(extras)},
-            **described,
-            classes_absent={
-                part.name: absent for part in splits if (absent := _absent(part.labels, classes))
-            },
+            arguments,
+            **({"features": origin} if origin else {}),
+            classes_absent={name: names for name, names in absent.items() if names},
         ),
     )
+
+
+def _probe_layer(
+    parts: Parts, refit: str, extras: Sequence[str], setting: _Setting
+) -> tuple[ProbeResult | None, list[Row]]:
+    """The probe of one layer, None where it is constant, and the rows of its extras."""
+    train, validation, test = parts
+    if bool((train[0][0] == train[0]).all()):
+        return None, []
+    options: dict[str, Any] = {"Cs": setting.Cs, "tol": setting.tol, "device": setting.device}
+    result = select_probe(train, validation, test, setting.n_classes, refit=refit, **options)
+    return result, [row for kind in extras for row in EXTRAS[kind](parts, result, setting)]
 
 
 def probe_backbone(

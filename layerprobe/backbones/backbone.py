@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -328,6 +329,18 @@ class Backbone(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on leaving every module has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def pool(hidden: Tensor, pooling: str, *, n_prefix: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layerprobe.cli import options
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
-from layerprobe.search import defaults
+from layerprobe.search import settings as defaults
 
 if TYPE_CHECKING:
     from layerprobe.search import SearchResult

@@ -97,15 +97,15 @@ class BackboneOptions:
         """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
         from layerprobe.backbones.backbone import MIXED_SIZE
         from layerprobe.backbones.load import load_for_dry_run
-        from layerprobe.tasks.glance import glance_at_task
+        from layerprobe.tasks.load import peek_image_size
 
-        seen = glance_at_task(task.task, data_dir=task.data_dir)
+        side, certain = peek_image_size(task.task, data_dir=task.data_dir)
         chosen = asdict(self)
         del chosen["seed"]
         return load_for_dry_run(
             chosen.pop("model"),
-            task_size=MIXED_SIZE if seen.mixed else seen.image_size,
-            task_size_certain=seen.certain,
+            task_size=MIXED_SIZE if side == 0 else side,
+            task_size_certain=certain,
             **chosen,
         )
 
@@ -244,7 +244,7 @@ def output_options(command: str, *, one_file: bool = False) -> Callable[[Command
 
 def check_split(split: str, *others: str) -> None:
     """UnknownNameError for a split that no task has, nor is one of `others`."""
-    from layerprobe.tasks.splits import SPLITS
+    from layerprobe.tasks.split import SPLITS
 
     check_name("split", split, (*SPLITS, *others))
 

@@ -52,7 +52,7 @@ def check_finite(array: np.ndarray, name: str, ids: Ids = None) -> None:
         image = first if ids is None else ids[first]
         raise UsageError(
             f"{name} holds {count} non-finite values (first: image {image}); "
-            "features of a model that ran in float16 overflow: use bfloat16 or float32"
+            "a model that runs in float16 can overflow: use bfloat16 or float32"
         )
 
 

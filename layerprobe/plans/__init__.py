@@ -1,7 +1,8 @@
 """Freeze plans: which parameters are trained and which stay as they are, by exact name."""
 
 from layerprobe.plans.baselines import norm_parameter_names, random_blocks, standard_blocks, standard_plans
-from layerprobe.plans.plan import FreezePlan, Parameter, model_hash, parameter_table
+from layerprobe.plans.freeze_plan import FreezePlan
+from layerprobe.plans.plan import Parameter, model_hash, parameter_table
 
 __all__ = [
     "FreezePlan",

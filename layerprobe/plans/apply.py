@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import PlanError
-from layerprobe.plans.matching import NameMatch, block_modules, check_shapes, clean_name, match_names
-from layerprobe.plans.plan import FROZEN, TRAINABLE, FreezePlan, few
+from layerprobe.files import tensor_digest
+from layerprobe.plans.match import block_modules, clean_name, match_parameters
+from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ERROR = "error"
-_HASHED_AT_ONCE = 32 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Applied:
     """What `apply` did.
 
@@ -57,7 +56,7 @@ class Fingerprint:
         return cls(dict(raw["parameters"]), dict(raw["buffers"]))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verification:
     """The proof that a training run kept to the plan.
 
@@ -82,12 +81,13 @@ class Verification:
         return text + (f" (not: {few(self.unchanged)})" if self.unchanged else "")
 
 
-_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[str, Fingerprint]] = weakref.WeakKeyDictionary()
-"""Model -> (hash of the plan applied last, digests at that moment); gone when the model is."""
+_Effect = tuple[str, frozenset[str]]
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[_Effect, Fingerprint]] = weakref.WeakKeyDictionary()
+"""Model -> (effect of the plan applied last, digests at that moment); gone when the model is."""
 
 
 def apply_plan(
-    plan: FreezePlan,
+    plan: PlanData,
     model: nn.Module,
     *,
     outside: str | Mapping[str, str] = ERROR,
@@ -120,8 +120,8 @@ def apply_plan(
     ------
     PlanError : names or shapes do not fit; the first few are listed.
     """
-    every = named_parameters(model)
-    match = _match(plan, every, prefix=prefix, without=without)
+    every = _named_parameters(model)
+    match = match_parameters(plan, every, prefix=prefix, without=without)
     ours = {match.prefix + name: name for name in plan.parameters if name not in match.absent}
     trained = frozenset(plan.trainable)
     wanted: dict[int, tuple[str, bool]] = {}
@@ -133,15 +133,17 @@ def apply_plan(
             )
     tied = {name: wanted[id(every[name])][0] for name in match.outside if id(every[name]) in wanted}
     first: dict[int, str] = {}
-    twins = {name: first.setdefault(id(every[name]), name) for name in match.outside if name not in tied}
-    states = _outside_states(outside, twins, tied, trained)
+    first_names = {
+        name: first.setdefault(id(every[name]), name) for name in match.outside if name not in tied
+    }
+    states = _outside_states(outside, first_names, tied, trained)
     for full, name in ours.items():
         every[full].requires_grad_(name in trained)
     for name, word in states.items():
         every[name].requires_grad_(word == TRAINABLE)
     if remember:
         _remembered[model] = (
-            plan_key(plan),
+            _effect(plan),
             take_fingerprint(plan, model, prefix=match.prefix, without=without),
         )
     return Applied(
@@ -155,14 +157,14 @@ def apply_plan(
 
 
 def take_fingerprint(
-    plan: FreezePlan, model: nn.Module, *, prefix: str | None = None, without: Iterable[str] = ()
+    plan: PlanData, model: nn.Module, *, prefix: str | None = None, without: Iterable[str] = ()
 ) -> Fingerprint:
     """Digests of every tensor of the plan, and of the buffers in the blocks that are frozen as a whole.
 
     Costs one read of the weights and 64 hex digits a tensor; no copy of the model is kept.
     """
-    every = named_parameters(model)
-    match = _match(plan, every, prefix=prefix, without=without)
+    every = _named_parameters(model)
+    match = match_parameters(plan, every, prefix=prefix, without=without)
     parameters = {
         name: tensor_digest(every[match.prefix + name])
         for name in plan.parameters
@@ -182,7 +184,7 @@ def take_fingerprint(
 
 
 def verify_plan(
-    plan: FreezePlan,
+    plan: PlanData,
     model: nn.Module,
     before: Fingerprint | None = None,
     *,
@@ -201,101 +203,63 @@ def verify_plan(
         before.
     """
     if before is None:
-        key, remembered = _remembered.get(model, ("", None))
-        if remembered is None or key != plan_key(plan):
+        effect, before = _remembered.get(model, (None, None))
+        if before is None or effect != _effect(plan):
             raise PlanError(
                 "nothing to compare with: this plan was not applied to this model object; "
                 "keep before = plan.fingerprint(model) and call plan.verify(model, before)"
             )
-        before = remembered
     # What the model lacked when the digests were taken, it may lack now.
     absent = [name for name in plan.parameters if name not in before.parameters]
     now = take_fingerprint(plan, model, prefix=prefix, without=[*without, *absent])
-    trained = set(plan.trainable)
-    moved = [
-        name
-        for name, digest in before.parameters.items()
-        if name not in trained and now.parameters.get(name) != digest
-    ]
+    differ = [name for name, digest in before.parameters.items() if now.parameters.get(name) != digest]
+    trainable = [name for name in plan.trainable if name in before.parameters]
+    n_frozen = len(before.parameters) - len(trainable)
+    changed = set(trainable).intersection(differ)
+    moved = [name for name in differ if name not in changed]
     moved += [name for name, digest in before.buffers.items() if now.buffers.get(name) != digest]
     if moved:
-        total = sum(name not in trained for name in before.parameters) + len(before.buffers)
         raise PlanError(
-            f"{len(moved)} of {total} frozen tensors are not what they were before training ({few(moved)}); "
-            "requires_grad is lost on from_pretrained: apply the plan before the optimizer is built, "
-            "and again on resume"
+            f"{len(moved)} of {n_frozen + len(before.buffers)} frozen tensors are not what they were before "
+            f"training ({few(moved)}); requires_grad is lost on from_pretrained: apply the plan before the "
+            "optimizer is built, and again on resume"
         )
-    trainable = [name for name in plan.trainable if name in before.parameters]
-    changed = tuple(name for name in trainable if now.parameters.get(name) != before.parameters[name])
     return Verification(
-        frozen=sum(name not in trained for name in before.parameters),
+        frozen=n_frozen,
         buffers=len(before.buffers),
-        changed=changed,
-        unchanged=tuple(name for name in trainable if name not in set(changed)),
+        changed=tuple(name for name in trainable if name in changed),
+        unchanged=tuple(name for name in trainable if name not in changed),
     )
 
 
-def tensor_digest(tensor: torch.Tensor) -> str:
-    """sha256 over dtype, shape and bytes, so that -0.0 differs from 0.0 and a NaN equals itself.
-
-    Of a tensor that is sharded over processes, the part that lies here.
-    """
-    local = tensor.detach()
-    if hasattr(local, "to_local"):
-        local = local.to_local()
-    digest = hashlib.sha256(f"{local.dtype}{tuple(local.shape)}".encode())
-    flat = local.contiguous().reshape(-1).view(torch.uint8)
-    # In pieces, so that a large embedding on an accelerator needs no second copy of itself here.
-    for start in range(0, flat.numel(), _HASHED_AT_ONCE):
-        digest.update(flat[start : start + _HASHED_AT_ONCE].cpu().numpy().data)
-    return digest.hexdigest()
+def _effect(plan: PlanData) -> _Effect:
+    """Equal for plans that set the same model alike, whatever else they say."""
+    return plan.weights_hash, frozenset(plan.trainable)
 
 
-def plan_key(plan: FreezePlan) -> str:
-    """What tells plans with different effects apart: the model's hash and the trainable names."""
-    text = "\n".join([plan.weights_hash, *sorted(plan.trainable)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every name of every parameter, tied ones under each of theirs, without the segments of wrappers."""
     return {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _match(
-    plan: FreezePlan, every: Mapping[str, nn.Parameter], *, prefix: str | None, without: Iterable[str]
-) -> NameMatch:
-    match = match_names(plan, every, prefix=prefix, without=without)
-    shapes = {n: tuple(every[match.prefix + n].shape) for n in plan.parameters if n not in match.absent}
-    check_shapes(plan, shapes, "this model")
-    return match
-
-
 def _outside_states(
     outside: str | Mapping[str, str],
-    twins: Mapping[str, str],
+    first_names: Mapping[str, str],
     tied: Mapping[str, str],
     trained: frozenset[str],
 ) -> dict[str, str]:
     """Name -> state of every tensor around the base model, or a PlanError that says what to choose.
 
-    `twins` maps every name of such a tensor to its first one.
+    `first_names` maps every name of such a tensor to its first one.
     """
-    names = list(dict.fromkeys(twins.values()))
+    names = list(dict.fromkeys(first_names.values()))
     if isinstance(outside, str):
-        if outside not in (ERROR, FROZEN, TRAINABLE):
-            raise PlanError(f"outside='{outside}': choose '{FROZEN}', '{TRAINABLE}' or a mapping of names")
-        if outside == ERROR and names:
-            raise PlanError(
-                f"{len(names)} parameters lie outside the plan's model ({few(names)}); say what becomes of "
-                f"them: apply(model, outside='{TRAINABLE}'), outside='{FROZEN}', or a mapping of names"
-            )
-        return dict.fromkeys(names, outside)
+        return dict.fromkeys(names, _one_state(outside, names))
     states: dict[str, str] = {}
     for key, state in outside.items():
         if state not in (FROZEN, TRAINABLE):
             raise PlanError(f"outside: '{state}' is no state for {key}; choose '{FROZEN}' or '{TRAINABLE}'")
-        under = [name for name in (*twins, *tied) if name == key or name.startswith(key + ".")]
+        under = [name for name in (*first_names, *tied) if name == key or name.startswith(key + ".")]
         if not under:
             raise PlanError(f"outside: nothing around the plan's model is named {key} (there: {few(names)})")
         for name in under:
@@ -304,9 +268,20 @@ def _outside_states(
                     f"{name} cannot be {state}: it is the same tensor as {tied[name]} (tied), which the "
                     f"plan keeps {TRAINABLE if tied[name] in trained else FROZEN}"
                 )
-            if name in twins and states.setdefault(twins[name], state) != state:
-                also = "" if twins[name] == name else f", which is the same tensor as {name}"
-                raise PlanError(f"outside: two things are said about {twins[name]}{also}")
+            if name in first_names and states.setdefault(first_names[name], state) != state:
+                also = "" if first_names[name] == name else f", which is the same tensor as {name}"
+                raise PlanError(f"outside: two things are said about {first_names[name]}{also}")
     if left := [name for name in names if name not in states]:
         raise PlanError(f"outside: nothing is said about {few(left)}; add them to the mapping")
     return {name: states[name] for name in names}
+
+
+def _one_state(outside: str, names: list[str]) -> str:
+    if outside not in (ERROR, FROZEN, TRAINABLE):
+        raise PlanError(f"outside='{outside}': choose '{FROZEN}', '{TRAINABLE}' or a mapping of names")
+    if outside == ERROR and names:
+        raise PlanError(
+            f"{len(names)} parameters lie outside the plan's model ({few(names)}); say what becomes of "
+            f"them: apply(model, outside='{TRAINABLE}'), outside='{FROZEN}', or a mapping of names"
+        )
+    return outside

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from layerprobe.errors import UsageError
-from layerprobe.plans.plan import FROZEN, TRAINABLE, FreezePlan, ParameterTable
+from layerprobe.plans.freeze_plan import FreezePlan
+from layerprobe.plans.plan import FROZEN, TRAINABLE, ParameterTable
 
 if TYPE_CHECKING:
     from torch import nn
-
-_NORM_NAME = re.compile(r"norm|(?:^|_)ln(?:_|\d|$)", re.IGNORECASE)
 
 
 def norm_parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -30,31 +27,15 @@ def norm_parameter_names(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def guess_norm_names(parameters: ParameterTable) -> tuple[str, ...]:
-    """The same from names and shapes alone: a vector in a module called `…norm…`, `ln`, `ln_1`, `ln_f`.
-
-    For use where no module is at hand; `norm_parameter_names` knows the classes.
-
-    >>> guess_norm_names({"h.0.ln_1.weight": ((8,), "float32"), "h.0.mlp.fc.bias": ((8,), "float32")})
-    ('h.0.ln_1.weight',)
-    """
+def random_blocks(n_blocks: int, seed: int) -> tuple[int, ...]:
+    """Half of the blocks, rounded down, drawn without replacement by `seed`."""
     return tuple(
-        name
-        for name, (shape, _) in parameters.items()
-        if len(shape) == 1 and _NORM_NAME.search(name.split(".")[-2] if "." in name else "")
+        sorted(random.Random(f"layerprobe-random-plan-{seed}").sample(range(n_blocks), n_blocks // 2))
     )
 
 
-def random_blocks(n_blocks: int, seed: int, *, size: int | None = None) -> tuple[int, ...]:
-    """`size` blocks (default: half of them, rounded down) drawn without replacement by `seed`."""
-    size = n_blocks // 2 if size is None else size
-    if not 0 <= size <= n_blocks:
-        raise UsageError(f"cannot draw {size} of {n_blocks} blocks")
-    return tuple(sorted(random.Random(f"layerprobe-random-plan-{seed}").sample(range(n_blocks), size)))
-
-
 def standard_blocks(
-    n_blocks: int, *, first: int = 5, random_seeds: Iterable[int] = (0,), random_size: int | None = None
+    n_blocks: int, *, first: int = 5, random_seeds: Iterable[int] = (0,)
 ) -> dict[str, tuple[int, ...]]:
     """Name of the baseline -> blocks it trains, for those that are whole blocks.
 
@@ -66,15 +47,13 @@ def standard_blocks(
     """
     blocks = tuple(range(n_blocks))
     half = n_blocks // 2
-    found = {"all": blocks, "none": ()}
+    baselines = {"all": blocks, "none": ()}
     if first < n_blocks:
-        found[f"first-{first}"] = blocks[:first]
-        found[f"last-{first}"] = blocks[n_blocks - first :]
-    found["first-half"] = blocks[:half]
-    found["last-half"] = blocks[n_blocks - half :]
-    for seed in random_seeds:
-        found[f"random-{seed}"] = random_blocks(n_blocks, seed, size=random_size)
-    return found
+        baselines[f"first-{first}"] = blocks[:first]
+        baselines[f"last-{first}"] = blocks[n_blocks - first :]
+    baselines["first-half"] = blocks[:half]
+    baselines["last-half"] = blocks[n_blocks - half :]
+    return baselines | {f"random-{seed}": random_blocks(n_blocks, seed) for seed in random_seeds}
 
 
 def standard_plans(
@@ -82,61 +61,45 @@ def standard_plans(
     groups: Mapping[str, str],
     *,
     model_id: str,
+    norm_names: Iterable[str],
     revision: str | None = None,
-    norm_names: Iterable[str] | None = None,
-    norms: str = FROZEN,
-    positions: str = FROZEN,
     embeddings: str = FROZEN,
     first: int = 5,
-    random_seeds: Iterable[int] = (0,),
-    random_size: int | None = None,
 ) -> dict[str, FreezePlan]:
     """The baselines as plans, by name.
 
     Parameters
     ----------
-    parameters, groups, norms, positions, embeddings : as for `FreezePlan.from_blocks`; the states hold for
-        every baseline but two: `all` also frees norms, positions and other, and `norms` the norms. Word
-        embeddings are never used when a language model reads image tokens, so `embeddings` stays what the
-        caller says even in `all`.
-    norm_names : parameters of norms, inside the blocks and outside, from `norm_parameter_names(model)`;
-        by default guessed from names and shapes, see `guess_norm_names`.
-    first, random_seeds, random_size : as for `standard_blocks`.
+    parameters, groups : as for `FreezePlan.from_blocks`.
+    norm_names : parameters of norms, inside the blocks and outside, see `norm_parameter_names`.
+    embeddings : state of the word embeddings in every plan. They are never used when a language model reads
+        image tokens, so they stay frozen even in `all`, which frees norms, positions and other outside the blocks.
+    first : as for `standard_blocks`.
 
     Returns
     -------
     dict with `all`, `none`, `norms` (Frozen Pretrained Transformers, Lu et al. 2021, arXiv 2103.05247),
-    `first-5`, `last-5`, `first-half`, `last-half`, `random-<seed>`.
+    `first-5`, `last-5`, `first-half`, `last-half`, `random-0`.
     """
     n_blocks = len({group for group in groups.values() if group.startswith("block.")})
-    states = {"norms": norms, "positions": positions, "embeddings": embeddings}
 
-    def plan(name: str, blocks: Iterable[int], **changes: str) -> FreezePlan:
+    def plan(name: str, blocks: Iterable[int], also: Iterable[str] = (), **states: str) -> FreezePlan:
         return FreezePlan.from_blocks(
             parameters,
             groups,
             blocks,
             model_id=model_id,
             revision=revision,
+            embeddings=embeddings,
+            also_trainable=also,
             found={"baseline": name},
-            **{**states, **changes},
+            **states,
         )
 
-    chosen = standard_blocks(n_blocks, first=first, random_seeds=random_seeds, random_size=random_size)
-    plans = {name: plan(name, blocks) for name, blocks in chosen.items()}
-    plans["all"] = plan("all", chosen["all"], norms=TRAINABLE, positions=TRAINABLE, other=TRAINABLE)
-    all_norms = set(guess_norm_names(parameters) if norm_names is None else norm_names)
-    within = [name for name in parameters if name in all_norms]
-    norms_only = FreezePlan.from_blocks(
-        parameters,
-        groups,
-        (),
-        model_id=model_id,
-        revision=revision,
-        found={"baseline": "norms"},
-        also_trainable=within,
-        positions=positions,
-        embeddings=embeddings,
-        norms=norms,
-    )
-    return {"all": plans.pop("all"), "none": plans.pop("none"), "norms": norms_only, **plans}
+    chosen, norms = standard_blocks(n_blocks, first=first), set(norm_names)
+    return {
+        "all": plan("all", chosen.pop("all"), norms=TRAINABLE, positions=TRAINABLE, other=TRAINABLE),
+        "none": plan("none", chosen.pop("none")),
+        "norms": plan("norms", (), also=[name for name in parameters if name in norms]),
+        **{name: plan(name, blocks) for name, blocks in chosen.items()},
+    }

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from layerprobe.layers import format_blocks
-from layerprobe.plans.plan import FROZEN, GROUPS, PARTIAL, TRAINABLE, FreezePlan, group_states
+from layerprobe.plans.plan import FROZEN, GROUPS, PARTIAL, TRAINABLE, PlanData, group_states
 from layerprobe.records import Record
 from layerprobe.tables import tidy
 
@@ -23,7 +23,7 @@ class PlanTable(Record):
 
     command: ClassVar[str] = "plan-show"
 
-    plan: FreezePlan
+    plan: PlanData
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
@@ -32,32 +32,24 @@ class PlanTable(Record):
 
     def summary(self) -> str:
         """The plan in a sentence, and how it was found as far as the plan says."""
-        return "\n".join([self.plan.summary(), *found_lines(self.plan)])
+        facts = {k: v for k, v in self.plan.found.items() if isinstance(v, (str, int, float, bool))}
+        width = max(map(len, facts), default=0)
+        return "\n".join([self.plan.summary(), *(f"  {key:<{width}}  {facts[key]}" for key in facts)])
 
     def table(self) -> list[dict[str, Any]]:
         """Runs of equal blocks together, then the groups around them, stem and head."""
-        frame = self.to_frame()
-        rows: list[dict[str, Any]] = []
+        parts: list[tuple[str, str, int | None, int | None]] = []
+        groups = _group_sizes(self.plan)
+        blocks, around = groups[: self.plan.n_blocks], groups[self.plan.n_blocks :]
         for state in (TRAINABLE, PARTIAL, FROZEN):
-            part = frame[(frame["state"] == state) & frame["block"].notna()]
-            if len(part):
-                rows.append(
-                    {
-                        "part": f"blocks {format_blocks([int(b) for b in part['block']])}",
-                        "state": state,
-                        "trained": int(part["value"].sum()),
-                        "parameters": int(part["n"].sum()),
-                    }
+            if indices := [index for index, block in enumerate(blocks) if block[1] == state]:
+                n_trained, n_all = (
+                    sum(sizes) for sizes in zip(*(blocks[i][2:] for i in indices), strict=True)
                 )
-        for row in frame[frame["block"].isna()].itertuples():
-            rows.append(
-                {"part": row.group, "state": row.state, "trained": int(row.value), "parameters": int(row.n)}
-            )
-        rows += [
-            {"part": part, "state": self.plan.states[part], "trained": None, "parameters": None}
-            for part in ("stem", "head")
-        ]
-        return rows
+                parts.append((f"blocks {format_blocks(indices)}", state, n_trained, n_all))
+        parts += around
+        parts += [(part, self.plan.states[part], None, None) for part in ("stem", "head")]
+        return [dict(zip(("part", "state", "trained", "parameters"), part, strict=True)) for part in parts]
 
     def to_json(self) -> dict[str, Any]:
         """The table's object, and the plan's own facts beside the rows."""
@@ -68,35 +60,39 @@ class PlanTable(Record):
         return {**body, "plan": facts}
 
 
-def plan_frame(plan: FreezePlan, *, name: str | None = None) -> pd.DataFrame:
+def plan_frame(plan: PlanData, *, name: str | None = None) -> pd.DataFrame:
     """Long table of a plan: blocks from 0, then the groups around them.
 
     Columns beyond `tables.COLUMNS`: `plan` (its name), `group`, `state`. The metric is
     `trainable_parameters`, out of `n`.
     """
-    trained = set(plan.trainable)
-    states = group_states(plan.parameters, trained)
-    order = [f"block.{index}" for index in range(plan.n_blocks)] + [g for g in GROUPS if g in states]
-    sizes = dict.fromkeys(order, 0)
-    free = dict.fromkeys(order, 0)
-    for parameter_name, parameter in plan.parameters.items():
-        sizes[parameter.group] += parameter.size
-        free[parameter.group] += parameter.size * (parameter_name in trained)
     return tidy(
         {
             "block": int(group[6:]) if group.startswith("block.") else None,
             "metric": "trainable_parameters",
-            "value": float(free[group]),
-            "n": sizes[group],
+            "value": float(n_trained),
+            "n": n_all,
             "plan": name or plan.source,
             "group": group,
-            "state": states[group],
+            "state": state,
         }
-        for group in order
+        for group, state, n_trained, n_all in _group_sizes(plan)
     ).assign(model=plan.model_id, revision=plan.revision)
 
 
-def block_strip(plan: FreezePlan, *, width: int = 100) -> str:
+def _group_sizes(plan: PlanData) -> list[tuple[str, str, int, int]]:
+    """Group, state, and its parameters: trained and all; blocks from 0, then the groups around them."""
+    trained = set(plan.trainable)
+    states = group_states(plan.parameters, trained)
+    order = [f"block.{index}" for index in range(plan.n_blocks)] + [g for g in GROUPS if g in states]
+    n_all, n_trained = dict.fromkeys(order, 0), dict.fromkeys(order, 0)
+    for name, parameter in plan.parameters.items():
+        n_all[parameter.group] += parameter.size
+        n_trained[parameter.group] += parameter.size * (name in trained)
+    return [(group, states[group], n_trained[group], n_all[group]) for group in order]
+
+
+def block_strip(plan: PlanData, *, width: int = 100) -> str:
     """The blocks in a line, input to output, with a ruler above; wrapped after `width` characters.
 
     `■` trained, `▪` in part, `·` frozen.
@@ -110,10 +106,3 @@ def block_strip(plan: FreezePlan, *, width: int = 100) -> str:
         lines.append("".join(f"{index:>{step}}" for index in part))
         lines.append("".join(f"{cells[index]:>{step}}" for index in part))
     return "\n".join(lines)
-
-
-def found_lines(plan: FreezePlan) -> list[str]:
-    """How the plan was found, one fact a line, for the facts that are single values."""
-    simple = {k: v for k, v in plan.found.items() if isinstance(v, (str, int, float, bool))}
-    width = max((len(key) for key in simple), default=0)
-    return [f"  {key:<{width}}  {value}" for key, value in simple.items()]

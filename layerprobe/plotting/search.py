@@ -86,8 +86,10 @@ def plot_ranking(
     ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize="small")
     if chance is not None:
         look.reference_line(ax, 100 * chance, vertical=True, color="black", linewidth=0.8, linestyle=":")
-        at = ("data", "axes fraction")
-        ax.annotate("chance", (100 * chance, 0), (3, 3), at, "offset points", fontsize="small")
+        # Rounding may put a point on the axis outside it, and matplotlib would leave the text out.
+        where = ("data", "axes fraction")
+        note = ax.annotate("chance", (100 * chance, 0), (3, 3), where, "offset points", fontsize="small")
+        note.set_annotation_clip(False)
     seeds = int(known["n_seeds"].max())
     ax.set(xlabel=f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)", ylabel="")
     ax.tick_params(axis="y", length=0)

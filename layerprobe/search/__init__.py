@@ -1,6 +1,6 @@
-"""Freeze search: which blocks to train, valued by the real chain.
+"""Freeze search: which blocks to train, found by training plans under a budget.
 
-Names are bound lazily: strategies and the ledger of trials load no torch.
+Names are bound lazily: importing this package loads nothing heavy.
 """
 
 from __future__ import annotations

@@ -1,19 +1,24 @@
-"""The arms that stand beside the plan in every report, and their test accuracy on unseen seeds."""
+"""The baselines that stand beside the plan in every report, and their test accuracy on unseen seeds."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerprobe.errors import UnknownNameError, did_you_mean
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.plans import standard_blocks
-from layerprobe.search.bench import Bench, Outcome, ValueBatch, accuracy_of
+from layerprobe.records import Estimate
+from layerprobe.search.budget import Scores, TrainBatch, TrialBudget
+from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
-from layerprobe.search.verdict import Comparison, compare
+from layerprobe.search.verdict import Difference, compare
+
+if TYPE_CHECKING:
+    from layerprobe.training.finetune import Outcome
 
 PLAN = "plan"
 ALL = "all"
@@ -22,15 +27,9 @@ GREEDY = "greedy"
 FULL_LENGTH_RATES = 2
 """Rates at which training everything is compared at full length before the report's seeds."""
 
-ON_REQUEST = (AUTO_RGN, GREEDY)
-"""Baselines that a report has when they are asked for by name. `auto-rgn` trains everything, each block at a
-rate in proportion to its relative gradient norm (`layerprobe.training.loop.BlockRates`), at the price of any arm.
-`greedy` is the plan that SubTuning's forward selection finds with the same budget as the search, which this
-doubles; trainings that both ask for are done once."""
 
-
-@dataclass(frozen=True)
-class Arm:
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
     """One line of the report: a name and what it trains."""
 
     name: str
@@ -38,39 +37,47 @@ class Arm:
     norms: bool = False
     auto_rgn: bool = False
 
+    @property
+    def is_plan(self) -> bool:
+        """Whether the mask alone says what is trained and how."""
+        return not self.norms and not self.auto_rgn
+
     def trial(self, lr: float, repeat: int = 0, fidelity: float = 1.0) -> Trial:
-        """One training of this arm."""
-        return Trial(self.mask, lr, repeat, fidelity, self.norms, self.auto_rgn)
+        """One training of this baseline."""
+        return Trial(
+            mask=self.mask,
+            lr=lr,
+            repeat=repeat,
+            fidelity=fidelity,
+            norms=self.norms,
+            auto_rgn=self.auto_rgn,
+        )
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """An arm on the report's seeds.
+@dataclass(frozen=True, kw_only=True)
+class BaselineResult:
+    """A line of the report on its seeds.
 
     Attributes
     ----------
-    test : test accuracy per seed, None where a run failed. mean, low, high, stderr : t interval over seeds.
-    against_all : paired difference to training everything, None for that arm itself or after failures.
+    test : test accuracy per seed, None where a run failed. accuracy : their mean with a t interval over seeds.
+    cost : of one training, in full trainings. seconds : mean of its steps.
+    against_all, against_plan : paired difference to training everything and to the plan; None for that line
+        itself or after failures.
     """
 
-    arm: Arm
+    baseline: Baseline
     lr: float
     params: int
     cost: float
     seconds: float
     test: tuple[float | None, ...]
-    mean: float | None
-    low: float | None
-    high: float | None
-    stderr: float | None
-    against_all: Comparison | None
-    against_plan: Comparison | None
-    reason: str | None = None
+    accuracy: Estimate
+    against_all: Difference | None
+    against_plan: Difference | None
 
 
-def standard_arms(
-    space: Space, *, seed: int = 0, scores: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None
-) -> list[Arm]:
+def standard_baselines(space: Space, *, seed: int = 0, scores: Scores | None = None) -> list[Baseline]:
     """Baselines: all, none, norms only, first and last five, halves, a random plan, and the blocks that a
     relative-gradient-norm rule would train (where that score is known).
 
@@ -78,155 +85,152 @@ def standard_arms(
     learning rates by the gradient-to-weight ratio: here the blocks with at least half of the largest ratio.
     """
     n = space.n_blocks
-    arms = [
-        Arm(name, mask_of(blocks, n)) for name, blocks in standard_blocks(n, random_seeds=(seed,)).items()
-    ]
-    arms.insert(2, Arm("norms", space.none, norms=True))
+    blocks = standard_blocks(n, random_seeds=(seed,))
+    baselines = [Baseline(name=name, mask=mask_of(chosen, n)) for name, chosen in blocks.items()]
+    baselines.insert(2, Baseline(name="norms", mask=space.none, norms=True))
     if scores and "rgn" in scores and np.isfinite(scores["rgn"][0]).all():
         ratio = scores["rgn"][0]
-        arms.append(Arm("rgn-half", tuple(bool(flag) for flag in ratio >= 0.5 * ratio.max())))
-    return arms
+        mask = tuple(bool(flag) for flag in ratio >= 0.5 * ratio.max())
+        baselines.append(Baseline(name="rgn-half", mask=mask))
+    return baselines
 
 
-def chosen_arms(
-    names: Sequence[str] | None,
-    space: Space,
-    *,
-    seed: int = 0,
-    scores: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
-) -> list[Arm]:
-    """The baselines called `names`; None: those of `standard_arms`.
+def chosen_baselines(
+    names: Sequence[str] | None, space: Space, *, seed: int = 0, scores: Scores | None = None
+) -> list[Baseline]:
+    """The baselines called `names`; None: those of `standard_baselines`.
 
-    `greedy` stands there with all blocks, the most that it may cost, until its search is done. A name that
-    exists for other backbones (`first-5`) or with scores alone (`rgn-half`) is left out where it does not.
+    Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
+    gradient norm (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds
+    with the same budget as the search, which this doubles; trainings that both ask for are done once. Until then
+    it has all blocks, the most that it may cost. A name that exists for other backbones (`first-5`) or with scores
+    alone (`rgn-half`) is left out where it does not.
 
     Raises
     ------
     UnknownNameError : there is no such baseline.
     """
-    arms = standard_arms(space, seed=seed, scores=scores)
+    baselines = standard_baselines(space, seed=seed, scores=scores)
     if names is None:
-        return arms
-    arms += [Arm(AUTO_RGN, space.all, auto_rgn=True), Arm(GREEDY, space.all)]
-    known = dict.fromkeys([*(arm.name for arm in arms), "first-5", "last-5", "rgn-half"])
+        return baselines
+    baselines.append(Baseline(name=AUTO_RGN, mask=space.all, auto_rgn=True))
+    baselines.append(Baseline(name=GREEDY, mask=space.all))
+    known = dict.fromkeys([*(one.name for one in baselines), "first-5", "last-5", "rgn-half"])
     for name in names:
         if name not in known:
             raise UnknownNameError(
                 f"unknown baseline '{name}'.{did_you_mean(name, known)} Choose from: {', '.join(known)}"
             )
-    return [arm for arm in arms if arm.name in names]
+    return [one for one in baselines if one.name in names]
 
 
-def arms_cost(arms: Sequence[Arm], space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> float:
-    """What reporting on `arms` costs at most, in full trainings."""
+def baselines_cost(baselines: Sequence[Baseline], space: Space, settings: Settings) -> float:
+    """What reporting on `baselines` costs at most, in full trainings."""
+    runs = len(settings.lrs) * settings.fidelity + settings.seeds
     return sum(
-        space.cost(arm.trial(lrs[0]))
-        * (len(lrs) * fidelity + seeds + (FULL_LENGTH_RATES if arm.name == ALL else 0))
-        for arm in arms
+        space.cost(one.trial(settings.lrs[0])) * (runs + (FULL_LENGTH_RATES if one.name == ALL else 0))
+        for one in baselines
     )
 
 
-def report_arms(
+def report_baselines(
     plan: Mask,
     plan_lr: float,
-    arms: Sequence[Arm],
-    bench: Bench,
-    value_batch: ValueBatch,
+    baselines: Sequence[Baseline],
+    budget: TrialBudget,
+    train_batch: TrainBatch,
     *,
     rates: Mapping[str, float] | None = None,
-) -> list[ArmResult]:
+) -> list[BaselineResult]:
     """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
 
-    Each baseline has its own learning rate, chosen on validation with the search's first seed among all rates at
-    one length: what the search already valued where that is the whole grid, else the short rung. For training
-    everything, which the verdict is about, rates are compared at full length, all of them where the search did
-    so, else the two best: short runs favour other rates than long ones. The plan has the rate that the search
-    gave it, which a strategy may have inferred from other plans. `rates` are those of arms that a search of their
-    own has chosen one for.
+    The plan has the rate that the search gave it, which a strategy may have inferred from other plans; `rates`
+    are those of baselines that a search of their own has chosen one for. For the others see `choose_rates`.
     """
-    everyone = [Arm(PLAN, plan), *arms]
-    chosen = {PLAN: plan_lr, **(rates or {})}
-    for arm in arms:
-        if arm.name not in chosen and arm.trial(1.0).is_plan:
-            compared = plan_lr if arm.mask == plan else bench.compared_lr(arm.mask)
-            if compared is not None:
-                chosen[arm.name] = compared
-    unknown = [arm for arm in arms if arm.name not in chosen]
-    short = {arm.name: [arm.trial(lr, 0, bench.fidelity) for lr in bench.lrs] for arm in unknown}
-    known = dict(value_batch([trial for trials in short.values() for trial in trials]))
-    for name, trials in short.items():
-        chosen[name] = max(trials, key=lambda trial: (accuracy_of(known[trial]), -trial.lr)).lr
-    everything = next((arm for arm in arms if arm.name == ALL and arm.mask != plan), None)
-    if everything is not None:
-        rate = _rate_at_full_length(everything, bench, value_batch)
-        # Another rule may have named the same plan; one plan has one rate.
-        chosen |= {arm.name: rate for arm in arms if arm.mask == everything.mask and arm.trial(1.0).is_plan}
-    # Seed by seed, so that an interrupted report has complete rows to compare.
+    everyone = [Baseline(name=PLAN, mask=plan), *baselines]
+    chosen = choose_rates(everyone, {PLAN: plan_lr, **(rates or {})}, budget, train_batch)
+    seeds = range(budget.settings.seeds)
     runs = {
-        arm.name: [arm.trial(chosen[arm.name], REPORT_REPEAT + seed) for seed in range(bench.seeds)]
-        for arm in everyone
+        one.name: [one.trial(chosen[one.name], REPORT_REPEAT + seed) for seed in seeds] for one in everyone
     }
-    order = [runs[arm.name][seed] for seed in range(bench.seeds) for arm in everyone]
-    found = value_batch(list(dict.fromkeys(order)))
-    test = {arm.name: tuple(found[trial].test for trial in runs[arm.name]) for arm in everyone}
-    return [_result(arm, chosen[arm.name], runs[arm.name], found, test, bench.space) for arm in everyone]
+    # Seed by seed, so that an interrupted report has complete rows to compare.
+    order = [runs[one.name][seed] for seed in seeds for one in everyone]
+    found = train_batch(list(dict.fromkeys(order)))
+    test = {name: tuple(found[trial].test_accuracy for trial in trials) for name, trials in runs.items()}
+    results = []
+    for one in everyone:
+        trials = runs[one.name]
+        outcomes = [found[trial] for trial in trials]
+        params = [o.trainable_parameters for o in outcomes if o.trainable_parameters is not None]
+        results.append(
+            BaselineResult(
+                baseline=one,
+                lr=chosen[one.name],
+                params=params[0] if params else budget.space.params(one.mask),
+                cost=budget.space.cost(trials[0]),
+                seconds=float(np.mean([outcome.train_seconds for outcome in outcomes])),
+                test=test[one.name],
+                accuracy=_mean(test[one.name], next((o.reason for o in outcomes if o.reason), None)),
+                against_all=None if one.name == ALL else compare(test[one.name], test.get(ALL)),
+                against_plan=None if one.name == PLAN else compare(test[one.name], test[PLAN]),
+            )
+        )
+    return results
 
 
-def _rate_at_full_length(arm: Arm, bench: Bench, value_batch: ValueBatch) -> float:
-    """The best rate at full length: of all where the search valued all, else of the two best on the short rung."""
-    full = [arm.trial(lr) for lr in bench.lrs]
-    if all(trial in bench.history for trial in full):
-        return max(full, key=lambda trial: (accuracy_of(bench.history[trial]), -trial.lr)).lr
-    candidates = bench.lrs
-    for length, kept in ((bench.fidelity, FULL_LENGTH_RATES), (1.0, 1)):
-        trials = [arm.trial(lr, 0, length) for lr in candidates]
-        found = value_batch(trials)
-        best = sorted(trials, key=lambda trial: (-accuracy_of(found[trial]), trial.lr))
-        candidates = tuple(trial.lr for trial in best[:kept])
-    return candidates[0]
+def choose_rates(
+    everyone: Sequence[Baseline], known: Mapping[str, float], budget: TrialBudget, train_batch: TrainBatch
+) -> dict[str, float]:
+    """A learning rate for every line of the report, chosen on validation with the search's first seed.
+
+    All rates are compared at one length: by what the search already trained where that is the whole grid, else
+    by low-fidelity runs. For training everything, which the verdict is about, rates are compared at full length,
+    all of them where the search did so, else the two best: short runs favour other rates than long ones.
+
+    Parameters
+    ----------
+    everyone : the plan first. known : rates of those that need no choice, the plan's among them.
+    """
+    plan, *baselines = everyone
+    chosen = dict(known)
+    for one in baselines:
+        if one.name not in chosen and one.is_plan:
+            compared = chosen[PLAN] if one.mask == plan.mask else budget.compared_lr(one.mask)
+            if compared is not None:
+                chosen[one.name] = compared
+    short = {
+        one.name: [one.trial(lr, 0, budget.settings.fidelity) for lr in budget.lrs]
+        for one in baselines
+        if one.name not in chosen
+    }
+    found = train_batch([trial for trials in short.values() for trial in trials])
+    chosen |= {name: _ranked(trials, found)[0].lr for name, trials in short.items()}
+    everything = next((one for one in baselines if one.name == ALL and one.mask != plan.mask), None)
+    if everything is not None:
+        rate = _rate_at_full_length(everything, budget, train_batch)
+        # Another rule may have named the same plan; one plan has one rate.
+        chosen |= {one.name: rate for one in baselines if one.mask == everything.mask and one.is_plan}
+    return chosen
 
 
-def _result(
-    arm: Arm,
-    lr: float,
-    trials: Sequence[Trial],
-    found: Mapping[Trial, Outcome],
-    test: Mapping[str, tuple[float | None, ...]],
-    space: Space,
-) -> ArmResult:
-    values = test[arm.name]
+def _rate_at_full_length(baseline: Baseline, budget: TrialBudget, train_batch: TrainBatch) -> float:
+    """The best rate at full length: of all where the search tried all, else of the two best low-fidelity runs."""
+    full = [baseline.trial(lr) for lr in budget.lrs]
+    if all(trial in budget.history for trial in full):
+        return _ranked(full, budget.history)[0].lr
+    short = [baseline.trial(lr, 0, budget.settings.fidelity) for lr in budget.lrs]
+    best = _ranked(short, train_batch(short))[:FULL_LENGTH_RATES]
+    longer = [baseline.trial(trial.lr) for trial in best]
+    return _ranked(longer, train_batch(longer))[0].lr
+
+
+def _ranked(trials: Sequence[Trial], found: Mapping[Trial, Outcome]) -> list[Trial]:
+    """Best validation accuracy first; ties go to the smaller rate."""
+    return sorted(trials, key=lambda trial: (-found[trial].ranked_accuracy, trial.lr))
+
+
+def _mean(values: Sequence[float | None], reason: str | None) -> Estimate:
     finite = [value for value in values if value is not None]
-    interval = mean_interval(finite) if len(finite) > 1 else None
-    reasons = [found[trial].reason for trial in trials if found[trial].reason]
-    params = next(
-        (
-            int(found[trial].facts["trainable_parameters"])
-            for trial in trials
-            if "trainable_parameters" in found[trial].facts
-        ),
-        space.params(arm.mask),
-    )
-    return ArmResult(
-        arm=arm,
-        lr=lr,
-        params=params,
-        cost=space.cost(trials[0]),
-        seconds=float(np.mean([found[trial].seconds for trial in trials])),
-        test=values,
-        mean=float(np.mean(finite)) if finite else None,
-        low=interval.low if interval else None,
-        high=interval.high if interval else None,
-        stderr=interval.stderr if interval else None,
-        against_all=None if arm.name == ALL else paired(values, test.get(ALL)),
-        against_plan=None if arm.name == PLAN else paired(values, test.get(PLAN)),
-        reason=reasons[0] if reasons else None,
-    )
-
-
-def paired(a: Sequence[float | None], b: Sequence[float | None] | None) -> Comparison | None:
-    """Paired comparison over the seeds on which both arms have a value; None with fewer than two."""
-    both = [(x, y) for x, y in zip(a, b or (), strict=False) if x is not None and y is not None]
-    if len(both) < 2 or not all(math.isfinite(x) and math.isfinite(y) for x, y in both):
-        return None
-    found = compare([x for x, _ in both], [y for _, y in both])
-    return replace(found, failed=len(a) - len(both))
+    if len(finite) > 1:
+        return replace(mean_interval(finite), reason=reason)
+    return Estimate(value=finite[0] if finite else None, n=len(finite), reason=reason)

@@ -1,18 +1,37 @@
-"""What a search would take, told before anything is loaded."""
+"""What a search takes: checks before anything is computed, the facts of a dry run, and the budget of a given time."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.load import available_memory
+from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
-from layerprobe.search.baselines import GREEDY, arms_cost, chosen_arms
-from layerprobe.search.settings import make_settings, refuse
-from layerprobe.search.space import Space
+from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
+from layerprobe.search.budget import TrainBatch, TrialBudget
+from layerprobe.search.evaluator import block_params
+from layerprobe.search.settings import Settings, make_settings
+from layerprobe.search.space import Space, Trial
+from layerprobe.search.strategies import make_strategy
+from layerprobe.search.strategies.base import hold_back
+
+
+def check_search(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
+    """Raise what the search itself would raise of these settings, before anything is computed or kept."""
+    settings.check_output(output)
+    chosen_baselines(settings.baselines, space, seed=settings.seed)
+    budget = TrialBudget(
+        space=space, train_batch=lambda trials: {}, settings=settings, total=settings.budget or 0.0
+    )
+    if settings.budget is not None:
+        hold_back(budget)
+        make_strategy(settings.strategy).check(budget)
 
 
 def search_facts(
@@ -23,7 +42,7 @@ def search_facts(
     workers: int,
     output: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Facts for --dry-run: plans, budget, memory, and a rough duration, from the configuration alone.
+    """Facts for a dry run: plans, budget, memory, and a rough duration, from the configuration alone.
 
     The duration counts 6 operations per block parameter and token and divides by the speed of a matrix
     product measured here for a moment; overheads and evaluation come on top.
@@ -33,42 +52,37 @@ def search_facts(
     UsageError : what `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
-    n_blocks, width = seen.n_blocks, seen.hidden_size
-    space = Space(_block_params(seen), settings.constraints)
-    refuse(settings, space, output)
-    arms = chosen_arms(settings.baselines, space, seed=settings.seed)
-    report = arms_cost(arms, space, settings.lrs, settings.seeds, settings.fidelity) + settings.seeds
-    if any(arm.name == GREEDY for arm in arms):
+    space = Space(block_params(seen), settings.constraints)
+    check_search(settings, space, output)
+    baselines = chosen_baselines(settings.baselines, space, seed=settings.seed)
+    report = baselines_cost(baselines, space, settings) + settings.seeds
+    if any(one.name == GREEDY for one in baselines):
         report += settings.budget or 0.0
-    steps = settings.bridge_steps + settings.finetune_steps
-    operations = 6.0 * sum(space.block_params) * seen.tokens * settings.batch_size * steps
+    bridge_steps, finetune_steps = settings.steps
+    batch_size = settings.finetune.batch_size
+    free = available_memory(seen.run_device)
+    needed = workers * _memory(seen, batch_size)
     facts: dict[str, Any] = {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
-        "blocks": n_blocks,
+        "blocks": seen.n_blocks,
         "plans": f"2^{len(space.free)}",
         "strategy": settings.strategy,
-        "one full training": f"{settings.bridge_steps} bridge + {settings.finetune_steps} fine-tuning steps "
-        f"of {settings.batch_size} images",
-        "report": f"about {report:.3g} full trainings for the plan and {len(arms)} baselines",
-    }
-    # Weights, the copy that restores them, gradients and two moments; activations as the trainer counts them.
-    size = seen.weights_bytes // max(1, seen.n_parameters)
-    activations = settings.batch_size * seen.tokens * width * 34 * 2 * n_blocks
-    needed = workers * (2 * seen.weights_bytes + 3 * seen.n_parameters * size + activations)
-    free = available_memory(seen.run_device)
-    facts |= {
+        "one full training": f"{bridge_steps} bridge + {finetune_steps} fine-tuning steps of {batch_size} images",
+        "report": f"about {report:.3g} full trainings for the plan and {len(baselines)} baselines",
         "device": str(seen.run_device),
         "tokens an image": seen.tokens_in_words,
         "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
         "memory free": "unknown" if free is None else f"{free / 2**20:,.0f} MiB",
     }
-    if settings.budget is not None:
-        facts["budget"] = f"{settings.budget:g} full trainings"
-        seconds = operations * (settings.budget + report) / _speed(str(seen.run_device)) / workers
-        facts["duration"] = f"very roughly {max(1, round(seconds / 60)):,} min (matrix products alone)"
-    else:
-        facts["time"] = f"{settings.time:g} s for search and report"
-    return facts
+    if settings.budget is None:
+        return facts | {"time": f"{settings.time:g} s for search and report"}
+    images = batch_size * (bridge_steps + finetune_steps) * (settings.budget + report)
+    operations = 6.0 * sum(space.block_params) * seen.tokens * images
+    minutes = operations / _speed(str(seen.run_device)) / workers / 60
+    return facts | {
+        "budget": f"{settings.budget:g} full trainings",
+        "duration": f"very roughly {max(1, round(minutes)):,} min (matrix products alone)",
+    }
 
 
 def parse_constraints(
@@ -82,20 +96,68 @@ def parse_constraints(
     }
 
 
-def _block_params(seen: Backbone) -> tuple[int, ...]:
-    """Number of parameters of each block."""
-    sizes = [0] * seen.n_blocks
-    for name, parameter in seen.model.named_parameters():
-        group = seen.layout.parameter_groups[name]
-        if group.startswith("block."):
-            sizes[int(group.removeprefix("block."))] += parameter.numel()
-    return tuple(sizes)
+def pilot(train_batch: TrainBatch, space: Space, settings: Settings, workers: int) -> float:
+    """Seconds that a full training of everything takes here, its evaluation included, with all workers busy.
+
+    Raises
+    ------
+    UsageError : it diverges at the middle learning rate and at every smaller one.
+    """
+    rates = sorted(settings.lrs)[: len(settings.lrs) // 2 + 1]
+    for lr in reversed(rates):
+        # As many at once as there are workers: they take cores and memory from each other.
+        trials = [
+            Trial(mask=space.all, lr=lr, repeat=repeat, fidelity=settings.fidelity)
+            for repeat in range(workers)
+        ]
+        outcomes = list(train_batch(trials).values())
+        seconds = [
+            max(one.call_seconds, one.train_seconds)
+            for one in outcomes
+            if one.validation_accuracy is not None
+        ]
+        if seconds:
+            return max(1e-9, max(seconds) / settings.fidelity)
+    raise UsageError(
+        f"training everything fails at the learning rates {', '.join(f'{lr:g}' for lr in rates)} "
+        f"({outcomes[0].reason}); give smaller --lrs"
+    )
+
+
+def budget_of_time(
+    settings: Settings, space: Space, baselines: Sequence[Baseline], workers: int, seconds: float, left: float
+) -> tuple[float, list[Baseline]]:
+    """The search's budget in full trainings of `seconds` each, and the baselines that `left` seconds allow."""
+    total = 0.9 * left * workers / seconds
+    kept = list(baselines)
+    least = settings.seeds + len(settings.lrs) * settings.fidelity
+
+    def report() -> float:
+        return settings.seeds + baselines_cost(kept, space, settings)
+
+    while len(kept) > 1 and total - report() < 2 * least:
+        kept.pop()
+    budget = (total - report()) / (1 + any(one.name == GREEDY for one in kept))  # which searches once more
+    if budget < least:
+        assert settings.time is not None
+        needed = (least + report()) * seconds / (0.9 * workers) + settings.time - left
+        raise UsageError(
+            f"time {settings.time:g} s is too small for one plan and its baseline: one training takes "
+            f"{seconds:.3g} s here, so allow at least {needed:.0f} s or "
+            "shorten the steps, with another output folder: this one holds a search of the time that was given"
+        )
+    return budget, kept
+
+
+def _memory(seen: Backbone, batch_size: int) -> int:
+    """Bytes of one process: weights, the copy that restores them, gradients and two moments, activations."""
+    size = seen.weights_bytes // max(1, seen.n_parameters)
+    activations = batch_size * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks
+    return 2 * seen.weights_bytes + 3 * seen.n_parameters * size + activations
 
 
 def _speed(device: str) -> float:
     """Operations per second of a float32 matrix product here, measured for a moment."""
-    import torch
-
     a = torch.randn(1024, 512, device=device)
     b = torch.randn(512, 1024, device=device)
     (a @ b).sum().item()

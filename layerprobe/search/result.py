@@ -13,11 +13,20 @@ import pandas as pd
 
 from layerprobe.files import write_json
 from layerprobe.plans import FreezePlan
+from layerprobe.provenance import versions
 from layerprobe.records import Record
-from layerprobe.search.baselines import ArmResult
-from layerprobe.search.bench import Bench, Outcome, accuracy_of
-from layerprobe.search.space import Mask, Space, Trial, describe_mask, parse_strip, strip
-from layerprobe.search.verdict import Finalist, pareto_front
+from layerprobe.search.baselines import PLAN, BaselineResult
+from layerprobe.search.budget import TrialBudget, measured_gain
+from layerprobe.search.evaluator import Evaluator, by_block
+from layerprobe.search.space import Mask, Space, Trial, blocks_of, describe_mask, strip
+from layerprobe.search.trials import Finished
+from layerprobe.search.verdict import (
+    Finalist,
+    contenders,
+    pooled_stderr,
+    verdict_kind,
+    verdict_sentence,
+)
 from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
 
 SCHEMA = "layerprobe.search/v1"
@@ -32,10 +41,10 @@ class SearchResult(Record):
     plan : the freeze plan, with its evidence in `plan.found`.
     answer : the sentence. kind : 'train everything', 'better', 'worse', 'no difference found', 'not compared'.
     table : one row a block: scores, measured gain of training it, in the plan or not (layers.csv).
-    trials : one row a training (trials.csv). baselines : one row an arm, test accuracy (baselines.csv).
-    pareto : one row a plan valued at full length: accuracy, parameters, cost, on the front or not.
+    trials : one row a training (trials.csv). baselines : one row a baseline, test accuracy (baselines.csv).
+    pareto : one row a plan trained at full length: accuracy, parameters, cost, on the front or not.
     finalists : one row a finalist: validation accuracy per common seed, chosen or not.
-    facts : cost, budget, seeds and everything else for the report; `lr_at_edge` names arms whose learning
+    facts : cost, budget, seeds and everything else for the report; `lr_at_edge` names baselines whose learning
         rate is the smallest or largest of the grid, so that a wider one might serve them better.
     """
 
@@ -143,60 +152,184 @@ class SearchResult(Record):
         )
 
 
-def trial_frame(history: Sequence[tuple[Trial, Outcome, dict[str, Any]]], space: Space) -> pd.DataFrame:
+def make_result(
+    evaluator: Evaluator,
+    budget: TrialBudget,
+    finalists: Sequence[Finalist],
+    winner: Finalist,
+    report: Sequence[BaselineResult],
+    records: Sequence[Finished],
+    scores: pd.DataFrame,
+) -> SearchResult:
+    """The record of a finished search.
+
+    Parameters
+    ----------
+    budget : after the search. winner : of the finalists. report : the plan and the baselines on unseen seeds.
+    records : every training of search and report. scores : long table of transfer scores; may be empty.
+    """
+    task, space, settings = evaluator.task, budget.space, budget.settings
+    own = next(line for line in report if line.baseline.name == PLAN)
+    answer = verdict_sentence(
+        winner.mask,
+        space,
+        own.against_all,
+        objective=settings.objective,
+        test_mean=own.accuracy.value,
+        n_finalists=sum(bool(np.isfinite(f.mean)) for f in finalists),
+    )
+    kind = verdict_kind(winner.mask, own.against_all)
+    facts = _facts(evaluator, budget, finalists, winner, own, records)
+    grid = (min(settings.lrs), max(settings.lrs))
+    facts["lr_at_edge"] = [line.baseline.name for line in report if len(settings.lrs) > 1 and line.lr in grid]
+    facts["chance"] = 1.0 / task.n_classes
+    facts["score_columns"] = sorted(scores["metric"].unique()) if len(scores) else []
+    finals = finalist_frame(finalists, winner.mask, space)
+    wide = by_block(scores, space.n_blocks)
+    plan = evaluator.plan(winner.mask).with_found(
+        method="freeze-search",
+        answer=answer,
+        kind=kind,
+        task=task.name,
+        task_id=task.task_id,
+        split_hash=task.split_hash,
+        settings=strict_value(settings.to_dict()),
+        budget=budget.total,
+        spent=budget.spent,
+        lr=winner.lr,
+        validation_accuracy=winner.mean,
+        test_accuracy={
+            "mean": own.accuracy.value,
+            "low": own.accuracy.low,
+            "high": own.accuracy.high,
+            "interval": "95 % t over unseen seeds",
+            "n_seeds": own.accuracy.n,
+        },
+        against_all=facts["against_all"],
+        runners_up=strict_rows(finals[~finals["chosen"]]),
+        scores=strict_rows(wide.reset_index(names="block")),
+        versions=versions(),
+    )
+    return SearchResult(
+        plan=plan,
+        answer=answer,
+        kind=kind,
+        table=layer_frame(budget, winner.mask, wide),
+        trials=trial_frame(records, space),
+        baselines=baseline_frame(report),
+        pareto=pareto_frame(budget, winner.mask, finalists),
+        finalists=finals,
+        facts=facts,
+    )
+
+
+def _facts(
+    evaluator: Evaluator,
+    budget: TrialBudget,
+    finalists: Sequence[Finalist],
+    winner: Finalist,
+    own: BaselineResult,
+    records: Sequence[Finished],
+) -> dict[str, Any]:
+    backbone, task, settings, space = evaluator.backbone, evaluator.task, budget.settings, budget.space
+    reported = {r.trial.key: space.cost(r.trial) for r in records if r.trial not in budget.history}
+    return {
+        "model": backbone.name,
+        "revision": backbone.source.revision,
+        "task": task.name,
+        "split_hash": task.split_hash,
+        "n_blocks": space.n_blocks,
+        "plan": {
+            "strip": strip(winner.mask),
+            "blocks": blocks_of(winner.mask),
+            "words": describe_mask(winner.mask),
+            "lr": winner.lr,
+            "validation_accuracy": winner.mean,
+            "validation_per_seed": list(winner.accuracies),
+            "test_accuracy": own.accuracy.value,
+            "test_low": own.accuracy.low,
+            "test_high": own.accuracy.high,
+            "trainable_parameters": own.params,
+        },
+        "against_all": own.against_all.to_dict() if own.against_all else None,
+        "standard_error": pooled_stderr(contenders(finalists)),
+        "objective": settings.objective,
+        "strategy": settings.strategy,
+        "budget": budget.total,
+        "spent": budget.spent,
+        "report_cost": sum(reported.values()),
+        "trainings": len(records),
+        "train_seconds": sum(record.outcome.train_seconds for record in records),
+        "seeds": settings.seeds,
+        "seed": settings.seed,
+    }
+
+
+def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
     """One row a finished training, in the order in which the storage numbers them."""
-    rows = [
-        {
-            "number": where.get("number"),
-            "plan": trial.name,
-            "blocks": describe_mask(trial.mask),
-            "trained_blocks": sum(trial.mask),
-            "lr": trial.lr,
-            "repeat": trial.repeat,
-            "fidelity": trial.fidelity,
-            "validation_accuracy": outcome.accuracy,
-            "test_accuracy": outcome.test,
-            "cost": space.cost(trial),
-            "seconds": round(outcome.seconds, 3),
-            "bridge_accuracy": outcome.facts.get("bridge_accuracy"),
-            "train_flops": outcome.facts.get("train_flops"),
-            "trainable_parameters": outcome.facts.get("trainable_parameters"),
-            "reason": outcome.reason,
-            "finished": where.get("finished"),
-            "worker": where.get("worker"),
-        }
-        for trial, outcome, where in history
-    ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        [
+            {
+                "number": record.number,
+                "plan": trial.name,
+                "blocks": describe_mask(trial.mask),
+                "trained_blocks": sum(trial.mask),
+                "lr": trial.lr,
+                "repeat": trial.repeat,
+                "fidelity": trial.fidelity,
+                "validation_accuracy": outcome.validation_accuracy,
+                "test_accuracy": outcome.test_accuracy,
+                "cost": space.cost(trial),
+                "seconds": round(outcome.train_seconds, 3),
+                "bridge_accuracy": outcome.bridge_accuracy,
+                "train_flops": outcome.train_flops,
+                "trainable_parameters": outcome.trainable_parameters,
+                "reason": outcome.reason,
+                "finished": record.finished and record.finished.isoformat(timespec="seconds"),
+                "worker": record.worker,
+            }
+            for record in records
+            for trial, outcome in [(record.trial, record.outcome)]
+        ]
+    )
 
 
-def arm_frame(results: Sequence[ArmResult]) -> pd.DataFrame:
-    """One row an arm: test accuracy with its t interval, and paired differences."""
+def baseline_frame(report: Sequence[BaselineResult]) -> pd.DataFrame:
+    """One row a baseline: test accuracy with its t interval, and paired differences."""
     rows = []
-    for result in results:
+    for line in report:
         row: dict[str, Any] = {
-            "arm": result.arm.name,
-            "plan": result.arm.trial(result.lr).name,
-            "trained_blocks": sum(result.arm.mask),
-            "trainable_parameters": result.params,
-            "lr": result.lr,
-            "test_accuracy": result.mean,
-            "low": result.low,
-            "high": result.high,
-            "stderr": result.stderr,
-            "n_seeds": sum(value is not None for value in result.test),
-            "cost": result.cost,
-            "seconds": round(result.seconds, 3),
+            "arm": line.baseline.name,
+            "plan": line.baseline.trial(line.lr).name,
+            "trained_blocks": sum(line.baseline.mask),
+            "trainable_parameters": line.params,
+            "lr": line.lr,
+            "test_accuracy": line.accuracy.value,
+            "low": line.accuracy.low,
+            "high": line.accuracy.high,
+            "stderr": line.accuracy.stderr,
+            "n_seeds": line.accuracy.n,
+            "cost": line.cost,
+            "seconds": round(line.seconds, 3),
         }
-        for label, pair in (("all", result.against_all), ("plan", result.against_plan)):
-            row[f"minus_{label}"] = pair.difference if pair else None
-            row[f"minus_{label}_low"] = pair.low if pair else None
-            row[f"minus_{label}_high"] = pair.high if pair else None
-            row[f"p_better_than_{label}"] = pair.probability if pair else None
-        row["test_per_seed"] = " ".join("" if value is None else f"{value:.6f}" for value in result.test)
-        row["reason"] = result.reason
+        for label, pair in (("all", line.against_all), ("plan", line.against_plan)):
+            row[f"minus_{label}"] = pair.estimate.value if pair else None
+            row[f"minus_{label}_low"] = pair.estimate.low if pair else None
+            row[f"minus_{label}_high"] = pair.estimate.high if pair else None
+            row[f"p_better_than_{label}"] = pair.estimate.probability if pair else None
+        row["test_per_seed"] = " ".join("" if value is None else f"{value:.6f}" for value in line.test)
+        row["reason"] = line.accuracy.reason
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _about(mask: Mask, space: Space) -> dict[str, Any]:
+    return {
+        "plan": strip(mask),
+        "blocks": describe_mask(mask),
+        "trained_blocks": sum(mask),
+        "trainable_parameters": space.params(mask),
+    }
 
 
 def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) -> pd.DataFrame:
@@ -204,10 +337,7 @@ def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) ->
     return pd.DataFrame(
         [
             {
-                "plan": strip(f.mask),
-                "blocks": describe_mask(f.mask),
-                "trained_blocks": sum(f.mask),
-                "trainable_parameters": space.params(f.mask),
+                **_about(f.mask, space),
                 "lr": f.lr,
                 "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
                 "n_seeds": len(f.accuracies),
@@ -218,28 +348,25 @@ def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) ->
     )
 
 
-def pareto_frame(bench: Bench, chosen: Mask, finalists: Sequence[Finalist] = ()) -> pd.DataFrame:
-    """One row a plan valued at full length, cheapest first: accuracy, parameters, cost, on the front or not.
+def pareto_frame(budget: TrialBudget, chosen: Mask, finalists: Sequence[Finalist] = ()) -> pd.DataFrame:
+    """One row a plan trained at full length, cheapest first: accuracy, parameters, cost, on the front or not.
 
     Finalists stand at the rate and with the seeds of the finals, other plans at the best rate that they were tried at.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     final = {finalist.mask: finalist for finalist in finalists}
-    for mask in bench.valued_masks():
-        if not bench.full(mask):
+    for mask in budget.tried_masks():
+        if not budget.full(mask):
             continue
-        lr = final[mask].lr if mask in final else bench.best_lr(mask)
-        seeds = final[mask].accuracies if mask in final else bench.full(mask).get(lr, {}).values()
+        lr = final[mask].lr if mask in final else budget.best_lr(mask)
+        seeds = final[mask].accuracies if mask in final else budget.full(mask).get(lr, {}).values()
         values = [value for value in seeds if np.isfinite(value)]
         if not values:
             continue
         rows.append(
             {
-                "plan": strip(mask),
-                "blocks": describe_mask(mask),
-                "trained_blocks": sum(mask),
-                "trainable_parameters": bench.space.params(mask),
-                "cost": bench.space.cost(Trial(mask, lr)),
+                **_about(mask, budget.space),
+                "cost": budget.space.cost(Trial(mask=mask, lr=lr)),
                 "lr": lr,
                 "validation_accuracy": float(np.mean(values)),
                 "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -248,59 +375,25 @@ def pareto_frame(bench: Bench, chosen: Mask, finalists: Sequence[Finalist] = ())
             }
         )
     frame = pd.DataFrame(rows).sort_values(["trainable_parameters", "plan"], ignore_index=True)
-    points = {
-        parse_strip(row["plan"]): (row["validation_accuracy"], row["trainable_parameters"])
-        for row in frame.to_dict("records")
-    }
-    front = {strip(mask) for mask in pareto_front(points)}
-    frame["on_front"] = frame["plan"].isin(front)
+    frame["on_front"] = on_front(frame["validation_accuracy"], frame["trainable_parameters"])
     return frame
 
 
-def measured_gain(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy gained by training each block, other blocks equal: least squares over all valued trials.
-
-    Model: accuracy = level of (learning rate, fidelity, repeat) + sum of gains of the trained blocks. With
-    few trials a small ridge on the gains (1e-3 of their mean diagonal) keeps blocks that were always trained
-    together apart from infinity; the standard error says how little is known then. The levels carry no penalty:
-    what it would take from them would be given to the blocks.
-
-    Returns
-    -------
-    gain, stderr : arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
-    """
-    known = [(t, accuracy_of(o)) for t, o in bench.history.items() if o.accuracy is not None and t.is_plan]
-    n_blocks = bench.space.n_blocks
-    levels = sorted({(t.lr, t.fidelity, t.repeat) for t, _ in known})
-    if len(known) <= n_blocks + len(levels):
-        return np.full(n_blocks, np.nan), np.full(n_blocks, np.nan)
-    design = np.array(
-        [
-            [float(flag) for flag in trial.mask]
-            + [float((trial.lr, trial.fidelity, trial.repeat) == level) for level in levels]
-            for trial, _ in known
-        ]
-    )
-    y = np.array([accuracy for _, accuracy in known])
-    gram = design.T @ design
-    gains = np.arange(len(gram)) < n_blocks
-    gram[gains, gains] += 1e-3 * np.diag(gram)[gains].mean() + 1e-12
-    inverse = np.linalg.inv(gram)
-    weights = inverse @ design.T @ y
-    residual = y - design @ weights
-    variance = float(residual @ residual) / (len(y) - design.shape[1])
-    stderr = np.sqrt(variance * np.diag(inverse))
-    return weights[:n_blocks], stderr[:n_blocks]
+def on_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
+    """Whether no other row is better in accuracy (higher) and cost (lower); of equal rows, the first is."""
+    points = pd.DataFrame({"cost": cost, "accuracy": accuracy})
+    points = points.sort_values(["cost", "accuracy"], ascending=[True, False], kind="stable")
+    return points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-np.inf)
 
 
-def layer_frame(bench: Bench, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:
+def layer_frame(budget: TrialBudget, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:
     """One row a block: in the plan, parameters, measured gain of training it, transfer scores."""
-    gain, stderr = measured_gain(bench)
+    gain, stderr = measured_gain(budget)
     frame = pd.DataFrame(
         {
-            "block": range(bench.space.n_blocks),
+            "block": range(budget.space.n_blocks),
             "in_plan": [int(flag) for flag in chosen],
-            "parameters": bench.space.block_params,
+            "parameters": budget.space.block_params,
             "train_gain": gain,
             "train_gain_stderr": stderr,
         }

@@ -1,95 +1,213 @@
-"""The settings of a search, presets, and what makes two searches the same."""
+"""The settings of a search: defaults, presets, and what makes two searches the same.
+
+The command line reads the defaults for its help, so nothing heavy is imported with this module.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
-from layerprobe.search import defaults
-from layerprobe.search.baselines import ALL, chosen_arms
-from layerprobe.search.bench import Bench
-from layerprobe.search.defaults import DEFAULT_BUDGET, DEFAULT_LRS, PRESET_LOADING, PRESETS
-from layerprobe.search.space import Constraints, Space
-from layerprobe.search.strategies import make_strategy
-from layerprobe.search.strategies.base import hold_back
-from layerprobe.search.strategies.plain import Exhaustive
-from layerprobe.search.valuing import Chain
+from layerprobe.search.space import Constraints
 
-__all__ = [
-    "DEFAULT_BUDGET",
-    "DEFAULT_LRS",
-    "PRESETS",
-    "PRESET_LOADING",
-    "Settings",
-    "identify",
-    "make_settings",
-    "refuse",
-]
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.tasks import Task
+    from layerprobe.training.config import BridgeConfig, FineTuneConfig
+
+DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+DEFAULT_BUDGET = 20.0
+DEFAULT_STRATEGY = "racing"
+DEFAULT_OBJECTIVE = "frugal"
+DEFAULT_SEEDS = 3
+DEFAULT_BRIDGE_STEPS = 30
+DEFAULT_FINETUNE_STEPS = 120
+DEFAULT_BATCH_SIZE = 32
+DEFAULT_RANDOM_CLASSES = 10
+DEFAULT_PRECISION = "float32"
+DEFAULT_BASELINES = (
+    "all",
+    "none",
+    "norms",
+    "first-5",
+    "last-5",
+    "first-half",
+    "last-half",
+    "random-SEED",
+    "rgn-half",
+)
+"""Baselines of a report that names none, where the backbone and the scores allow them (`standard_baselines`)."""
+
+STRATEGIES = (
+    "racing",
+    "exhaustive",
+    "prefix",
+    "suffix",
+    "contiguous",
+    "greedy",
+    "random",
+    "tpe",
+    "nsga2",
+)
+"""Names of the strategies; `layerprobe.search.strategies` says what each does."""
+
+OBJECTIVES = ("frugal", "accuracy")
+"""'frugal' is the one-standard-error rule: the fewest trainable parameters among the plans whose accuracy is at
+most one standard error below the best. 'accuracy' is the best alone."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "budget": 12.0,
+        "bridge_steps": 20,
+        "finetune_steps": 100,
+        "batch_size": 32,
+        "lrs": (1e-4, 3e-4),
+        "fidelity": 0.5,
+        "baselines": ("all", "none", "norms", "first-half", "last-half"),
+        "keep_bridge": True,
+    },
+}
+"""Settings that a preset replaces where the caller left the default."""
+
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
+"""The same for the command line: how the backbone meets the images, and how many processes."""
+
+
+def preset_in_words(name: str) -> str:
+    """What a preset sets, as options of the command line.
+
+    >>> preset_in_words("quickstart").split("; ")[:2]
+    ['--budget 12', '--bridge-steps 20']
+    """
+    words = []
+    for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items():
+        flag = "--" + key.replace("_", "-")
+        if key == "fidelity":  # no option of the command line
+            words.append(f"short runs of {value:g} of the steps")
+        else:
+            words.append(flag if value is True else f"{flag} {in_words(value)}")
+    return "; ".join(words)
+
+
+def in_words(value: Any) -> str:
+    """A value for a help text; with spaces in a list, so that a narrow terminal wraps it.
+
+    >>> in_words((1e-4, 3e-3)), in_words(20.0)
+    ('0.0001, 0.003', '20')
+    """
+    if isinstance(value, tuple):
+        return ", ".join(in_words(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def check_strategy(name: str) -> None:
+    """UnknownNameError where there is no strategy `name`."""
+    if name not in STRATEGIES:
+        raise UnknownNameError(
+            f"unknown strategy '{name}'.{did_you_mean(name, STRATEGIES)} Strategies: {', '.join(STRATEGIES)}"
+        )
+
+
+def default_bridge(**changes: Any) -> BridgeConfig:
+    """The bridge of every plan, at full length; learning rate and seed are those of the trial."""
+    from layerprobe.training.config import BridgeConfig
+
+    defaults = {
+        "steps": DEFAULT_BRIDGE_STEPS,
+        "batch_size": DEFAULT_BATCH_SIZE,
+        "random_classes": DEFAULT_RANDOM_CLASSES,
+        "precision": DEFAULT_PRECISION,
+    }
+    return BridgeConfig(**{**defaults, **changes})
+
+
+def default_finetune(**changes: Any) -> FineTuneConfig:
+    """The fine-tuning of every plan, at full length; learning rate and seed are those of the trial."""
+    from layerprobe.training.config import FineTuneConfig
+
+    defaults = {
+        "steps": DEFAULT_FINETUNE_STEPS,
+        "batch_size": DEFAULT_BATCH_SIZE,
+        "precision": DEFAULT_PRECISION,
+    }
+    return FineTuneConfig(**{**defaults, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the answer depends on, beside backbone and task. See `freeze_search`."""
+    """Everything that the answer depends on, beside backbone and task. See `freeze_search`.
+
+    `bridge` and `finetune` are the training of every plan, at full length; `bridge` None leaves the bridge out.
+    """
 
     budget: float | None = None
     time: float | None = None
-    strategy: str = defaults.DEFAULT_STRATEGY
-    objective: str = defaults.DEFAULT_OBJECTIVE
-    seeds: int = defaults.DEFAULT_SEEDS
+    strategy: str = DEFAULT_STRATEGY
+    objective: str = DEFAULT_OBJECTIVE
+    seeds: int = DEFAULT_SEEDS
     lrs: tuple[float, ...] = DEFAULT_LRS
     fidelity: float = 0.25
-    bridge_steps: int = defaults.DEFAULT_BRIDGE_STEPS
-    finetune_steps: int = defaults.DEFAULT_FINETUNE_STEPS
-    batch_size: int = defaults.DEFAULT_BATCH_SIZE
-    random_classes: int = defaults.DEFAULT_RANDOM_CLASSES
-    precision: str = defaults.DEFAULT_PRECISION
+    bridge: BridgeConfig | None = field(default_factory=default_bridge)
+    finetune: FineTuneConfig = field(default_factory=default_finetune)
     use_scores: bool = True
     baselines: tuple[str, ...] | None = None
-    min_frozen: int = 0
-    max_trainable_params: int | None = None
-    must_freeze: tuple[int, ...] = ()
-    must_train: tuple[int, ...] = ()
+    constraints: Constraints = field(default_factory=Constraints)
     keep_bridge: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        make_strategy(self.strategy)
+        check_strategy(self.strategy)
         if self.budget is not None and self.time is not None:
             raise UsageError("state a budget (in full trainings) or a time (in seconds), not both")
         for name in ("budget", "time"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} must be positive, got {value}")
-        if self.baselines is not None and not {ALL} <= set(self.baselines):
+        if not self.lrs or any(not lr > 0 for lr in self.lrs):
+            raise UsageError(f"learning rates must be positive and at least one, got {list(self.lrs)}")
+        if not 0 < self.fidelity <= 1:
+            raise UsageError(f"the shortest runs are a share of the steps in (0, 1], got {self.fidelity}")
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
+        if self.baselines is not None and "all" not in self.baselines:
             raise UsageError("baselines must contain 'all': every report compares with training everything")
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Bridge and fine-tuning steps of a full training."""
+        return (0 if self.bridge is None else self.bridge.steps or 0), self.finetune.steps or 0
 
     def check_output(self, output: str | os.PathLike[str] | None) -> None:
         """UsageError where something is to be kept and there is no folder for it."""
         if self.keep_bridge and output is None:
             raise UsageError("keeping the bridge-trained model needs an output folder")
 
-    @property
-    def chain(self) -> Chain:
-        """The training that every plan gets."""
-        return Chain(
-            bridge_steps=self.bridge_steps,
-            finetune_steps=self.finetune_steps,
-            batch_size=self.batch_size,
-            random_classes=self.random_classes,
-            precision=self.precision,
-        )
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by the names that `make_settings` takes."""
+        flat: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            if name == "bridge":
+                flat |= {"bridge_steps": self.steps[0], "finetune_steps": self.steps[1]}
+                flat["batch_size"] = self.finetune.batch_size
+                flat["random_classes"] = None if self.bridge is None else self.bridge.random_classes
+                flat["precision"] = self.finetune.precision
+            elif name == "constraints":
+                flat |= asdict(self.constraints)
+            elif name != "finetune":
+                flat[name] = getattr(self, name)
+        return flat
 
-    @property
-    def constraints(self) -> Constraints:
-        """What a plan must obey."""
-        return Constraints(self.min_frozen, self.max_trainable_params, self.must_freeze, self.must_train)
 
+def make_settings(preset: str | None = None, **given: Any) -> Settings:
+    """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order.
 
-def make_settings(preset: str | None, **given: Any) -> Settings:
-    """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order."""
+    Beside the fields of `Settings` there are `bridge_steps` (0: no bridge), `finetune_steps`, `batch_size`,
+    `random_classes` and `precision` of the training, and the fields of `Constraints`.
+    """
     if preset is not None and preset not in PRESETS:
         raise UnknownNameError(
             f"unknown preset '{preset}'.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}"
@@ -99,39 +217,30 @@ def make_settings(preset: str | None, **given: Any) -> Settings:
     if "time" in chosen and "budget" not in chosen:
         base.pop("budget", None)
     merged = {**base, **chosen}
+    if merged.get("budget") is None and merged.get("time") is None:
+        merged["budget"] = DEFAULT_BUDGET
     for name in ("lrs", "must_freeze", "must_train", "baselines"):
         if name in merged:
             merged[name] = tuple(merged[name])
     if "lrs" in merged:  # one grid, one search, however it was written
         merged["lrs"] = tuple(sorted(set(merged["lrs"])))
-    if merged.get("budget") is None and merged.get("time") is None:
-        merged["budget"] = DEFAULT_BUDGET
-    return Settings(**merged)
 
+    def take(*names: str) -> dict[str, Any]:
+        return {name: merged.pop(name) for name in names if name in merged}
 
-def refuse(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
-    """Build what the search is made of, so that its own checks speak before anything is computed or kept."""
-    settings.check_output(output)
-    settings.chain.bridge_config()
-    settings.chain.finetune_config()
-    chosen_arms(settings.baselines, space, seed=settings.seed)
-    bench = Bench(
-        space,
-        lambda trials: {},
-        settings.lrs,
-        settings.seeds,
-        settings.budget or 0.0,
-        seed=settings.seed,
-        fidelity=settings.fidelity,
-        objective=settings.objective,
+    constraints = Constraints(**take(*Constraints.__dataclass_fields__))
+    both = take("batch_size", "precision")
+    bridge = {**both, **take("random_classes"), "steps": merged.pop("bridge_steps", DEFAULT_BRIDGE_STEPS)}
+    finetune = {**both, "steps": merged.pop("finetune_steps", DEFAULT_FINETUNE_STEPS)}
+    return Settings(
+        bridge=default_bridge(**bridge) if bridge["steps"] else None,
+        finetune=default_finetune(**finetune),
+        constraints=constraints,
+        **merged,
     )
-    if settings.budget is not None:
-        hold_back(bench)
-        if settings.strategy == Exhaustive.name:
-            Exhaustive.trials(bench)
 
 
-def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:
+def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, Any]:
     """What makes two searches the same: model, data, settings; not where or by how many it is run."""
     about = backbone.describe()
     local = backbone.source.origin != "hub"
@@ -143,5 +252,17 @@ def identify(backbone: Any, task: Any, settings: Settings) -> dict[str, Any]:
         "backbone": {key: about[key] for key in sorted(about) if key not in left_out},
         "task": Path(task.task_id).name,
         "split_hash": task.split_hash,
-        **{key: value for key, value in asdict(settings).items() if key != "keep_bridge"},
+        **{key: value for key, value in settings.to_dict().items() if key != "keep_bridge"},
     }
+
+
+def difference_in_words(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
+    """The first entry in which two identities differ."""
+    for key in [*wanted, *known]:
+        ours, theirs = wanted.get(key), known.get(key)
+        if ours == theirs:
+            continue
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            return difference_in_words(theirs, ours, f"{within}{key}.")
+        return f"{within}{key} {theirs!r} there, {ours!r} here"
+    return "arguments differ"

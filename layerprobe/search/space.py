@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.layers import format_blocks
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Mask = tuple[bool, ...]
 """One entry per block, from input to output; True = the block is trained."""
@@ -19,14 +21,14 @@ REPORT_REPEAT = 1000
 """Repeats from here on are the report's: their seeds were never used to select anything."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, kw_only=True)
 class Trial:
-    """One training to be valued: which blocks train, at which learning rate, seed and length.
+    """One training: which blocks train, at which learning rate, seed and length.
 
     `repeat` counts the common seeds: equal repeats share random labels, data order and stem, so that plans
-    are compared in pairs. `fidelity` is the share of the full number of steps, in (0, 1], each with a
-    complete annealed schedule of its own. `norms` adds the layer norms (the norms-only baseline);
-    `auto_rgn` gives every block a learning rate of its own (the baseline of that name).
+    are compared in pairs. `fidelity` is the share of the full number of steps, in (0, 1]; a low-fidelity run
+    is shorter, with a complete annealed schedule of its own. `norms` adds the layer norms (the norms-only
+    baseline); `auto_rgn` gives every block a learning rate of its own (the baseline of that name).
     """
 
     mask: Mask
@@ -50,6 +52,18 @@ class Trial:
     def key(self) -> str:
         """The identity under which a result is stored and found again."""
         return f"{self.name}/lr{self.lr:.6g}/r{self.repeat}/f{self.fidelity:.6g}"
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Trial:
+        """The trial whose fields a database row holds."""
+        return cls(
+            mask=tuple(map(bool, stored["mask"])),
+            lr=float(stored["lr"]),
+            repeat=int(stored["repeat"]),
+            fidelity=float(stored["fidelity"]),
+            norms=bool(stored["norms"]),
+            auto_rgn=bool(stored.get("auto_rgn", False)),
+        )
 
 
 def strip(mask: Mask) -> str:
@@ -93,7 +107,7 @@ def trial_seed(seed: int, repeat: int) -> int:
     return int.from_bytes(digest, "big") % (2**31 - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constraints:
     """What a plan must obey. Blocks count from 0.
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.intervals import paired_seed_interval
+from layerprobe.metrics.intervals import interval_in_words, paired_seed_interval
+from layerprobe.records import Estimate
 from layerprobe.search.space import Mask, Space, describe_mask
+
+MIN_SEEDS = 3
+"""Fewer paired seeds claim nothing."""
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A plan valued at full length on the common seeds.
+    """A plan trained at full length on the common seeds.
 
     Attributes
     ----------
@@ -46,7 +51,7 @@ def pooled_stderr(finalists: Sequence[Finalist]) -> float:
 
 
 def contenders(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """The finalists with the most common seeds; the finals go on without the others, whose means are not comparable."""
+    """The finalists with the most common seeds; the means of the others are not comparable."""
     usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
     most = max((len(finalist.accuracies) for finalist in usable), default=0)
     return [finalist for finalist in usable if len(finalist.accuracies) == most]
@@ -60,8 +65,8 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
 
     Parameters
     ----------
-    finalists : plans on common seeds; those with fewer seeds than others are out of the race.
-    space : tells parameters per plan.
+    finalists : plans on common seeds; those with fewer seeds than others are left out.
+    space : says how many parameters a plan trains.
 
     Raises
     ------
@@ -85,53 +90,65 @@ def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "fru
     return min(near, key=lambda f: (space.params(f.mask), -f.mean))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A plan against another arm on the report's seeds, in test accuracy (share of images, in [0, 1])."""
+class Difference(NamedTuple):
+    """Paired difference in test accuracy to another line of the report, over the report's seeds.
 
-    difference: float
-    low: float
-    high: float
-    probability: float
-    n: int
+    Attributes
+    ----------
+    estimate : difference in shares, with t interval and the probability that it is above 0; n counts seeds.
+    failed : seeds on which one of the two has no value, because its run failed.
+    """
+
+    estimate: Estimate
     failed: int = 0
-    """Seeds on which one of the two has no value, because its run failed."""
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The form that result files hold."""
+        e = self.estimate
+        return {
+            "difference": e.value,
+            "low": e.low,
+            "high": e.high,
+            "probability": e.probability,
+            "n": e.n,
+            "failed": self.failed,
+        }
+
+    @property
+    def missing(self) -> str:
+        """Why nothing can be claimed, whatever the interval; empty where something can."""
+        e = self.estimate
+        assert e.n is not None and e.low is not None and e.high is not None
+        if e.n < MIN_SEEDS:
+            return f"{e.n} paired seeds are too few for a claim"
+        if self.failed:
+            runs = e.n + self.failed
+            return f"on {self.failed} of {runs} unseen seeds a run failed, and those are not in it"
+        # Differences of shares: equal ones may be apart by their rounding.
+        if math.isclose(e.low, e.high, rel_tol=0.0, abs_tol=1e-9):
+            return "all seeds differ by the same amount, which is no measure of their spread"
+        return ""
 
 
-def compare(plan: Sequence[float], other: Sequence[float]) -> Comparison:
-    """Paired difference plan − other over common seeds, with t interval and P(plan is better)."""
-    paired = paired_seed_interval(plan, other)
-    return Comparison(paired.value, paired.low, paired.high, paired.probability, len(plan))  # type: ignore[arg-type]
+def compare(plan: Sequence[float | None], other: Sequence[float | None] | None) -> Difference | None:
+    """plan − other over the seeds on which both have a value; None with fewer than two."""
+    both = [(a, b) for a, b in zip(plan, other or (), strict=False) if a is not None and b is not None]
+    if len(both) < 2 or not all(math.isfinite(a) and math.isfinite(b) for a, b in both):
+        return None
+    estimate = paired_seed_interval([a for a, _ in both], [b for _, b in both])
+    return Difference(estimate, failed=len(plan) - len(both))
 
 
-MIN_SEEDS = 3
-"""Fewer paired seeds claim nothing (PROTOCOL.md, section 8)."""
-
-
-def too_little(against_all: Comparison) -> str:
-    """Why a comparison can claim nothing, whatever its interval; empty where it can."""
-    if against_all.n < MIN_SEEDS:
-        return f"{against_all.n} paired seeds are too few for a claim"
-    if against_all.failed:
-        runs = against_all.n + against_all.failed
-        return f"on {against_all.failed} of {runs} unseen seeds a run failed, and those are not in it"
-    # Differences of shares: equal ones may be apart by their rounding.
-    if math.isclose(against_all.low, against_all.high, rel_tol=0.0, abs_tol=1e-9):
-        return "all seeds differ by the same amount, which is no measure of their spread"
-    return ""
-
-
-def verdict_kind(mask: Mask, against_all: Comparison | None) -> str:
+def verdict_kind(mask: Mask, against_all: Difference | None) -> str:
     """One of 'train everything', 'better', 'worse', 'no difference found', 'not compared'."""
     if all(mask):
         return "train everything"
     if against_all is None:
         return "not compared"
-    if too_little(against_all):
-        return "no difference found"
-    if against_all.low > 0:
+    estimate = against_all.estimate
+    if not against_all.missing and estimate.low is not None and estimate.low > 0:
         return "better"
-    if against_all.high < 0:
+    if not against_all.missing and estimate.high is not None and estimate.high < 0:
         return "worse"
     return "no difference found"
 
@@ -139,7 +156,7 @@ def verdict_kind(mask: Mask, against_all: Comparison | None) -> str:
 def verdict_sentence(
     mask: Mask,
     space: Space,
-    against_all: Comparison | None,
+    against_all: Difference | None,
     *,
     objective: str = "frugal",
     test_mean: float | None = None,
@@ -149,18 +166,19 @@ def verdict_sentence(
 
     `n_finalists` is the number of plans that the choice was among; with one, nothing could be compared.
     """
-    share = space.params(mask) / max(1, sum(space.block_params))
-    kind = verdict_kind(mask, against_all)
     accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
-    if kind == "train everything":
-        why = (
-            "only one finalist finished on several seeds (budget, or failed runs), so nothing was compared with it"
-            if n_finalists < 2
-            else "no smaller plan among the finalists came within one standard error of the best"
-            if objective == "frugal"
-            else "no smaller plan among the finalists reached a higher validation accuracy"
-        )
+    if all(mask):
+        if n_finalists < 2:
+            why = (
+                "only one finalist finished on several seeds (budget, or failed runs), "
+                "so nothing was compared with it"
+            )
+        elif objective == "frugal":
+            why = "no smaller plan among the finalists came within one standard error of the best"
+        else:
+            why = "no smaller plan among the finalists reached a higher validation accuracy"
         return f"Train everything: {why}.{accuracy}"
+    share = space.params(mask) / max(1, sum(space.block_params))
     what = (
         f"Train {describe_mask(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
     )
@@ -170,36 +188,14 @@ def verdict_sentence(
         return (
             f"{what}{accuracy} Too few runs on unseen seeds finished to compare it with training everything."
         )
-    low, high = 100 * against_all.low, 100 * against_all.high
-    difference = 100 * against_all.difference
-    interval = (
-        f"{difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, {against_all.n} unseen seeds)"
-    )
-    sure = f"probability that the plan is better: {against_all.probability:.2f}"
+    e = against_all.estimate
+    assert e.value is not None and e.low is not None and e.high is not None
+    ends = interval_in_words(e.low, e.high, sign=True)
+    interval = f"{100 * e.value:+.1f} points (95 % interval {ends}, {e.n} unseen seeds)"
+    sure = f"probability that the plan is better: {e.probability:.2f}"
+    kind = verdict_kind(mask, against_all)
     if kind == "better":
         return f"{what}{accuracy} It beats training everything by {interval}; {sure}."
     if kind == "worse":
         return f"{what}{accuracy} On unseen seeds it loses to training everything: {interval}; {sure}."
-    if reason := too_little(against_all):
-        return f"{what}{accuracy} No difference found to training everything: {interval}; {reason}."
-    return f"{what}{accuracy} No difference found to training everything: {interval}; {sure}."
-
-
-def pareto_front(points: Mapping[Mask, tuple[float, float]]) -> list[Mask]:
-    """Plans that no other plan beats in both accuracy (higher) and cost (lower).
-
-    Parameters
-    ----------
-    points : plan → (accuracy, cost).
-
-    Returns
-    -------
-    list of plans, cheapest first. Among equal points the first one stays.
-    """
-    front: list[Mask] = []
-    best = -math.inf
-    for mask, (accuracy, _) in sorted(points.items(), key=lambda item: (item[1][1], -item[1][0])):
-        if accuracy > best:
-            front.append(mask)
-            best = accuracy
-    return front
+    return f"{what}{accuracy} No difference found to training everything: {interval}; {against_all.missing or sure}."

@@ -1,4 +1,4 @@
-"""More processes on this machine: each trains waiting trials until the search that started them is over."""
+"""Processes that share a search: more of them on this machine, and the names by which they are found out when dead."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.synchronize import Event
+from pathlib import Path
 
-from layerprobe.search.study import Ledger, Work
+import torch
+
+Serve = Callable[[Callable[[], bool]], None]
+"""Works while the given function says so; must survive pickling."""
 
 
 @contextmanager
-def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> Iterator[None]:
-    """Run `count` helper processes beside the caller; each gets its own copy of `work`.
+def helpers(count: int, serve: Serve) -> Iterator[None]:
+    """Run `serve` in `count` processes beside the caller; each gets its own copy.
 
     They stop when the block ends, and by themselves when the caller is gone.
     """
@@ -26,11 +30,11 @@ def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> I
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     # As bytes: left to multiprocessing, torch would put the weights into memory shared by all processes.
-    packed = pickle.dumps(work)
+    packed = pickle.dumps(serve)
     processes = [
         context.Process(
             target=_help,
-            args=(url, dict(arguments), packed, stop, os.getpid(), _threads(count + 1)),
+            args=(packed, stop, os.getpid(), _threads(count + 1)),
             daemon=True,
         )
         for _ in range(count)
@@ -50,14 +54,14 @@ def helpers(count: int, url: str, arguments: Mapping[str, Any], work: Work) -> I
                     process.join()
 
 
-def _help(url: str, arguments: dict[str, Any], packed: bytes, stop: Any, parent: int, threads: int) -> None:
+def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:
     # Being told to end is like Ctrl-C: the running trial goes back into the queue.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # Packed by the parent process itself and handed over in memory: nothing that came from outside.
-        work: Work = pickle.loads(packed)
+        serve: Serve = pickle.loads(packed)
         with _threads_of(threads):
-            Ledger.open(url, arguments).help(work, lambda: not stop.is_set() and os.getppid() == parent)
+            serve(lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return
 
@@ -69,13 +73,52 @@ def _threads(processes: int) -> int:
 
 @contextmanager
 def _threads_of(count: int) -> Iterator[None]:
-    torch = sys.modules.get("torch")
-    if torch is None:  # work that brings no torch along is not made to wait for it
-        yield
-        return
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def this_worker() -> str:
+    """host:pid:start of this process; together they name a process that can be looked for."""
+    return f"{_host()}:{os.getpid()}:{_start_time(os.getpid())}"
+
+
+def is_dead(worker: str) -> bool:
+    """Whether a worker was a process on this host that no longer runs; unknown workers count as alive."""
+    host, _, rest = worker.rpartition(":")[0].rpartition(":")
+    if host != _host() or not rest.isdigit():
+        return False
+    started = worker.rpartition(":")[2]
+    return _start_time(int(rest)) != started
+
+
+def _host() -> str:
+    """Where a process id means something: names of hosts repeat, and containers of one host number for themselves."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()[:8])
+    with suppress(OSError):
+        parts.append("".join(filter(str.isdigit, str(Path("/proc/self/ns/pid").readlink()))))
+    return "/".join(parts)
+
+
+def _start_time(pid: int) -> str:
+    """Kernel start time of a process, '' where none runs, so that a reused pid is not taken for it."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+        return "running"
+    fields = text.rpartition(")")[2].split()
+    # A zombie has ended, though its parent has not yet asked how.
+    return "" if fields[0] in ("Z", "X") else fields[19]

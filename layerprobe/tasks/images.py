@@ -1,4 +1,4 @@
-"""From stored bytes to pixels: one decoder, and the three places where images may lie.
+"""From stored bytes to pixels: one decoder, and the places where images may lie.
 
 Pixels are uint8 throughout, H×W for grayscale and H×W×3 for colour.
 """
@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import bisect
 import io
+import itertools
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from layerprobe.errors import BrokenFileError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_PIXELS = 1 << 26
 """Images of more pixels are refused unread: a few bytes of PNG can claim gigabytes."""
@@ -28,7 +33,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
-def decode_image(data: Any, place: str) -> np.ndarray:
+def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
     """Decode one stored image.
 
     Palettes become colour, transparency is dropped, 16-bit grayscale is scaled to 8 bits, and the
@@ -36,7 +41,7 @@ def decode_image(data: Any, place: str) -> np.ndarray:
 
     Parameters
     ----------
-    data : bytes or buffer, an image file of one of `FORMATS`.
+    data : an image file of one of `FORMATS`.
     place : where it lies, for the error message.
 
     Returns
@@ -70,8 +75,8 @@ def _may_be_turned(image: Image.Image) -> bool:
     return image.format == "TIFF" or "exif" in image.info or "Raw profile type exif" in image.info
 
 
-def _too_large(place: str, found: str) -> str:
-    return f"the image {place} is refused: {found}; more than {MAX_PIXELS:,} pixels are not decoded"
+def _too_large(place: str, size: str) -> str:
+    return f"the image {place} is refused: {size}; more than {MAX_PIXELS:,} pixels are not decoded"
 
 
 def _plain(image: Image.Image, place: str) -> np.ndarray:
@@ -91,28 +96,34 @@ def _plain(image: Image.Image, place: str) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-class ImageStore(Protocol):
-    """Images by row number.
+class ImageStore(ABC):
+    """Images by row number."""
 
-    `stored` is what the row's identity rests on; `pixels` what it shows, decoded from `stored` where the
-    caller has it already; `place` where it lies, for messages; `name` the file name that came with it,
-    which tells equal images apart and may be ""; `stored_size` the bytes of all rows, without reading them.
-    """
-
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def stored(self, row: int) -> Any: ...
+    @abstractmethod
+    def stored(self, row: int) -> bytes | pa.Buffer:
+        """What the row's identity rests on."""
 
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray: ...
+    def pixels(self, row: int, stored: bytes | pa.Buffer | None = None) -> np.ndarray:
+        """The decoded image; from `stored` where the caller has it already."""
+        return decode_image(self.stored(row) if stored is None else stored, self.place(row))
 
-    def place(self, row: int) -> str: ...
+    @abstractmethod
+    def place(self, row: int) -> str:
+        """Where the row lies, for messages."""
 
-    def name(self, row: int) -> str: ...
+    def name(self, row: int) -> str:
+        """The file name that came with the row, which tells equal images apart; may be ""."""
+        return ""
 
-    def stored_size(self) -> int: ...
+    @abstractmethod
+    def stored_size(self) -> int:
+        """Bytes of all rows, without reading them."""
 
 
-class ArrayImages:
+class ArrayImages(ImageStore):
     """Images that are pixels already: n×H×W or n×H×W×3 in one array, or a list where sizes differ."""
 
     def __init__(self, arrays: np.ndarray | Sequence[np.ndarray], origin: str) -> None:
@@ -128,14 +139,11 @@ class ArrayImages:
         array = self._arrays[row]
         return repr(array.shape).encode() + array.tobytes()
 
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
+    def pixels(self, row: int, stored: bytes | pa.Buffer | None = None) -> np.ndarray:
         return self._arrays[row]
 
     def place(self, row: int) -> str:
         return f"{self._origin}, row {row}"
-
-    def name(self, row: int) -> str:
-        return ""
 
     def stored_size(self) -> int:
         return sum(array.nbytes for array in self._arrays)
@@ -147,7 +155,7 @@ class ArrayImages:
         return ArrayImages([self._arrays[row] for row in rows], self._origin)
 
 
-class FileImages:
+class FileImages(ImageStore):
     """One image file a row, read when asked for; `names` are the paths within the data set."""
 
     def __init__(self, paths: Sequence[Path], names: Sequence[str]) -> None:
@@ -160,9 +168,6 @@ class FileImages:
     def stored(self, row: int) -> bytes:
         return _read(self._paths[row])
 
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
-        return decode_image(self.stored(row) if stored is None else stored, self.place(row))
-
     def place(self, row: int) -> str:
         return str(self._paths[row])
 
@@ -173,60 +178,51 @@ class FileImages:
         return sum(path.stat().st_size for path in self._paths)
 
 
-class ArrowImages:
+class ArrowImages(ImageStore):
     """A column of image files, in memory or memory-mapped: binary, or struct<bytes, path>.
 
     Parameters
     ----------
-    column : pyarrow ChunkedArray.
+    column : the column.
     pieces : (name, number of rows) of the files that make up the column, for messages.
     follow_paths : read a row without bytes from the file that its path names. Only where the paths
         were made on this machine: a downloaded table must not choose which local files are read.
     """
 
-    def __init__(self, column: Any, pieces: Sequence[tuple[str, int]], *, follow_paths: bool = False) -> None:
+    def __init__(
+        self, column: pa.ChunkedArray, pieces: Sequence[tuple[str, int]], *, follow_paths: bool = False
+    ) -> None:
         self._follow_paths = follow_paths
-        self._bytes: list[Any] = []
-        self._paths: list[Any] = []
-        starts = [0]
+        self._chunks: list[tuple[pa.Array, pa.Array | None]] = []
         for chunk in column.chunks:
             is_struct = hasattr(chunk, "field")
-            self._bytes.append(chunk.field("bytes") if is_struct else chunk)
-            self._paths.append(
-                chunk.field("path") if is_struct and chunk.type.get_field_index("path") >= 0 else None
-            )
-            starts.append(starts[-1] + len(chunk))
-        self._starts = starts
+            has_path = is_struct and chunk.type.get_field_index("path") >= 0
+            files = chunk.field("bytes") if is_struct else chunk
+            self._chunks.append((files, chunk.field("path") if has_path else None))
+        self._starts = _starts(column.chunks)
         self._pieces = list(pieces)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def stored(self, row: int) -> Any:
+    def _find(self, row: int) -> tuple[pa.Array, pa.Array | None, int]:
+        """Files and paths of the row's chunk, and the row within it."""
         chunk = bisect.bisect_right(self._starts, row) - 1
-        offset = row - self._starts[chunk]
-        buffer = self._bytes[chunk][offset].as_buffer()
-        if buffer is not None:
+        return *self._chunks[chunk], row - self._starts[chunk]
+
+    def stored(self, row: int) -> bytes | pa.Buffer:
+        files, _, offset = self._find(row)
+        if (buffer := files[offset].as_buffer()) is not None:
             return buffer
         path = self._path(row)
         if not path or not self._follow_paths:
             raise BrokenFileError(f"no image bytes in {self.place(row)}")
         return _read(Path(path))
 
-    def name(self, row: int) -> str:
-        return self._path(row).replace("\\", "/").rsplit("/", 1)[-1]
-
-    def stored_size(self) -> int:
-        return sum(chunk.nbytes for chunk in self._bytes)
-
     def _path(self, row: int) -> str:
-        chunk = bisect.bisect_right(self._starts, row) - 1
-        paths = self._paths[chunk]
-        name = None if paths is None else paths[row - self._starts[chunk]].as_buffer()
+        _, paths, offset = self._find(row)
+        name = None if paths is None else paths[offset].as_buffer()
         return "" if name is None else name.to_pybytes().decode(errors="replace")
-
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
-        return decode_image(self.stored(row) if stored is None else stored, self.place(row))
 
     def place(self, row: int) -> str:
         for piece, n_rows in self._pieces:
@@ -235,30 +231,41 @@ class ArrowImages:
             row -= n_rows
         return f"row {row}"
 
+    def name(self, row: int) -> str:
+        return self._path(row).replace("\\", "/").rsplit("/", 1)[-1]
 
-class JoinedImages:
-    """Several stores, counted through."""
+    def stored_size(self) -> int:
+        return sum(files.nbytes for files, _ in self._chunks)
+
+
+class JoinedImages(ImageStore):
+    """Several stores, counted through. With `remember` set, decoded images stay in memory."""
 
     def __init__(self, stores: Sequence[ImageStore]) -> None:
         self._stores = stores
-        self._starts = [0]
-        for store in stores:
-            self._starts.append(self._starts[-1] + len(store))
+        self._starts = _starts(stores)
+        self._decoded: dict[int, np.ndarray] = {}
+        self.remember = False
+
+    def __len__(self) -> int:
+        return self._starts[-1]
 
     def _find(self, row: int) -> tuple[ImageStore, int]:
         part = bisect.bisect_right(self._starts, row) - 1
         return self._stores[part], row - self._starts[part]
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def stored(self, row: int) -> Any:
+    def stored(self, row: int) -> bytes | pa.Buffer:
         store, local = self._find(row)
         return store.stored(local)
 
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
+    def pixels(self, row: int, stored: bytes | pa.Buffer | None = None) -> np.ndarray:
+        if row in self._decoded:
+            return self._decoded[row]
         store, local = self._find(row)
-        return store.pixels(local, stored)
+        image = store.pixels(local, stored)
+        if self.remember:
+            self._decoded[row] = image
+        return image
 
     def place(self, row: int) -> str:
         store, local = self._find(row)
@@ -272,32 +279,9 @@ class JoinedImages:
         return sum(store.stored_size() for store in self._stores)
 
 
-class RememberedImages:
-    """Images that stay decoded once they have been asked for. Only for what fits into memory."""
-
-    def __init__(self, store: ImageStore) -> None:
-        self._store = store
-        self._known: dict[int, np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return len(self._store)
-
-    def stored(self, row: int) -> Any:
-        return self._store.stored(row)
-
-    def pixels(self, row: int, stored: Any = None) -> np.ndarray:
-        if row not in self._known:
-            self._known[row] = self._store.pixels(row, stored)
-        return self._known[row]
-
-    def place(self, row: int) -> str:
-        return self._store.place(row)
-
-    def name(self, row: int) -> str:
-        return self._store.name(row)
-
-    def stored_size(self) -> int:
-        return self._store.stored_size()
+def _starts(parts: Iterable[Sized]) -> list[int]:
+    """The row at which each part begins, and the number of rows in all."""
+    return list(itertools.accumulate(map(len, parts), initial=0))
 
 
 def decode_all(store: ImageStore, rows: Iterable[int]) -> list[np.ndarray]:

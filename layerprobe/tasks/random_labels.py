@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Iterable
 
 import numpy as np
 
 from layerprobe.errors import UsageError
+from layerprobe.tasks.split import keyed_hash
 
 
 def random_labels(ids: Iterable[str], n_labels: int, seed: int) -> np.ndarray:
@@ -38,9 +38,6 @@ def random_labels(ids: Iterable[str], n_labels: int, seed: int) -> np.ndarray:
     """
     if n_labels < 2:
         raise UsageError(f"random labels need at least 2 classes, got {n_labels}")
-    key = f"random-labels/{operator.index(seed)}".encode()
-    hashes = (
-        int.from_bytes(hashlib.blake2b(str(sample).encode(), key=key, digest_size=8).digest(), "little")
-        for sample in ids
-    )
+    seed = operator.index(seed)
+    hashes = (keyed_hash("random-labels", seed, str(sample)) for sample in ids)
     return np.fromiter((value % n_labels for value in hashes), dtype=np.int64)

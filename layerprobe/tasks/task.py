@@ -1,19 +1,33 @@
-"""What a task is: images with labels in three splits, and a report of how they came about."""
+"""A task, images with labels in three splits, and how it is made of what a source holds."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from layerprobe.tasks.images import ImageStore, decode_all
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.tasks.duplicates import (
+    KEEP_BYTES,
+    Scan,
+    count_duplicates,
+    repeated,
+    sample_ids,
+    scan_images,
+)
+from layerprobe.tasks.images import ImageStore, JoinedImages, decode_all
+from layerprobe.tasks.split import SPLITS, assign, limited_sizes, stratified_order
+
+FINGERPRINT_VERSION = 1
+"""Raised whenever ids or the comparison of images change their meaning."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ImageSplit:
     """Images of one split with their labels and ids, row by row.
 
@@ -56,9 +70,7 @@ class ImageSplit:
     def subset(self, indices: Iterable[int]) -> ImageSplit:
         """The rows at `indices`, in that order; images are shared, not copied."""
         chosen = np.asarray(list(indices), dtype=np.int64)
-        return ImageSplit(
-            self.name, self.ids[chosen], self.labels[chosen], self.store, self.rows[chosen], self.channels
-        )
+        return replace(self, ids=self.ids[chosen], labels=self.labels[chosen], rows=self.rows[chosen])
 
     @cached_property
     def hash(self) -> str:
@@ -69,7 +81,7 @@ class ImageSplit:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Task:
     """An image-classification task: three splits, class names, and how they were made.
 
@@ -130,3 +142,187 @@ class Task:
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         return f"Task({self.name!r}: {self.n_classes} classes; {counts} images)"
+
+
+@dataclass
+class SourceSplit:
+    """One split as the source has it; `name` is "all" where the source knows no splits."""
+
+    name: str
+    images: ImageStore
+    labels: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass(kw_only=True)
+class Source:
+    """Everything one data set offers, before layerprobe decides what is trained on.
+
+    `classes` are the names of the labels 0, 1, …; `remarks` end up in the task's report; `fingerprint`
+    changes whenever the images or their order may have changed (None: cannot tell).
+    """
+
+    splits: list[SourceSplit]
+    classes: list[str]
+    remarks: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
+    label_column: str | None = None
+
+
+def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
+    """Of files in their order, by path, size and times; `what` is read from them (a column, say)."""
+    digest = hashlib.blake2b(f"{FINGERPRINT_VERSION} {what}".encode(), digest_size=16)
+    for name, paths in parts.items():
+        for path in paths:
+            facts = path.stat()
+            stamp = f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+            digest.update(f"{name} {path.resolve()} {stamp}\n".encode())
+    return digest.hexdigest()
+
+
+def _number_labels(
+    values: Sequence[np.ndarray], names: list[str] | None, place: str
+) -> tuple[list[np.ndarray], list[str]]:
+    """Labels 0, 1, … and their names, the same for all splits.
+
+    `values` are int64 (−1: no label) or str (None: no label). With noted names the numbers stay as they
+    are. Otherwise the classes are the sorted distinct values over all splits, so that labels 1 to 26, or
+    texts, become 0 to 25.
+    """
+    if names is not None:
+        for split in values:
+            if split.dtype == object or (len(split) and not -1 <= split.min() <= split.max() < len(names)):
+                raise BrokenFileError(f"{place}: a label lies outside its {len(names)} class names")
+        return [split.astype(np.int64) for split in values], names
+    present = {value for split in values for value in set(split.tolist())} - {None, -1}
+    ordered = sorted(present)
+    number = {value: index for index, value in enumerate(ordered)}
+    numbered = [
+        np.array([number.get(value, -1) for value in split.tolist()], dtype=np.int64) for split in values
+    ]
+    return numbered, [str(value) for value in ordered]
+
+
+def labelled(
+    splits: list[SourceSplit], values: list[np.ndarray], names: list[str] | None, place: str
+) -> Source:
+    """Number the labels, and leave out splits whose labels are withheld (as in ImageNet's test set)."""
+    numbered, classes = _number_labels(values, names, place)
+    kept, remarks = [], []
+    for split, labels in zip(splits, numbered, strict=True):
+        n_without = int((labels < 0).sum())
+        if len(labels) and n_without == len(labels):
+            remarks.append(f"split {split.name} has no labels and was left out ({len(labels):,} images)")
+        elif n_without:
+            row = int(np.flatnonzero(labels < 0)[0])
+            raise BrokenFileError(
+                f"{n_without:,} of {len(labels):,} images have no label; the first is {split.images.place(row)}"
+            )
+        elif len(labels):
+            split.labels = labels
+            kept.append(split)
+    if not kept:
+        raise UsageError(f"{place} holds no labelled images")
+    return Source(splits=kept, classes=classes, remarks=remarks)
+
+
+def make_task(
+    name: str, source: Source, *, task_id: str, commit: str | None, limit: int | None, seed: int
+) -> Task:
+    """Scan the images of a source, cut them into splits, apply the limit, and report."""
+    refuse_one_class(name, source)
+    labels = np.concatenate([part.labels for part in source.splits])
+    official = [part.name for part in source.splits for _ in range(len(part.labels))]
+    images = JoinedImages([part.images for part in source.splits])
+    scan = scan_images(images, official, name=name, fingerprint=source.fingerprint)
+    shared = {row: images.name(row) for rows in repeated(scan.digests) for row in rows}
+    ids = sample_ids(scan.digests, official, labels, shared)
+    side, rule = assign(official, labels, scan.groups, ids, seed)
+    rows = _rows_in_order(name, side, labels, ids, seed)
+    sizes = {split: len(order) for split, order in rows.items()}
+    kept = limited_sizes(sizes, {split: len(np.unique(labels[rows[split]])) for split in SPLITS}, limit)
+    rows = {split: order[: kept[split]] for split, order in rows.items()}
+    store, places = _store_of_chosen(images, scan, rows)
+    splits = {
+        split: ImageSplit(
+            name=split,
+            ids=ids[order],
+            labels=labels[order],
+            store=store,
+            rows=places[split],
+            channels=scan.channels,
+        )
+        for split, order in rows.items()
+    }
+    report = {
+        "rule": rule,
+        "seed": seed,
+        "limit": limit,
+        "label_column": source.label_column,
+        "official": {part.name: len(part.labels) for part in source.splits},
+        "counts_before_limit": sizes,
+        "counts": kept,
+        "equality": scan.identity,
+        "duplicates": count_duplicates(side, official, labels, scan.groups),
+        "missing_classes": {
+            split: [source.classes[c] for c in np.setdiff1d(np.arange(len(source.classes)), part.labels)]
+            for split, part in splits.items()
+        },
+        "remarks": list(source.remarks),
+    }
+    return Task(
+        name=name,
+        task_id=task_id,
+        revision=commit or f"content-{_content_hash(ids, labels)}",
+        classes=source.classes,
+        splits=splits,
+        report=report,
+        channels=scan.channels,
+        image_size=scan.image_size,
+    )
+
+
+def refuse_one_class(name: str, source: Source) -> None:
+    """UsageError for images that are all of one class."""
+    labels = np.concatenate([part.labels for part in source.splits])
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise UsageError(
+            f"all {len(labels):,} images of {name} are of one class ('{source.classes[present[0]]}'); "
+            "a task needs at least two"
+        )
+
+
+def _rows_in_order(
+    name: str, side: np.ndarray, labels: np.ndarray, ids: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    rows = {}
+    for split in SPLITS:
+        inside = np.flatnonzero(side == split)
+        if not len(inside):
+            raise UsageError(f"{name} has too few images ({len(labels):,}) to make a {split} split")
+        rows[split] = inside[stratified_order(labels[inside], ids[inside], seed)]
+    for split in ("validation", "test"):
+        if not np.isin(labels[rows[split]], labels[rows["train"]]).any():
+            raise UsageError(f"none of the classes in the {split} images of {name} occurs in train")
+    return rows
+
+
+def _store_of_chosen(
+    images: JoinedImages, scan: Scan, rows: dict[str, np.ndarray]
+) -> tuple[ImageStore, dict[str, np.ndarray]]:
+    """Where the images of the splits lie from now on, and each split's rows there."""
+    if scan.pixels is None:
+        images.remember = scan.decoded_bytes <= KEEP_BYTES
+        return images, rows
+    chosen = np.concatenate(list(rows.values()))
+    if len(chosen) >= len(images) // 2:
+        return scan.pixels, rows
+    ends = np.cumsum([len(order) for order in rows.values()])
+    places = {split: np.arange(end - len(rows[split]), end) for split, end in zip(rows, ends, strict=True)}
+    return scan.pixels.take(chosen), places
+
+
+def _content_hash(ids: np.ndarray, labels: np.ndarray) -> str:
+    """A hash of all samples of a source, whatever the order of its rows."""
+    lines = sorted(f"{sample} {label}" for sample, label in zip(ids.tolist(), labels.tolist(), strict=True))
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()

@@ -93,7 +93,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         with _no_transformers_bars():
-            backbone.model.save_pretrained(  # type: ignore[operator]
+            backbone.model.save_pretrained(
                 temporary / "backbone", state_dict=_part(weights, "backbone.model.")
             )
         stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")

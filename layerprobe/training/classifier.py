@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import NotAvailableError, PlanError
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
@@ -55,18 +56,6 @@ def set_training(classifier: Classifier) -> None:
     classifier.train(any(p.requires_grad and id(p) not in inside for p in backbone.parameters()))
     for block in blocks:
         block.train(any(parameter.requires_grad for parameter in block.parameters()))
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; on leaving every submodule has its own mode back."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
 from layerprobe.metrics.probing.logistic import select_probe
@@ -21,7 +22,7 @@ from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
-from layerprobe.training.classifier import evaluating, in_batches
+from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
 from layerprobe.training.finetune import Outcome, train_and_score
@@ -79,7 +80,7 @@ def evaluate(
             finetune = _finetune_at(config, tensors, lr, seed)
             return train_and_score(backbone, tensors, used, bridge=None, finetune=finetune, test=True)
 
-        settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": _plan_key(used)}
+        settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": used.content_hash()}
         store = _TrialStore(output, settings)
         result = _compare(run, ["model"], mode, config.lrs, seeds, about, store, quiet)
     return _with_provenance(result, {"mode": mode, "seeds": list(seeds), **config.to_dict()}, plan, output)
@@ -128,7 +129,7 @@ def evaluate_arms(
         "finetune": finetune.to_dict(),
         "scope": scope,
         "about": {k: v for k, v in about.items() if k not in ("init", "seed", "stem_hash")},
-        "plan": _plan_key(plan),
+        "plan": None if plan is None else plan.content_hash(),
     }
     mode = "finetune" if finetune.shots is None else "fewshot"
     store = _TrialStore(output, settings)
@@ -266,13 +267,6 @@ class _TrialStore:
         return trial
 
 
-def _plan_key(plan: FreezePlan | None) -> str | None:
-    """Of what a stored trial was trained under; also the states, which name stem and head."""
-    if plan is None:
-        return None
-    return text_hash("\n".join([json.dumps(plan.states, sort_keys=True), *plan.trainable]))
-
-
 # -- without training the backbone -------------------------------------------------------------------------
 
 
@@ -315,7 +309,8 @@ def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
 
 def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
     """Class of the checkpoint → class of the task."""
-    names = [str(backbone.config.id2label[i]) for i in range(len(backbone.config.id2label))]
+    labels = {int(index): name for index, name in (backbone.config.id2label or {}).items()}
+    names = [str(labels[i]) for i in range(len(labels))]
     theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
     if sorted(theirs) == sorted(ours):
         return np.array([ours.index(name) for name in theirs])

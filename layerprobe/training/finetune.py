@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -58,6 +59,11 @@ class Outcome:
     reason: str | None = None
     validation_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
     test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def ranked_accuracy(self) -> float:
+        """Validation accuracy; −inf where the run failed, so that it ranks last."""
+        return -math.inf if self.validation_accuracy is None else self.validation_accuracy
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON: every field but the arrays."""

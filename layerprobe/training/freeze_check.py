@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from layerprobe.errors import PlanError
+from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import Verification, tensor_digest
+from layerprobe.plans.apply import Verification
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.training.classifier import Classifier
 

@@ -42,22 +42,21 @@ def test_every_command_has_help_with_an_example(run_cli: Callable, command: str)
 def test_help_of_the_search_says_its_defaults_and_what_the_preset_sets(
     run_cli: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layerprobe.search.baselines import standard_arms
-    from layerprobe.search.defaults import DEFAULT_BASELINES, PRESET_LOADING, PRESETS, in_words
-    from layerprobe.search.settings import Settings
+    from layerprobe.search.baselines import standard_baselines
+    from layerprobe.search.settings import DEFAULT_BASELINES, PRESET_LOADING, PRESETS, Settings, in_words
     from layerprobe.search.space import Space
 
     monkeypatch.setenv("COLUMNS", "500")
     told = run_cli("freeze-search", "--help").out
     rows = [row.strip("│ ") for row in told.splitlines()]
-    settings = Settings()
+    settings = Settings().to_dict()
     for name in (
         "strategy", "objective", "seeds", "lrs", "bridge_steps", "finetune_steps", "batch_size", "random_classes",
         "precision",
     ):  # fmt: skip
         line = next(row for row in rows if row.startswith(f"--{name.replace('_', '-')} "))
-        assert f"default: {in_words(getattr(settings, name))}." in line
-    arms = [arm.name.replace("random-0", "random-SEED") for arm in standard_arms(Space((1,) * 6))]
+        assert f"default: {in_words(settings[name])}." in line
+    arms = [arm.name.replace("random-0", "random-SEED") for arm in standard_baselines(Space((1,) * 6))]
     assert f"default: {', '.join([*arms, 'rgn-half'])}." in told
     assert [*arms, "rgn-half"] == list(DEFAULT_BASELINES)
     line = next(row for row in rows if row.startswith("--preset "))

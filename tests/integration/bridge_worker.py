@@ -112,7 +112,7 @@ if __name__ == "__main__":
     import torch
 
     from layerprobe.backbones import load_backbone
-    from layerprobe.plans.apply import tensor_digest
+    from layerprobe.files import tensor_digest
     from layerprobe.tasks import load_task
     from layerprobe.training import BridgeConfig, block_plan, bridge_train
     from layerprobe.training.classifier import whole

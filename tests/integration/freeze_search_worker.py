@@ -12,16 +12,20 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from layerprobe.search.bench import Bench, Outcome
+from layerprobe.search.budget import TrialBudget
+from layerprobe.search.run import serve
+from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
-from layerprobe.search.study import Ledger, storage_url
+from layerprobe.search.trials import TrialStore, storage_url
 from layerprobe.search.verdict import choose
 from layerprobe.search.workers import helpers
+from layerprobe.training import Outcome
 
 ARGUMENTS = {"made": "up", "budget": 26.0}
 GAINS = (0.02, 0.1, 0.0, 0.05)
@@ -49,7 +53,10 @@ class MadeUp:
         seed = [trial.repeat, *map(int, trial.mask), round(1e6 * trial.lr), int(8 * trial.fidelity)]
         noise = 0.01 * np.random.default_rng(seed).standard_normal()
         gain = sum(gain for gain, trained in zip(GAINS, trial.mask, strict=True) if trained)
-        return Outcome(float(0.4 + gain + noise - 0.1 * (1 - trial.fidelity)), seconds=self.pause)
+        return Outcome(
+            validation_accuracy=float(0.4 + gain + noise - 0.1 * (1 - trial.fidelity)),
+            train_seconds=self.pause,
+        )
 
     def at_work(self) -> int:
         """How many processes have begun a training."""
@@ -58,13 +65,16 @@ class MadeUp:
 
 def main(storage: str, workers: int, log: str, answer: str, pause: float) -> None:
     url, work = storage_url(storage), MadeUp(log, pause, workers)
-    ledger = Ledger.open(url, ARGUMENTS)
-    bench = Bench(
-        Space((100,) * 4), lambda trials: ledger.value(trials, work), (1e-3, 3e-3), 3, ARGUMENTS["budget"]
+    store = TrialStore.open(url, ARGUMENTS)
+    budget = TrialBudget(
+        space=Space((100,) * 4),
+        train_batch=lambda trials: store.outcomes(trials, work),
+        settings=Settings(lrs=(1e-3, 3e-3), seeds=3),
+        total=ARGUMENTS["budget"],
     )
-    with helpers(workers - 1, url, ARGUMENTS, work):
-        finalists = run_strategy(make_strategy("racing"), bench)
-    chosen = choose(finalists, bench.space)
+    with helpers(workers - 1, partial(serve, url, ARGUMENTS, work)):
+        finalists = run_strategy(make_strategy("racing"), budget)
+    chosen = choose(finalists, budget.space)
     found = {"plan": strip(chosen.mask), "lr": chosen.lr, "finalists": [strip(f.mask) for f in finalists]}
     Path(answer).write_text(json.dumps(found))
 

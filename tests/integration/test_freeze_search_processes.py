@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
-from layerprobe.search.study import Ledger
+from layerprobe.search.trials import TrialStore
 
 WORKER = Path(__file__).with_name("freeze_search_worker.py")
 ARGUMENTS = {"made": "up", "budget": 26.0}
@@ -41,10 +42,15 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def finished(storage: str) -> set[str]:
-    ledger = Ledger.open(storage, ARGUMENTS)
-    keys = {trial.key for trial, _, _ in ledger.records()}
-    ledger.close()
+    store = TrialStore.open(storage, ARGUMENTS)
+    keys = {record.trial.key for record in store.records()}
+    store.close()
     return keys
+
+
+def running(store: TrialStore) -> int:
+    """How many trials are marked as running."""
+    return sum(frozen.state == TrialState.RUNNING for frozen in store._trials())
 
 
 def started(log: Path) -> list[tuple[str, int]]:
@@ -99,11 +105,11 @@ def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) ->
     assert process.wait(600) == 0
     keys = [key for key, _ in started(log)]
     assert not set(keys) & known and len(keys) == len(set(keys))
-    ledger = Ledger.open(storage, ARGUMENTS)
-    assert ledger.running() == 0
-    keys = [trial.key for trial, _, _ in ledger.records()]
+    store = TrialStore.open(storage, ARGUMENTS)
+    assert running(store) == 0
+    keys = [record.trial.key for record in store.records()]
     assert len(keys) == len(set(keys)), "every trial is finished once"
-    ledger.close()
+    store.close()
 
 
 @pytest.mark.slow

@@ -27,10 +27,9 @@ _FLOAT8 = {
 
 @dataclass(frozen=True, kw_only=True)
 class CodeTable:
-    """All codes of a format by ascending value: `codes[i]` covers the values `low[i]` to `high[i]`.
+    """All finite codes of a format by ascending value: `codes[i]` covers the values `low[i]` to `high[i]`.
 
-    Only finite codes are listed; `nan` and `inf` are masks over all codes. For the 8- and 16-bit formats
-    `low` equals `high`; for float32 bins it does not, and `inf` holds the bins of NaN as well.
+    `nan` and `inf` are masks over all codes; for float32 bins `inf` holds the bins of NaN as well.
     """
 
     n_codes: int

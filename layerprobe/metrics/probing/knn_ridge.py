@@ -265,7 +265,7 @@ def select_ridge(
 ) -> RidgeResult:
     """Choose the strength by leave-one-out accuracy on train (largest of equals), measure once on test.
 
-    It needs no validation split, so give it the validation images as training images.
+    It needs no validation split: pass the validation images as training images.
     """
     sweep = ridge_sweep(*train, n_classes, alphas, device=device)
     order = np.lexsort((sweep.alphas, sweep.loo_accuracy))

@@ -94,12 +94,7 @@ def check_refit(refit: str) -> None:
 
 
 def fit_logistic_path(
-    X: np.ndarray,
-    y: np.ndarray,
-    Cs: ArrayLike = C_GRID,
-    *,
-    tol: float = 1e-4,
-    device: str = "cpu",
+    X: np.ndarray, y: np.ndarray, Cs: ArrayLike = C_GRID, *, tol: float = 1e-4, device: str = "cpu"
 ) -> list[LogisticProbe]:
     """L2-regularised multinomial logistic regression for every C, each within `tol` of its optimum.
 

@@ -68,13 +68,7 @@ class LogisticPath:
     """
 
     def __init__(
-        self,
-        X: Standardised,
-        y: np.ndarray,
-        n_classes: int,
-        *,
-        tol: float = 1e-4,
-        device: str = "cpu",
+        self, X: Standardised, y: np.ndarray, n_classes: int, *, tol: float = 1e-4, device: str = "cpu"
     ) -> None:
         self.X, self.tol = X, tol
         self.device = torch.device(device)
@@ -209,8 +203,7 @@ class LogisticPath:
         return loss + 0.5 * penalty * float((W * W).sum()), rotated
 
     def _newton(self, C: float) -> tuple[float, float, float]:
-        """Certify the present point, take one Newton step from it; returns F after the step, and before it
-        the relative decrement and duality gap."""
+        """One Newton step: F after it, and the relative decrement and duality gap before it."""
         penalty = 1 / C
         value, g = self._exact(self.W, self.b, penalty)
         size = g.norm()
@@ -299,11 +292,9 @@ class _NewtonSystem:
         self.intercepts = (torch.linalg.inv(intercepts + pin) - 1 / (pin * len(intercepts) ** 2)).float()
 
     def _curve(self, U: torch.Tensor) -> torch.Tensor:
-        """(diag p − p pᵀ) applied to each row of U, in place.
-
-        A number added to a row of U changes nothing, so the label's entry is moved to 0: where p is almost 1
-        there, the rest would be a difference of nearly equal numbers.
-        """
+        """(diag p − p pᵀ) applied to each row of U, in place."""
+        # A number added to a row of U changes nothing, so the label's entry is moved to 0: where p is almost 1
+        # there, the rest would be a difference of nearly equal numbers.
         U -= U.gather(1, self.path.column)
         U *= self.P
         return U.sub_(self.P * U.sum(1, keepdim=True))

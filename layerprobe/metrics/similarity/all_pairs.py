@@ -199,7 +199,7 @@ def _finish(terms: Terms, xs: list[CentredRows], ys: list[CentredRows], method: 
     )
     quadratic = 2.0 * terms.square(c, u, v)
     # No variance is below its quadratic part, but the positive part of a noisy difference is biased upwards
-    # (by 15 % for independent features at n = 100), so only three quarters of that part are insisted on.
+    # (by 15 % for independent features at n = 100), so the lower bound is three quarters of that part.
     variance = np.maximum(np.square(influence).sum(axis=0) - quadratic, 0.75 * quadratic)
     return PairwiseCKA(
         values=values,

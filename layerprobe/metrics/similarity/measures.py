@@ -37,8 +37,8 @@ class BiasedEstimateWarning(UserWarning):
 def debiased_hsic(K: ArrayLike, L: ArrayLike) -> float:
     """HSIC₁, the unbiased estimate of the Hilbert–Schmidt independence criterion, from two Gram matrices.
 
-    Unlike the biased HSIC₀ = tr(KHLH)/(n−1)², the diagonals take no part, so the expectation is zero when
-    X and Y are independent, and single estimates may be negative.
+    The diagonals take no part, so the expectation is zero when X and Y are independent, and single estimates
+    may be negative.
 
     Parameters
     ----------
@@ -65,8 +65,7 @@ def debiased_linear_cka(X: ArrayLike, Y: ArrayLike) -> float:
     """Debiased linear centred kernel alignment: HSIC₁(XXᵀ, YYᵀ) / √(HSIC₁(XXᵀ, XXᵀ) · HSIC₁(YYᵀ, YYᵀ)).
 
     The biased form (`linear_cka`) is near 1 for independent features as soon as d ≳ n; this one is 0 on
-    average, and small negative values are estimates of zero, not errors. Cost: 3·n·d² or 3·n²·d
-    multiplications, whichever is fewer.
+    average, and small negative values are estimates of zero.
 
     Parameters
     ----------
@@ -154,9 +153,8 @@ def debiased_rbf_cka(X: ArrayLike, Y: ArrayLike, *, bandwidth: float = 0.5) -> f
 def procrustes_distance(X: ArrayLike, Y: ArrayLike) -> float:
     """min over rotations Q of ‖X − YQ‖_F, with X and Y centred and scaled to unit Frobenius norm.
 
-    A metric (the triangle inequality holds); the narrower side is padded with zero columns. In [0, √2],
-    0 = equal up to rotation, reflection, shift and isotropic scale. Some papers report its square,
-    2 − 2‖XᵀY‖_*.
+    A metric (the triangle inequality holds). In [0, √2], 0 = equal up to rotation, reflection, shift and
+    isotropic scale. Some papers report its square, 2 − 2‖XᵀY‖_*.
 
     References
     ----------
@@ -193,12 +191,8 @@ def svcca(X: ArrayLike, Y: ArrayLike, *, variance: float = 0.99) -> float:
 def pwcca(X: ArrayLike, Y: ArrayLike) -> float:
     """Canonical correlations averaged with weights: how much of X each canonical direction accounts for.
 
-    In [0, 1]; not symmetric, the weights are those of X, and they depend on its axes (a rotation of X changes
-    them). Upward biased like `svcca`.
-
-    Raises
-    ------
-    UsageError : as `svcca`.
+    In [0, 1]; not symmetric, the weights are those of X and depend on its axes. Biased upwards and refused
+    like `svcca`.
 
     References
     ----------
@@ -213,8 +207,7 @@ def pwcca(X: ArrayLike, Y: ArrayLike) -> float:
 def mutual_knn(X: ArrayLike, Y: ArrayLike, *, k: int = 10) -> float:
     """Mean share of an image's `k` nearest neighbours (by cosine) that both sides agree on.
 
-    In [0, 1]; independent sides share k/(n−1) on average. Cosines are those of the features as given, not
-    centred, which is why a large common offset makes the neighbours of one side arbitrary.
+    In [0, 1]; independent sides share k/(n−1) on average. The features are not centred first.
 
     References
     ----------
@@ -272,7 +265,7 @@ def rsa(X: ArrayLike, Y: ArrayLike) -> float:
 
 
 def _centred(x: Matrix) -> Matrix:
-    """x without its column means; exactly zero where only the rounding of the mean would be left."""
+    """x without its column means; exactly zero where only rounding would be left."""
     centred = x - x.mean(axis=0)
     if np.abs(centred).max() <= 64 * np.finfo(np.float64).eps * np.abs(x).max():
         centred[:] = 0.0

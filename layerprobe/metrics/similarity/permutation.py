@@ -1,14 +1,10 @@
 """What debiased CKA would be if the images of one model were shuffled: a permutation null for every cell.
 
-A shuffle of the images permutes rows and columns of a centred Gram matrix and leaves it centred, so only the
-numerator ⟨K, PLPᵀ⟩ changes. Here the shuffles are the n−1 cyclic shifts of the images in a random order.
-Shifting moves every diagonal of L along the same diagonal of K, so the numerators of *all* shifts are sums of
-circular correlations: one real Fourier transform per diagonal and layer, and one small product per frequency
-for all pairs of layers. A thousand permutations cost little more than the Gram matrices once.
-
-The shifts form a group, so the test is exact for one random order (under the hypothesis that images of X and
-Y are paired at random); where more permutations are asked for than there are shifts, further random orders
-are drawn.
+A shuffle leaves a centred Gram matrix centred, so only the numerator ⟨K, PLPᵀ⟩ changes. The shuffles are the
+n−1 cyclic shifts of the images in a random order. Shifting moves every diagonal of L along the same diagonal of
+K, so the numerators of all shifts are sums of circular correlations: one Fourier transform per diagonal and
+layer, and one small product per frequency for all pairs of layers. The shifts form a group, so the test is exact
+for one random order; where more permutations are asked for than there are shifts, further orders are drawn.
 """
 
 from __future__ import annotations
@@ -77,9 +73,6 @@ def permutation_null(
     progress: Progress | None = None,
 ) -> PermutationNull:
     """Debiased CKA of all pairs of layers under at least `n_permutations` shuffles of the images.
-
-    Under row permutation the numerator has mean 0 and the ratio variance 2/(n(n−3)), whatever the features;
-    the tails are skewed to the right, which is why they are sampled.
 
     Parameters
     ----------

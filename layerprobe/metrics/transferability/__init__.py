@@ -1,4 +1,4 @@
-"""What the readable transfer scores of a layer share: class-sorted features in their principal axes.
+"""Transfer scores of frozen features; here: what they share, class-sorted features in their principal axes.
 
 One Gram matrix and one eigendecomposition per layer. Every score here is invariant to a
 rotation of the features, so all of them are computed from `ClassSpectrum.scores` and the sums over classes.
@@ -184,6 +184,36 @@ def maximum_evidence(spectrum: ClassSpectrum) -> Array:
     without_features = -n / 2 * np.log(counts)
     highest = np.max([on_grid.max(axis=1), at_left, at_right, without_features], axis=0)
     return highest / n + (np.log(n) - np.log(2 * np.pi) - 1) / 2
+
+
+def ledoit_wolf(spectrum: ClassSpectrum) -> tuple[float, float]:
+    """Shrinkage in [0, 1] and the variance shrunk towards, in d dimensions."""
+    n, d = spectrum.n_samples, spectrum.n_features
+    variances = spectrum.eigenvalues / n
+    target = float(variances.sum()) / d
+    squared = float((variances**2).sum())
+    distance = squared / d - target**2
+    lengths = np.einsum("ij,ij->i", spectrum.scores, spectrum.scores)
+    noise = (float((lengths**2).sum()) / n - squared) / (n * d)
+    if distance <= 0:
+        return 0.0, target
+    return min(noise, distance) / distance, target
+
+
+def gcv_penalty(spectrum: ClassSpectrum) -> float:
+    """The ridge penalty with the least generalised cross-validation error, summed over classes."""
+    n, values = spectrum.n_samples, spectrum.eigenvalues
+    power = (spectrum.class_sums**2).sum(axis=0) / values
+    counts = spectrum.counts
+    outside = float((counts - counts**2 / n).sum() - power.sum())
+    if len(values) >= n - 1 or outside < 0:
+        outside = 0.0
+    penalties = values[0] * np.logspace(-10, 2, 49)
+    left = penalties[:, None] / (penalties[:, None] + values)
+    residual = outside + left**2 @ power
+    # n minus the degrees of freedom: what the penalty holds back, and the axes without variance.
+    freedom = (n - 1 - len(values)) + left.sum(axis=1)
+    return float(penalties[np.argmin(residual / freedom**2)])
 
 
 def check_labelled(features: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.floating], NDArray[np.int64]]:

@@ -19,6 +19,8 @@ from layerprobe.metrics.transferability import (
     ClassSpectrum,
     check_labelled,
     class_spectrum,
+    gcv_penalty,
+    ledoit_wolf,
     maximum_evidence,
 )
 from layerprobe.records import Estimate
@@ -87,7 +89,7 @@ def h_score(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None
     spectrum = _spectrum(features, labels)
     n = spectrum.n_samples
     variances = spectrum.eigenvalues / n
-    alpha, target = _ledoit_wolf(spectrum)
+    alpha, target = ledoit_wolf(spectrum)
     between = spectrum.counts @ spectrum.class_means**2 / n
     if alpha == 1.0:
         return 0.0
@@ -100,9 +102,8 @@ def transrate(
     """Coding rate of the features minus the mean coding rate within classes, in nats per image.
 
     R(Z) = ½ log det(I + ZᵀZ/(nε)) of the centred features Z, minus Σ_c (n_c/n) R(Z_c) of the rows of each
-    class (relative to the overall mean). The distortion ε is counted in units of the mean variance per
-    feature, so that the score does not change when X is scaled; the published form takes ε as absolute.
-    With fewer images per class than dimensions the score also rises with the difference of the two.
+    class (relative to the overall mean). The distortion ε is in units of the mean variance per feature, so that
+    the score does not change when X is scaled; the published form takes ε as absolute.
 
     Parameters
     ----------
@@ -221,9 +222,8 @@ def neural_collapse(features: ArrayLike | ClassSpectrum, labels: ArrayLike | Non
 def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) -> float:
     """Leave-one-out accuracy of ridge regression onto the class indicators.
 
-    Each image is classified by the ridge (intercept not penalised) fitted to all other images, exactly, from
-    one fit. The penalty is the one with the least generalised cross-validation error, summed over classes;
-    it is chosen on the same images, one number for all of them.
+    Each image is classified by the ridge (intercept not penalised) fitted to all other images. The penalty is
+    the one with the least generalised cross-validation error, summed over classes, on the same images.
 
     Returns
     -------
@@ -236,7 +236,7 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
     """
     spectrum = _spectrum(features, labels)
     n, values = spectrum.n_samples, spectrum.eigenvalues
-    damped = 1.0 / (values + _gcv_penalty(spectrum))
+    damped = 1.0 / (values + gcv_penalty(spectrum))
     leverage = 1.0 / n + spectrum.scores**2 @ damped
     own = np.repeat(np.arange(len(spectrum.classes)), spectrum.counts)
     arrays = (
@@ -391,32 +391,3 @@ def _spectrum(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None) -> 
     if labels is None:
         raise UsageError("labels are missing: pass features and labels, or a ClassSpectrum")
     return class_spectrum(features, labels)
-
-
-def _ledoit_wolf(spectrum: ClassSpectrum) -> tuple[float, float]:
-    """Shrinkage in [0, 1] and the variance shrunk towards, in d dimensions."""
-    n, d = spectrum.n_samples, spectrum.n_features
-    variances = spectrum.eigenvalues / n
-    target = float(variances.sum()) / d
-    squared = float((variances**2).sum())
-    distance = squared / d - target**2
-    lengths = np.einsum("ij,ij->i", spectrum.scores, spectrum.scores)
-    noise = (float((lengths**2).sum()) / n - squared) / (n * d)
-    if distance <= 0:
-        return 0.0, target
-    return min(noise, distance) / distance, target
-
-
-def _gcv_penalty(spectrum: ClassSpectrum) -> float:
-    n, values = spectrum.n_samples, spectrum.eigenvalues
-    power = (spectrum.class_sums**2).sum(axis=0) / values
-    counts = spectrum.counts
-    outside = float((counts - counts**2 / n).sum() - power.sum())
-    if len(values) >= n - 1 or outside < 0:
-        outside = 0.0
-    penalties = values[0] * np.logspace(-10, 2, 49)
-    left = penalties[:, None] / (penalties[:, None] + values)
-    residual = outside + left**2 @ power
-    # n minus the degrees of freedom: what the penalty holds back, and the axes without variance.
-    freedom = (n - 1 - len(values)) + left.sum(axis=1)
-    return float(penalties[np.argmin(residual / freedom**2)])

@@ -1,4 +1,4 @@
-"""Plans in the formats of other trainers: one file a target, and a refusal for what it cannot say exactly."""
+"""Plans in the formats of other trainers, and a refusal for what a format cannot say exactly."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
-from layerprobe.plans.export import axolotl, finetuning_scheduler, hf_trainer, llama_factory, peft, regex
-from layerprobe.plans.export.names import ExportNames, export_names
-from layerprobe.plans.plan import FROZEN, TRAINABLE, FreezePlan
+from layerprobe.plans.export.modules import write_llama_factory, write_peft
+from layerprobe.plans.export.names import (
+    ExportNames,
+    export_names,
+    write_axolotl,
+    write_finetuning_scheduler,
+    write_hf_trainer,
+    write_regex,
+)
+from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData
 
 
 @dataclass(frozen=True)
 class Target:
-    """A trainer that plans can be exported to.
-
-    Attributes
-    ----------
-    write : names -> text.
-    suffix : of the file it belongs into.
-    reads_nothing : whether a plan that trains nothing can be said; most trainers stop, or train everything.
-    use : how the text is used, in a sentence.
-    """
+    """A trainer that plans can be exported to: who writes for it, the suffix of the file, how the text is used."""
 
     write: Callable[[ExportNames], str]
     suffix: str
     use: str
-    reads_nothing: bool = False
 
 
 TARGETS: dict[str, Target] = {
-    "axolotl": Target(axolotl.write, ".yaml", "merge into the axolotl config; no adapter may be set"),
-    "llama-factory": Target(llama_factory.write, ".yaml", "merge into the LLaMA-Factory training config"),
-    "peft": Target(peft.write, ".json", "get_peft_model(model, LoraConfig(**json.load(file)))"),
+    "axolotl": Target(write_axolotl, ".yaml", "merge into the axolotl config; no adapter may be set"),
+    "llama-factory": Target(write_llama_factory, ".yaml", "merge into the LLaMA-Factory training config"),
+    "peft": Target(write_peft, ".json", "get_peft_model(model, LoraConfig(**json.load(file)))"),
     "finetuning-scheduler": Target(
-        finetuning_scheduler.write, ".yaml", "FinetuningScheduler(ft_schedule='schedule.yaml')"
+        write_finetuning_scheduler, ".yaml", "FinetuningScheduler(ft_schedule='schedule.yaml')"
     ),
     "hf-trainer": Target(
-        hf_trainer.write, ".py", "freeze(model) before the Trainer is built, and again on resume", True
+        write_hf_trainer, ".py", "freeze(model) before the Trainer is built, and again on resume"
     ),
-    "regex": Target(regex.write, ".txt", "re.fullmatch(pattern, name) is true for what is trained", True),
+    "regex": Target(write_regex, ".txt", "re.fullmatch(pattern, name) is true for what is trained"),
 }
 """Target name -> how to write for it."""
 
+_MAY_TRAIN_NOTHING = ("hf-trainer", "regex")
+"""The others stop, or train everything, when they are told to train nothing."""
+
 
 def export_plan(
-    plan: FreezePlan,
+    plan: PlanData,
     target: str,
     *,
     prefix: str = "",
@@ -80,7 +81,7 @@ def export_plan(
     if wrong := [name for name, state in chosen.items() if state not in (FROZEN, TRAINABLE)]:
         raise PlanError(f"outside: the state of {wrong[0]} must be '{FROZEN}' or '{TRAINABLE}'")
     names = export_names(plan, prefix=prefix, outside=chosen, without=without)
-    if not names.trainable and not TARGETS[target].reads_nothing:
+    if not names.trainable and target not in _MAY_TRAIN_NOTHING:
         raise PlanError(
             f"{target} cannot be told to train nothing of the model: name the head with outside, "
             "for example {'score.weight': 'trainable'}"

@@ -1,4 +1,4 @@
-"""What every exporter needs: the plan's names as the other trainer's model spells them, and a check."""
+"""The plan's names as another trainer's model spells them, and the trainers that take names or patterns of names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from layerprobe.errors import PlanError
-from layerprobe.plans.matching import block_modules, names_within
-from layerprobe.plans.plan import TRAINABLE, FreezePlan, few
+from layerprobe.plans.match import block_modules, names_within
+from layerprobe.plans.plan import TRAINABLE, PlanData, few
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportNames:
     """The plan in the spelling of one model.
 
@@ -25,7 +25,7 @@ class ExportNames:
     others : trainable names outside the free blocks.
     """
 
-    plan: FreezePlan
+    plan: PlanData
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     blocks: tuple[str, ...]
@@ -48,11 +48,6 @@ class ExportNames:
         if parts:
             raise PlanError(f"{target} cannot say this plan exactly: it {' and '.join(parts)}{hint}")
 
-    def require_plain(self, target: str) -> None:
-        """Raise PlanError for names that a pattern would misread."""
-        if odd := [name for name in self.all if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name)]:
-            raise PlanError(f"{target} reads names as patterns and would misread {few(odd)}")
-
     def comment(self, target: str) -> str:
         """Comment lines that say what the file is; the text of a plan cannot end the comment."""
         summary = json.dumps(self.plan.summary())[1:-1]
@@ -60,33 +55,111 @@ class ExportNames:
 
 
 def export_names(
-    plan: FreezePlan, *, prefix: str, outside: Mapping[str, str], without: Iterable[str]
+    plan: PlanData, *, prefix: str, outside: Mapping[str, str], without: Iterable[str]
 ) -> ExportNames:
     """Spell the plan's names with `prefix`, drop the modules in `without`, add those outside."""
     if prefix and not prefix.endswith("."):
         prefix += "."
     absent = names_within(plan, without)
-    kept = [n for n in plan.parameters if n not in absent]
-    if clash := [name for name in outside if name in {prefix + n for n in kept}]:
-        raise PlanError(f"outside: {few(clash)} belongs to the plan itself")
     trained = set(plan.trainable)
+    # Full name -> whether it is trained, in the model's order and then those outside.
+    states = {prefix + name: name in trained for name in plan.parameters if name not in absent}
+    if clash := [name for name in outside if name in states]:
+        raise PlanError(f"outside: {few(clash)} belongs to the plan itself")
+    states |= {name: state == TRAINABLE for name, state in outside.items()}
+    trainable = tuple(name for name, is_trained in states.items() if is_trained)
     blocks = tuple(prefix + module for module in block_modules(plan))
     free = tuple(module for module, whole in zip(blocks, plan.blocks, strict=True) if whole)
-    trainable = [prefix + n for n in kept if n in trained]
-    trainable += [name for name, state in outside.items() if state == TRAINABLE]
-    frozen = [prefix + n for n in kept if n not in trained]
-    frozen += [name for name, state in outside.items() if state != TRAINABLE]
     starts = tuple(module + "." for module in free)
     return ExportNames(
         plan=plan,
-        trainable=tuple(trainable),
-        frozen=tuple(frozen),
+        trainable=trainable,
+        frozen=tuple(name for name, is_trained in states.items() if not is_trained),
         blocks=blocks,
         free_blocks=free,
         others=tuple(name for name in trainable if not name.startswith(starts)),
     )
 
 
-def yaml_list(items: Iterable[str], indent: str) -> str:
+def write_axolotl(names: ExportNames) -> str:
+    """A YAML fragment with `unfrozen_parameters`, a list of patterns of names to train.
+
+    Its rule (axolotl-ai-cloud/axolotl, src/axolotl/utils/freeze.py, `freeze_layers_except` and
+    `LayerNamePattern`): a trailing `[a:b]` is cut off as a range of rows; every dot that no `+` follows is
+    escaped; the rest is matched from the start of the name, and anything may follow. So patterns begin with
+    `^`, a block ends with its dot (or `h.1` takes `h.10` along), and a full name ends with `$`. The list is
+    only read when it is not empty: an empty one trains everything. Reentrant gradient checkpointing is refused
+    beside it (src/axolotl/utils/schemas/validation.py), and an `adapter` would be trained instead of the
+    weights.
+    """
+    if odd := [name for name in names.all if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name)]:
+        raise PlanError(f"axolotl reads names as patterns and would misread {few(odd)}")
+    patterns = [f"^{block}." for block in names.free_blocks] + [f"^{name}$" for name in names.others]
+    compiled = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
+    names.require_exact((n for n in names.all if any(p.match(n) for p in compiled)), "axolotl")
+    hint = "# set no adapter; with gradient_checkpointing, gradient_checkpointing_kwargs: {use_reentrant: false}\n"
+    return names.comment("axolotl") + hint + "unfrozen_parameters:\n" + _yaml_list(patterns)
+
+
+def write_finetuning_scheduler(names: ExportNames) -> str:
+    """A YAML schedule of one phase for Lightning's finetuning-scheduler.
+
+    Its rule (speediedan/finetuning-scheduler, src/finetuning_scheduler/fts_supporters.py, `_parse_phase` and
+    `_validate_phases_disjoint`): everything is frozen first; an entry of `params` that is a parameter's name is
+    that parameter, any other is a pattern matched from the start of the names, and one that matches nothing is
+    an error; phases are numbered from 0 without gaps and may not share a parameter. Full names and a single
+    phase are exact whatever else the model holds. Names start at the LightningModule, so its attribute belongs
+    into the prefix (`model.transformer.`).
+    """
+    return names.comment("finetuning-scheduler") + "0:\n  params:\n" + _yaml_list(names.trainable)
+
+
+_FREEZE_FUNCTION = '''
+
+def freeze(model):
+    """Train exactly TRAINABLE; call before the Trainer is built, and again on resume."""
+    parameters = dict(model.named_parameters())
+    missing = sorted((TRAINABLE | FROZEN) - parameters.keys())
+    if missing:
+        raise ValueError(f"this model lacks {len(missing)} parameters of the plan, for example {missing[0]}")
+    unknown = sorted(parameters.keys() - TRAINABLE - FROZEN)
+    if unknown:
+        raise ValueError(f"the plan says nothing about {len(unknown)} parameters, for example {unknown[0]}")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in TRAINABLE)
+    return model
+'''
+
+
+def write_hf_trainer(names: ExportNames) -> str:
+    """A Python module with the names and a function `freeze(model)`; it needs neither layerprobe nor the plan.
+
+    The Hugging Face Trainer has no option for freezing; it trains what requires a gradient. `from_pretrained`
+    makes every parameter trainable, hence `freeze` before the Trainer is built and again on resume.
+    """
+    text = names.comment("hf-trainer")
+    for title, members in (("TRAINABLE", names.trainable), ("FROZEN", names.frozen)):
+        listed = "".join(f"    {name!a},\n" for name in members)
+        text += f"\n{title} = frozenset([\n{listed}])\n"
+    return text + _FREEZE_FUNCTION
+
+
+def write_regex(names: ExportNames) -> str:
+    """One regular expression on a line for any other tool: `re.fullmatch(pattern, name)` holds for what is trained."""
+    indices: dict[str, list[str]] = {}
+    for block in names.free_blocks:
+        container, _, index = block.rpartition(".")
+        indices.setdefault(container, []).append(index)
+    parts = [
+        (re.escape(container) + r"\." if container else "") + f"(?:{'|'.join(chosen)})" + r"\..+"
+        for container, chosen in indices.items()
+    ]
+    parts += [re.escape(name) for name in names.others]
+    pattern = "|".join(parts) if parts else r"(?!)"
+    names.require_exact((name for name in names.all if re.fullmatch(pattern, name)), "regex")
+    return pattern + "\n"
+
+
+def _yaml_list(items: Iterable[str]) -> str:
     """A block sequence of double-quoted strings, which YAML reads as JSON does."""
-    return "".join(f"{indent}- {json.dumps(item)}\n" for item in items)
+    return "".join(f"  - {json.dumps(item)}\n" for item in items)

@@ -1,14 +1,13 @@
-"""Strategies by name. To add one: a class with `name`, `explore` and `shortlist`, and a line here."""
+"""Strategies by name. To add one: a class like `base.Strategy`, a line here, its name in `settings.STRATEGIES`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from layerprobe.errors import UnknownNameError, did_you_mean
-from layerprobe.search.strategies.base import Strategy, finals, frontier, run_strategy
-from layerprobe.search.strategies.plain import Exhaustive, Family, Greedy, RandomPlans
+from layerprobe.search.settings import check_strategy
+from layerprobe.search.strategies.base import Strategy, run_strategy
+from layerprobe.search.strategies.plain import NSGA2, TPE, Exhaustive, Family, Greedy, RandomPlans
 from layerprobe.search.strategies.racing import Racing
-from layerprobe.search.strategies.samplers import NSGA2, TPE
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "racing": Racing,
@@ -25,11 +24,8 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 
 def make_strategy(name: str) -> Strategy:
     """The strategy called `name`; UnknownNameError lists them."""
-    if name not in STRATEGIES:
-        raise UnknownNameError(
-            f"unknown strategy '{name}'.{did_you_mean(name, STRATEGIES)} Strategies: {', '.join(STRATEGIES)}"
-        )
+    check_strategy(name)
     return STRATEGIES[name]()
 
 
-__all__ = ["STRATEGIES", "Strategy", "finals", "frontier", "make_strategy", "run_strategy"]
+__all__ = ["STRATEGIES", "Strategy", "make_strategy", "run_strategy"]

@@ -1,4 +1,5 @@
-"""Files that lie, break off or point elsewhere: the right answer, or one error that names file and tensor."""
+"""Checkpoints read as files: every container gives the same bytes; files that lie, break off or point elsewhere
+give one error that names file and tensor."""
 
 from __future__ import annotations
 
@@ -13,8 +14,76 @@ import torch
 from safetensors.torch import save_file
 
 from layerprobe.analyzers.outliers import outlier_report
-from layerprobe.checkpoints import open_checkpoint
+from layerprobe.checkpoints import StoredTensor, open_checkpoint
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
+
+
+def whole(tensor: StoredTensor, size: int = 64) -> np.ndarray:
+    return np.concatenate([chunk.copy() for chunk in tensor.chunks(bytearray(size))] or [np.empty(0)])
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.embed_tokens.weight": torch.randn(11, 6, generator=generator),
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(6, 6, generator=generator).bfloat16(),
+        "model.layers.1.self_attn.q_proj.weight": torch.randn(6, 6, generator=generator).half(),
+        "model.norm.weight": torch.randn(6, generator=generator).double(),
+    }
+
+
+@pytest.mark.parametrize("container", ["single", "sharded", "bin", "nested pth", "old torch format"])
+def test_every_container_gives_the_same_values(
+    container: str, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    names = list(weights)
+    if container == "single":
+        save_file(weights, tmp_path / "model.safetensors")
+    elif container == "sharded":
+        for i, part in enumerate((names[:2], names[2:])):
+            save_file({name: weights[name] for name in part}, tmp_path / f"m-{i}.safetensors")
+        table = {name: f"m-{0 if name in names[:2] else 1}.safetensors" for name in names}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    elif container == "bin":
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    elif container == "nested pth":
+        torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "checkpoint.pth")
+    else:
+        torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    checkpoint = open_checkpoint(tmp_path)
+    prefix = "state_dict." if container == "nested pth" else ""
+    assert {tensor.name for tensor in checkpoint.tensors} == {prefix + name for name in names}
+    for tensor in checkpoint.tensors:
+        expected = weights[tensor.name.removeprefix(prefix)]
+        raw = expected.view(torch.uint16) if expected.element_size() == 2 else expected
+        assert tensor.shape == tuple(expected.shape)
+        assert np.array_equal(whole(tensor), raw.numpy().ravel())
+
+
+def test_two_names_over_one_storage_are_one_weight(tmp_path: Path) -> None:
+    shared = torch.randn(5, 4)
+    torch.save({"wte.weight": shared, "lm_head.weight": shared}, tmp_path / "pytorch_model.bin")
+    tensors = {tensor.name: tensor for tensor in open_checkpoint(tmp_path).tensors}
+    assert tensors["lm_head.weight"].alias_of == "wte.weight"
+    assert tensors["wte.weight"].alias_of is None
+
+
+def test_a_view_in_a_torch_file_is_read_in_its_own_order(tmp_path: Path) -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    torch.save({"w": base.T, "part": base[1:]}, tmp_path / "pytorch_model.bin")
+    tensors = {tensor.name: tensor for tensor in open_checkpoint(tmp_path).tensors}
+    assert np.array_equal(whole(tensors["w"]), base.T.numpy().ravel())
+    assert np.array_equal(whole(tensors["part"]), base[1:].numpy().ravel())
+
+
+def test_patterns_select_by_name(weights: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    save_file(weights, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.select(["*.q_proj.*"]).tensors) == 2
+    assert len(checkpoint.select(["*.q_proj.*"], ["*layers.1*"]).tensors) == 1
+    with pytest.raises(UsageError, match=r"names look like: model\."):
+        checkpoint.select(["nothing"])
 
 
 def write_raw(

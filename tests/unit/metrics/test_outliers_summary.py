@@ -153,12 +153,7 @@ def nearly_tied(values: np.ndarray, rules: OutlierRules) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    data=st.data(),
-    dtype=st.sampled_from(DTYPES),
-    engine=st.sampled_from(ENGINES),
-    binned=st.booleans(),
-)
+@given(data=st.data(), dtype=st.sampled_from(DTYPES), engine=st.sampled_from(ENGINES), binned=st.booleans())
 def test_any_tensor_equals_brute_force(
     data: st.DataObject, dtype: torch.dtype, engine: str, binned: bool
 ) -> None:

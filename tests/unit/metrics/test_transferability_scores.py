@@ -8,10 +8,9 @@ from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.transferability import class_spectrum
+from layerprobe.metrics.transferability import class_spectrum, gcv_penalty
 from layerprobe.metrics.transferability.scores import (
     HIGHER_IS_BETTER,
-    _gcv_penalty,
     gbc,
     h_score,
     half_sample,
@@ -226,7 +225,7 @@ def test_loo_ridge_with_fewer_images_than_dimensions():
     X, y = CASES["n < d"]
     # The spectrum says which penalty was taken; the refits are independent of it.
     spectrum = class_spectrum(X, y)
-    assert loo_ridge(X, y) == loo_ridge_by_refitting(X, y, _gcv_penalty(spectrum))
+    assert loo_ridge(X, y) == loo_ridge_by_refitting(X, y, gcv_penalty(spectrum))
 
 
 def test_knn_is_what_sorting_all_distances_gives(case):

@@ -13,9 +13,9 @@ import pytest
 
 import layerprobe as lp
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
-from layerprobe.search import bench
+from layerprobe.search import evaluator as evaluator_module
 from layerprobe.search import run as run_module
-from layerprobe.search import valuing as valuing_module
+from layerprobe.search.estimate import pilot
 from layerprobe.search.settings import PRESETS, make_settings
 from layerprobe.search.space import Space, Trial
 from layerprobe.training import Outcome
@@ -66,7 +66,7 @@ def made_up(monkeypatch):
             trainable_parameters=plan.counts["trainable_parameters"], n_validation=20, n_test=20, lr=lr, seed=seed,
         )  # fmt: skip
 
-    monkeypatch.setattr("layerprobe.search.valuing.train_and_score", train_and_score)
+    monkeypatch.setattr("layerprobe.search.evaluator.train_and_score", train_and_score)
     return {**FAST, "use_scores": False, "bridge_steps": 4, "finetune_steps": 8}
 
 
@@ -131,14 +131,14 @@ def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> No
 
 def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, tmp_path: Path) -> None:
     asked = []
-    train_and_score = valuing_module.train_and_score
+    train_and_score = evaluator_module.train_and_score
 
     def watched(*args, auto_rgn, **settings):
         asked.append(auto_rgn)
         return train_and_score(*args, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(valuing_module, "train_and_score", watched)
+        patch.setattr(evaluator_module, "train_and_score", watched)
         backbone, task = parts(tiny_model)
         names = ("all", "auto-rgn", "greedy")
         found = lp.freeze_search(
@@ -147,7 +147,7 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
     baselines = found.baselines.set_index("arm")
     assert set(baselines.index) == {"plan", *names}
     assert baselines.loc["auto-rgn", "plan"] == "###+auto-rgn"
-    # Two learning rates on the short rung and two seeds of the report.
+    # Two learning rates at low fidelity and two seeds of the report.
     assert sum(asked) == 4 and set(found.trials["plan"][found.trials["plan"].str.contains("rgn")]) == {
         "###+auto-rgn"
     }
@@ -202,7 +202,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(finished, tiny_model: Pa
     def forbidden(*_args, **_kwargs):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("layerprobe.search.valuing.train_and_score", forbidden)
+    monkeypatch.setattr("layerprobe.search.evaluator.train_and_score", forbidden)
     monkeypatch.setattr(run_module, "layer_scores", forbidden)
     backbone, task = parts(tiny_model)
     again = lp.freeze_search(backbone, task, output=folder, **FAST)
@@ -246,18 +246,16 @@ def test_time_is_turned_into_a_budget_by_the_first_training(
         lp.freeze_search(backbone, task, time=61, output=tmp_path, **fast)
 
 
-def test_the_pilot_measures_with_all_workers_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pilot_measures_with_all_workers_busy() -> None:
     asked: list[Trial] = []
 
-    def value(self, trials):
+    def train(trials):
         asked.extend(trials)
-        return {t: bench.Outcome(0.5, facts={"call_seconds": 1.0 + t.repeat}) for t in trials}
+        return {t: Outcome(validation_accuracy=0.5, call_seconds=1.0 + t.repeat) for t in trials}
 
-    monkeypatch.setattr(run_module._Search, "value", value)
-    search = run_module._Search.__new__(run_module._Search)
-    search.settings, search.space = make_settings(None, fidelity=0.5), Space((1, 1))
-    assert search.pilot(1) == 2.0 and [trial.repeat for trial in asked] == [0]
-    assert search.pilot(3) == 6.0 and [trial.repeat for trial in asked] == [0, 0, 1, 2]
+    settings, space = make_settings(None, fidelity=0.5), Space((1, 1))
+    assert pilot(train, space, settings, 1) == 2.0 and [trial.repeat for trial in asked] == [0]
+    assert pilot(train, space, settings, 3) == 6.0 and [trial.repeat for trial in asked] == [0, 0, 1, 2]
     assert {trial.fidelity for trial in asked} == {0.5}
 
 
@@ -320,14 +318,14 @@ def test_a_refused_search_leaves_the_folder_to_the_next(
 
 def test_without_a_plan_that_comes_through_the_error_says_why(tiny_model: Path, made_up, monkeypatch) -> None:
     backbone, task = parts(tiny_model)
-    whole = valuing_module.train_and_score
+    whole = evaluator_module.train_and_score
 
     def fails_late(backbone, tensors, plan, **given):
         found = whole(backbone, tensors, plan, **given)
-        late = given["finetune"].seed != valuing_module.trial_seed(0, 0)
+        late = given["finetune"].seed != evaluator_module.trial_seed(0, 0)
         return replace(found, validation_accuracy=None, reason="diverged at step 7") if late else found
 
-    monkeypatch.setattr(valuing_module, "train_and_score", fails_late)
+    monkeypatch.setattr(evaluator_module, "train_and_score", fails_late)
     with pytest.raises(UsageError, match=r"no plan came through the finals.*failures: diverged at step 7"):
         lp.freeze_search(backbone, task, **made_up)
 

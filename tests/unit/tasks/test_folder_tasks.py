@@ -11,8 +11,7 @@ import pytest
 from task_files import picture, png, write_class_folders, write_parquet
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
-from layerprobe.tasks import load_task
-from layerprobe.tasks import scan as scan_module
+from layerprobe.tasks import duplicates, load_task
 
 
 def samples(task) -> dict[str, tuple[str, int]]:
@@ -161,7 +160,7 @@ def test_a_lone_split_is_cut_with_equal_images_on_one_side(tmp_path: Path) -> No
 def test_the_pass_is_remembered_and_tells_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = str(hub_like(tmp_path))
     first = load_task(folder, limit=50)
-    monkeypatch.setattr(scan_module, "_look", lambda *_: pytest.fail("all images were read again"))
+    monkeypatch.setattr(duplicates, "_look", lambda *_: pytest.fail("all images were read again"))
     again = load_task(folder, limit=50)
     assert again.split_hash == first.split_hash
     assert again.report == first.report
@@ -171,8 +170,8 @@ def test_the_pass_is_remembered_and_tells_the_same(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     os.utime(tmp_path / "test-00000-of-00001.parquet", (1, 1))
     looked = []
-    original = scan_module._look
-    monkeypatch.setattr(scan_module, "_look", lambda *a: looked.append(1) or original(*a))
+    original = duplicates._look
+    monkeypatch.setattr(duplicates, "_look", lambda *a: looked.append(1) or original(*a))
     load_task(folder)
     assert looked == [1]
 
@@ -191,13 +190,13 @@ def test_large_sets_are_decoded_when_asked_for(tmp_path: Path, monkeypatch: pyte
     folder = str(hub_like(tmp_path))
     small = load_task(folder)
     monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr(scan_module, "DECODE_BYTES", 1000)
+    monkeypatch.setattr(duplicates, "DECODE_BYTES", 1000)
     by_files = load_task(folder)
     assert by_files.report["equality"] == "files"
     assert by_files.split_hash == small.split_hash
     assert np.array_equal(by_files.test.images([3])[0], small.test.images([3])[0])
     monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path / "third"))
-    monkeypatch.setattr(scan_module, "READ_BYTES", 1000)
+    monkeypatch.setattr(duplicates, "READ_BYTES", 1000)
     by_names = load_task(folder)
     assert by_names.report["equality"] == "names"
     assert {name: len(split) for name, split in by_names.splits.items()} == {

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import NotAvailableError, PlanError, UsageError
-from layerprobe.plans.apply import tensor_digest
+from layerprobe.files import tensor_digest
 from layerprobe.training import BridgeConfig, all_trainable, block_plan, bridge_train
 from layerprobe.training.loop import DivergedError
 

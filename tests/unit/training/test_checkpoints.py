@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
-from layerprobe.plans.apply import tensor_digest
+from layerprobe.files import tensor_digest
 from layerprobe.training import BridgeConfig, block_plan, bridge_train, checkpoints
 from layerprobe.training.classifier import Classifier
 from layerprobe.training.loop import DivergedError

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.plans.apply import tensor_digest
+from layerprobe.files import tensor_digest
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,

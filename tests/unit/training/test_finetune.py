@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layerprobe.errors import UsageError
-from layerprobe.plans.apply import tensor_digest
+from layerprobe.files import tensor_digest
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,

@@ -1,0 +1,137 @@
+"""The class that users meet: a plan's data with everything that is done with a plan."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from layerprobe.errors import BrokenFileError, UnknownNameError
+from layerprobe.files import read_json, write_text
+from layerprobe.plans.apply import apply_plan, take_fingerprint, verify_plan
+from layerprobe.plans.export import export_plan
+from layerprobe.plans.match import check_table
+from layerprobe.plans.plan import FROZEN, PARTIAL, SCHEMA, TRAINABLE, Parameter, PlanData, derived_fields
+from layerprobe.plans.table import plan_frame
+from layerprobe.plans.validate import find_mistakes
+from layerprobe.tables import strict_value
+
+PLAN_FILE = "plan.json"
+"""The plan's name in a run folder."""
+
+MAX_BYTES = 64 << 20
+"""A plan file larger than this is not read; a model of 100,000 tensors needs about 12 MB."""
+
+
+class FreezePlan(PlanData):
+    """Which parameters of one backbone are trained and which stay as they are, by exact name.
+
+    Names are those of the base model (`h.0.attn.c_attn.weight`), without the prefix that a task head adds
+    (`transformer.`); `apply` finds that prefix. What stands before and behind the backbone, the image stem
+    and the head, is no part of the base model and appears only in `states`.
+
+    Attributes
+    ----------
+    model_id, revision : what the plan was made for.
+    weights_hash : sha256 over the sorted (name, shape, dtype); see `model_hash`.
+    frozen, trainable : exact parameter names, in the model's order; together they are the whole model.
+    blocks : one flag a block, True where every parameter of the block is trained.
+    states : of stem, embeddings, positions, norms (the norms outside the blocks), other and head:
+        `frozen`, `trainable`, `partial`, or `absent` where the backbone has no such parameter.
+    counts : entries and tensors on either side.
+    found : how the plan was found: task, split hash, seeds, budget, scores, accuracy with interval …
+    parameters : name -> `Parameter`.
+    source : file the plan was read from, for error messages.
+
+    Examples
+    --------
+    Hugging Face `Trainer`, two lines before it is built, and again when training is resumed, because
+    `from_pretrained` makes every parameter trainable::
+
+        plan = FreezePlan.load("plan.json")
+        plan.apply(model, outside="trainable")      # outside: the task head
+        Trainer(model=model, args=args, train_dataset=data).train()
+        plan.verify(model)                          # frozen tensors are bit-identical, or an error
+
+    Plain PyTorch, before the optimizer is built::
+
+        FreezePlan.load("plan.json").apply(model, outside="trainable")
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    """
+
+    apply = apply_plan
+    fingerprint = take_fingerprint
+    verify = verify_plan
+    check = check_table
+    export = export_plan
+    to_frame = plan_frame
+
+    @classmethod
+    def from_dict(cls, raw: Any, *, source: str = "the plan") -> Self:
+        """Read plain JSON values that somebody else may have written.
+
+        Raises
+        ------
+        BrokenFileError : all mistakes found, in one line.
+        """
+        if mistakes := find_mistakes(raw):
+            shown = "; ".join(mistakes[:20]) + (
+                f"; and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
+            )
+            raise BrokenFileError(f"{source} is no valid {SCHEMA}: {shown}")
+        table = {
+            name: Parameter(entry["group"], tuple(entry["shape"]), entry["dtype"])
+            for name, entry in raw["parameters"].items()
+        }
+        states = raw["states"]
+        return cls(
+            model_id=raw["model_id"],
+            revision=raw["revision"],
+            parameters=table,
+            found=raw["found"],
+            source=source,
+            **derived_fields(table, set(raw["trainable"]), stem=states["stem"], head=states["head"]),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, one name a line; the file is whole or not there."""
+        return write_text(path, _pretty(strict_value(self.to_dict())))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a plan file, or the `plan.json` of a run folder.
+
+        Raises
+        ------
+        UnknownNameError : no such file, or a folder without one.
+        BrokenFileError : too large, not JSON, another schema, or inconsistent.
+        """
+        file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            what = f"no plan in {path}" if file != Path(path) else f"there is no plan {path}"
+            raise UnknownNameError(f"{what}: name a plan file, or a run folder of freeze-search")
+        return cls.from_dict(read_json(file, what="freeze plan", max_bytes=MAX_BYTES), source=file.name)
+
+    def _repr_html_(self) -> str:
+        text = self.summary().replace("&", "&amp;").replace("<", "&lt;")
+        marks = {FROZEN: "□", PARTIAL: "▪", TRAINABLE: "■"}
+        return f"<p>{text}</p><code>{''.join(marks[state] for state in self.block_states)}</code>"
+
+
+def _pretty(value: dict[str, Any]) -> str:
+    """JSON with one name a line, so that two plans can be compared line by line."""
+
+    def dump(item: Any) -> str:
+        return json.dumps(item, allow_nan=False, ensure_ascii=False)
+
+    lines = []
+    for key, item in value.items():
+        if key in ("frozen", "trainable") and item:
+            text = "[\n" + ",\n".join(f"  {dump(name)}" for name in item) + "\n ]"
+        elif key == "parameters" and item:
+            text = "{\n" + ",\n".join(f"  {dump(k)}: {dump(v)}" for k, v in item.items()) + "\n }"
+        else:
+            text = dump(item)
+        lines.append(f" {dump(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,127 @@
+"""One trial, trained: random-label bridge, then fine-tuning, scored on validation; and transfer scores of blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from layerprobe.analyzers.transfer import transfer_scores
+from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.search.budget import Scores
+from layerprobe.search.settings import Settings
+from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
+from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score
+from layerprobe.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+    from layerprobe.tasks import Task
+
+PROPOSING = ("rgn", "gradient_snr", "taylor")
+"""Trainable scores that propose plans. Readable scores stand in the layer table and propose nothing:
+what a layer already says about the task is not what training it would gain."""
+
+MAX_IMAGES = 2000
+
+
+@dataclass
+class Evaluator:
+    """Callable that trains and scores a trial; the backbone is handed back as it was.
+
+    The task is preprocessed when the first trial comes, so that a search whose answers are all stored
+    prepares nothing.
+    """
+
+    backbone: Backbone
+    task: Task
+    settings: Settings
+
+    @cached_property
+    def tensors(self) -> TaskTensors:
+        """The task's splits as the backbone takes them."""
+        return TaskTensors.of(self.backbone, self.task)
+
+    @cached_property
+    def plans(self) -> dict[str, FreezePlan]:
+        """The baselines as plans, see `layerprobe.plans.standard_plans`."""
+        return standard_plans(
+            parameter_table(self.backbone.model),
+            self.backbone.layout.parameter_groups,
+            model_id=self.backbone.source.model_id,
+            revision=self.backbone.source.revision,
+            norm_names=norm_parameter_names(self.backbone.model),
+        )
+
+    def plan(self, mask: Mask, *, norms: bool = False) -> FreezePlan:
+        """The freeze plan of a mask: whole blocks; all blocks means everything, outer norms included."""
+        if norms:
+            return self.plans["norms"]
+        return self.plans["all"] if all(mask) else block_plan(self.backbone, blocks_of(mask))
+
+    def __call__(self, trial: Trial) -> Outcome:
+        bridge, finetune = self.settings.bridge, self.settings.finetune
+        shared = {"lr": trial.lr, "seed": trial_seed(self.settings.seed, trial.repeat)}
+        return train_and_score(
+            self.backbone,
+            self.tensors,
+            self.plan(trial.mask, norms=trial.norms),
+            bridge=bridge and bridge.replace(steps=_shortened(bridge, trial.fidelity), **shared),
+            finetune=finetune.replace(steps=_shortened(finetune, trial.fidelity), **shared),
+            test=trial.repeat >= REPORT_REPEAT,
+            auto_rgn=trial.auto_rgn,
+        )
+
+
+def block_params(backbone: Backbone) -> tuple[int, ...]:
+    """Number of parameters of each block."""
+    sizes = [0] * backbone.n_blocks
+    for name, parameter in backbone.model.named_parameters():
+        group = backbone.layout.parameter_groups[name]
+        if group.startswith("block."):
+            sizes[int(group.removeprefix("block."))] += parameter.numel()
+    return tuple(sizes)
+
+
+def _shortened(config: TrainConfig, fidelity: float) -> int:
+    """Steps at a share of the full length; at least two where there are."""
+    assert config.steps is not None
+    return min(max(2, round(fidelity * config.steps)), config.steps)
+
+
+def layer_scores(backbone: Backbone, task: Task, *, seed: int, quiet: bool) -> pd.DataFrame:
+    """All transfer scores by layer (long table), on at most `MAX_IMAGES` training images."""
+    train = task.splits["train"]
+    if len(train) > MAX_IMAGES:
+        # Rows stand in a fixed order in which every prefix holds the classes in proportion.
+        part = train.subset(range(MAX_IMAGES))
+        task = replace(task, splits={**task.splits, "train": part})
+    # Four batches are one more than the spread between batches needs.
+    batch_size = max(1, min(32, len(train) // 4))
+    return transfer_scores(
+        backbone, task, n_replicates=10, batch_size=batch_size, seed=seed, quiet=quiet
+    ).to_frame()
+
+
+def proposals(frame: pd.DataFrame, n_blocks: int) -> Scores:
+    """Score name → (value, standard error) per block, for the scores that are defined on every block."""
+    found = {}
+    for name in PROPOSING:
+        rows = frame[(frame["metric"] == f"transfer_{name}") & frame["block"].notna()]
+        rows = rows.drop_duplicates("block").sort_values("block")
+        value = rows["value"].astype(float).to_numpy()
+        if len(value) == n_blocks and np.isfinite(value).all():
+            found[name] = (value, rows["stderr"].astype(float).to_numpy())
+    return found
+
+
+def by_block(frame: pd.DataFrame, n_blocks: int) -> pd.DataFrame:
+    """One row a block, one column a score (`resid_post` for the readable ones)."""
+    inside = frame[frame["block"].notna()]
+    if inside.empty:
+        return pd.DataFrame(index=range(n_blocks))
+    wide = inside.pivot_table(index="block", columns="metric", values="value", aggfunc="first", sort=False)
+    return wide.reindex(range(n_blocks))

@@ -1,0 +1,399 @@
+"""Where trials live: an optuna study in a database that several processes and machines may share.
+
+Every process that joins a search runs the same deterministic strategy and asks for the same trials, so no
+one coordinates: a trial that is finished is looked up, a waiting one is claimed by whoever comes first, and
+one whose process died goes back into the queue.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from alembic.util import CommandError
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import OptunaError
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.search.settings import difference_in_words
+from layerprobe.search.space import Trial
+from layerprobe.search.workers import is_dead, this_worker
+from layerprobe.training.finetune import Outcome
+
+STUDY = "layerprobe freeze-search"
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 60
+POLL_SECONDS = 0.25
+QUEUE = 32
+"""How many trials wait at a time: enough for the workers of several machines, few enough that reading all
+trials that have not ended, as every look into the database does, stays far below the time of a training."""
+
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError)
+"""What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
+for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
+
+DISTRIBUTIONS: dict[str, BaseDistribution] = {
+    "lr": FloatDistribution(1e-9, 1e3, log=True),
+    "fidelity": FloatDistribution(0.0, 1.0),
+    "repeat": IntDistribution(0, 1 << 30),
+}
+
+Evaluate = Callable[[Trial], Outcome]
+"""Trains one trial in this process, as `layerprobe.search.evaluator.Evaluator` does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A trial with its outcome, its number in the database, and where and when it ended."""
+
+    trial: Trial
+    outcome: Outcome
+    number: int
+    worker: str | None = None
+    finished: datetime | None = None
+
+
+class TrialStore:
+    """The trials of one search in one database.
+
+    Made by `TrialStore.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
+    numbered by the database in the order of their creation, and among live trials with one key the lowest
+    number owns it; the others are closed as duplicates. So two processes that enqueue the same trial at the
+    same moment still train it once.
+    """
+
+    def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
+        self._storage = storage
+        self._study = study
+
+    @classmethod
+    def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
+        """Create or join the search in the database at `url`: an SQLite file, or a SQLAlchemy URL.
+
+        `arguments` are everything that the answer depends on; a database holds one search with one set.
+
+        Raises
+        ------
+        NotAvailableError : the database cannot be reached, or its driver is not installed.
+        UsageError : the database holds a search with other arguments.
+        """
+        target = storage_url(url)
+        shown = hide_password(target)
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        try:
+            storage, study = _connect(target)
+        except ImportError as error:
+            raise NotAvailableError(
+                f"storage {shown} needs a driver that is not installed ({error.name}); "
+                "for PostgreSQL: pip install 'layerprobe[postgres]'"
+            ) from error
+        except LayerprobeError:
+            raise
+        except STORAGE_ERRORS as error:
+            raise NotAvailableError(f"storage {shown} cannot be used: {_first_line(error)}") from error
+        wanted = json.loads(json.dumps(dict(arguments)))
+        known = study.user_attrs.get("arguments")
+        if known is None and study.trials:
+            raise UsageError(f"storage {shown} holds a study that layerprobe did not make")
+        if known is None:
+            study.set_user_attr("arguments", wanted)
+        elif known != wanted:
+            raise UsageError(
+                f"{shown} holds another search ({difference_in_words(known, wanted)}); "
+                "choose another output folder or storage, or repeat the same arguments"
+            )
+        return cls(storage, study)
+
+    def outcomes(
+        self, trials: Sequence[Trial], evaluate: Evaluate, watch: Callable[[int, int], None] | None = None
+    ) -> dict[Trial, Outcome]:
+        """Outcomes of all `trials`: looked up where finished, trained here, or awaited from other processes.
+
+        `evaluate` runs in this process, one trial at a time, while a heartbeat is kept. A run that diverged is
+        an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
+        `watch` is called with the number of finished trials and of all, at each look at the database.
+        """
+        wanted = {trial.key: trial for trial in trials}
+        while True:
+            owners = self._owners()
+            done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
+            if watch is not None:
+                watch(len(done), len(wanted))
+            if len(done) == len(wanted):
+                return {trial: done[trial.key] for trial in trials}
+            missing = [trial for key, trial in wanted.items() if key not in owners]
+            ours = (owners[key].state for key in wanted if key in owners)
+            waiting = sum(state == TrialState.WAITING for state in ours)
+            if missing and waiting <= QUEUE // 2:
+                for trial in missing[: QUEUE - waiting]:
+                    self._enqueue(trial)
+                continue
+            claimed = self._claim(owners, list(wanted))
+            if claimed is not None:
+                self._run(claimed, wanted[claimed.user_attrs["key"]], evaluate)
+            else:
+                self.revive()
+                time.sleep(POLL_SECONDS)
+
+    def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool]) -> None:
+        """Train waiting trials of this search until `keep_on` is false; for worker processes."""
+        while keep_on():
+            owners = self._owners()
+            claimed = self._claim(owners, list(owners))
+            if claimed is not None:
+                self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def records(self) -> list[Finished]:
+        """Finished trials in the order of their numbers."""
+        return [
+            Finished(
+                trial=Trial.from_dict(frozen.user_attrs),
+                outcome=outcome,
+                number=frozen.number,
+                worker=frozen.user_attrs.get("worker"),
+                finished=frozen.datetime_complete,
+            )
+            for frozen in sorted(self._trials(), key=lambda t: t.number)
+            if (outcome := _finished(frozen)) is not None
+        ]
+
+    def revive(self) -> None:
+        """Set trials of dead processes free: stale heartbeats, and dead processes on this host.
+
+        They end as failed without an outcome, and whoever wants one enqueues it anew.
+        """
+        with _quiet():
+            optuna.storages.fail_stale_trials(self._study)
+        for frozen in self._trials():
+            if frozen.state == TrialState.RUNNING and is_dead(frozen.user_attrs.get("worker", "")):
+                self._close(frozen, TrialState.FAIL)
+
+    def get(self, name: str) -> Any:
+        """A fact kept with the search by `put`, or None."""
+        kept = [frozen for frozen in self._trials() if frozen.user_attrs.get("fact") == name]
+        return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
+
+    def put(self, name: str, value: Any) -> None:
+        """Keep a fact (strict JSON) with the search; the first one stays, so that all processes agree."""
+        if self.get(name) is None:
+            # As a row that the database numbers: an attribute of the study would be the last writer's, and
+            # processes that started at one moment would go on with two budgets.
+            plain = json.loads(json.dumps(value, allow_nan=False))
+            self._study.add_trial(
+                optuna.create_trial(state=TrialState.FAIL, user_attrs={"fact": name, "value": plain})
+            )
+
+    def close(self) -> None:
+        """Let go of the database connections."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _owners(self) -> dict[str, FrozenTrial]:
+        owners: dict[str, FrozenTrial] = {}
+        for frozen in self._trials():
+            key = frozen.user_attrs.get("key")
+            if key is None or (frozen.state.is_finished() and _finished(frozen) is None):
+                continue
+            if key not in owners or frozen.number < owners[key].number:
+                owners[key] = frozen
+        return owners
+
+    def _enqueue(self, trial: Trial) -> None:
+        # Parameters are for optuna's own tools; the attributes are what is read back here.
+        params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
+        distributions = dict.fromkeys(params, CategoricalDistribution([False, True]))
+        self._study.add_trial(
+            optuna.create_trial(
+                state=TrialState.WAITING,
+                params={**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat},
+                distributions={**distributions, **DISTRIBUTIONS},
+                user_attrs={"key": trial.key, **asdict(trial)},
+            )
+        )
+
+    def _claim(self, owners: Mapping[str, FrozenTrial], keys: Sequence[str]) -> FrozenTrial | None:
+        for key in keys:
+            frozen = owners.get(key)
+            if frozen is None or frozen.state != TrialState.WAITING:
+                continue
+            trial_id = frozen._trial_id
+            # The heartbeat goes in first: a process that dies right after claiming must be found out. The
+            # name follows the claim, for only who has the trial may say whose death sets it free.
+            self._storage.record_heartbeat(trial_id)
+            try:
+                if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
+                    self._set_attr(trial_id, "worker", this_worker())
+                    return frozen
+            except optuna.exceptions.UpdateFinishedTrialError:
+                continue
+        return None
+
+    def _run(self, frozen: FrozenTrial, trial: Trial, evaluate: Evaluate) -> None:
+        try:
+            with self._heartbeat(frozen._trial_id):
+                outcome = evaluate(trial)
+        except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
+            self._close(frozen, TrialState.FAIL)
+            raise
+        self._set_attr(frozen._trial_id, "outcome", outcome.to_dict())
+        value = outcome.validation_accuracy
+        if value is None:
+            self._close(frozen, TrialState.FAIL)
+        else:
+            self._close(frozen, TrialState.COMPLETE, [value])
+        for other in self._trials():  # duplicates that another process enqueued at the same moment
+            same = other.user_attrs.get("key") == trial.key and other.number > frozen.number
+            if same and other.state == TrialState.WAITING:
+                self._close(other, TrialState.FAIL)
+
+    def _close(self, frozen: FrozenTrial, state: TrialState, values: list[float] | None = None) -> None:
+        # Finished already: somebody took this process for dead and queued the trial again; theirs stands.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(frozen._trial_id, state=state, values=values)
+
+    def _set_attr(self, trial_id: int, key: str, value: Any) -> None:
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, key, value)
+
+    @contextmanager
+    def _heartbeat(self, trial_id: int) -> Iterator[None]:
+        stop = threading.Event()
+
+        def beat() -> None:
+            while True:
+                # A missed beat is what the grace period is for; a lost database shows at the next write.
+                with suppress(*STORAGE_ERRORS):
+                    self._storage.record_heartbeat(trial_id)
+                if stop.wait(HEARTBEAT_SECONDS):
+                    self._storage.remove_session()
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def storage_url(url: str | os.PathLike[str]) -> str:
+    """A SQLAlchemy URL: paths become SQLite files, postgresql:// takes the psycopg 3 driver."""
+    text = os.fspath(url)
+    if "://" not in text:
+        return f"sqlite:///{Path(text).absolute()}"
+    for prefix in ("postgresql://", "postgres://"):
+        if text.startswith(prefix):
+            return "postgresql+psycopg://" + text.removeprefix(prefix)
+    return text
+
+
+def hide_password(url: str) -> str:
+    """The URL as it may be shown: an SQLite file's path, anything else without its password."""
+    if url.startswith("sqlite:///"):
+        return url.removeprefix("sqlite:///")
+    head, _, tail = url.partition("://")
+    user, at, rest = tail.rpartition("@")
+    host, _, query = rest.partition("?")
+    shown = "&".join(part for part in query.split("&") if not part.lower().startswith("password="))
+    return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
+
+
+def _finished(frozen: FrozenTrial | None) -> Outcome | None:
+    """The outcome of a trial that ended with one: complete, or failed for a stated reason."""
+    if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
+        return None
+    stored = frozen.user_attrs.get("outcome")
+    return None if stored is None else Outcome.from_dict(stored)
+
+
+def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    for attempt in itertools.count():
+        try:
+            with _quiet():
+                storage = optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=engine,
+                    heartbeat_interval=HEARTBEAT_SECONDS,
+                    grace_period=GRACE_SECONDS,
+                )
+                if url.startswith("sqlite"):
+                    _one_writer(storage.engine)
+                study = optuna.create_study(
+                    study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True
+                )
+            others = [name for name in optuna.get_all_study_names(storage) if name != STUDY]
+            if others:
+                raise UsageError(
+                    f"storage {hide_password(url)} already holds another optuna study ('{others[0]}'); "
+                    "give each search its own database"
+                )
+            return storage, study
+        except LayerprobeError:
+            raise
+        except STORAGE_ERRORS:
+            # Two processes that create the tables of a new database at once get in each other's way once.
+            if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
+                raise
+            time.sleep(0.2 * (attempt + 1))
+    raise AssertionError  # not reached: the loop has no end
+
+
+def _one_writer(engine: sqlalchemy.Engine) -> None:
+    """Let every transaction on an SQLite file lock it from its start.
+
+    By default Python's driver begins a transaction at the first write, so that two processes may both read
+    that a trial waits before either marks it as running. PostgreSQL locks the row that is read for update.
+    """
+
+    @sqlalchemy.event.listens_for(engine, "connect")
+    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @sqlalchemy.event.listens_for(engine, "begin")
+    def begin(connection: sqlalchemy.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # connections from before have not heard of it
+
+
+def _unreachable(url: str) -> bool:
+    try:
+        with sqlalchemy.create_engine(url).connect():
+            return False
+    except STORAGE_ERRORS:
+        return True
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
