@@ -28,7 +28,7 @@ from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.intervals import mean_interval, paired_seed_interval
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import render_table, tidy, write_frame
 from layerprobe.tasks import Task, load_task
 
 STUDIES = (
@@ -406,19 +406,8 @@ def why(answer: Answer) -> str:
 
 
 def md_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A Markdown table; numbers to the right."""
-    if not rows:
-        return ["–"]
-    columns = list(rows[0])
-    numeric = [all(isinstance(row[c], (int, float)) for row in rows) for c in columns]
-    lines = ["| " + " | ".join(columns) + " |"]
-    lines.append("| " + " | ".join("---:" if n else "---" for n in numeric) + " |")
-    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
-    return lines
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """The lines of a Markdown table."""
+    return render_table(rows, "markdown").splitlines()
 
 
 def _spent(setup: Setup) -> float:

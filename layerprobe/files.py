@@ -22,13 +22,10 @@ _HASHED_AT_ONCE = 32 << 20
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is flushed to disk and renamed into place.
+    """A temporary path beside `path`, flushed to disk and renamed into place when the body succeeds.
 
-    Nothing is left behind when the body raises, and an existing file stays as it was.
-
-    Raises
-    ------
-    LayerprobeError : the disk is full, or the folder cannot be written.
+    Nothing is left behind when the body raises, and an existing file stays as it was. LayerprobeError where the
+    disk is full or the folder cannot be written.
     """
     target = Path(path)
     try:
@@ -42,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield aside
         with aside.open("rb+") as stream:
             os.fsync(stream.fileno())
-        aside.chmod(0o666 & ~_umask())
+        os.umask(umask := os.umask(0))  # it can only be read by setting it
+        aside.chmod(0o666 & ~umask)
         aside.replace(target)
     except OSError as error:
         raise cannot_write(target, error) from error
@@ -58,17 +56,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 1) -> Path:
-    """Write strict JSON: no NaN, no Infinity; a ValueError tells where one slipped in."""
+    """Write strict JSON; ValueError for NaN and Infinity."""
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: int = 256 << 20) -> Any:
-    """Read JSON that somebody else may have written.
-
-    Raises
-    ------
-    BrokenFileError : not there, larger than `max_bytes`, or not JSON.
-    """
+    """Read JSON; BrokenFileError for a file that is not there, larger than `max_bytes`, or not JSON."""
     source = Path(path)
     try:
         size = source.stat().st_size
@@ -81,12 +74,7 @@ def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: in
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """Create `path` if need be and prove that it can be written, before any work is done.
-
-    Raises
-    ------
-    UsageError : it is a file, or it cannot be created or written.
-    """
+    """Create `path` if need be; UsageError where it is a file, or cannot be created or written."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output folder {folder} is a file; name a folder with -o")
@@ -114,12 +102,6 @@ def cache_root() -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "layerprobe"
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 TORCH_ENDINGS = (".bin", ".pth", ".pt")

@@ -74,36 +74,27 @@ def parse_blocks(text: str, n_blocks: int, *, model: str = "this backbone") -> l
         return list(range(n_blocks))
     if text in ("", "none"):
         return []
+
+    def block(number: str, end: int) -> int:
+        if not -n_blocks <= int(number) < end:
+            raise UnknownNameError(
+                f"block {number} does not exist: {model} has {n_blocks} blocks (0 to {n_blocks - 1}; "
+                "-1 is the last)"
+            )
+        return int(number) + (n_blocks if int(number) < 0 else 0)
+
     chosen: set[int] = set()
     for item in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)?\s*(:)?\s*(-?\d+)?\s*", item)
-        if match is None or not item.strip() or (match[2] is None and match[3] is not None):
+        match = re.fullmatch(r"\s*(?:(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?)\s*", item)
+        if match is None:
             raise UsageError(f"'{item}' is no block selection; examples: 0:8,-1   3   all   none")
-        if match[2] is None:
-            chosen.add(_checked(int(match[1]), n_blocks, model))
-            continue
-        start = 0 if match[1] is None else _checked(int(match[1]), n_blocks, model)
-        if match[3] is None:
-            stop = n_blocks
+        single, start, stop = match.groups()
+        if single is not None:
+            chosen.add(block(single, n_blocks))
         else:
-            end = int(match[3])
-            stop = end if end >= 0 else end + n_blocks
-            if not 0 <= stop <= n_blocks:
-                raise UnknownNameError(_no_block(end, n_blocks, model))
-        chosen.update(range(start, stop))
+            first = block(start, n_blocks) if start else 0
+            chosen.update(range(first, block(stop, n_blocks + 1) if stop else n_blocks))
     return sorted(chosen)
-
-
-def _checked(index: int, n_blocks: int, model: str) -> int:
-    if not -n_blocks <= index < n_blocks:
-        raise UnknownNameError(_no_block(index, n_blocks, model))
-    return index % n_blocks
-
-
-def _no_block(index: int, n_blocks: int, model: str) -> str:
-    return (
-        f"block {index} does not exist: {model} has {n_blocks} blocks (0 to {n_blocks - 1}; -1 is the last)"
-    )
 
 
 def format_blocks(blocks: Sequence[int]) -> str:

@@ -13,23 +13,13 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "layerprobe",
-    "torch",
-    "transformers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "pandas",
-    "datasets",
-    "accelerate",
-    "captum",
-    "optuna",
-    "numba",
-)
+    "layerprobe", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "datasets", "accelerate",
+    "captum", "optuna", "numba",
+)  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions, read from package metadata so that nothing is imported; None if absent."""
+    """Installed versions from package metadata, so that nothing is imported; None if absent."""
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -54,9 +44,7 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     if torch is not None:
         facts["torch_threads"] = torch.get_num_threads()
-        facts["accelerators"] = [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ]
+        facts["accelerators"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import os
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from layerprobe.errors import UsageError
 from layerprobe.files import write_json
-from layerprobe.tables import envelope, write_frame
+from layerprobe.tables import envelope, render_table, strict_rows, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,10 @@ class Record(ABC):
     def summary(self) -> str:
         """The answer in one or two sentences, with its numbers."""
 
+    def table(self) -> list[dict[str, Any]]:
+        """The rows worth a look on a terminal; the whole of `to_frame` where a record knows no shorter ones."""
+        return strict_rows(self.to_frame())
+
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: schema, provenance, rows."""
         return envelope(self.command, self.to_frame(), self.provenance)
@@ -72,8 +77,7 @@ class Record(ABC):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save to a file (.csv, .parquet or .json) or, for any other path, as CSV and JSON into a folder.
 
-        A table file always gets the JSON with the provenance beside it in folder form; a single .csv
-        or .parquet holds the rows alone.
+        A single .csv or .parquet holds the rows alone, without the provenance.
         """
         target = Path(path)
         if target.suffix in (".csv", ".parquet"):
@@ -85,12 +89,7 @@ class Record(ABC):
         return target
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draw the record's main figure into `ax`, or into a new one.
-
-        Raises
-        ------
-        UsageError : this kind of record has no single figure; see `layerprobe.plotting`.
-        """
+        """Draw the record's main figure into `ax`, or into a new one; UsageError where it has none."""
         if self.figure is None:
             raise UsageError(f"a '{self.command}' record has no single figure; see layerprobe.plotting")
         module, function = self.figure.split(".")
@@ -103,10 +102,6 @@ class Record(ABC):
 
     def _repr_html_(self) -> str:
         frame = self.to_frame()
-        shown = frame.dropna(axis=1, how="all").head(20)
+        shown = strict_rows(frame.dropna(axis=1, how="all").head(20))
         more = "" if len(frame) <= 20 else f"<p>… {len(frame) - 20} more rows in <code>.to_frame()</code></p>"
-        return f"<p>{_escape(self.summary())}</p>{shown.to_html(index=False, border=0)}{more}"
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return f"<p>{html.escape(self.summary())}</p>{render_table(shown, 'html')}{more}"

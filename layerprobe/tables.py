@@ -1,12 +1,13 @@
-"""Tidy tables: one row per measurement, the same column names everywhere, strict JSON and CSV."""
+"""Tidy tables: one row per measurement, the same column names everywhere; and how tables are shown and written."""
 
 from __future__ import annotations
 
+import html
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from layerprobe.errors import UsageError
 from layerprobe.files import atomic_write
 
 if TYPE_CHECKING:
-    # Loaded by the functions that need it: a command that only prints a short table stays small.
     import pandas as pd
 
 COLUMNS: dict[str, str] = {
@@ -51,15 +51,14 @@ def tidy(rows: Iterable[Mapping[str, Any]], **constants: Any) -> pd.DataFrame:
     extra = [column for column in frame.columns if column not in COLUMNS]
     frame = frame[[*COLUMNS, *extra]]
     for column in ("block", "n", "seed"):
-        if frame[column].map(lambda v: v is None or v is pd.NA or _is_whole(v)).all():
+        if frame[column].map(_is_whole).all():
             frame[column] = frame[column].astype("Int64")
     return frame
 
 
-def _is_whole(value: Any) -> bool:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    return bool(math.isnan(value) or float(value).is_integer())
+def _is_whole(value: object) -> bool:
+    number = strict_value(value)
+    return number is None or (type(number) in (int, float) and float(number).is_integer())
 
 
 def strict_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -93,7 +92,7 @@ def strict_value(value: Any) -> Any:
 
 
 def envelope(command: str, frame: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The one JSON object that `--json` prints and that a record saves."""
+    """The JSON object that `--json` prints and that a record saves."""
     return {
         "schema": f"layerprobe.{command}/v1",
         "provenance": strict_value(provenance),
@@ -101,8 +100,74 @@ def envelope(command: str, frame: pd.DataFrame, provenance: Mapping[str, Any]) -
     }
 
 
+def cell_text(value: object) -> str:
+    """A value for people to read: four digits, thousands apart, a dash for what is undefined.
+
+    >>> [cell_text(value) for value in (0.123456, 12345, 5000.0, None, float("nan"), True, "x")]
+    ['0.1235', '12,345', '5,000', '–', '–', 'yes', 'x']
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, np.integer)):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{int(value):,}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def bytes_text(count: int) -> str:
+    """
+    >>> bytes_text(3 << 19), bytes_text(5 << 29)
+    ('1.5 MiB', '2.50 GiB')
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def render_table(
+    rows: Sequence[Mapping[str, Any]],
+    form: Literal["text", "html", "markdown"] = "text",
+    *,
+    columns: Sequence[str] | None = None,
+    mark: str | None = None,
+) -> str:
+    """Rows as a table; text to the left, numbers to the right.
+
+    Parameters
+    ----------
+    columns : which, in order; default: all, as they come.
+    mark : in HTML, the row whose first cell equals it is highlighted.
+    """
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    body = [[cell_text(row.get(name)) for name in names] for row in rows]
+    if form == "html":
+        return _html_table(names, body, is_text, mark) if rows else '<p class="soft">none</p>'
+    if form == "markdown":
+        rule = ["---" if text else "---:" for text in is_text]
+        return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *body]) if rows else "–"
+    widths = [max(map(len, column)) for column in zip(names, *body, strict=True)]
+    layout = "  ".join(
+        f"{{:{'<' if text else '>'}{width}}}" for text, width in zip(is_text, widths, strict=True)
+    )
+    return "\n".join(layout.format(*line).rstrip() for line in [names, *body])
+
+
+def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], mark: str | None) -> str:
+    def row(tag: str, line: list[str]) -> str:
+        opening = [f'<{tag} class="t">' if text else f"<{tag}>" for text in is_text]
+        return "".join(f"{o}{html.escape(c)}</{tag}>" for o, c in zip(opening, line, strict=True)) + "</tr>"
+
+    lines = [f"<tr>{row('th', names)}"]
+    for line in body:
+        marked = mark is not None and line[0] == mark
+        lines.append(('<tr class="mark">' if marked else "<tr>") + row("td", line))
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
 def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
-    """Write a frame as .csv or .parquet, by the ending; aside first, then renamed."""
+    """Write a frame as .csv or .parquet, by the ending."""
     target = Path(path)
     if target.suffix not in (".csv", ".parquet"):
         raise UsageError(f"cannot tell the table format of {target}: end it with .csv or .parquet")

@@ -2,60 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from layerprobe.cli import options
-from layerprobe.cli.loading import check_split, load_pair, sketch
 from layerprobe.cli.memory import forward_facts
+from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 
 
+@options.backbone_options()
+@options.task_options()
+@options.output_options("attribute")
 def attribute(
-    ctx: typer.Context,
-    model: options.Model,
-    task: options.TaskName,
-    methods: Annotated[
-        str,
-        typer.Option(
-            "--methods",
-            help="Comma-separated: skip, mean_ablation, conductance, update, gradient_x_activation, "
-            "integrated_gradients.",
-        ),
-    ] = "skip,mean_ablation,conductance,update",
-    head: Annotated[
-        str,
-        typer.Option("--head", help="Whose prediction: a linear 'probe', or the model's 'own' classifier."),
-    ] = "probe",
-    split: Annotated[
-        str, typer.Option("--split", help="Images to explain: train, validation or test.")
-    ] = "test",
-    images: Annotated[int, typer.Option("--images", min=2, help="How many images to explain.")] = 128,
-    maps: Annotated[int, typer.Option("--maps", min=0, help="Patch-level maps of the first images.")] = 6,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Largest completeness error of path methods, a share.")
-    ] = 0.02,
-    max_steps: Annotated[int, typer.Option("--max-steps", min=8, help="Most steps along the path.")] = 512,
+    backbone: options.BackboneOptions,
+    task: options.TaskOptions,
+    out: Output,
+    methods: str = option(
+        "skip,mean_ablation,conductance,update",
+        "Comma-separated: skip, mean_ablation, conductance, update, gradient_x_activation, "
+        "integrated_gradients.",
+    ),
+    head: str = option("probe", "Whose prediction: a linear 'probe', or the model's 'own' classifier."),
+    split: str = option("test", "Images to explain: train, validation or test."),
+    images: int = option(128, "How many images to explain.", min=2),
+    maps: int = option(6, "Patch-level maps of the first images.", min=0),
+    tolerance: float = option(0.02, "Largest completeness error of path methods, a share."),
+    max_steps: int = option(512, "Most steps along the path.", min=8),
     batch_size: options.BatchSize = 32,
-    revision: options.Revision = None,
-    init: options.Init = "pretrained",
-    stem: options.Stem = "random",
-    patch_size: options.Patch = None,
-    image_size: options.ImageSize = None,
-    attention: options.Attention = None,
-    pooling: options.Pooling = None,
-    data_dir: options.DataDir = None,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    offline: options.Offline = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    as_json: options.Json = False,
-    output: options.OutDir = None,
-    dry_run: options.DryRun = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Rank the blocks of a backbone by what they contribute to the predicted class.
 
@@ -64,27 +35,24 @@ def attribute(
 
     Example: layerprobe attribute --model minilm --task digits --limit 300 --images 32
     """
-    out = Output("attribute", as_json=as_json, folder=output, quiet=quiet)
     from layerprobe.analyzers.attribution import check_methods, check_sizes
     from layerprobe.analyzers.heads import check_head
 
-    chosen = check_methods([name.strip() for name in methods.split(",") if name.strip()])
+    chosen = check_methods(options.name_list(methods))
     check_head(head)
-    check_split(split)
+    options.check_split(split)
     check_sizes(images, tolerance, max_steps)
-    if dry_run:
-        facts = forward_facts(sketch(ctx.params), batch_size=batch_size)
-        facts["methods"] = ", ".join(chosen)
-        facts["images"] = f"{images} of {split}"
-        out.dry_run(facts)
+    if out.dry_run:
+        facts = forward_facts(backbone.sketch(task), batch_size=batch_size)
+        out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})
         return
 
     from layerprobe.analyzers.attribution import attribute_layers
     from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure
 
-    backbone, loaded = load_pair(ctx.params)
+    loaded = task.load()
     record = attribute_layers(
-        backbone,
+        backbone.load(),
         loaded,
         methods=chosen,
         head=head,
@@ -94,12 +62,11 @@ def attribute(
         tolerance=tolerance,
         max_steps=max_steps,
         batch_size=batch_size,
-        seed=seed,
-        quiet=quiet,
+        seed=backbone.seed,
+        quiet=out.quiet,
     )
     figures = {"attribution": lambda: attribution_figure(record.to_frame())}
     if not record.maps.empty:
-        figures["attribution_maps"] = lambda: patch_maps_figure(
-            record.maps, record.pictures, classes=list(loaded.classes)
-        )
-    out.finish(record, table=record.table(), figures=figures)
+        classes = list(loaded.classes)
+        figures["attribution_maps"] = lambda: patch_maps_figure(record.maps, record.pictures, classes=classes)
+    out.finish(record, figures=figures)

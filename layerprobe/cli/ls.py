@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-import typer
+from typer import Option, Typer
 
 from layerprobe.cli import options
+from layerprobe.cli.output import print_body
 
-app = typer.Typer(no_args_is_help=True, help="List models, tasks, and features on disk.")
+app = Typer(no_args_is_help=True, help="List models, tasks, and features on disk.")
 
 
 @app.command("models")
@@ -17,19 +18,11 @@ def models(as_json: options.Json = False) -> None:
     """List the model aliases. Any hub id or local folder works as well."""
     from layerprobe.backbones.catalog import MODELS
 
-    _show(
-        "ls-models",
-        [
-            {
-                "alias": alias,
-                "hub id": entry.hub_id,
-                "pretrained on": entry.pretrained_on,
-                "about": entry.about,
-            }
-            for alias, entry in MODELS.items()
-        ],
-        as_json,
-    )
+    rows = [
+        {"alias": alias, "hub id": entry.hub_id, "pretrained on": entry.pretrained_on, "about": entry.about}
+        for alias, entry in MODELS.items()
+    ]
+    _show("ls-models", rows, as_json)
 
 
 @app.command("tasks")
@@ -37,28 +30,18 @@ def tasks(as_json: options.Json = False) -> None:
     """List the task aliases. Any image-classification data set on the hub or in a folder works as well."""
     from layerprobe.tasks.catalog import TASKS
 
-    _show(
-        "ls-tasks",
-        [
-            {
-                "alias": alias,
-                "hub id": entry.task_id,
-                "classes": entry.n_classes,
-                "about": entry.note,
-            }
-            for alias, entry in TASKS.items()
-        ],
-        as_json,
-    )
+    rows = [
+        {"alias": alias, "hub id": entry.task_id, "classes": entry.n_classes, "about": entry.note}
+        for alias, entry in TASKS.items()
+    ]
+    _show("ls-tasks", rows, as_json)
 
 
 @app.command("features")
 def features(
-    prune: Annotated[
-        list[str] | None, typer.Option("--prune", help="Delete this store; may be given several times.")
-    ] = None,
-    prune_all: Annotated[bool, typer.Option("--prune-all", help="Delete every store.")] = False,
-    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="Folder of the feature store.")] = None,
+    prune: Annotated[list[str] | None, Option(help="Delete this store; may be given several times.")] = None,
+    prune_all: Annotated[bool, Option("--prune-all", help="Delete every store.")] = False,
+    cache_dir: Annotated[str | None, Option(help="Folder of the feature store.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """List the feature stores on disk, or delete some."""
@@ -75,15 +58,9 @@ def features(
 
 
 def _show(command: str, rows: list[dict[str, Any]], as_json: bool) -> None:
-    from layerprobe.cli.output import print_json, print_table
+    from layerprobe.tables import render_table
 
     if as_json:
-        from layerprobe.provenance import provenance
-
-        print_json(
-            {"schema": f"layerprobe.{command}/v1", "provenance": provenance(command, {}), "rows": rows}
-        )
-    elif rows:
-        print_table(rows)
+        print_body(command, {}, {"rows": rows})
     else:
-        sys.stdout.write("nothing there yet\n")
+        sys.stdout.write(f"{render_table(rows) if rows else 'nothing there yet'}\n")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -14,32 +13,29 @@ from typer.core import TyperGroup
 from layerprobe import __version__
 from layerprobe.errors import LayerprobeError
 
-EXIT_INTERRUPTED = 130
-
-
-@contextlib.contextmanager
-def known_errors_become_one_line() -> Iterator[None]:
-    """Turn a LayerprobeError into `error: …` on stderr and its exit code; leave bugs their traceback."""
-    try:
-        yield
-    except LayerprobeError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished work is kept\n")
-        sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our stdout left (for example `| head`); nobody is there to be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+COMMANDS = (
+    "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
+    "report", "env",
+)  # fmt: skip
+"""In the order of the help; each stands in the file of its name, in a function of its name."""
 
 
 class Program(TyperGroup):
-    """The command group, with known errors printed as one line whichever command raised them."""
+    """The command group. A known error becomes `error: …` on stderr and its exit code; bugs keep their traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        with known_errors_become_one_line():
+        try:
             return super().invoke(ctx)
+        except LayerprobeError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted; finished work is kept\n")
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our stdout left (for example `| head`); nobody is there to be told.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
 app = typer.Typer(
@@ -63,38 +59,11 @@ app = typer.Typer(
 def _register() -> None:
     if app.registered_commands:  # a process may call main more than once, and every command slows the start
         return
-    from layerprobe.cli import (
-        attribute,
-        bridge,
-        cka,
-        compare,
-        env,
-        evaluate,
-        features,
-        freeze_search,
-        ls,
-        outliers,
-        plan,
-        probe,
-        report,
-        transfer,
-    )
+    from layerprobe.cli import ls, plan
 
-    for module, name in (
-        (freeze_search, "freeze-search"),
-        (bridge, "bridge"),
-        (evaluate, "evaluate"),
-        (outliers, "outliers"),
-        (compare, "compare"),
-        (features, "features"),
-        (cka, "cka"),
-        (probe, "probe"),
-        (transfer, "transfer"),
-        (attribute, "attribute"),
-        (report, "report"),
-        (env, "env"),
-    ):
-        app.command(name)(getattr(module, name.replace("-", "_")))
+    for name in COMMANDS:
+        function = name.replace("-", "_")
+        app.command(name)(getattr(importlib.import_module(f"layerprobe.cli.{function}"), function))
     app.add_typer(plan.app, name="plan")
     app.add_typer(ls.app, name="ls")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.files import atomic_write, output_folder, write_json
+from layerprobe.files import atomic_write, output_folder
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
@@ -23,22 +23,34 @@ Draw = Callable[[], "Axes | Figure"]
 class Output:
     """One command's result, in every form it can take.
 
-    Made at the start of a command, so that a folder that cannot be written is found before the work.
+    Made at the start of a command, so that a folder that cannot be written is found before the work. With
+    `one_file`, `output` may also be one table, told by its ending.
     """
 
-    def __init__(self, command: str, *, as_json: bool, folder: Path | None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        command: str,
+        *,
+        as_json: bool = False,
+        output: Path | None = None,
+        dry_run: bool = False,
+        quiet: bool = False,
+        one_file: bool = False,
+    ) -> None:
         self.command = command
         self.as_json = as_json
+        self.dry_run = dry_run
         self.quiet = quiet
-        self.folder = output_folder(folder) if folder is not None else None
+        self.file = output if one_file and output and output.suffix in (".csv", ".parquet", ".json") else None
+        self.folder = output_folder(output) if output is not None and self.file is None else None
 
-    def dry_run(self, facts: Mapping[str, Any]) -> None:
-        """Print what would be done: a two-column list, or a JSON object with "dry_run": true."""
+    def show_facts(self, facts: Mapping[str, Any]) -> None:
+        """What would be done: a two-column list, or a JSON object with "dry_run": true."""
         if self.as_json:
             from layerprobe.tables import strict_value
 
-            body = {"schema": f"layerprobe.{self.command}/v1", "dry_run": True, **strict_value(facts)}
-            print_json(body)
+            schema = f"layerprobe.{self.command}/v1"
+            print_json({"schema": schema, "dry_run": True, **strict_value(facts)})
             return
         width = max(len(key) for key in facts)
         for key, value in facts.items():
@@ -48,14 +60,13 @@ class Output:
         self,
         record: Record,
         *,
-        table: Sequence[Mapping[str, Any]] | None = None,
         figures: Mapping[str, Draw] | None = None,
+        table: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Save the record and its figures, then print the answer.
-
-        `table` holds the rows worth a look on a terminal, already formatted; the full long table is in
-        the record. `figures` maps a file stem to a function that draws and returns Axes or a Figure.
-        """
+        """Save the record and its figures (file stem → function that draws), then print `table` and answer."""
+        if self.file is not None:
+            record.save(self.file)
+            self.say(f"saved: {self.file}")
         if self.folder is not None:
             record.save(self.folder)
             for name, draw in (figures or {}).items():
@@ -64,9 +75,10 @@ class Output:
         if self.as_json:
             print_json(record.to_json())
             return
-        if table:
-            print_table(table)
-        sys.stdout.write(record.summary() + "\n")
+        from layerprobe.tables import render_table
+
+        rows = record.table() if table is None else table
+        sys.stdout.write(f"{render_table(rows)}\n{record.summary()}\n" if rows else f"{record.summary()}\n")
 
     def say(self, message: str) -> None:
         """A remark on stderr, unless --quiet."""
@@ -74,30 +86,18 @@ class Output:
             note(message)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Strict JSON on stdout."""
     json.dump(value, sys.stdout, allow_nan=False, indent=1, ensure_ascii=False)
     sys.stdout.write("\n")
 
 
-def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """A terminal table; numbers to the right, text to the left, as wide as its content."""
-    from rich.console import Console
-    from rich.table import Table
+def print_body(command: str, arguments: Mapping[str, Any], body: Mapping[str, Any], **facts: object) -> None:
+    """The JSON object of a command whose result is no record; `facts` go into its provenance."""
+    from layerprobe.provenance import provenance
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    view = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
-        view.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        view.add_row(*(_cell(row.get(column)) for column in columns))
-    console = Console()
-    # A table that is cut off hides numbers; better to let a narrow terminal wrap its lines.
-    console.width = max(
-        console.width, console.measure(view, options=console.options.update(width=1000)).maximum
-    )
-    console.print(view)
+    schema = f"layerprobe.{command.replace(' ', '-')}/v1"
+    print_json({"schema": schema, "provenance": provenance(command, arguments, **facts), **body})
 
 
 def save_figure(draw: Draw, path: Path) -> None:
@@ -112,16 +112,3 @@ def save_figure(draw: Draw, path: Path) -> None:
     with atomic_write(path) as aside:
         figure.savefig(aside, dpi=150, bbox_inches="tight", format="png")
     plt.close(figure)
-
-
-def save_json(folder: Path, name: str, value: Any) -> Path:
-    """Save strict JSON into a run folder."""
-    return write_json(folder / name, value)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return "–" if value != value else f"{value:.4g}"
-    return str(value)

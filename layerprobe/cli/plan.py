@@ -4,54 +4,50 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option, Typer
 
 from layerprobe.cli import options
-from layerprobe.cli.output import Output
+from layerprobe.cli.output import Output, print_body
 from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
-    from layerprobe.plans import FreezePlan
+    from matplotlib.axes import Axes
 
-app = typer.Typer(
+app = Typer(
     no_args_is_help=True,
     help="Show a freeze plan, check it against a model, or export it to another trainer.",
 )
 
-PlanFile = Annotated[
-    Path, typer.Argument(metavar="PLAN", help="A plan.json, or a run folder that holds one.")
-]
+PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan.json, or a run folder that holds one.")]
 
 
 @app.command("show")
 def show(
-    plan: PlanFile,
-    as_json: options.Json = False,
-    output: options.OutDir = None,
-    quiet: options.Quiet = False,
+    plan: PlanFile, as_json: options.Json = False, output: options.OutDir = None, quiet: options.Quiet = False
 ) -> None:
     """Show what a plan trains, in numbers and as a strip of blocks.
 
     Example: layerprobe plan show plan.json
     """
-    from layerprobe.plans.table import MARKS, PlanTable, block_strip, state_rows
+    from layerprobe.plans import FreezePlan
+    from layerprobe.plans.table import MARKS, PlanTable, block_strip
     from layerprobe.provenance import provenance
 
-    out = Output("plan-show", as_json=as_json, folder=output, quiet=quiet)
-    loaded = load_plan(plan)
+    out = Output("plan-show", as_json=as_json, output=output, quiet=quiet)
+    loaded = FreezePlan.load(plan)
     record = PlanTable(loaded, provenance("plan show", {"plan": str(plan)}))
     if not as_json:
         sys.stdout.write(block_strip(loaded) + "\n")
         sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "\n\n")
 
-    def draw() -> Any:
+    def draw() -> Axes:
         from layerprobe.plotting.search import plot_plan
 
         return plot_plan(record.to_frame())
 
-    out.finish(record, table=state_rows(loaded), figures={"plan": draw})
+    out.finish(record, figures={"plan": draw})
 
 
 @app.command("check")
@@ -68,16 +64,15 @@ def check(
     Example: layerprobe plan check plan.json --model gpt2
     """
     from layerprobe.backbones import load_backbone
-    from layerprobe.cli.output import print_json
-    from layerprobe.plans import parameter_table
-    from layerprobe.provenance import provenance
+    from layerprobe.plans import FreezePlan, parameter_table
 
-    loaded = load_plan(plan)
+    loaded = FreezePlan.load(plan)
     backbone = load_backbone(
         model, revision=revision, device="meta", offline=offline, trust_remote_code=trust_remote_code
     )
     source = backbone.source
     loaded.check(parameter_table(backbone.model))
+    n_tensors = len(loaded.parameters)
     remarks = []
     if loaded.revision and loaded.revision != source.revision:
         remarks.append(
@@ -85,19 +80,10 @@ def check(
             "perhaps other weights"
         )
     if as_json:
-        arguments = {"plan": str(plan), "model": model}
-        body = {
-            "schema": "layerprobe.plan-check/v1",
-            "provenance": provenance("plan check", arguments, revision=source.revision),
-            "fits": True,
-            "tensors": len(loaded.parameters),
-            "remarks": remarks,
-        }
-        print_json(body)
+        body = {"fits": True, "tensors": n_tensors, "remarks": remarks}
+        print_body("plan check", {"plan": str(plan), "model": model}, body, revision=source.revision)
         return
-    sys.stdout.write(
-        f"fits: all {len(loaded.parameters)} names and shapes of {loaded.source} are those of {model}\n"
-    )
+    sys.stdout.write(f"fits: all {n_tensors} names and shapes of {loaded.source} are those of {model}\n")
     sys.stdout.write("".join(f"note: {remark}\n" for remark in remarks))
     sys.stdout.write(loaded.summary() + "\n")
 
@@ -106,33 +92,28 @@ def check(
 def export(
     plan: PlanFile,
     to: Annotated[
-        str,
-        typer.Option("--to", help="axolotl, llama-factory, peft, finetuning-scheduler, hf-trainer or regex."),
+        str, Option(help="axolotl, llama-factory, peft, finetuning-scheduler, hf-trainer or regex.")
     ],
     prefix: Annotated[
         str,
-        typer.Option(
-            "--prefix",
+        Option(
             help="What the other trainer's model puts before the names: 'model.' for LlamaForCausalLM, "
-            "'transformer.' for GPT2LMHeadModel, 'bert.', 'vit.'.",
+            "'transformer.' for GPT2LMHeadModel, 'bert.', 'vit.'."
         ),
     ] = "",
     train: Annotated[
-        list[str] | None,
-        typer.Option("--train", help="Parameter around the base model to train, e.g. score.weight; repeat."),
+        list[str] | None, Option(help="Parameter around the base model to train, e.g. score.weight; repeat.")
     ] = None,
     freeze: Annotated[
-        list[str] | None,
-        typer.Option("--freeze", help="Parameter around the base model that stays frozen; repeat."),
+        list[str] | None, Option(help="Parameter around the base model that stays frozen; repeat.")
     ] = None,
     without: Annotated[
-        list[str] | None,
-        typer.Option("--without", help="Module of the plan that the other model lacks, e.g. pooler; repeat."),
+        list[str] | None, Option(help="Module of the plan that the other model lacks, e.g. pooler; repeat.")
     ] = None,
     as_json: options.Json = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File, or folder for a file of the usual name; default: stdout."),
+        Option("--output", "-o", help="File, or folder for a file of the usual name; default: stdout."),
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
@@ -140,47 +121,27 @@ def export(
 
     Example: layerprobe plan export plan.json --to axolotl --prefix model.
     """
-    from layerprobe.cli.output import print_json
     from layerprobe.files import write_text
+    from layerprobe.plans import FreezePlan
     from layerprobe.plans.export import TARGETS
     from layerprobe.progress import note
-    from layerprobe.provenance import provenance
 
-    loaded = load_plan(plan)
+    loaded = FreezePlan.load(plan)
     if both := sorted(set(train or []) & set(freeze or [])):
         raise UsageError(f"{both[0]} is named with --train and with --freeze; choose one")
     outside = {**dict.fromkeys(train or [], "trainable"), **dict.fromkeys(freeze or [], "frozen")}
-    text = loaded.export(to, prefix=prefix, outside=outside, without=without or [])
+    how = {"prefix": prefix, "outside": outside, "without": without or []}
+    text = loaded.export(to, **how)
     target = TARGETS[to]
     written = None
     if output is not None:
         written = output if output.suffix == target.suffix else output / f"{to}{target.suffix}"
         write_text(written, text)
     if as_json:
-        arguments = {
-            "plan": str(plan),
-            "to": to,
-            "prefix": prefix,
-            "outside": outside,
-            "without": without or [],
-        }
-        body = {
-            "schema": "layerprobe.plan-export/v1",
-            "provenance": provenance("plan export", arguments),
-            "target": to,
-            "use": target.use,
-            "file": None if written is None else str(written),
-            "text": text,
-        }
-        print_json(body)
+        file = None if written is None else str(written)
+        body = {"target": to, "use": target.use, "file": file, "text": text}
+        print_body("plan export", {"plan": str(plan), "to": to, **how}, body)
     elif written is None:
         sys.stdout.write(text)
     if not quiet:
         note(f"{to}: {target.use}" + (f"; saved: {written}" if written is not None else ""))
-
-
-def load_plan(path: Path) -> FreezePlan:
-    """Read a plan file, or the `plan.json` of a run folder."""
-    from layerprobe.plans import FreezePlan
-
-    return FreezePlan.load(path)

@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from layerprobe.cli import options
+from layerprobe.cli.output import print_body
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that a command was given with -o.")],
+    run: Annotated[Path, Argument(metavar="RUN", help="A folder that a command was given with -o.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file; default: report.html in RUN.")
+        Path | None, Option("--output", "-o", help="The HTML file; default: report.html in RUN.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -26,10 +27,6 @@ def report(
 
     path = write_report(run, output=output)
     if as_json:
-        from layerprobe.cli.output import print_json
-        from layerprobe.provenance import provenance
-
-        facts = provenance("report", {"run": str(run)})
-        print_json({"schema": "layerprobe.report/v1", "provenance": facts, "rows": [{"report": str(path)}]})
+        print_body("report", {"run": str(run)}, {"rows": [{"report": str(path)}]})
     else:
         sys.stdout.write(f"{path}\n")

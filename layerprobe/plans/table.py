@@ -36,6 +36,21 @@ class PlanTable(Record):
         width = max(map(len, facts), default=0)
         return "\n".join([self.plan.summary(), *(f"  {key:<{width}}  {facts[key]}" for key in facts)])
 
+    def table(self) -> list[dict[str, Any]]:
+        """Runs of equal blocks together, then the groups around them, stem and head."""
+        parts: list[tuple[str, str, int | None, int | None]] = []
+        groups = _group_sizes(self.plan)
+        blocks, around = groups[: self.plan.n_blocks], groups[self.plan.n_blocks :]
+        for state in (TRAINABLE, PARTIAL, FROZEN):
+            if indices := [index for index, block in enumerate(blocks) if block[1] == state]:
+                n_trained, n_all = (
+                    sum(sizes) for sizes in zip(*(blocks[i][2:] for i in indices), strict=True)
+                )
+                parts.append((f"blocks {format_blocks(indices)}", state, n_trained, n_all))
+        parts += around
+        parts += [(part, self.plan.states[part], None, None) for part in ("stem", "head")]
+        return [dict(zip(("part", "state", "trained", "parameters"), part, strict=True)) for part in parts]
+
     def to_json(self) -> dict[str, Any]:
         """The table's object, and the plan's own facts beside the rows."""
         body = super().to_json()
@@ -91,17 +106,3 @@ def block_strip(plan: PlanData, *, width: int = 100) -> str:
         lines.append("".join(f"{index:>{step}}" for index in part))
         lines.append("".join(f"{cells[index]:>{step}}" for index in part))
     return "\n".join(lines)
-
-
-def state_rows(plan: PlanData) -> list[dict[str, Any]]:
-    """Rows for a terminal: runs of equal blocks together, then the groups around them, stem and head."""
-    parts: list[tuple[str, str, int | None, int | None]] = []
-    groups = _group_sizes(plan)
-    blocks, around = groups[: plan.n_blocks], groups[plan.n_blocks :]
-    for state in (TRAINABLE, PARTIAL, FROZEN):
-        if indices := [index for index, block in enumerate(blocks) if block[1] == state]:
-            n_trained, n_all = (sum(sizes) for sizes in zip(*(blocks[i][2:] for i in indices), strict=True))
-            parts.append((f"blocks {format_blocks(indices)}", state, n_trained, n_all))
-    parts += around
-    parts += [(part, plan.states[part], None, None) for part in ("stem", "head")]
-    return [dict(zip(("part", "state", "trained", "parameters"), part, strict=True)) for part in parts]

@@ -12,7 +12,7 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.files import read_json
 from layerprobe.plans import FreezePlan
 from layerprobe.report import page as html
-from layerprobe.tables import read_frame, strict_rows
+from layerprobe.tables import cell_text, read_frame, render_table, strict_rows
 
 SCHEMA = "layerprobe.search/v1"
 
@@ -89,11 +89,11 @@ def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
     frugal = "fewest trainable parameters within one standard error of the best"
     rule = frugal if found["objective"] == "frugal" else "highest validation accuracy"
     return (
-        f"<p>The plan trains {sum(plan.blocks)} of {len(plan.blocks)} blocks, {html.cell(trainable)} parameters of the "
+        f"<p>The plan trains {sum(plan.blocks)} of {len(plan.blocks)} blocks, {cell_text(trainable)} parameters of the "
         f"backbone ({html.percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
         f"after a random-label bridge and fine-tuning under each plan "
         f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "
-        f"{html.cell(round(float(found['spent']), 2))} of {html.cell(float(found['budget']))} full trainings spent); "
+        f"{cell_text(round(float(found['spent']), 2))} of {cell_text(float(found['budget']))} full trainings spent); "
         f"the rule is <em>{rule}</em>. Chance is {html.percent(float(found['chance']))}&nbsp;%.</p>"
     )
 
@@ -111,7 +111,7 @@ def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
         for row in rows
     ]
     return (
-        html.table(shown, mark=ARM_NAMES["plan"])
+        render_table(shown, "html", mark=ARM_NAMES["plan"])
         + f'<p class="soft">In brackets: 95 % intervals. Each arm has its own learning rate, chosen on validation. '
         f"Mean over {html.text(found['seeds'])} "
         "seeds that selected nothing; Student t intervals over seeds; differences are paired by seed. They do not "
@@ -157,7 +157,7 @@ def _layers(rows: list[dict[str, Any]]) -> str:
         else "There were too few trials to tell the gain from training each block. "
     )
     return (
-        html.table(shown, columns=kept) + f'<p class="soft">{gain}'
+        render_table(shown, "html", columns=kept) + f'<p class="soft">{gain}'
         "The other columns are transfer scores of two kinds that are never mixed: readable (what the block's output "
         "says about the task already) and trainable (what gradients say training it would change). "
         "They propose plans; training decides.</p>"
@@ -177,11 +177,11 @@ def _trials(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
         "number", "plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds", "reason",
     ]  # fmt: skip
     failed = sum(row["validation_accuracy"] is None for row in rows)
-    seconds = html.cell(round(float(found["train_seconds"])))
+    seconds = cell_text(round(float(found["train_seconds"])))
     note = f"{len(rows)} trainings in {seconds} seconds of training" + (
         f"; {failed} failed." if failed else "."
     )
-    return f"<p>{note}</p>" + html.folded("every training", html.table(rows, columns=columns))
+    return f"<p>{note}</p>" + html.folded("every training", render_table(rows, "html", columns=columns))
 
 
 def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.intervals import interval_in_words
+from layerprobe.tables import render_table
 
 MAX_FIGURE_BYTES = 20 << 20
 
@@ -55,36 +56,6 @@ def page(title: str, sections: Sequence[str]) -> str:
 def text(value: Any) -> str:
     """Escaped text."""
     return html.escape(str(value))
-
-
-def table(
-    rows: Sequence[Mapping[str, Any]], *, columns: Sequence[str] | None = None, mark: str | None = None
-) -> str:
-    """An HTML table; numbers to the right. A row whose first cell equals `mark` is highlighted."""
-    if not rows:
-        return '<p class="soft">none</p>'
-    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    left = {n: ' class="t"' if any(isinstance(row.get(n), str) for row in rows) else "" for n in names}
-    head = "".join(f"<th{left[n]}>{text(n)}</th>" for n in names)
-    lines = []
-    for row in rows:
-        marked = ' class="mark"' if mark is not None and row.get(names[0]) == mark else ""
-        cells = "".join(f"<td{left[n]}>{text(cell(row.get(n)))}</td>" for n in names)
-        lines.append(f"<tr{marked}>{cells}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-
-
-def cell(value: Any) -> str:
-    """A number as people read it; a dash for what is undefined."""
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{int(value):,}" if value.is_integer() and abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
 
 
 def percent(value: float | None, *, sign: bool = False) -> str:
@@ -142,5 +113,5 @@ def repeat_section(provenance: Mapping[str, Any]) -> str:
         elif section != "command_line":
             entries.append((section, values))
     known = [{"entry": entry, "value": str(value)} for entry, value in entries if value is not None]
-    details = folded("arguments, versions, machine", table(known))
+    details = folded("arguments, versions, machine", render_table(known, "html"))
     return f"<h2>How to repeat this</h2><pre>{text(line)}</pre>{details}"

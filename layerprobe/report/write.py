@@ -8,7 +8,8 @@ from pathlib import Path
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json, write_text
 from layerprobe.report.freeze_search import search_sections
-from layerprobe.report.page import figure, page, repeat_section, table, text
+from layerprobe.report.page import figure, page, repeat_section, text
+from layerprobe.tables import render_table
 
 SHOWN_ROWS = 200
 
@@ -61,7 +62,7 @@ def record_sections(folder: Path) -> tuple[str, list[str]]:
         rows = [row for row in content["rows"] if isinstance(row, dict)]
         known = [c for c in (rows[0] if rows else {}) if any(row.get(c) is not None for row in rows)]
         more = f'<p class="soft">{len(rows) - SHOWN_ROWS:,} more rows in {text(name)}.csv</p>'
-        sections += [f"<h2>{text(name)}</h2>", table(rows[:SHOWN_ROWS], columns=known)]
+        sections += [f"<h2>{text(name)}</h2>", render_table(rows[:SHOWN_ROWS], "html", columns=known)]
         sections.append(more if len(rows) > SHOWN_ROWS else "")
     figures = [figure(path, path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
     sections += ["<h2>Figures</h2>", *figures] if figures else []

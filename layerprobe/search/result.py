@@ -60,7 +60,7 @@ class SearchResult(Record):
     plan: FreezePlan
     answer: str
     kind: str
-    table: pd.DataFrame
+    table: pd.DataFrame = field()  # a name that users rely on; `arm_rows` is what a terminal shows
     trials: pd.DataFrame
     baselines: pd.DataFrame
     pareto: pd.DataFrame
@@ -109,6 +109,24 @@ class SearchResult(Record):
             task=self.facts["task"],
             seed=self.facts["seed"],
         )
+
+    def arm_rows(self) -> list[dict[str, Any]]:
+        """The plan and the baselines for a terminal, in percent."""
+        return [
+            {
+                "arm": row["arm"],
+                "blocks": "".join("■" if mark == "#" else "□" for mark in row["plan"].split("+")[0]),
+                "trained parameters": f"{row['trainable_parameters']:,}",
+                "lr": f"{row['lr']:g}",
+                "test %": None if row["test_accuracy"] is None else round(100 * row["test_accuracy"], 1),
+                "95 % interval": None
+                if pd.isna(row["low"])
+                else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                "against all": None if pd.isna(row["minus_all"]) else f"{100 * row['minus_all']:+.1f}",
+                "seeds": row["n_seeds"],
+            }
+            for row in self.baselines.to_dict("records")
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)

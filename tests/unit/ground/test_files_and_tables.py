@@ -14,7 +14,7 @@ from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, did_
 from layerprobe.files import atomic_write, output_folder, read_json, write_json
 from layerprobe.provenance import command_line, provenance
 from layerprobe.records import Record
-from layerprobe.tables import COLUMNS, envelope, read_frame, strict_rows, tidy, write_frame
+from layerprobe.tables import COLUMNS, envelope, read_frame, render_table, strict_rows, tidy, write_frame
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -75,6 +75,19 @@ def test_tidy_puts_the_shared_columns_first_and_keeps_integers(tmp_path: Path) -
         assert back["value"].tolist()[0] == 1.5
     with pytest.raises(UsageError, match=r"end it with \.csv or \.parquet"):
         write_frame(frame, tmp_path / "t.xls")
+
+
+def test_a_table_reads_the_same_in_text_markdown_and_html() -> None:
+    rows = [{"arm": "a<b", "n": 12345, "value": 0.123456}, {"arm": "all", "n": 2, "value": float("nan")}]
+    assert render_table(rows) == "arm       n   value\na<b  12,345  0.1235\nall       2       –"
+    assert render_table(rows, "markdown").splitlines()[1:] == [
+        "| --- | ---: | ---: |", "| a<b | 12,345 | 0.1235 |", "| all | 2 | – |"
+    ]  # fmt: skip
+    page = render_table(rows, "html", columns=["arm", "value"], mark="all")
+    assert '<tr><td class="t">a&lt;b</td><td>0.1235</td></tr>' in page
+    assert '<tr class="mark"><td class="t">all</td><td>–</td></tr>' in page
+    assert "12,345" not in page
+    assert render_table([], "html") == '<p class="soft">none</p>'
 
 
 @dataclass(repr=False)

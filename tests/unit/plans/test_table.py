@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from freeze_plan_examples import example_plan
 
-from layerprobe.plans.table import block_strip, state_rows
+from layerprobe.plans.table import PlanTable, block_strip
 
 
 def test_the_table_adds_up() -> None:
@@ -12,7 +12,7 @@ def test_the_table_adds_up() -> None:
     frame = plan.to_frame()
     assert frame["value"].sum() == plan.counts["trainable_parameters"]
     assert frame["n"].sum() == sum(plan.counts[f"{side}_parameters"] for side in ("trainable", "frozen"))
-    rows = state_rows(plan)
+    rows = PlanTable(plan).table()
     assert [row["part"] for row in rows] == [
         "blocks 3",
         "blocks 0:3,4:12",

@@ -17,8 +17,8 @@ from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.report import write_report
-from layerprobe.report.page import cell, figure, interval, page, percent, strip, table
-from layerprobe.tables import tidy
+from layerprobe.report.page import figure, interval, page, percent, strip
+from layerprobe.tables import cell_text, render_table, tidy
 
 
 @dataclass
@@ -95,7 +95,7 @@ def test_pieces() -> None:
     assert percent(None) == "–"
     assert interval(0.1, 0.2) == "10.0 to 20.0"
     assert interval(None, 0.2) == "–"
-    assert [cell(v) for v in (None, float("nan"), 12345, 1e-5, "a", True)] == [
+    assert [cell_text(v) for v in (None, float("nan"), 12345, 1e-5, "a", True)] == [
         "–",
         "–",
         "12,345",
@@ -104,6 +104,6 @@ def test_pieces() -> None:
         "yes",
     ]
     assert strip([True, False]).count('class="on"') == 1
-    marked = table([{"arm": "plan", "n": 1}, {"arm": "all", "n": 2}], mark="plan")
+    marked = render_table([{"arm": "plan", "n": 1}, {"arm": "all", "n": 2}], "html", mark="plan")
     assert marked.count('class="mark"') == 1
     assert page("t", ["<p>x</p>"]).startswith("<!doctype html>")

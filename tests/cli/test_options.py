@@ -1,0 +1,52 @@
+"""Option groups: what a command is handed, and in which order its help shows the options."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from layerprobe.cli import options
+from layerprobe.cli.options import option
+from layerprobe.errors import UnknownNameError, UsageError
+
+
+@options.backbone_options(model="gpt2")
+@options.task_options()
+@options.layer_options()
+def command(
+    backbone: options.BackboneOptions,
+    task: options.TaskOptions,
+    layers: options.LayerOptions,
+    own: int = option(3, "Of this command alone."),
+    pooling: str | None = option("cls", "Its own idea of an option of a group."),
+) -> None:
+    """A command of three groups."""
+    seen.update(backbone=backbone, task=task, layers=layers, own=own, pooling=pooling)
+
+
+seen: dict[str, object] = {}
+
+
+def test_a_command_gets_one_object_a_group_and_shared_options_once() -> None:
+    parameters = inspect.signature(command).parameters
+    assert list(parameters)[:5] == ["model", "task", "own", "pooling", "revision"]
+    assert list(parameters).count("seed") == 1
+    given = {name: item.default for name, item in parameters.items()}
+    assert given["model"] == "gpt2" and given["task"] is inspect.Parameter.empty
+    command(**{**given, "task": "digits", "seed": 7})
+    assert seen["backbone"] == options.BackboneOptions(model="gpt2", seed=7, pooling="cls")
+    assert seen["task"] == options.TaskOptions(task="digits", seed=7)
+    assert seen["layers"] == options.LayerOptions()
+    assert (seen["own"], seen["pooling"]) == (3, "cls")
+
+
+def test_lists_of_names_and_numbers() -> None:
+    assert options.name_list(" knn, ridge,") == ["knn", "ridge"]
+    assert options.learning_rates("3e-4, 1e-3") == (3e-4, 1e-3)
+    with pytest.raises(UsageError, match="'fast' is no list of learning rates"):
+        options.learning_rates("fast")
+    with pytest.raises(
+        UnknownNameError, match=r"unknown split 'tset'.* Choose from: train, validation, test"
+    ):
+        options.check_split("tset")
