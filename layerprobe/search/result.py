@@ -392,7 +392,7 @@ def on_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
     """Whether no other row is better in accuracy (higher) and cost (lower); of equal rows, the first is."""
     points = pd.DataFrame({"cost": cost, "accuracy": accuracy})
     points = points.sort_values(["cost", "accuracy"], ascending=[True, False], kind="stable")
-    return points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-np.inf)
+    return (points["accuracy"] > points["accuracy"].cummax().shift(fill_value=-np.inf)).sort_index()
 
 
 def layer_frame(budget: TrialBudget, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:
