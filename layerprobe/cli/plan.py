@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
@@ -130,7 +130,7 @@ def export(
     if both := sorted(set(train or []) & set(freeze or [])):
         raise UsageError(f"{both[0]} is named with --train and with --freeze; choose one")
     outside = {**dict.fromkeys(train or [], "trainable"), **dict.fromkeys(freeze or [], "frozen")}
-    how = {"prefix": prefix, "outside": outside, "without": without or []}
+    how: dict[str, Any] = {"prefix": prefix, "outside": outside, "without": without or []}
     text = loaded.export(to, **how)
     target = TARGETS[to]
     written = None
