@@ -21,7 +21,7 @@ from layerprobe.backbones.image_input import (
     for_language,
     for_vision,
 )
-from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower
+from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower, tied_names
 from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.files import tensor_bytes
@@ -79,6 +79,7 @@ class Backbone(nn.Module):
         self.model = image_or_text_tower(full)
         self.config: PretrainedConfig = self.model.config
         self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
+        self.tied_names = tied_names(full, self.model)
         self.source = source
         self.name = source.name
         self.run_device = self.device

@@ -55,6 +55,24 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     return base.get_encoder() if base.config.is_encoder_decoder else base
 
 
+def tied_names(full: nn.Module, tower: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Of each parameter of the tower that the whole model lists under another name: its names in the whole model.
+
+    T5's encoder calls `embed_tokens.weight` what the model around lists as `shared.weight`, because both are one
+    tensor. First the name by way of the tower, then the others in the whole model's order.
+    """
+    listed: dict[int, list[str]] = {}
+    for name, parameter in full.named_parameters(remove_duplicate=False):
+        listed.setdefault(id(parameter), []).append(name)
+    place = next((name + "." for name, module in full.named_modules() if module is tower and name), "")
+    found = {}
+    for name, parameter in tower.named_parameters():
+        names = listed.get(id(parameter), [])
+        if place + name in names[1:]:
+            found[name] = (place + name, *(other for other in names if other != place + name))
+    return found
+
+
 def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
     """Read the layout off a Hugging Face base model.
 
