@@ -32,9 +32,7 @@ _BUFFER = re.compile(
 _CONV1D = re.compile(r"\.(?:c_(?:attn|proj|fc)|q_attn)\.weight$")
 _BIAS = re.compile(r"(?:^|[._])(?:bias|\w*_bias)$")
 
-_STATE = re.compile(
-    r"^(.*)\.(?:A_log|D|dt_bias|dt_proj|x_proj|(\w*conv_?1d)|time_decay|time_first|rg_lru)(?:\.|$)"
-)
+_STATE = re.compile(r"^(.*)\.(?:A_log|D|dt_bias|x_proj|(\w*conv_?1d)|time_decay|time_first|rg_lru)(?:\.|$)")
 """What only a recurrence or a convolution over tokens has: the module that holds it is a mixer, whatever its name."""
 
 _PLACES = (
@@ -55,11 +53,15 @@ _EMBEDDING = (
 _Q = r"q_proj|query(?:_proj|_global)?|q_lin|linear_q|wq|to_q"
 _K = r"k_proj|key(?:_proj|_global)?|k_lin|linear_k|wk|to_k"
 _V = r"v_proj|value(?:_proj|_global)?|v_lin|linear_v|wv|to_v"
-_O = r"o_proj|out_proj|out_lin|linear_out|to_out(?:\.0)?"
+_O = r"o_proj|out_proj|out_lin|linear_out|output_proj|projection_layer|to_out(?:\.0)?"
 _QKV = r"qkv|to_qkv|qkv_proj|query_key_value|wqkv|attn_qkv|in_proj_weight"
 _GATE_UP, _GATE, _UP = r"gate_up_proj|gate_and_up_proj|up_gate_proj", r"gate_proj|w1|wi_0", r"up_proj|w3|wi_1"
 _FC = r"c_fc|fc1|fc_in|lin1|linear1|dense_h_to_4h|wi"
 _DOWN = r"down_proj|w2|wo|fc2|fc_out|lin2|linear2|output\.dense|dense_4h_to_h"
+
+
+_ASIDE = re.compile(r"(?:^|\.)(?:rel(?:ative)?_(?:pos|logits)\w*|indexer|compressor)\.")
+"""Modules inside attention that make a bias or choose tokens, with projections of their own."""
 
 
 def _rules(*rules: tuple[str, str]) -> tuple[tuple[str, re.Pattern[str]], ...]:
@@ -82,8 +84,14 @@ _RULES = {
         ("gate_up", rf"{_GATE_UP}"),
         ("gate", rf"{_GATE}|receptance"),
         ("up", rf"{_UP}|v1"),
-        ("fc", rf"{_FC}|intermediate[._]dense|in_proj|input_linear|weights_in|layer_1|key|0"),
-        ("down", rf"{_DOWN}|output_dense|c_proj|out_proj|output_linear|weights_out|layer_2|value|2"),
+        (
+            "fc",
+            rf"{_FC}|intermediate[._]dense|in_proj|input_linear|weights_in|layer_1|linear_fc1|proj_in|intermediate|key|0",
+        ),
+        (
+            "down",
+            rf"{_DOWN}|output_dense|c_proj|out_proj|output_linear|weights_out|layer_2|linear_fc2|proj_out|output|value|2",
+        ),
         ("embedding", _EMBEDDING),
     ),
     "": _rules(
@@ -195,7 +203,11 @@ def module_kind(name: str, shape: tuple[int, ...], *, mixer: bool = False) -> st
     place = "mixer" if mixer else _place(name)
     if place == "mixer":
         return "mixer"
-    kind = next((kind for kind, rule in _RULES[place] if rule.search(name)), "other")
+    if place == "attention" and _ASIDE.search(name):
+        return "other"
+    # Quantised and clipped layers keep their matrix one module deeper.
+    own = name.replace(".linear.weight", ".weight")
+    kind = next((kind for kind, rule in _RULES[place] if rule.search(own)), "other")
     is_cross = kind == "qkv" and len(shape) == 2 and max(shape) == 2 * min(shape) and "cross" in name.lower()
     return "kv" if is_cross else kind
 

@@ -195,6 +195,7 @@ def test_a_module_called_mixer_is_what_it_holds() -> None:
             "backbone.layers.3.linear_attn.in_proj_qkvz.weight": (96, 32),
             "backbone.layers.3.linear_attn.out_proj.weight": (32, 32),
             "backbone.layers.3.linear_attn.dt_bias": (4,),
+            "layers.0.self_attn.relative_position_bias.proj.weight": (32, 32),
             "semantic.layers.0.attn.att_proj.weight": (96, 32),
             "semantic.layers.0.mlp.in_proj.weight": (128, 32),
             "semantic.layers.0.mlp.out_proj.weight": (32, 128),
@@ -204,4 +205,4 @@ def test_a_module_called_mixer_is_what_it_holds() -> None:
     assert kinds[:2] == ["mixer", "mixer"]
     assert kinds[2:6] == ["q", "o", "up", "down"]
     assert kinds[6:8] == ["mixer", "mixer"]
-    assert kinds[9:] == ["qkv", "fc", "down"]
+    assert kinds[9:] == ["other", "qkv", "fc", "down"]
