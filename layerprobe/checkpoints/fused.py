@@ -41,12 +41,17 @@ _CODEGEN_RANKS = 4
 _SYNONYMS = {
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"),
     "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads"),
+    "width": ("hidden_size", "n_embd", "d_model"),
     "head_size": ("head_dim", "kv_channels"),
     "experts": ("num_local_experts", "num_experts", "moe_num_experts", "n_routed_experts"),
     "k_size": ("qk_nope_head_dim",),
     "v_size": ("v_head_dim",),
 }
 _ALIASES = {"RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+
+
+Half = tuple[str, tuple[int, ...], tuple[Range, ...]]
+"""Kind, axes and ranges of a part of one expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +167,14 @@ class FusedMatrices:
             shape = (experts, shape[0] // experts, shape[1])
         if len(shape) != 3 or min(shape) < 2:
             return []
-        transposed = self._is_transposed(tensor.name, role.kind, shape)
+        known = self._is_transposed(tensor.name, role.kind, shape)
         if section.model_type == "dbrx":
-            transposed = role.kind == "down"
-        halves = self._halves(tensor.name, role.kind, section, shape, transposed)
+            known = role.kind == "down"
+        transposed = bool(known)
+        rows, columns = shape[1:]
+        halves: list[Half] = [(role.kind, (rows, columns), _all((rows, columns)))]
+        if role.kind == "gate_up" and known is not None:
+            halves = self._halves(tensor.name, section, (rows, columns), transposed) or halves
         made = []
         for index in range(shape[0]):
             for kind, axes, ranges in halves:
@@ -176,14 +185,12 @@ class FusedMatrices:
                 made.append(Part(kind=kind, tensor=part, transposed=transposed, is_expert=True))
         return made
 
-    def _halves(
-        self, name: str, kind: str, section: _Section, shape: Sequence[int], transposed: bool
-    ) -> list[tuple[str, tuple[int, ...], tuple[Range, ...]]]:
-        """(kind, axes, ranges) of the parts of one expert."""
-        rows, columns = shape[1:]
+    def _halves(self, name: str, section: _Section, shape: tuple[int, int], transposed: bool) -> list[Half]:
+        """Gate and up of one expert."""
+        rows, columns = shape
         outputs = columns if transposed else rows
-        if kind != "gate_up" or outputs % 2:
-            return [(kind, (rows, columns), _all((rows, columns)))]
+        if outputs % 2:
+            return []
         half = outputs // 2
         if self._is_interleaved(name, section, transposed):
             return [
@@ -202,19 +209,21 @@ class FusedMatrices:
             return section.model_type == "gpt_oss"
         return transposed and f"{name}_bias" in self._shapes
 
-    def _is_transposed(self, name: str, kind: str, shape: tuple[int, ...]) -> bool:
-        """Whether the experts lie inputs × outputs, as the shapes of first and last layer tell together."""
+    def _is_transposed(self, name: str, kind: str, shape: tuple[int, ...]) -> bool | None:
+        """Whether the experts lie inputs × outputs, as the shapes of first and last layer tell together.
+
+        None where one of them is not here, and the width of the model is not known either.
+        """
         module, _, leaf = name.removesuffix(".weight").rpartition(".")
-        first, last = shape, shape
-        partners = _LAST if kind != "down" else _FIRST
-        for partner in partners:
-            other = self._shapes.get(f"{module}.{partner}{name[len(module) + 1 + len(leaf) :]}")
-            if other is not None and len(other) == 3:
-                first, last = (first, other) if kind != "down" else (other, last)
-                break
-        else:
-            return False
-        return first[1] == last[2] and first[2] != last[1]
+        for partner in _FIRST if kind == "down" else _LAST:
+            other = self._shapes.get(f"{module}.{partner}{name[len(module) + 1 + len(leaf) :]}", ())
+            if len(other) == 3:
+                first, last = (other, shape) if kind == "down" else (shape, other)
+                return first[1] == last[2] and first[2] != last[1]
+        width = self._section(name).number("width")
+        if width in shape[1:] and shape[1] != shape[2]:
+            return (shape[1] == width) != (kind == "down")
+        return None
 
     def _section(self, name: str) -> _Section:
         """The part of the configuration that speaks of this tensor."""

@@ -260,6 +260,16 @@ def test_parts_hold_the_entries_of_their_module(layout: str, container: str, tmp
             assert np.array_equal(np.concatenate(chunks), expected.contiguous().numpy().ravel())
 
 
+def test_experts_without_their_last_layer_are_cut_only_where_the_width_is_known() -> None:
+    name = "model.layers.0.feed_forward.experts.gate_up_proj"
+    shapes: dict[str, tuple[int, ...]] = {name: (2, 16, 48)}
+    assert [part.kind for part in parts_of(shapes, name, {})] == ["gate_up"] * 2
+    llama4 = {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "hidden_size": 16}}
+    assert [part.tensor.shape for part in parts_of(shapes, name, llama4)] == [(16, 24)] * 4
+    other = {"model_type": "qwen3_5_moe", "hidden_size": 48}
+    assert [part.tensor.shape for part in parts_of(shapes, name, other)] == [(8, 48)] * 4
+
+
 def test_dbrx_keeps_the_rows_of_all_experts_in_one_matrix() -> None:
     config = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}
     stem = "transformer.blocks.0.ffn.experts.mlp"
