@@ -52,17 +52,19 @@ class ScannedTensor:
     part_of: str | None = None
 
 
-def open_model(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, Checkpoint, str]:
-    """Name, model id, checkpoint and revision."""
+def open_model(
+    model: str | Path, revision: str | None, offline: bool, state: str | None = None
+) -> tuple[str, str, Checkpoint, str]:
+    """Name, model id, checkpoint and revision; of a training checkpoint the model's state, or the one named."""
     path = Path(model).expanduser()
     if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
         # Weights without a configuration are enough here, unlike for everything that builds a model; and
         # the checkpoint's own check of a broken folder names the tensor.
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, state=state)
         found = weights_hash(path) if (path / "config.json").is_file() else "local"
         return str(model), path.resolve().name, checkpoint, found
     source = resolve_model(str(model), revision=revision, offline=offline)
-    return source.name, source.model_id, open_checkpoint(source.folder), source.revision
+    return source.name, source.model_id, open_checkpoint(source.folder, state=state), source.revision
 
 
 def checkpoint_facts(
@@ -72,9 +74,10 @@ def checkpoint_facts(
     offline: bool = False,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    state: str | None = None,
 ) -> dict[str, Any]:
     """What a report would read, from the headers alone: folder, files, tensors, bytes, dtypes."""
-    name, model_id, checkpoint, _ = open_model(model, revision, offline)
+    name, model_id, checkpoint, _ = open_model(model, revision, offline, state)
     checkpoint = checkpoint.select(list(include or []), list(exclude or []))
     return {
         "model": name,
@@ -83,8 +86,9 @@ def checkpoint_facts(
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "skipped": sum(tensor.skip is not None for tensor in checkpoint.tensors),
-        "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors)),
+        "dtypes": dict(Counter(tensor.stored_as or tensor.dtype for tensor in checkpoint.tensors)),
         "bytes": checkpoint.nbytes,
+        **({"left_out": checkpoint.left_out} if checkpoint.left_out else {}),
     }
 
 
@@ -162,7 +166,7 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
         rows.append(
             ScannedTensor(
                 name=tensor.name,
-                dtype=tensor.dtype,
+                dtype=tensor.stored_as or tensor.dtype,
                 shape=tensor.shape,
                 place=place,
                 skip=skip,

@@ -228,7 +228,9 @@ class OutlierReport(Record):
         if whole.nan + whole.inf:
             text += f". {whole.nan + whole.inf:,} entries are NaN or infinite and were left out"
         if skipped := sum(row.found is None for row in self.tensors):
-            text += f". Skipped, being no floating-point weights: {skipped} of {len(self.tensors)} tensors"
+            text += f". Skipped, the table says why: {skipped} of {len(self.tensors)} tensors"
+        if left := self.provenance.get("left_out"):
+            text += ". Left out of the file: " + "; ".join(f"{name} ({what})" for name, what in left.items())
         return text + "."
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
@@ -243,6 +245,7 @@ def outlier_report(
     rules: OutlierRules | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    state: str | None = None,
     threads: int | None = None,
     engine: str = "auto",
     axes: bool | None = None,
@@ -259,6 +262,8 @@ def outlier_report(
         What is counted; see `layerprobe.metrics.outliers.OutlierRules`.
     include, exclude : Iterable[str] | None
         Shell patterns on tensor names, for example "*.mlp.*".
+    state : str | None
+        Which state of a training checkpoint; default: the model's own, not an average or a copy of it.
     threads : int | None
         Tensors read at once; default: the usable cores, at most 8.
     engine : str
@@ -281,7 +286,7 @@ def outlier_report(
     """
     rules = rules or OutlierRules()
     include, exclude = list(include or []), list(exclude or [])
-    name, model_id, checkpoint, found_revision = open_model(model, revision, offline)
+    name, model_id, checkpoint, found_revision = open_model(model, revision, offline, state)
     checkpoint = checkpoint.select(include, exclude)
     axes = checkpoint.nbytes <= AXES_BELOW if axes is None else axes
     tensors = scan(checkpoint, rules=rules, engine=engine, threads=threads, axes=axes, quiet=quiet)
@@ -289,7 +294,7 @@ def outlier_report(
     arguments = {"model": name, "revision": revision, "include": include, "exclude": exclude}
     facts = provenance(
         "outliers",
-        {**arguments, "threads": threads, "engine": engine, "axes": axes},
+        {**arguments, "state": state, "threads": threads, "engine": engine, "axes": axes},
         model_id=model_id,
         model_revision=found_revision,
         files=[file.name for file in checkpoint.files],
@@ -297,6 +302,7 @@ def outlier_report(
         definitions=definitions(rules),
         tied={row.name: row.tied_to for row in tensors if row.tied_to},
         skipped={row.name: row.skip for row in tensors if row.found is None},
+        **({"left_out": checkpoint.left_out} if checkpoint.left_out else {}),
     )
     return OutlierReport(
         model=name,
@@ -326,6 +332,8 @@ def definitions(rules: OutlierRules) -> dict[str, str]:
         "norm_*_dimension_votes": "in how many of n norm tensors inside blocks dimension `entry` lies more than 3 std "
         "from the tensor's mean",
         "outlier_ppm_*": "outlier_ratio_* times 1e6",
+        "quantised tensors": "measured as the matrix that codes and scales define, each entry rounded once to float32; "
+        "zero points of GPTQ are stored less one unless the configuration says gptq_v2",
         "roll-ups": "each entry is judged within its own tensor and counts are added; moments are those of all "
         "entries together; tied weights count once",
     }

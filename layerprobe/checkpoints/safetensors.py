@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,6 +54,14 @@ _OTHERS = {
 }  # fmt: skip
 
 
+class FlatEntries(Protocol):
+    """Entries in row-major order that are made when a slice of them is taken."""
+
+    size: int
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
     """A tensor in a file. `dtype` is torch's name ("bfloat16"), or the file's own where torch has none.
@@ -61,7 +69,8 @@ class StoredTensor:
     `skip` says why the tensor cannot be measured (integers, packed codes); None for a weight.
     `alias_of` names the tensor whose storage this one shares, where the file itself says so. `columns` is
     (width of the stored rows, first, last + 1) for a part of a matrix that is some of its columns. `source` is
-    the flat array where the tensor is in memory (or mapped into it) already.
+    the flat array where the tensor is in memory (or mapped into it) already, or what stands for one. `stored_as` is
+    the dtype of the codes where the entries are decoded from them.
     """
 
     name: str
@@ -72,8 +81,9 @@ class StoredTensor:
     nbytes: int
     skip: str | None = None
     alias_of: str | None = None
+    stored_as: str | None = None
     columns: tuple[int, int, int] | None = None
-    source: np.ndarray | None = field(default=None, compare=False, repr=False)
+    source: np.ndarray | FlatEntries | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -108,7 +118,7 @@ class StoredTensor:
                 for chunk in self._read(stream, view, dtype, self.shape[0] * row):
                     yield np.ascontiguousarray(chunk.reshape(-1, width)[:, start:stop]).reshape(-1)
         except OSError as error:
-            raise self._broken(error.strerror or str(error)) from error
+            raise self.broken(error.strerror or str(error)) from error
 
     def _read(
         self, stream: FileIO, view: memoryview, dtype: np.dtype[Any], nbytes: int
@@ -119,7 +129,7 @@ class StoredTensor:
             while done < len(target):
                 got = stream.readinto(target[done:])
                 if not got:
-                    raise self._broken(f"the file ends at byte {self.offset + begin + done:,}")
+                    raise self.broken(f"the file ends at byte {self.offset + begin + done:,}")
                 done += got
             yield np.frombuffer(target, dtype=dtype)
 
@@ -131,14 +141,15 @@ class StoredTensor:
         itemsize = np.dtype(RAW_DTYPES[self.dtype]).itemsize
         made = replace(self, name=name, shape=shape, nbytes=math.prod(shape) * itemsize)
         if self.source is not None:
-            matrix = self.source.reshape(rows, width)
+            matrix = self.source[0 : self.size].reshape(rows, width)
             kept = matrix[:, start:stop] if columns else matrix[start:stop]
             return replace(made, source=np.ascontiguousarray(kept).reshape(-1))
         if columns:
             return replace(made, columns=(width, start, stop))
         return replace(made, offset=self.offset + start * width * itemsize)
 
-    def _broken(self, reason: str) -> BrokenFileError:
+    def broken(self, reason: str) -> BrokenFileError:
+        """The error for a tensor whose bytes cannot be read."""
         return BrokenFileError(f"cannot read tensor '{self.name}' from {self.file}: {reason}")
 
 
