@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention in": ("q", "k", "v", "qkv"),
+    "attention in": ("q", "k", "v", "kv", "qkv"),
     "attention out": ("o",),
     "mlp in": ("gate", "up", "gate_up", "fc"),
     "mlp out": ("down",),
+    "mixer": ("mixer",),
 }
 """Module kinds that do the same job in different architectures, pooled for comparison."""
 
@@ -350,7 +351,7 @@ def _separated(report: OutlierReport) -> list[ScannedTensor]:
     """The weights that count, fused matrices replaced by their parts: the same in every layout."""
     parts = [row for row in report.tensors if row.part_of is not None]
     fused = {row.part_of for row in parts}
-    return [row for row in report.counted() if row.name not in fused] + parts
+    return [row for row in report.counted() if row.name not in fused and row.part_of is None] + parts
 
 
 def _part_rank(part: str) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import mmap
 import os
 import queue
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from layerprobe.backbones.resolve import RUN_FILE, resolve_model, weights_hash
 from layerprobe.checkpoints import (
     CHUNK_BYTES,
     Checkpoint,
+    FusedMatrices,
     StoredTensor,
     TensorRole,
-    fused_parts,
     open_checkpoint,
     tensor_roles,
 )
@@ -38,8 +38,9 @@ from layerprobe.progress import progress_bar
 class ScannedTensor:
     """One tensor's identity and numbers. `found` is None where it was skipped, and `skip` says why.
 
-    `tied_to` names the tensor that is the same weight, `part_of` the fused matrix that this is a part of; neither
-    enters the roll-ups of the model a second time.
+    `tied_to` names the tensor that is the same weight, `part_of` the fused matrix that this is a part of. `counts`
+    is true where it enters the roll-ups of the model: fused matrices whole, stacks of experts expert by expert, as
+    if each were stored alone.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ScannedTensor:
     skip: str | None = None
     tied_to: str | None = None
     part_of: str | None = None
+    counts: bool = True
 
 
 def open_model(
@@ -156,37 +158,47 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
     rows: list[ScannedTensor] = []
     work: list[tuple[StoredTensor, ScannedTensor]] = []
 
-    def add(
-        tensor: StoredTensor,
-        place: TensorRole,
-        skip: str | None = None,
-        tied_to: str | None = None,
-        part_of: str | None = None,
-    ) -> ScannedTensor:
-        rows.append(
-            ScannedTensor(
-                name=tensor.name,
-                dtype=tensor.stored_as or tensor.dtype,
-                shape=tensor.shape,
-                place=place,
-                skip=skip,
-                tied_to=tied_to,
-                part_of=part_of,
-            )
+    def add(tensor: StoredTensor, place: TensorRole, **how: Any) -> ScannedTensor:
+        row = ScannedTensor(
+            name=tensor.name, dtype=tensor.stored_as or tensor.dtype, shape=tensor.shape, place=place, **how
         )
-        return rows[-1]
+        rows.append(row)
+        return row
 
-    located = tensor_roles({tensor.name: tensor.shape for tensor in checkpoint.tensors})
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    located = tensor_roles(shapes)
+    fused = _fused_matrices(checkpoint, shapes, located)
     for tensor in checkpoint.tensors:
         place = located[tensor.name]
         skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
         row = add(tensor, place, skip=skip, tied_to=tensor.alias_of)
-        if skip is None and tensor.alias_of is None:
-            work.append((tensor, row))
-            for kind, part in fused_parts(tensor, place):
-                own = dataclasses.replace(place, kind=kind)
-                work.append((part, add(part, own, part_of=tensor.name)))
+        if skip is not None or tensor.alias_of is not None:
+            continue
+        work.append((tensor, row))
+        for part in fused.parts(tensor, place):
+            own = dataclasses.replace(place, kind=part.kind, transposed=part.transposed)
+            row.counts = row.counts and not part.is_expert
+            made = add(part.tensor, own, part_of=tensor.name, counts=part.is_expert)
+            work.append((part.tensor, made))
     return rows, work
+
+
+def _fused_matrices(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], located: Mapping[str, TensorRole]
+) -> FusedMatrices:
+    """What cuts the fused matrices; asks the model's own code about those of an architecture that is not known."""
+    fused = FusedMatrices(shapes, checkpoint.config)
+    whole = {
+        tensor.name: tensor.shape[::-1] if located[tensor.name].transposed else tensor.shape
+        for tensor in checkpoint.tensors
+        if located[tensor.name].kind == "qkv" and len(tensor.shape) == 2
+        if tensor.skip is None and not fused.parts(tensor, located[tensor.name])
+    }
+    if not whole or not checkpoint.config.get("model_type"):
+        return fused
+    from layerprobe.backbones.fused_layout import measure_fused_rows
+
+    return FusedMatrices(shapes, checkpoint.config, measure_fused_rows(checkpoint.folder, whole))
 
 
 def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, dict[str, np.ndarray]]:
@@ -237,21 +249,45 @@ def _one_torch_thread(engine: str, counted: bool) -> Iterator[str]:
 
 
 def _find_tied(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> None:
-    """Mark a head that is, byte for byte, the embedding. Layers that merely start equal are not tied."""
+    """Mark what is, byte for byte, another tensor outside the blocks, such as a head that is the embedding.
+
+    Vectors, constants and what lies in blocks may merely start equal, and are not tied; but the bias of a head's
+    own matrix is tied to the bias of the head (BERT).
+    """
     stored = {tensor.name: tensor for tensor in checkpoint.tensors}
-    measured = [row for row in rows if row.found is not None]
-    for head in measured:
-        if head.place.kind != "head" or head.tied_to is not None:
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
+    originals: dict[tuple[object, ...], list[ScannedTensor]] = {}
+    # An embedding is the original of a head, and the shortest name that of the others.
+    order = sorted(rows, key=lambda row: (row.place.kind != "embedding", row.name.count("."), row.name))
+    for row in order:
+        bias_of = _head_with_bias(row.name, shapes)
+        if row.found is None or row.place.block is not None or row.part_of or row.tied_to:
             continue
-        for other in measured:
-            alike = (other.shape, other.dtype, other.found) == (head.shape, head.dtype, head.found)
-            if (
-                other.place.kind == "embedding"
-                and alike
-                and _same_bytes(stored[other.name], stored[head.name])
-            ):
-                head.tied_to = other.name
-                break
+        if bias_of is None and (len(row.shape) < 2 or not row.found.values.get("std")):
+            continue
+        alike = originals.setdefault((row.shape, row.dtype, bias_of), [])
+        same = (
+            other
+            for other in alike
+            if other.found == row.found and _same_bytes(stored[other.name], stored[row.name])
+        )
+        if (original := next(same, None)) is not None:
+            row.tied_to = original.name
+        else:
+            alike.append(row)
+
+
+def _head_with_bias(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The head whose bias this is, where a matrix with one output per entry stands in it: its name, else None."""
+    module, _, leaf = name.rpartition(".")
+    if leaf != "bias":
+        return None
+    head, _, _ = module.rpartition(".")
+    for found in (head, module):
+        matrix = shapes.get(f"{found}.decoder.weight")
+        if found and matrix is not None and matrix[:1] == shapes[name]:
+            return found
+    return None
 
 
 def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

@@ -66,12 +66,8 @@ class OutlierReport(Record):
         )
 
     def counted(self) -> list[ScannedTensor]:
-        """The tensors that enter roll-ups: neither skipped nor tied, fused matrices whole."""
-        return [
-            row
-            for row in self.tensors
-            if row.found is not None and row.tied_to is None and row.part_of is None
-        ]
+        """The tensors that enter roll-ups: neither skipped nor tied, fused matrices whole, experts one by one."""
+        return [row for row in self.tensors if row.found is not None and row.tied_to is None and row.counts]
 
     @property
     def n_blocks(self) -> int:
@@ -116,7 +112,10 @@ class OutlierReport(Record):
                 yield {**about, "metric": f"{line}_max_z", "value": found.max_z, "n": found.n}
 
     def _roll_up_rows(self) -> Iterator[dict[str, Any]]:
-        everything = [*self.counted(), *(row for row in self.tensors if row.part_of is not None)]
+        everything = [
+            *self.counted(),
+            *(row for row in self.tensors if row.part_of is not None and not row.counts),
+        ]
         for level, keys in LEVELS.items():
             sigmas = self.rules.all_sigmas if level == "group" else self.rules.sigmas
             for key, part in self._grouped(*keys, rows=everything if level == "kind" else None):
@@ -335,7 +334,8 @@ def definitions(rules: OutlierRules) -> dict[str, str]:
         "quantised tensors": "measured as the matrix that codes and scales define, each entry rounded once to float32; "
         "zero points of GPTQ are stored less one unless the configuration says gptq_v2",
         "roll-ups": "each entry is judged within its own tensor and counts are added; moments are those of all "
-        "entries together; tied weights count once",
+        "entries together; tied weights count once; "
+        "each expert of a stack is judged as a matrix of its own",
     }
     found |= {
         f"outlier_ratio_{rule}": f"share of entries with {text}" for rule, text in rules.definitions().items()
