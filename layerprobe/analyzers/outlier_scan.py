@@ -26,6 +26,7 @@ from layerprobe.checkpoints import (
     open_checkpoint,
     tensor_roles,
 )
+from layerprobe.checkpoints.parameters import DeclaredNames, in_doubt, no_parameters
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
@@ -168,9 +169,16 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     located = tensor_roles(shapes)
     fused = _fused_matrices(checkpoint, shapes, located)
+    in_block = {name: role.block is not None for name, role in located.items()}
+    no_weights = no_parameters(shapes, in_block, _declared_names(checkpoint, located))
     for tensor in checkpoint.tensors:
         place = located[tensor.name]
-        skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
+        skip = tensor.skip or no_weights.get(tensor.name)
+        if skip is None and place.kind == "buffer":
+            # Named like a table, and a parameter of the model's class all the same.
+            place = dataclasses.replace(
+                place, kind="other", group="blocks" if place.block is not None else "other"
+            )
         row = add(tensor, place, skip=skip, tied_to=tensor.alias_of)
         if skip is not None or tensor.alias_of is not None:
             continue
@@ -199,6 +207,29 @@ def _fused_matrices(
     from layerprobe.backbones.fused_layout import measure_fused_rows
 
     return FusedMatrices(shapes, checkpoint.config, measure_fused_rows(checkpoint.folder, whole))
+
+
+def _declared_names(checkpoint: Checkpoint, located: Mapping[str, TensorRole]) -> DeclaredNames | None:
+    """What the model's class declares, where the names alone leave open what is a parameter."""
+    doubt = any(
+        tensor.skip is None and in_doubt(tensor.name, located[tensor.name].kind)
+        for tensor in checkpoint.tensors
+    )
+    if not doubt or not checkpoint.config.get("model_type"):
+        return None
+    from layerprobe.backbones.skeleton import class_skeleton
+
+    found = class_skeleton(checkpoint.folder)
+    if found is None:
+        return None
+    model, whole = found
+    return DeclaredNames(
+        model=type(model).__name__,
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        once=frozenset(name for name, _ in model.named_parameters()),
+        buffers=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
+        whole=whole,
+    )
 
 
 def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, dict[str, np.ndarray]]:
