@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-import queue
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ from layerprobe.checkpoints.parameters import DeclaredNames, in_doubt, no_parame
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
-from layerprobe.metrics.outliers.counting import Engine, make_engine
+from layerprobe.metrics.outliers.counting import make_engine
 from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class ScannedTensor:
     """One tensor's identity and numbers. `found` is None where it was skipped, and `skip` says why.
 
@@ -122,30 +122,39 @@ def scan(
     work.sort(key=lambda pair: -pair[0].nbytes)
     n_threads = max(1, min(threads or _usable_cores(), len(work) or 1))
     counted = any(needs_engine(tensor.dtype, tensor.size) for tensor, _ in work)
-    with _one_torch_thread(engine, counted) as name, ThreadPoolExecutor(n_threads) as pool:
-        free: queue.SimpleQueue[tuple[Engine | None, mmap.mmap]] = queue.SimpleQueue()
-        for _ in range(n_threads):
-            free.put((make_engine(name) if counted else None, mmap.mmap(-1, CHUNK_BYTES)))
+    if engine != "auto":
+        make_engine(engine)  # that it exists is checked even where all tensors are small
+    total = sum(tensor.nbytes for tensor, _ in work)
+    waiting = deque(work)
+    with (
+        _one_torch_thread(engine, counted) as name,
+        ThreadPoolExecutor(n_threads) as pool,
+        progress_bar(total=total, unit="B", unit_scale=True, quiet=quiet, desc="weights") as bar,
+    ):
 
-        def measure(tensor: StoredTensor, row: ScannedTensor) -> int:
-            own_engine, buffer = own = free.get()
-            try:
-                row.found = summarize(
-                    lambda: tensor.chunks(buffer),
-                    tensor.dtype,
-                    tensor.shape,
-                    rules=rules,
-                    engine=own_engine,
-                    axes=axes,
-                )
-            finally:
-                free.put(own)
-            return tensor.nbytes
+        def measure() -> None:
+            own_engine, buffer = make_engine(name) if counted else None, mmap.mmap(-1, CHUNK_BYTES)
+            while waiting:
+                try:
+                    tensor, row = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    row.found = summarize(
+                        partial(tensor.chunks, buffer),
+                        tensor.dtype,
+                        tensor.shape,
+                        rules=rules,
+                        engine=own_engine,
+                        axes=axes,
+                    ).compact()
+                except BaseException:
+                    waiting.clear()
+                    raise
+                bar.update(tensor.nbytes)
 
-        total = sum(tensor.nbytes for tensor, _ in work)
-        with progress_bar(total=total, unit="B", unit_scale=True, quiet=quiet, desc="weights") as bar:
-            for nbytes in _all_or_first_error(pool, [pool.submit(measure, *pair) for pair in work]):
-                bar.update(nbytes)
+        for done in [pool.submit(measure) for _ in range(n_threads)]:
+            done.result()
     _find_tied(checkpoint, rows)
     by_name = {row.name: row for row in rows}
     for row in rows:
@@ -244,17 +253,6 @@ def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, d
         if chunks:
             found[role][row.name] = decoded(np.concatenate(chunks), row.dtype)
     return found
-
-
-def _all_or_first_error(pool: ThreadPoolExecutor, futures: list[Future[int]]) -> Iterator[int]:
-    pending = set(futures)
-    try:
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _usable_cores() -> int:

@@ -63,7 +63,7 @@ class FlatEntries(Protocol):
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """A tensor in a file. `dtype` is torch's name ("bfloat16"), or the file's own where torch has none.
 
