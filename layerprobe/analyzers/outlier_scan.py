@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-import queue
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ from layerprobe.checkpoints import (
     open_checkpoint,
     tensor_roles,
 )
+from layerprobe.checkpoints.parameters import DeclaredNames, in_doubt, no_parameters
 from layerprobe.errors import UsageError
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
-from layerprobe.metrics.outliers.counting import Engine, make_engine
+from layerprobe.metrics.outliers.counting import make_engine
 from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class ScannedTensor:
     """One tensor's identity and numbers. `found` is None where it was skipped, and `skip` says why.
 
@@ -54,17 +55,19 @@ class ScannedTensor:
     counts: bool = True
 
 
-def open_model(model: str | Path, revision: str | None, offline: bool) -> tuple[str, str, Checkpoint, str]:
-    """Name, model id, checkpoint and revision."""
+def open_model(
+    model: str | Path, revision: str | None, offline: bool, state: str | None = None
+) -> tuple[str, str, Checkpoint, str]:
+    """Name, model id, checkpoint and revision; of a training checkpoint the model's state, or the one named."""
     path = Path(model).expanduser()
     if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
         # Weights without a configuration are enough here, unlike for everything that builds a model; and
         # the checkpoint's own check of a broken folder names the tensor.
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, state=state)
         found = weights_hash(path) if (path / "config.json").is_file() else "local"
         return str(model), path.resolve().name, checkpoint, found
     source = resolve_model(str(model), revision=revision, offline=offline)
-    return source.name, source.model_id, open_checkpoint(source.folder), source.revision
+    return source.name, source.model_id, open_checkpoint(source.folder, state=state), source.revision
 
 
 def checkpoint_facts(
@@ -74,9 +77,10 @@ def checkpoint_facts(
     offline: bool = False,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    state: str | None = None,
 ) -> dict[str, Any]:
     """What a report would read, from the headers alone: folder, files, tensors, bytes, dtypes."""
-    name, model_id, checkpoint, _ = open_model(model, revision, offline)
+    name, model_id, checkpoint, _ = open_model(model, revision, offline, state)
     checkpoint = checkpoint.select(list(include or []), list(exclude or []))
     return {
         "model": name,
@@ -85,8 +89,9 @@ def checkpoint_facts(
         "files": len(checkpoint.files),
         "tensors": len(checkpoint.tensors),
         "skipped": sum(tensor.skip is not None for tensor in checkpoint.tensors),
-        "dtypes": dict(Counter(tensor.dtype for tensor in checkpoint.tensors)),
+        "dtypes": dict(Counter(tensor.stored_as or tensor.dtype for tensor in checkpoint.tensors)),
         "bytes": checkpoint.nbytes,
+        **({"left_out": checkpoint.left_out} if checkpoint.left_out else {}),
     }
 
 
@@ -117,30 +122,39 @@ def scan(
     work.sort(key=lambda pair: -pair[0].nbytes)
     n_threads = max(1, min(threads or _usable_cores(), len(work) or 1))
     counted = any(needs_engine(tensor.dtype, tensor.size) for tensor, _ in work)
-    with _one_torch_thread(engine, counted) as name, ThreadPoolExecutor(n_threads) as pool:
-        free: queue.SimpleQueue[tuple[Engine | None, mmap.mmap]] = queue.SimpleQueue()
-        for _ in range(n_threads):
-            free.put((make_engine(name) if counted else None, mmap.mmap(-1, CHUNK_BYTES)))
+    if engine != "auto":
+        make_engine(engine)  # that it exists is checked even where all tensors are small
+    total = sum(tensor.nbytes for tensor, _ in work)
+    waiting = deque(work)
+    with (
+        _one_torch_thread(engine, counted) as name,
+        ThreadPoolExecutor(n_threads) as pool,
+        progress_bar(total=total, unit="B", unit_scale=True, quiet=quiet, desc="weights") as bar,
+    ):
 
-        def measure(tensor: StoredTensor, row: ScannedTensor) -> int:
-            own_engine, buffer = own = free.get()
-            try:
-                row.found = summarize(
-                    lambda: tensor.chunks(buffer),
-                    tensor.dtype,
-                    tensor.shape,
-                    rules=rules,
-                    engine=own_engine,
-                    axes=axes,
-                )
-            finally:
-                free.put(own)
-            return tensor.nbytes
+        def measure() -> None:
+            own_engine, buffer = make_engine(name) if counted else None, mmap.mmap(-1, CHUNK_BYTES)
+            while waiting:
+                try:
+                    tensor, row = waiting.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    row.found = summarize(
+                        partial(tensor.chunks, buffer),
+                        tensor.dtype,
+                        tensor.shape,
+                        rules=rules,
+                        engine=own_engine,
+                        axes=axes,
+                    ).compact()
+                except BaseException:
+                    waiting.clear()
+                    raise
+                bar.update(tensor.nbytes)
 
-        total = sum(tensor.nbytes for tensor, _ in work)
-        with progress_bar(total=total, unit="B", unit_scale=True, quiet=quiet, desc="weights") as bar:
-            for nbytes in _all_or_first_error(pool, [pool.submit(measure, *pair) for pair in work]):
-                bar.update(nbytes)
+        for done in [pool.submit(measure) for _ in range(n_threads)]:
+            done.result()
     _find_tied(checkpoint, rows)
     by_name = {row.name: row for row in rows}
     for row in rows:
@@ -155,16 +169,25 @@ def _located(checkpoint: Checkpoint) -> tuple[list[ScannedTensor], list[tuple[St
     work: list[tuple[StoredTensor, ScannedTensor]] = []
 
     def add(tensor: StoredTensor, place: TensorRole, **how: Any) -> ScannedTensor:
-        row = ScannedTensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, place=place, **how)
+        row = ScannedTensor(
+            name=tensor.name, dtype=tensor.stored_as or tensor.dtype, shape=tensor.shape, place=place, **how
+        )
         rows.append(row)
         return row
 
     shapes = {tensor.name: tensor.shape for tensor in checkpoint.tensors}
     located = tensor_roles(shapes)
     fused = _fused_matrices(checkpoint, shapes, located)
+    in_block = {name: role.block is not None for name, role in located.items()}
+    no_weights = no_parameters(shapes, in_block, _declared_names(checkpoint, located))
     for tensor in checkpoint.tensors:
         place = located[tensor.name]
-        skip = tensor.skip or ("a buffer, not a weight" if place.kind == "buffer" else None)
+        skip = tensor.skip or no_weights.get(tensor.name)
+        if skip is None and place.kind == "buffer":
+            # Named like a table, and a parameter of the model's class all the same.
+            place = dataclasses.replace(
+                place, kind="other", group="blocks" if place.block is not None else "other"
+            )
         row = add(tensor, place, skip=skip, tied_to=tensor.alias_of)
         if skip is not None or tensor.alias_of is not None:
             continue
@@ -195,6 +218,29 @@ def _fused_matrices(
     return FusedMatrices(shapes, checkpoint.config, measure_fused_rows(checkpoint.folder, whole))
 
 
+def _declared_names(checkpoint: Checkpoint, located: Mapping[str, TensorRole]) -> DeclaredNames | None:
+    """What the model's class declares, where the names alone leave open what is a parameter."""
+    doubt = any(
+        tensor.skip is None and in_doubt(tensor.name, located[tensor.name].kind)
+        for tensor in checkpoint.tensors
+    )
+    if not doubt or not checkpoint.config.get("model_type"):
+        return None
+    from layerprobe.backbones.skeleton import class_skeleton
+
+    found = class_skeleton(checkpoint.folder)
+    if found is None:
+        return None
+    model, whole = found
+    return DeclaredNames(
+        model=type(model).__name__,
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        once=frozenset(name for name, _ in model.named_parameters()),
+        buffers=frozenset(name for name, _ in model.named_buffers(remove_duplicate=False)),
+        whole=whole,
+    )
+
+
 def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, dict[str, np.ndarray]]:
     """The one-dimensional norm tensors inside blocks, as float64: "weight" and "bias" → name → values."""
     stored = {tensor.name: tensor for tensor in checkpoint.tensors}
@@ -207,17 +253,6 @@ def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, d
         if chunks:
             found[role][row.name] = decoded(np.concatenate(chunks), row.dtype)
     return found
-
-
-def _all_or_first_error(pool: ThreadPoolExecutor, futures: list[Future[int]]) -> Iterator[int]:
-    pending = set(futures)
-    try:
-        while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _usable_cores() -> int:

@@ -76,7 +76,7 @@ def load_backbone(
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
-    with _quiet_transformers():
+    with quiet_transformers():
         full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
     full.eval()
     # Without a classifier of its own, nothing beside the tower is used again.
@@ -163,7 +163,7 @@ def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConf
         ) from error
 
 
-def _architecture(config: PretrainedConfig) -> Any:
+def architecture_of(config: PretrainedConfig) -> Any:
     """The class the checkpoint was saved from, so that no layer is invented; else the AutoModel."""
     import transformers
 
@@ -188,22 +188,22 @@ def _build(
         target.type == "meta" or not trust_remote_code
     ):  # the repository's code cannot be sized without running it
         with torch.device("meta"):
-            skeleton = _random_model(config, trust_remote_code)
+            skeleton = random_model(config, trust_remote_code)
         if target.type == "meta":
             return skeleton.to(dtype)
         _check_memory(skeleton, source, dtype, target)
     if init == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _random_model(config, trust_remote_code).to(dtype)
+            return random_model(config, trust_remote_code).to(dtype)
     return _pretrained_model(source, config, dtype, trust_remote_code)
 
 
-def _random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+def random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     """The architecture with the weights that its constructor draws."""
     from transformers import AutoModel
 
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     if architecture is AutoModel:
         made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         return made
@@ -217,7 +217,7 @@ def _pretrained_model(
     from safetensors import SafetensorError
     from transformers import AutoModel
 
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     auto = architecture is AutoModel
     extra = {"trust_remote_code": trust_remote_code} if auto else {}
     try:
@@ -324,7 +324,7 @@ def available_memory(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' remarks on torchvision and unused heads off the user's terminal."""
     from transformers.utils import logging as hf_logging
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from layerprobe.checkpoints.quantised import dequantised
 from layerprobe.checkpoints.safetensors import StoredTensor, read_safetensors
-from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.files import TORCH_ENDINGS, read_json, weight_files
 
 
@@ -20,6 +21,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: tuple[StoredTensor, ...]
     config: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What else a training checkpoint holds: name → what it is."""
 
     @property
     def nbytes(self) -> int:
@@ -48,13 +51,18 @@ class Checkpoint:
         return replace(self, tensors=kept)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint:
     """List the tensors of a model folder (or of one weight file) without reading any weight.
+
+    Quantised matrices appear as what their codes and scales define. Of a training checkpoint the model's state is
+    listed, or the one named `state`.
 
     Raises
     ------
     NotAvailableError
         No such path, or no weight files in it.
+    UnknownNameError
+        There is no such state.
     BrokenFileError
         a file, index or shard that cannot be what it says it is.
     """
@@ -72,8 +80,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotAvailableError(f"there is no file or folder {given}")
     tensors: list[StoredTensor] = []
     owner: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
     for file in files:
-        for tensor in _read(file):
+        found, left = _read(file, state)
+        left_out |= left
+        for tensor in found:
             if tensor.name in owner:
                 raise BrokenFileError(
                     f"tensor '{tensor.name}' is stored twice: in {owner[tensor.name]} and in {file}"
@@ -87,14 +98,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     settings = read_json(config, what="model configuration") if config.is_file() else {}
     if not isinstance(settings, dict):
         raise BrokenFileError(f"cannot read model configuration {config}: it is no JSON object")
-    return Checkpoint(folder=folder, files=tuple(files), tensors=tuple(tensors), config=settings)
+    tensors = dequantised(tensors, settings)
+    return Checkpoint(
+        folder=folder, files=tuple(files), tensors=tuple(tensors), config=settings, left_out=left_out
+    )
 
 
-def _read(file: Path) -> list[StoredTensor]:
+def _read(file: Path, state: str | None) -> tuple[list[StoredTensor], dict[str, str]]:
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
+        if state is not None:
+            raise UnknownNameError(f"{file} has no named states, so --state {state} names none")
+        return read_safetensors(file), {}
     if file.suffix in TORCH_ENDINGS:
         from layerprobe.checkpoints.torch_files import read_torch
 
-        return read_torch(file)
+        return read_torch(file, state)
     raise UsageError(f"cannot tell the format of {file}; known endings: .safetensors .bin .pth .pt")

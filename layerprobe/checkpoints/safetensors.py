@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,14 +55,23 @@ _OTHERS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+class FlatEntries(Protocol):
+    """Entries in row-major order that are made when a slice of them is taken."""
+
+    size: int
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """A tensor in a file. `dtype` is torch's name ("bfloat16"), or the file's own where torch has none.
 
     `skip` says why the tensor cannot be measured (integers, packed codes); None for a weight.
     `alias_of` names the tensor whose storage this one shares, where the file itself says so. `view` says which
     entries of the stored tensor a part keeps; `offset` and `source` stay those of the whole. `source` is the flat
-    array where the tensor is in memory (or mapped into it) already.
+    array where the tensor is in memory (or mapped into it) already, or what stands for one. `stored_as` is the dtype
+    of the codes where the entries are decoded from them.
     """
 
     name: str
@@ -73,8 +82,9 @@ class StoredTensor:
     nbytes: int
     skip: str | None = None
     alias_of: str | None = None
+    stored_as: str | None = None
     view: View | None = None
-    source: np.ndarray | None = field(default=None, compare=False, repr=False)
+    source: np.ndarray | FlatEntries | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -102,7 +112,7 @@ class StoredTensor:
                 for first, count, kept in self._view().spans(entries):
                     yield kept.take(self._read(stream, view[: count * dtype.itemsize], first, dtype))
         except OSError as error:
-            raise self._broken(error.strerror or str(error)) from error
+            raise self.broken(error.strerror or str(error)) from error
 
     def _view(self) -> View:
         return self.view or View((self.size,), ((0, self.size),))
@@ -114,7 +124,7 @@ class StoredTensor:
         while done < len(target):
             got = stream.readinto(target[done:])
             if not got:
-                raise self._broken(f"the file ends at byte {begin + done:,}")
+                raise self.broken(f"the file ends at byte {begin + done:,}")
             done += got
         return np.frombuffer(target, dtype=dtype)
 
@@ -123,7 +133,8 @@ class StoredTensor:
         nbytes = view.size * np.dtype(RAW_DTYPES[self.dtype]).itemsize
         return replace(self, name=f"{self.name}[{label}]", shape=shape, nbytes=nbytes, view=view)
 
-    def _broken(self, reason: str) -> BrokenFileError:
+    def broken(self, reason: str) -> BrokenFileError:
+        """The error for a tensor whose bytes cannot be read."""
         return BrokenFileError(f"cannot read tensor '{self.name}' from {self.file}: {reason}")
 
 

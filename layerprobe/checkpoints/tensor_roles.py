@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from layerprobe.checkpoints.parameters import is_buffer
+
 KINDS = (
     "q", "k", "v", "kv", "qkv", "o", "gate", "up", "gate_up", "fc", "down", "router", "mixer",
     "norm", "bias", "embedding", "head", "other", "buffer",
@@ -24,10 +26,6 @@ GROUPS = ("blocks", "norms_biases", "embeddings", "head", "other")
 _BLOCK = re.compile(
     r"^(?P<stack>(?:.*?\.)?)(?:layers?|h|blocks?|resblocks|transformer_blocks)\.(?P<outer>\d+)\."
     r"(?:blocks\.(?P<inner>\d+)\.)?(?P<rest>.+)$"
-)
-_BUFFER = re.compile(
-    r"(?:attn|attention)\.(?:masked_bias|bias)$|(?:^|\.)(?:inv_freq|position_ids|token_type_ids|attn_mask"
-    r"|relative_position_index|num_batches_tracked|running_mean|running_var|freqs_cis)$"
 )
 _CONV1D = re.compile(r"\.(?:c_(?:attn|proj|fc)|q_attn)\.weight$")
 _BIAS = re.compile(r"(?:^|[._])(?:bias|\w*_bias)$")
@@ -194,7 +192,7 @@ def module_kind(name: str, shape: tuple[int, ...], *, mixer: bool = False) -> st
     >>> module_kind("self_attn.q_proj.weight", (8, 8)), module_kind("mlp.c_proj.weight", (32, 8))
     ('q', 'down')
     """
-    if _BUFFER.search(name) and (not name.endswith(".bias") or len(shape) == 4):
+    if is_buffer(name, shape):
         return "buffer"
     if _IS_NORM.search(name):
         return "norm"
