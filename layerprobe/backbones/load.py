@@ -16,6 +16,7 @@ from torch import nn
 from layerprobe.backbones.backbone import Backbone, check_choices
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
+from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.progress import note
@@ -80,7 +81,7 @@ def load_backbone(
         full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
     full.eval()
     # Without a classifier of its own, nothing beside the tower is used again.
-    (full if hasattr(full, "classifier") else image_or_text_tower(full)).to(target)
+    (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
     backbone = Backbone(
         full,
         source,

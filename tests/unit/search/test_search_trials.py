@@ -270,7 +270,9 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
         TrialStore.open(tmp_path / "study.db", {})
 
 
-@pytest.mark.parametrize("name", ["per%cent", "a%20b", "run?1", "run{1}", "a#b &c=d", "Übung 写", "100%?x={}"])
+@pytest.mark.parametrize(
+    "name", ["per%cent", "a%20b", "run?1", "run{1}", "a#b &c=d", "Übung 写", "100%?x={}"]
+)
 def test_a_path_may_hold_what_means_something_in_a_url(tmp_path: Path, name: str) -> None:
     path = tmp_path / name / "study.db"
     path.parent.mkdir()
