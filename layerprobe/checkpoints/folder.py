@@ -9,7 +9,8 @@ from typing import Any
 
 from layerprobe.checkpoints.safetensors import StoredTensor, read_safetensors
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
-from layerprobe.files import TORCH_ENDINGS, read_json, weight_files
+from layerprobe.files import TORCH_ENDINGS, read_json, unread_weights, weight_files
+from layerprobe.progress import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotAvailableError(f"there is no file or folder {given}")
     tensors: list[StoredTensor] = []
     owner: dict[str, Path] = {}
+    left_out = 0
     for file in files:
         for tensor in _read(file):
+            if placed and placed.get(tensor.name) != file:
+                left_out += 1
+                continue
             if tensor.name in owner:
                 raise BrokenFileError(
                     f"tensor '{tensor.name}' is stored twice: in {owner[tensor.name]} and in {file}"
@@ -83,6 +88,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for name, file in placed.items():
         if owner.get(name) != file:
             raise BrokenFileError(f"the index of {folder} places tensor '{name}' in {file}; it is not there")
+    if left_out:
+        note(
+            f"{given}: {left_out} tensors in the shards are not placed there by the index; they are left out"
+        )
+    if given.is_dir() and (unread := unread_weights(given, files)):
+        note(unread)
     config = folder / "config.json"
     settings = read_json(config, what="model configuration") if config.is_file() else {}
     if not isinstance(settings, dict):

@@ -297,5 +297,5 @@ def test_a_vision_models_own_classifier_serves_where_it_fits(tmp_path, task):
     wrong = load_backbone(
         str(save("vit", tmp_path / "w", image_size=8, patch_size=2, num_labels=7)), device="cpu"
     )
-    with pytest.raises(UsageError, match="knows 7 classes .* digits has 10 classes"):
+    with pytest.raises(UsageError, match=r"knows 7 classes .* digits has 10 classes"):
         make_predictor(wrong, task, "own")
