@@ -163,7 +163,7 @@ def apply_plan(
     states = _outside_states(outside, first_names, tied, trained)
     flags = {full: name in trained for full, name in ours.items()}
     flags |= {name: word == TRAINABLE for name, word in states.items()}
-    _check_trainable({name: every[name] for name, flag in flags.items() if flag})
+    _check_trainable({name: every[name] for name, flag in flags.items() if flag}, every)
     # Everything that can fail comes before the first flag.
     before = take_fingerprint(plan, model, prefix=match.prefix, without=without) if remember else None
     _set_flags(every, flags)
@@ -260,8 +260,14 @@ def verify_plan(
     )
 
 
-def _check_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
-    """PlanError for parameters that are to be trained and cannot be."""
+def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str, nn.Parameter]) -> None:
+    """PlanError for parameters that are to be trained and cannot be; `every` are those of the whole model."""
+    offloaded = [name for name, p in parameters.items() if p.is_meta]
+    if offloaded and not all(p.is_meta for p in every.values()):  # a model without any values is a dry run
+        raise PlanError(
+            f"{len(offloaded)} parameters that should be trainable are on the meta device, offloaded to disk or CPU: "
+            f"{few(offloaded)}; load the model without offloading. Nothing was changed"
+        )
     codes = [n for n, p in parameters.items() if not (p.dtype.is_floating_point or p.dtype.is_complex)]
     if codes:
         raise PlanError(
