@@ -191,7 +191,8 @@ def compare_outliers(
     Raises
     ------
     UsageError
-        Fewer than two models, fewer than two groups, or no model with blocks.
+        Fewer than two models, fewer than two groups, no model with blocks, or a finished report that did not
+        count at `n_sigma`.
     """
     rules = rules or OutlierRules()
     if n_sigma not in rules.all_sigmas:
@@ -209,12 +210,21 @@ def compare_outliers(
     for report in reports.values():
         if not report.n_blocks:
             raise UsageError(f"{report.model} has no blocks that its tensor names reveal; nothing to compare")
+        if n_sigma not in report.rules.all_sigmas:
+            counted = ", ".join(f"{k:g}" for k in report.rules.all_sigmas)
+            raise UsageError(
+                f"the report of {report.model} counted outliers beyond {counted} σ, not beyond {n_sigma:g}; choose "
+                "another n_sigma, or give the model's name instead of its report"
+            )
     members = {
         name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
         for name, group in named.items()
     }
     bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
-    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *rules.sigmas))), bootstrap)
+    counted_by_all = [
+        k for k in rules.sigmas if all(k in report.rules.all_sigmas for report in reports.values())
+    ]
+    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *counted_by_all))), bootstrap)
     facts = provenance(
         "compare",
         {"models": list(reports), "groups": members, "n_sigma": n_sigma, **bootstrap},

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from layerprobe.backbones.image_input import (
     for_vision,
 )
 from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower, tied_names
+from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.files import tensor_bytes
@@ -95,7 +96,7 @@ class Backbone(nn.Module):
         self.stem = None
         self.preprocessing: Preprocessing | None = None
         # In a tuple, so that the wrapper's parameters are not registered a second time.
-        self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
+        self._with_head = (cast("PreTrainedModel", full),) if is_image_classifier(full) else ()
         self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
         self.attention: str | None
         self._attention_override: str | None = None
@@ -258,12 +259,21 @@ class Backbone(nn.Module):
         """Pixels B×C×H×W → pooled features of the last hidden states, B×D."""
         return self.pool(self(pixels))
 
+    @property
+    def with_own_head(self) -> PreTrainedModel | None:
+        """The whole model where the checkpoint is an image classifier; see `own_head.own_head`."""
+        return self._with_head[0] if self._with_head else None
+
     def own_logits(self, pixels: Tensor) -> Tensor:
-        """Logits B×classes of the classifier that the checkpoint itself brought."""
-        if not self._with_head:
+        """Logits B×outputs of the classifier that the checkpoint itself brought, in the checkpoint's order."""
+        if self.with_own_head is None:
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
-        logits: Tensor = self._with_head[0](pixel_values=pixels.to(self.device, self.dtype)).logits
+        logits: Tensor = self.with_own_head(pixel_values=pixels.to(self.device, self.dtype)).logits
         return logits
+
+    def forget_own_head(self) -> None:
+        """Be a tower alone: the checkpoint's classifier is not one that was trained."""
+        self._with_head = ()
 
     @torch.no_grad()
     def _is_causal(self) -> bool:

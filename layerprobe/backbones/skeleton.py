@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from layerprobe.backbones.load import architecture_of, quiet_transformers, random_model
+from layerprobe.backbones.load import random_model
+from layerprobe.backbones.pretrained import architecture_of
 
 
 def class_skeleton(folder: Path) -> tuple[nn.Module, bool] | None:
@@ -17,11 +18,16 @@ def class_skeleton(folder: Path) -> tuple[nn.Module, bool] | None:
     None where transformers does not know it or cannot build it. The repository's own code is never run.
     """
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging as hf_logging
 
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), quiet_transformers(), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             return random_model(config, trust_remote_code=False), architecture_of(config) is not AutoModel
     except Exception:  # whatever the class raises for a configuration it cannot build: nothing is known
         return None
+    finally:
+        hf_logging.set_verbosity(verbosity)

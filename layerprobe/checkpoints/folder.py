@@ -10,7 +10,8 @@ from typing import Any
 from layerprobe.checkpoints.quantised import dequantised
 from layerprobe.checkpoints.safetensors import StoredTensor, read_safetensors
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
-from layerprobe.files import TORCH_ENDINGS, read_json, weight_files
+from layerprobe.files import TORCH_ENDINGS, read_json, unread_weights, weight_files
+from layerprobe.progress import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +82,14 @@ def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint
     tensors: list[StoredTensor] = []
     owner: dict[str, Path] = {}
     left_out: dict[str, str] = {}
+    misplaced = 0
     for file in files:
         found, left = _read(file, state)
         left_out |= left
         for tensor in found:
+            if placed and placed.get(tensor.name) != file:
+                misplaced += 1
+                continue
             if tensor.name in owner:
                 raise BrokenFileError(
                     f"tensor '{tensor.name}' is stored twice: in {owner[tensor.name]} and in {file}"
@@ -94,6 +99,12 @@ def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint
     for name, file in placed.items():
         if owner.get(name) != file:
             raise BrokenFileError(f"the index of {folder} places tensor '{name}' in {file}; it is not there")
+    if misplaced:
+        note(
+            f"{given}: {misplaced} tensors in the shards are not placed there by the index; they are left out"
+        )
+    if given.is_dir() and (unread := unread_weights(given, files)):
+        note(unread)
     config = folder / "config.json"
     settings = read_json(config, what="model configuration") if config.is_file() else {}
     if not isinstance(settings, dict):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerprobe.backbones.backbone import evaluating
+from layerprobe.backbones.own_head import own_head
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
 from layerprobe.metrics.probing.logistic import select_probe
@@ -300,12 +301,13 @@ def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
 
 
 def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
-    """The checkpoint's own classifier; its classes are matched by name, else by index."""
+    """The checkpoint's own classifier, its outputs matched to the task's classes by name."""
+    head = own_head(backbone, task)
 
     def accuracy(split: ImageSplit) -> float:
         pixels = ImageTensors(backbone, split)
-        guesses = in_batches(lambda x: backbone.own_logits(x).argmax(1), pixels, device=backbone.device)
-        return float((_class_map(backbone, task)[guesses.numpy()] == split.labels).mean())
+        guesses = in_batches(lambda x: head(x).argmax(1), pixels, device=backbone.device)
+        return float((guesses.numpy() == split.labels).mean())
 
     return _untrained(task, seed, accuracy(task.splits["validation"]), accuracy(task.splits["test"]))
 
@@ -320,23 +322,3 @@ def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
         n_test=len(task.splits["test"]),
         trainable_parameters=0,
     )
-
-
-def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
-    """Class of the checkpoint → class of the task."""
-    labels = {int(index): name for index, name in (backbone.config.id2label or {}).items()}
-    names = [str(labels[i]) for i in range(len(labels))]
-    theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
-    if sorted(theirs) == sorted(ours):
-        return np.array([ours.index(name) for name in theirs])
-    unnamed = all(name == f"label{i}" or name == str(i) for i, name in enumerate(theirs))
-    if unnamed and len(theirs) == len(ours):
-        return np.arange(len(ours))
-    raise UsageError(
-        f"the classifier of {backbone.name} knows {len(names)} classes ({', '.join(names[:3])}, …), the task "
-        f"{task.name} has {len(ours)} ({', '.join(task.classes[:3])}, …); fine-tune or probe it instead"
-    )
-
-
-def _letters(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
