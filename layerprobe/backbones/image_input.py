@@ -147,30 +147,32 @@ def for_vision(folder: Path, config: PretrainedConfig, image_size: int | None) -
 def _of_processor(processor: PilBackend, channels: int) -> ProcessorPreprocessing:
     """A processor's settings under our names, beside the processor itself."""
     made = output_size(processor, channels)  # first: it refuses what cannot be followed
-    said = {
-        name: getattr(processor, name, None)
-        for name in ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
-    }
-    does = {
-        what: getattr(processor, f"do_{what}", False)
-        for what in ("resize", "center_crop", "rescale", "normalize")
-    }
-    size, crop = said["size"] if does["resize"] else None, said["crop_size"] if does["center_crop"] else None
+    said = {name: getattr(processor, name, None) for name in _SETTINGS}
+    size = said["size"] if said["do_resize"] else None
+    crop = said["crop_size"] if said["do_center_crop"] else None
     return ProcessorPreprocessing(
         channels=channels,
-        size=(size.height, size.width) if size and size.height and size.width else None,
-        shortest_edge=size.shortest_edge if size else None,
-        crop=(crop.height, crop.width) if crop else None,
+        size=(size["height"], size["width"]) if size and size.get("height") and size.get("width") else None,
+        shortest_edge=size.get("shortest_edge") if size else None,
+        crop=(crop["height"], crop["width"]) if crop else None,
         resample=int(Image.Resampling.BILINEAR if said["resample"] is None else said["resample"]),
-        rescale=float(said["rescale_factor"]) if does["rescale"] else 1.0,
-        mean=_channel_values(said["image_mean"]) if does["normalize"] else (0.0,),
-        std=_channel_values(said["image_std"]) if does["normalize"] else (1.0,),
+        rescale=float(said["rescale_factor"] or 1) if said["do_rescale"] else 1.0,
+        mean=_channel_values(said["image_mean"]) if said["do_normalize"] else (0.0,),
+        std=_channel_values(said["image_std"]) if said["do_normalize"] else (1.0,),
         processor=processor,
         made=made,
     )
 
 
-def _channel_values(given: float | Sequence[float]) -> tuple[float, ...]:
+_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
+
+
+def _channel_values(given: float | Sequence[float] | None) -> tuple[float, ...]:
+    if given is None:
+        return ()
     return (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
 
 

@@ -6,6 +6,7 @@ how cropping, padding and scaling follow one another. So the class is asked, nev
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 RECIPE_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where a recipe may lie; the first may hold one under `image_processor`, and wins, as in transformers."""
 
-_UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
+_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError)
 """What transformers raises for a recipe that it cannot follow."""
 
 _TRIAL = ((224, 224), (320, 320), (320, 240))
@@ -90,9 +91,11 @@ def load_processor(folder: Path, config: PretrainedConfig, image_size: tuple[int
 def _load(folder: Path, config: PretrainedConfig, changes: dict[str, object]) -> PilBackend:
     from transformers import AutoImageProcessor
 
+    recipe = read_recipe(folder) or {}
     reasons = []
-    # The folder's own configuration first: that of a tower within it may belong to no processor.
-    for known in ({}, {"config": config}):
+    # Where the recipe names no class, the model's configuration tells it: that of the whole folder, or of the tower
+    # in it. Where it names one that is not here, no other may stand in.
+    for known in ({}, {"config": config}) if recipe_class(recipe) is None else ({},):
         try:
             # Pillow's backend, so that the numbers do not depend on whether torchvision is installed.
             made: PilBackend = AutoImageProcessor.from_pretrained(
@@ -102,10 +105,12 @@ def _load(folder: Path, config: PretrainedConfig, changes: dict[str, object]) ->
             reasons.append(_first_line(error))
         else:
             return made
-    recipe = read_recipe(folder) or {}
     if (recipe_class(recipe) or type(config).__name__).startswith("DINOv3ViT"):
         return _scaling_first().from_dict({**recipe, **changes})
-    raise BrokenFileError(f"cannot follow the preprocessing recipe of {folder}: {reasons[-1]}")
+    reason = reasons[-1][:300]
+    if lacking := re.search(r"Missing optional dependencies: ([\w, ]+)", reasons[-1]):
+        reason = f"{recipe_class(recipe) or 'its class'} needs {lacking[1]}, which is not installed"
+    raise BrokenFileError(f"cannot follow the preprocessing recipe of {folder}: {reason}")
 
 
 def _scaling_first() -> type[PilBackend]:
@@ -123,23 +128,33 @@ def _scaling_first() -> type[PilBackend]:
         size: ClassVar = {"height": 224, "width": 224}
         do_resize = do_rescale = do_normalize = True
 
-        def _preprocess(self, images: list[np.ndarray], *, size: SizeDict, resample: int, **rest: Any) -> Any:
-            mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}.get(resample)
-            if rest["do_resize"] and (mode is None or not size.height or not size.width):
+        def resize(
+            self,
+            image: np.ndarray,
+            size: SizeDict,
+            resample: Image.Resampling | None = None,
+            reducing_gap: int | None = None,
+            **kwargs: object,
+        ) -> np.ndarray:
+            mode = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}.get(
+                Image.Resampling(self.resample if resample is None else resample)
+            )
+            if mode is None or size.height is None or size.width is None:
                 raise ValueError(
                     f"it resizes to a height and a width, bilinear or bicubic, not to {dict(size)}"
                 )
-            ready = []
-            for image in images:
-                scaled = torch.tensor(image, dtype=torch.float32)
-                if rest["do_rescale"]:
-                    scaled = scaled * rest["rescale_factor"]
-                if rest["do_resize"]:
-                    to = (size.height, size.width)
-                    scaled = functional.interpolate(scaled[None], to, mode=mode, antialias=True)[0]
-                ready.append(scaled.numpy())
-            then = rest | {"do_resize": False, "do_rescale": False}
-            return super()._preprocess(ready, size=size, resample=resample, **then)
+            scaled = torch.tensor(image, dtype=torch.float32) * (
+                self.rescale_factor if self.do_rescale else 1
+            )
+            to = (size.height, size.width)
+            resized: np.ndarray = functional.interpolate(scaled[None], to, mode=mode, antialias=True)[
+                0
+            ].numpy()
+            return resized
+
+        def rescale(self, image: np.ndarray, scale: float, *args: object, **kwargs: object) -> np.ndarray:
+            done = image.dtype == np.float32
+            return image if done else super().rescale(image, scale)
 
     return DINOv3ViTImageProcessor
 
@@ -156,7 +171,7 @@ def made_of(processor: PilBackend, image: tuple[int, int] | np.ndarray, channels
     except _UNUSABLE as error:
         raise BrokenFileError(
             f"{type(processor).__name__} cannot prepare an image of {given.shape[0]}×{given.shape[1]}: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)[:300]}"
         ) from error
     if pixels.ndim != 3 or len(values) != 1:
         shape = "×".join(map(str, (len(values), *pixels.shape)))
@@ -182,4 +197,4 @@ def output_size(processor: PilBackend, channels: int) -> tuple[int, int] | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -242,6 +242,8 @@ def test_features_do_not_depend_on_the_company_an_image_is_in(tmp_path: Path) ->
     [
         ("vit", "ViTImageProcessor", {"size": {"edge": 3}}, "cannot follow the preprocessing recipe"),
         ("clip_vision_model", "MyOwnProcessor", {}, "cannot follow the preprocessing recipe"),
+        ("vit", "MyOwnProcessor", {}, "cannot follow the preprocessing recipe"),
+        ("vit", "Llama4ImageProcessor", {}, "Llama4ImageProcessor needs torchvision, which is not installed"),
         ("vit", "Qwen2VLImageProcessor", {}, "makes an array of .* of one image, not a picture"),
         ("vit", "ViTImageProcessor", {"image_mean": [0.5, 0.5]}, "cannot prepare an image of 224×224"),
         ("vit", "ViTImageProcessor", {"image_mean": None}, "cannot prepare an image of 224×224"),
@@ -307,3 +309,20 @@ def test_a_model_without_a_recipe_says_what_is_done_instead(
     )
     expected = _by_hand(_waves(50, 60), (32, 32), None, [0.5] * 3, [0.5] * 3, 3)
     assert np.abs(recipe([_waves(50, 60)])[0].double().numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_every_processor_that_runs_on_pillow_is_followed_or_refused(tmp_path: Path) -> None:
+    """All classes of transformers at their own defaults; those for patches, pairs or text are refused."""
+    image = RNG.integers(0, 256, (180, 260, 3), dtype=np.uint8)
+    same = 0
+    for name in sorted(name for name in dir(transformers) if name.endswith("ImageProcessorPil")):
+        _write(tmp_path, "vit", name.removesuffix("Pil"), {})
+        try:
+            ours = for_vision(tmp_path, _config("vit"), None)
+        except BrokenFileError:
+            continue
+        assert torch.equal(ours([image]), _theirs(tmp_path, image)), name
+        json.dumps(ours.describe())
+        same += 1
+    assert same >= 50
