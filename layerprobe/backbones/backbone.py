@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ MIXED_SIZE = 224
 USUAL_TOKENS = 64
 """Tokens an image that dry runs assume where they cannot be counted; the default patch size aims at so many."""
 _PCA_IMAGES = 1000
+_Out = TypeVar("_Out")
 
 
 class HasImages(Protocol):
@@ -211,16 +212,7 @@ class Backbone(nn.Module):
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         if self.modality == "vision":
-            extra: dict[str, Any] = {}
-            native = getattr(self.config, "image_size", None)
-            size = native if isinstance(native, int) else (native or [None])[0]
-            if size is not None and pixels.shape[-1] != size:
-                if "interpolate_pos_encoding" not in self._parameters_accepted:
-                    raise UsageError(
-                        f"{self.name} takes images of {size}×{size} only; leave out --image-size"
-                    )
-                extra["interpolate_pos_encoding"] = True
-            return self._run(pixel_values=pixels, **extra)
+            return self._run_sized(self._run, pixels)
         if self.stem is None:
             raise UsageError("call prepare(task) first: the stem depends on the task's image size")
         return self.forward_tokens(self.stem(pixels))
@@ -237,6 +229,27 @@ class Backbone(nn.Module):
         hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         return hidden
 
+    def _run_sized(self, run: Callable[..., _Out], pixels: Tensor) -> _Out:
+        """Run a vision model on pixels of any size; what it cannot take of a size not its own is refused."""
+        native = getattr(self.config, "image_size", None)
+        own = (native, native) if isinstance(native, int) else tuple(native or pixels.shape[-2:])
+        if tuple(pixels.shape[-2:]) == own:
+            return run(pixel_values=pixels)
+        # Asked to where they can be; others, such as DINOv2, always stretch their positions over the image.
+        asked = "interpolate_pos_encoding" in self._parameters_accepted
+        try:
+            return run(pixel_values=pixels, **({"interpolate_pos_encoding": True} if asked else {}))
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or (
+                pixels.is_meta and isinstance(error, RuntimeError)
+            ):  # which say nothing of the size
+                raise
+            size = "×".join(map(str, own))
+            raise UsageError(
+                f"{self.name} takes images of {size} only, not of {pixels.shape[-2]}×{pixels.shape[-1]}; leave out "
+                "--image-size"
+            ) from error
+
     def pool(self, hidden: Tensor) -> Tensor:
         """Hidden states B×T×D → features B×D by `pooling`.
 
@@ -250,10 +263,10 @@ class Backbone(nn.Module):
         if self.modality == "language":
             return 0
         side = int(self.patch_size or 0)
-        crop = self.preprocessing.crop or self.preprocessing.size if self.preprocessing else None
-        if not side or crop is None:
+        size = self.preprocessing.output_size if self.preprocessing else None
+        if not side or size is None:
             return 0
-        return max(n_tokens - (crop[0] // side) * (crop[1] // side), 0)
+        return max(n_tokens - (size[0] // side) * (size[1] // side), 0)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → pooled features of the last hidden states, B×D."""
@@ -268,7 +281,8 @@ class Backbone(nn.Module):
         """Logits B×outputs of the classifier that the checkpoint itself brought, in the checkpoint's order."""
         if self.with_own_head is None:
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
-        logits: Tensor = self.with_own_head(pixel_values=pixels.to(self.device, self.dtype)).logits
+        pixels = pixels.to(self.device, self.dtype)
+        logits: Tensor = self._run_sized(self.with_own_head, pixels).logits
         return logits
 
     def forget_own_head(self) -> None:

@@ -1,15 +1,16 @@
 """How images enter a backbone: preprocessing for every model, and the patch stem of language models.
 
-Vision checkpoints bring their recipe in `preprocessor_config.json`; a test holds these numbers equal to the
-model's own preprocessor. Language backbones get pixels of about unit variance at the task's own image size.
+Vision checkpoints bring a processor, which does the work (`layerprobe.backbones.processor`). Language backbones get
+pixels of about unit variance at the task's own image size.
 
 Axis letters: B images, C channels, H × W pixels, T patches, P = p·p·C pixel values of a patch, D model width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from layerprobe.backbones.processor import load_processor, made_of, output_size, read_recipe
 from layerprobe.errors import BrokenFileError, UsageError
-from layerprobe.files import read_json
+from layerprobe.progress import note
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from transformers.image_processing_backends import PilBackend
 
 PIXEL_MEAN = 0.5
 PIXEL_STD = 0.25
@@ -48,46 +51,60 @@ class Preprocessing:
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 arrays H×W or H×W×C → float32 B×C×H×W. All results must have one size."""
-        arrays = [self._one(image) for image in images]
-        shapes = {array.shape for array in arrays}
-        if len(shapes) > 1:
+        arrays = [self._one(_with_channels(image, self.channels)) for image in images]
+        sizes = sorted({array.shape[1:] for array in arrays})
+        if len(sizes) > 1:
             raise BrokenFileError(
-                f"images of different sizes ({', '.join(f'{a}×{b}' for a, b, *_ in sorted(shapes)[:3])}, …) "
+                f"images of different sizes ({', '.join(f'{height}×{width}' for height, width in sizes[:3])}, …) "
                 "make no batch; pass --image-size"
             )
-        batch = torch.from_numpy(np.stack(arrays)).to(torch.float32).mul_(self.rescale)
-        batch = batch.permute(0, 3, 1, 2)
+        return self._scaled(torch.from_numpy(np.stack(arrays)))
+
+    def _scaled(self, batch: Tensor) -> Tensor:
+        """Resized bytes → what the model takes; both B×C×H×W."""
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
-        return ((batch - mean) / std).contiguous()
+        return (batch.to(torch.float32).mul_(self.rescale) - mean) / std
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """Height and width of what comes out of square images; None where images keep their size."""
-        edge = self.shortest_edge
-        return self.crop or self.size or (None if edge is None else (edge, edge))
+        """Height and width of what comes out, whatever the image; None where that depends on it."""
+        return self.size
 
-    def _one(self, image: np.ndarray) -> np.ndarray:
-        array = _with_channels(image, self.channels)
-        if self.output_size is None:
-            return array
-        picture = Image.fromarray(array.squeeze())
-        if self.shortest_edge is not None:
-            short, long = sorted(picture.size)
-            longer = int(self.shortest_edge * long / short)
-            wide = picture.width > picture.height
-            new = (longer, self.shortest_edge) if wide else (self.shortest_edge, longer)
-            picture = picture.resize(new, Image.Resampling(self.resample))
-        elif self.size is not None and (picture.height, picture.width) != self.size:
-            picture = picture.resize((self.size[1], self.size[0]), Image.Resampling(self.resample))
-        array = np.asarray(picture)
-        if array.ndim == 2:
-            array = array[:, :, None]
-        return array if self.crop is None else _centre_crop(array, self.crop)
+    def _one(self, array: np.ndarray) -> np.ndarray:
+        """One image H×W×C → C×H×W, resized."""
+        if self.size is not None and array.shape[:2] != self.size:
+            height, width = self.size
+            picture = Image.fromarray(array.squeeze())
+            array = np.asarray(picture.resize((width, height), Image.Resampling(self.resample)))
+        return array.reshape(*array.shape[:2], self.channels).transpose(2, 0, 1)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for provenance and cache keys."""
-        return asdict(self)
+        return {known.name: getattr(self, known.name) for known in fields(Preprocessing)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorPreprocessing(Preprocessing):
+    """The processor that a checkpoint brings does it all; the fields above are what it says of itself."""
+
+    processor: PilBackend = field(repr=False)
+    made: tuple[int, int] | None
+    """Height and width of what comes out, found by trying; None where that depends on the image."""
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        return self.made
+
+    def _one(self, array: np.ndarray) -> np.ndarray:
+        return made_of(self.processor, array)
+
+    def _scaled(self, batch: Tensor) -> Tensor:
+        return batch
+
+    def describe(self) -> dict[str, Any]:
+        settings = json.loads(self.processor.to_json_string())
+        return {**super().describe(), "processor": settings}
 
 
 def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -97,17 +114,11 @@ def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
         return array
     if channels == 1:
         return np.asarray(Image.fromarray(array[:, :, :3]).convert("L"))[:, :, None]
-    return np.repeat(array[:, :, :1], channels, axis=2) if array.shape[2] == 1 else array[:, :, :channels]
-
-
-def _centre_crop(array: np.ndarray, crop: tuple[int, int]) -> np.ndarray:
-    """The middle of `array`, padded with zeros where it is smaller than `crop`."""
-    height, width = crop
-    lacking = [max(wanted - there, 0) for wanted, there in zip(crop, array.shape, strict=False)]
-    if any(lacking):
-        array = np.pad(array, [(-(-lack // 2), lack // 2) for lack in lacking] + [(0, 0)])
-    top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
-    return array[top : top + height, left : left + width]
+    if array.shape[2] == 1:
+        return np.repeat(array, channels, axis=2)
+    if array.shape[2] < channels:
+        raise UsageError(f"the model takes images of {channels} channels, these have {array.shape[2]}")
+    return array[:, :, :channels]
 
 
 def for_language(image_size: int | None, channels: int) -> Preprocessing:
@@ -116,59 +127,60 @@ def for_language(image_size: int | None, channels: int) -> Preprocessing:
 
 
 def for_vision(folder: Path, config: PretrainedConfig, image_size: int | None) -> Preprocessing:
-    """The recipe beside a vision checkpoint; without one, resize to the model's size and map pixels to ±1.
+    """What a vision checkpoint's own processor does; without a recipe, resize to the model's size, pixels to ±1.
 
     An `image_size` given by the user replaces the recipe's size and crop.
     """
     channels = int(getattr(config, "num_channels", 3))
-    native = _pair(getattr(config, "image_size", None)) or (224, 224)
-    half = (0.5,) * channels
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return Preprocessing(channels=channels, size=_pair(image_size or None) or native, mean=half, std=half)
-    recipe = read_json(path, what="preprocessor configuration")
-    if not isinstance(recipe, dict):
-        raise BrokenFileError(f"{path} holds no preprocessing recipe")
-    if image_size:
-        size, edge, crop = _pair(image_size), None, None
-    else:
-        size, edge = _resize_target(recipe, native)
-        crop = _pair(recipe.get("crop_size")) if recipe.get("do_center_crop") else None
-    normalise = recipe.get("do_normalize", True)
-    return Preprocessing(
+    wanted = _pair(image_size or None)
+    if read_recipe(folder) is None:
+        native = _pair(getattr(config, "image_size", None)) or (224, 224)
+        half, size = (0.5,) * channels, wanted or native
+        note(
+            f"{folder.name} holds no preprocessing recipe; its images are resized to {size[0]}×{size[1]}, "
+            "their pixels mapped to ±1"
+        )
+        return Preprocessing(channels=channels, size=size, mean=half, std=half)
+    return _of_processor(load_processor(folder, config, wanted), channels)
+
+
+def _of_processor(processor: PilBackend, channels: int) -> ProcessorPreprocessing:
+    """A processor's settings under our names, beside the processor itself."""
+    made = output_size(processor, channels)  # first: it refuses what cannot be followed
+    said = {name: getattr(processor, name, None) for name in _SETTINGS}
+    size = said["size"] if said["do_resize"] else None
+    crop = said["crop_size"] if said["do_center_crop"] else None
+    return ProcessorPreprocessing(
         channels=channels,
-        size=size,
-        shortest_edge=edge,
-        crop=crop,
-        resample=int(recipe.get("resample", Image.Resampling.BILINEAR)),
-        rescale=float(recipe.get("rescale_factor", 1 / 255)) if recipe.get("do_rescale", True) else 1.0,
-        mean=tuple(map(float, recipe.get("image_mean", half))) if normalise else (0.0,),
-        std=tuple(map(float, recipe.get("image_std", half))) if normalise else (1.0,),
+        size=(size["height"], size["width"]) if size and size.get("height") and size.get("width") else None,
+        shortest_edge=size.get("shortest_edge") if size else None,
+        crop=(crop["height"], crop["width"]) if crop else None,
+        resample=int(Image.Resampling.BILINEAR if said["resample"] is None else said["resample"]),
+        rescale=float(said["rescale_factor"] or 1) if said["do_rescale"] else 1.0,
+        mean=_channel_values(said["image_mean"]) if said["do_normalize"] else (0.0,),
+        std=_channel_values(said["image_std"]) if said["do_normalize"] else (1.0,),
+        processor=processor,
+        made=made,
     )
 
 
-def _resize_target(
-    recipe: dict[str, Any], native: tuple[int, int]
-) -> tuple[tuple[int, int] | None, int | None]:
-    """Exact size and shortest edge of a recipe; at most one of them is given."""
-    if not recipe.get("do_resize", True):
-        return None, None
-    given = recipe.get("size") or native
-    if isinstance(given, dict):
-        return _pair(given), given.get("shortest_edge")
-    by_edge = recipe.get("do_center_crop") and recipe.get("default_to_square") is not True
-    if isinstance(given, int) and by_edge:
-        return None, given
-    return _pair(given), None
+_SETTINGS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
-def _pair(value: int | Sequence[int] | dict[str, int] | None) -> tuple[int, int] | None:
+def _channel_values(given: float | Sequence[float] | None) -> tuple[float, ...]:
+    if given is None:
+        return ()
+    return (float(given),) if isinstance(given, (int, float)) else tuple(map(float, given))
+
+
+def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | None:
     if value is None:
         return None
     if isinstance(value, int):
         return value, value
-    if isinstance(value, dict):
-        return (int(value["height"]), int(value["width"])) if "height" in value else None
     height, width = value
     return int(height), int(width)
 

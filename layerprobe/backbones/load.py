@@ -83,15 +83,10 @@ def load_backbone(
     source = resolve_model(name, revision=revision, offline=offline)
     with remarks_in_one_line(source):
         full, whole = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
-    full.eval()
-    # Without a classifier of its own, nothing beside the tower is used again.
-    (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
-    backbone = Backbone(
-        full,
-        source,
-        init=init,
-        seed=seed,
-        **_image_settings(
+        full.eval()
+        # Without a classifier of its own, nothing beside the tower is used again.
+        (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
+        settings = _image_settings(
             full,
             source,
             stem=stem,
@@ -99,8 +94,8 @@ def load_backbone(
             image_size=image_size,
             attention=attention,
             pooling=pooling,
-        ),
-    )
+        )
+        backbone = Backbone(full, source, init=init, seed=seed, **settings)
     if not whole:
         backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":

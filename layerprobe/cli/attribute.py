@@ -50,7 +50,7 @@ def attribute(
     from layerprobe.analyzers.attribution import attribute_layers
     from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure
 
-    loaded = task.load()
+    loaded = task.load(out)
     record = attribute_layers(
         backbone.load(),
         loaded,

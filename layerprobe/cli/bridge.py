@@ -88,7 +88,7 @@ def bridge(
     from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
     from layerprobe.training import bridge_train
 
-    images = task.load()
+    images = task.load(out)
     run = bridge_train(
         backbone.load(),
         images,

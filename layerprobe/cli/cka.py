@@ -66,7 +66,7 @@ def cka(
     from layerprobe.analyzers.similarity import cka_matrix
     from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
 
-    images = task.load()
+    images = task.load(out)
 
     def features(which: options.BackboneOptions) -> tuple[Features, str]:
         network = which.load()

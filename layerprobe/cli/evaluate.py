@@ -106,7 +106,7 @@ def evaluate(
     from layerprobe.plotting.bridge import plot_accuracy_against
 
     shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
-    images = task.load()
+    images = task.load(out)
     if not arms:
         network = backbone.load()
         plan = plan or run_plan(network, scope)

@@ -37,7 +37,7 @@ def features(
     if out.dry_run:
         seen = backbone.sketch(task)
         n_layers = len(layers.pick(seen, model=backbone.model))
-        loaded = task.load()
+        loaded = task.load(out)
         n_images = sum(len(part) for name, part in loaded.splits.items() if split in ("all", name))
         n_tokens, value_bytes = seen.tokens if tokens else 1, 4 if store_dtype == "float32" else 2
         size = n_images * n_layers * seen.hidden_size * n_tokens * value_bytes
@@ -51,7 +51,7 @@ def features(
 
     from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
-    images = task.load()
+    images = task.load(out)
     network = backbone.load()
     chosen = layers.pick(network, model=backbone.model)
     extracted = [

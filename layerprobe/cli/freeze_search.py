@@ -135,7 +135,7 @@ def freeze_search(
 
     from layerprobe.search import freeze_search as search
 
-    images = task.load()
+    images = task.load(out)
     network = backbone.load()
     result = search(
         network,

@@ -125,11 +125,15 @@ class TaskOptions:
     seed: Seed = 0
     offline: Offline = False
 
-    def load(self) -> Task:
+    def load(self, out: Output) -> Task:
+        """The task; what its reading left out, or took otherwise than by its name, is said."""
         from layerprobe.tasks import load_task
 
         chosen = asdict(self)
-        return load_task(chosen.pop("task"), **chosen)
+        loaded = load_task(chosen.pop("task"), **chosen)
+        for remark in loaded.report["remarks"]:
+            out.say(f"{self.task}: {remark}")
+        return loaded
 
 
 @dataclass(frozen=True, kw_only=True)

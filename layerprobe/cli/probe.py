@@ -64,7 +64,7 @@ def probe(
 
     from layerprobe.analyzers.probes import probe_backbone
 
-    images = task.load()
+    images = task.load(out)
     network = backbone.load()
     random = "random" in asked and backbone.init != "random"
     record = probe_backbone(

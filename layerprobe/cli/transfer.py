@@ -44,7 +44,7 @@ def transfer(
     from layerprobe.analyzers.transfer import transfer_scores
     from layerprobe.plotting.layer_scores import transfer_figure
 
-    images = task.load()
+    images = task.load(out)
     record = transfer_scores(
         backbone.load(),
         images,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-import os
 import re
 import struct
 import zlib
@@ -16,10 +15,11 @@ from typing import IO
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
-from layerprobe.tasks.images import SUFFIXES, ArrayImages, FileImages
+from layerprobe.tasks.class_folders import read_class_folders
+from layerprobe.tasks.images import ArrayImages
 from layerprobe.tasks.parquet import ColumnChoice, first_parquet_image, read_parquet
-from layerprobe.tasks.split import SPLIT_WORDS, split_word
-from layerprobe.tasks.task import Source, SourceSplit, fingerprint, labelled, refuse_one_class
+from layerprobe.tasks.split import split_word
+from layerprobe.tasks.task import Source, SourceSplit, labelled, refuse_one_class
 
 MAX_BYTES = 8 << 30
 _UINT8 = 0x08
@@ -63,63 +63,22 @@ def _list_folder(folder: Path, choice: ColumnChoice) -> tuple[str, list[Path]]:
         return "parquet", [folder]
     if not folder.is_dir():
         raise UnknownNameError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
-    if parquet := sorted(path for path in folder.rglob("*.parquet") if path.is_file()):
+    tables = (path for path in folder.rglob("*.parquet") if path.is_file())
+    if parquet := sorted(path for path in tables if not _is_hidden(path.relative_to(folder))):
         return "parquet", parquet
     refuse_column(str(folder), choice)
     idx = sorted(path for path in folder.iterdir() if re.search(r"images[-.]idx3-ubyte", path.name))
     return ("idx", idx) if idx else ("classes", [])
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def refuse_column(place: str, choice: ColumnChoice) -> None:
     """UsageError for a label column chosen where labels come without columns."""
     if choice.wanted_label is not None:
         raise UsageError(f"{place} has no label columns, so '{choice.wanted_label}' cannot be chosen")
-
-
-def read_class_folders(root: Path) -> Source:
-    """Images in train/CLASS/…, test/CLASS/… or simply CLASS/…; classes are numbered by name."""
-    folders = _subfolders(root)
-    parts = [(SPLIT_WORDS[f.name.lower()], f) for f in folders if f.name.lower() in SPLIT_WORDS]
-    named = {folder for _, folder in parts}
-    remarks = [f"{f.name}/ is no split and was left out" for f in folders if named and f not in named]
-    splits, values = [], []
-    files: dict[str, list[Path]] = {}
-    for word, part in parts or [("all", root)]:
-        by_class = {folder: _image_files(folder) for folder in _subfolders(part)}
-        remarks += [
-            f"{folder.relative_to(root).as_posix()}/ holds no images and was left out"
-            for folder, inside in by_class.items()
-            if not inside
-        ]
-        paths = [path for inside in by_class.values() for path in inside]
-        if paths:
-            names = [path.relative_to(part).as_posix() for path in paths]
-            splits.append(SourceSplit(word, FileImages(paths, names)))
-            files.setdefault(word, []).extend(paths)
-            classes = [folder.name for folder, inside in by_class.items() for _ in inside]
-            values.append(np.array(classes, dtype=object))
-    if not splits:
-        raise UsageError(
-            f"no images in {root}: looked for parquet files, IDX files (…-images-idx3-ubyte, also .gz) "
-            "and class folders (train/CLASS/x.png or CLASS/x.png)"
-        )
-    source = labelled(splits, values, None, str(root))
-    source.fingerprint = fingerprint(files)
-    source.remarks += remarks
-    return source
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-    )
 
 
 def read_idx_folder(images: Sequence[Path]) -> Source:

@@ -6,6 +6,7 @@ Pixels are uint8 throughout, H×W for grayscale and H×W×3 for colour.
 from __future__ import annotations
 
 import bisect
+import functools
 import io
 import itertools
 import struct
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from layerprobe.errors import BrokenFileError
 
@@ -30,7 +32,11 @@ MAX_PIXELS = 1 << 26
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What may be opened. Other formats Pillow knows start external programs or hold no photographs."""
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of `FORMATS`, lower case, as Pillow knows them: .jfif and .jpe are JPEG as well."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
@@ -62,6 +68,7 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
             if width * height > MAX_PIXELS:
                 raise BrokenFileError(_too_large(place, f"{width}×{height} pixels"))
             image.load()
+            _refuse_wide_pixels(image, place)
             upright = ImageOps.exif_transpose(image) if _may_be_turned(image) else image
             pixels = _plain(upright, place)
     except Image.DecompressionBombError as error:
@@ -76,7 +83,8 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
 
 
 def _may_be_turned(image: Image.Image) -> bool:
-    return image.format == "TIFF" or "exif" in image.info or "Raw profile type exif" in image.info
+    """Whether an orientation may be noted: in EXIF, or in XMP alone, which Pillow's `getexif` reads as well."""
+    return image.format == "TIFF" or any("exif" in str(key) or "xmp" in str(key) for key in image.info)
 
 
 def _too_large(place: str, size: str) -> str:
@@ -98,6 +106,13 @@ def _plain(image: Image.Image, place: str) -> np.ndarray:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))
+
+
+def _refuse_wide_pixels(image: Image.Image, place: str) -> None:
+    """BrokenFileError for whole numbers of 32 bits, which a TIFF may hold: what is white is not written there."""
+    bits = image.tag_v2.get(BITSPERSAMPLE, (1,)) if isinstance(image, TiffImageFile) else (1,)
+    if image.mode == "I" and max(bits) > 16:
+        raise BrokenFileError(f"cannot read the image {place}: 32-bit integer pixels have no stated range")
 
 
 class ImageStore(ABC):

@@ -14,7 +14,7 @@ import numpy as np
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.tasks.images import ArrowImages
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
-from layerprobe.tasks.task import Source, SourceSplit, fingerprint, labelled
+from layerprobe.tasks.task import NO_LABEL, Source, SourceSplit, fingerprint, labelled
 
 if TYPE_CHECKING:
     import datasets
@@ -73,22 +73,48 @@ def _choose_label(
         if choice.wanted_label not in fits:
             raise UnknownNameError(
                 f"{place} has no label column '{choice.wanted_label}'."
-                f"{did_you_mean(choice.wanted_label, fits)} Label columns: {', '.join(fits) or 'none'}"
+                f"{_why_not(schema, choice.wanted_label)}{did_you_mean(choice.wanted_label, fits)} "
+                f"Label columns: {', '.join(fits) or 'none'}"
             )
         return choice.wanted_label
-    for name in (*choice.label, *_LABEL_NAMES):
+    for name in choice.label:
         if name in fits:
             return name
-    named = [name for name in fits if _class_names(features.get(name)) is not None]
-    for candidates in (named, fits):
-        if len(candidates) == 1:
-            return candidates[0]
+    declared = [name for name in fits if _class_names(features.get(name)) is not None]
+    usual = [name for name in _LABEL_NAMES if name in fits]
+    spoilt = [name for name in _LABEL_NAMES if name in schema.names and name not in [*fits, image]]
+    # A column that is declared as classes and called so, or one of the two where the other is open.
+    agreed = [name for name in declared if name in usual] if declared and usual else declared or usual
+    if len(agreed) == 1 and not spoilt:
+        return agreed[0]
+    raise UsageError(_ask_for_label(schema, fits, spoilt, place))
+
+
+def _ask_for_label(schema: pa.Schema, fits: list[str], spoilt: list[str], place: str) -> str:
+    """Why no label column was chosen, and what to do."""
+    if spoilt:
+        why = _why_not(schema, spoilt[0]).strip()
+        rest = f" To take another: TASK:COLUMN, of {', '.join(fits)}" if fits else ""
+        return f"{place} has no label column that can be used. {why}{rest}"
     if not fits:
-        raise UsageError(
+        return (
             f"{place} has no label column (one whole number or text per image); "
             f"its columns are {', '.join(schema.names)}"
         )
-    raise UsageError(f"{place} has several label columns ({', '.join(fits)}); choose one with TASK:COLUMN")
+    if len(fits) == 1:
+        return f"no column of {place} is declared as class label; if it is '{fits[0]}', say so with TASK:{fits[0]}"
+    return f"{place} has several label columns ({', '.join(fits)}); choose one with TASK:COLUMN"
+
+
+def _why_not(schema: pa.Schema, name: str) -> str:
+    """A sentence on a column that is there and holds no labels; else empty."""
+    import pyarrow.types as types
+
+    if name not in schema.names:
+        return ""
+    kind = schema.field(name).type
+    listed = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return f" Its column '{name}' holds {'lists' if listed else kind}, but an image needs one class."
 
 
 def _is_image(schema: pa.Schema, name: str, feature: object) -> bool:
@@ -130,14 +156,17 @@ def _class_names(feature: object) -> list[str] | None:
 
 
 def column_values(column: pa.ChunkedArray) -> np.ndarray:
-    """An Arrow label column as int64 (null is −1) or as an object array of str (null is None)."""
+    """An Arrow label column as int64 (null is `NO_LABEL`) or as an object array of str or int (null is None)."""
     import pyarrow as pa
     import pyarrow.types as types
 
     if types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if types.is_integer(column.type) or types.is_boolean(column.type):
-        return column.cast(pa.int64()).fill_null(-1).to_numpy().astype(np.int64)
+        try:
+            return column.cast(pa.int64()).fill_null(NO_LABEL).to_numpy().astype(np.int64)
+        except pa.ArrowInvalid:  # unsigned numbers of 64 bits, hashes say
+            return np.array(column.to_pylist(), dtype=object)
     try:
         return np.array(column.to_pylist(), dtype=object)
     except UnicodeDecodeError as error:

@@ -21,6 +21,8 @@ SPLIT_WORDS = {
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
     "t10k": "test",
 }
 """How files and folders call their splits, and how layerprobe does."""
@@ -30,11 +32,17 @@ VALIDATION_SHARE = 0.10
 SHARES = {"test": 0.25, "validation": 0.15}
 
 
+_SET = r"(sets?|data|images?|imgs?|folder|dir|splits?)?\d*"
+"""What may follow a split's word without a space: trainset, val2017."""
+_SPLIT = re.compile(rf"({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))}){_SET}")
+
+
 def split_word(name: str) -> str | None:
-    """The split that a file or folder name speaks of, if it does."""
-    for word in re.split(r"[^a-z0-9]+", name.lower()):
-        if word in SPLIT_WORDS:
-            return SPLIT_WORDS[word]
+    """The split that a file or folder name speaks of, if it does: training_set, TrainImages, seg_train, val2017."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    for word in re.split(r"[^a-z0-9]+", spaced.lower()):
+        if match := _SPLIT.fullmatch(word):
+            return SPLIT_WORDS[match[1]]
     return None
 
 

@@ -23,8 +23,11 @@ from layerprobe.tasks.duplicates import (
 from layerprobe.tasks.images import ImageStore, JoinedImages, decode_all
 from layerprobe.tasks.split import SPLITS, assign, limited_sizes, stratified_order
 
-FINGERPRINT_VERSION = 1
+FINGERPRINT_VERSION = 2
 """Raised whenever ids or the comparison of images change their meaning."""
+
+NO_LABEL = int(np.iinfo(np.int64).min)
+"""Where a table of whole numbers has no value."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -195,16 +198,27 @@ def _number_labels(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Labels 0, 1, … and their names, the same for all splits.
 
-    `values` are int64 (−1: no label) or str (None: no label). With noted names the numbers stay as they
-    are. Otherwise the classes are the sorted distinct values over all splits, so that labels 1 to 26, or
-    texts, become 0 to 25.
+    `values` are int64 (`NO_LABEL`: none) or objects, str or int (None: no label). With noted names the
+    numbers stay as they are. Otherwise the classes are the sorted distinct values over all splits, so that
+    labels 1 to 26, or texts, become 0 to 25. −1 stands for no label, as in the hub's data sets, except beside
+    +1 alone or other negative labels, unless a whole split is −1.
     """
     if names is not None:
-        for split in values:
+        numbered = [
+            split if split.dtype == object else np.where(split == NO_LABEL, -1, split) for split in values
+        ]
+        for split in numbered:
             if split.dtype == object or (len(split) and not -1 <= split.min() <= split.max() < len(names)):
                 raise BrokenFileError(f"{place}: a label lies outside its {len(names)} class names")
-        return [split.astype(np.int64) for split in values], names
-    present = {value for split in values for value in set(split.tolist())} - {None, -1}
+        return numbered, names
+    present = {value for split in values for value in set(split.tolist())} - {None, NO_LABEL}
+    if len({isinstance(value, str) for value in present}) > 1:
+        raise BrokenFileError(
+            f"{place}: labels are text in one split and numbers in another, so they do not match"
+        )
+    negative = present == {-1, 1} or any(value < -1 for value in present if not isinstance(value, str))
+    if not negative or any(set(split.tolist()) == {-1} for split in values):
+        present -= {-1}
     ordered = sorted(present)
     number = {value: index for index, value in enumerate(ordered)}
     numbered = [

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from layerprobe.backbones.processor import RECIPE_FILES
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
 from layerprobe.tables import strict_value
@@ -97,6 +98,9 @@ def save_checkpoint(
             backbone.model.save_pretrained(
                 temporary / "backbone", state_dict=_part(weights, "backbone.model.")
             )
+        for name in RECIPE_FILES:  # a vision backbone without its recipe would see other pixels
+            if (recipe := backbone.source.folder / name).is_file():
+                shutil.copyfile(recipe, temporary / "backbone" / name)
         stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")
         for name, tensors in (("stem", stem), ("head", head), ("optimizer", moments)):
             if tensors is not None and (tensors or name == "optimizer"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from layerprobe.cli import options
 from layerprobe.cli.options import option
+from layerprobe.cli.output import Output
 from layerprobe.errors import UnknownNameError, UsageError
 
 
@@ -50,3 +54,20 @@ def test_lists_of_names_and_numbers() -> None:
         UnknownNameError, match=r"unknown split 'tset'.* Choose from: train, validation, test"
     ):
         options.check_split("tset")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_reading_a_task_left_out_is_said_unless_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ["train/ant"] * 12 + ["train/bee"] * 12 + ["test"] * 5:
+        path = tmp_path / name / f"{rng.integers(10**9)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)).save(path)
+    options.TaskOptions(task=str(tmp_path)).load(Output("features", quiet=quiet))
+    said = capsys.readouterr()
+    remark = (
+        f"{tmp_path}: 5 images of test/ lie in no class folder, so they have no labels and were left out\n"
+    )
+    assert (said.out, said.err) == ("", "" if quiet else remark)

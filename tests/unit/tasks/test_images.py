@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from task_files import picture, png
 
 from layerprobe.errors import BrokenFileError
@@ -51,6 +52,51 @@ def test_orientation_of_the_camera_is_applied() -> None:
     assert turned.shape == (8, 4)
     assert turned[:3].min() > 200
     assert turned[-3:].max() < 50
+
+
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{}"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF"])
+def test_orientation_noted_in_xmp_alone_is_applied_as_well(kind: str, orientation: int) -> None:
+    pixels = picture(7)[:4]  # 4 × 6
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        6: np.rot90(pixels, -1),
+        8: np.rot90(pixels),
+    }
+    note = XMP.format(orientation)
+    options: dict[str, object] = {"xmp": note.encode()}
+    if kind == "PNG":
+        options = {"pnginfo": PngInfo()}
+        options["pnginfo"].add_itxt("XML:com.adobe.xmp", note)
+    elif kind == "TIFF":
+        options = {"tiffinfo": {700: note.encode()}}
+    elif kind == "WEBP":
+        options["lossless"] = True
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind, **options)
+    decoded = decode_image(stream.getvalue(), "x")
+    assert decoded.shape == upright[orientation].shape
+    if kind != "JPEG":
+        assert np.array_equal(decoded, upright[orientation])
+
+
+def test_integers_of_32_bits_are_refused_and_of_16_are_not() -> None:
+    for dtype, white in ((np.int32, 255), (np.int32, 65535), (np.int32, 2**31 - 1), (np.uint16, 65535)):
+        stream = io.BytesIO()
+        Image.fromarray(np.array([[0, white]], dtype=dtype)).save(stream, "TIFF")
+        if dtype == np.uint16:
+            assert decode_image(stream.getvalue(), "x.tif").tolist() == [[0, 255]]
+            continue
+        with pytest.raises(BrokenFileError, match=r"x\.tif: 32-bit integer pixels have no stated range"):
+            decode_image(stream.getvalue(), "x.tif")
+    portable = b"P5 2 1 65535\n" + np.array([[0, 65535]], ">u2").tobytes()
+    assert decode_image(portable, "x.pgm").tolist() == [[0, 255]]
 
 
 def bomb(width: int, height: int) -> bytes:

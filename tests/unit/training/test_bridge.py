@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModel
 
 from layerprobe.backbones import load_backbone
@@ -77,6 +80,20 @@ def test_the_run_folder_holds_a_plain_model_and_loads_as_backbone(make_backbone,
     pixels = again.preprocess(task.train.images()[:3])
     with torch.no_grad():
         assert torch.equal(again.features(pixels), run.backbone.eval().features(pixels))
+
+
+def test_a_vision_run_keeps_the_recipe_of_its_pixels(make_backbone, model_folder, task, tmp_path):
+    folder = tmp_path / "vit"
+    shutil.copytree(model_folder("vit"), folder)
+    size = transformers.AutoConfig.from_pretrained(folder).image_size
+    recipe = {"image_processor_type": "ViTImageProcessor", "size": size, "image_mean": 0.3, "image_std": 0.2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(recipe))
+    backbone = load_backbone(str(folder), device="cpu").prepare(task)
+    bridge_train(backbone, task, plan=block_plan(backbone, [2]), config=SMALL, output=tmp_path / "run")
+    again = load_backbone(str(tmp_path / "run"), device="cpu")
+    images = task.train.images()[:3]
+    assert torch.equal(again.preprocess(images), backbone.preprocess(images))
+    assert again.describe()["preprocessing"] == backbone.describe()["preprocessing"]
 
 
 def test_labels_do_not_depend_on_order_and_are_kept(make_backbone, task, tmp_path):
