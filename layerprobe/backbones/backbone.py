@@ -21,8 +21,9 @@ from layerprobe.backbones.image_input import (
     for_language,
     for_vision,
 )
-from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower
+from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower, longest_sequence
 from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, cannot_run, self_check
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.files import tensor_bytes
 
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
         image_size: int | None = None,
         attention: str | None = None,
         pooling: str | None = None,
+        self_check: bool = True,
     ) -> None:
         super().__init__()
         check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
@@ -92,6 +94,10 @@ class Backbone(nn.Module):
         self.patch_size = patch_size
         self.image_size = image_size
         self.stem = None
+        self.output_width = self.hidden_size
+        """Width of what `forward` returns, which some models project (OPT-350m)."""
+        self.checks_itself = self_check
+        self.checked: SelfCheck | None = None
         self.preprocessing: Preprocessing | None = None
         # In a tuple, so that the wrapper's parameters are not registered a second time.
         self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
@@ -121,11 +127,21 @@ class Backbone(nn.Module):
         if self.attention == pretrained:
             return
         self._attention_override = self.attention
-        if self._is_causal() != (self.attention == "causal"):
-            raise UsageError(
-                f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
-                f"its {pretrained} mask is built into the blocks"
-            )
+        refusal = f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
+        try:
+            found = self._is_causal()
+        except UsageError as error:
+            raise UsageError(f"{refusal}it takes no mask of every pair of tokens") from error
+        if found != (self.attention == "causal"):
+            raise UsageError(f"{refusal}its {pretrained} mask is built into the blocks")
+
+    @property
+    def patch_shape(self) -> tuple[int, int] | None:
+        """Height and width of a patch; None where the configuration names none."""
+        size = self.patch_size
+        if isinstance(size, (list, tuple)):
+            return int(size[0]), int(size[-1])
+        return (size, size) if size else None
 
     @property
     def n_blocks(self) -> int:
@@ -153,9 +169,24 @@ class Backbone(nn.Module):
         """Settle what depends on the images: their size, the patch size, and the stem. Idempotent.
 
         A language backbone gets its stem here; `pca` looks at up to 1,000 training images, never at labels.
+        The self-check (`layerprobe.backbones.self_check`) runs here, once.
+
+        Raises
+        ------
+        UsageError
+            The images do not fit, or the self-check found that the model's hidden states are not one token a
+            patch, the same in every pass and every block.
         """
-        if self.modality == "vision" or self.stem is not None:
-            return self
+        if self.modality == "language" and self.stem is None:
+            self._prepare_stem(task)
+        if self.checks_itself and self.checked is None and self.device.type != "meta":
+            indices = np.arange(N_IMAGES) % len(task.train)
+            with evaluating(self):
+                found, self.layout = self_check(self, self.preprocess(task.train.images(indices)))
+            self.checked, self.output_width = found, found.output_width
+        return self
+
+    def _prepare_stem(self, task: HasImages) -> None:
         stem = self._make_stem(task.image_size)
         token_std = self.token_std()
         if self.stem_kind == "pca":
@@ -164,15 +195,14 @@ class Backbone(nn.Module):
         else:
             stem.init_random(token_std, seed=self.seed)
         self.stem = stem.to(self.device, self.dtype)
-        return self
 
     def _make_stem(self, image_size: int | None) -> PatchStem:
         """A stem for images of this size (None: of several sizes), and the preprocessing that goes with it."""
         size = self.image_size or image_size or MIXED_SIZE
         patch_size = self.patch_size or default_patch_size(size)
         n_tokens = (size // patch_size) ** 2
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and n_tokens > longest:
+        longest = longest_sequence(self.model, self.config)
+        if longest is not None and n_tokens > longest:
             raise UsageError(
                 f"{n_tokens} patches do not fit: {self.name} has {longest} positions; use a larger "
                 f"--patch-size (now {patch_size}) or a smaller --image-size (now {size})"
@@ -209,19 +239,20 @@ class Backbone(nn.Module):
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         if self.modality == "vision":
-            extra: dict[str, Any] = {}
-            native = getattr(self.config, "image_size", None)
-            size = native if isinstance(native, int) else (native or [None])[0]
-            if size is not None and pixels.shape[-1] != size:
-                if "interpolate_pos_encoding" not in self._parameters_accepted:
-                    raise UsageError(
-                        f"{self.name} takes images of {size}×{size} only; leave out --image-size"
-                    )
-                extra["interpolate_pos_encoding"] = True
-            return self._run(pixel_values=pixels, **extra)
+            return self._run(pixel_values=pixels, **self._size_arguments(pixels))
         if self.stem is None:
             raise UsageError("call prepare(task) first: the stem depends on the task's image size")
         return self.forward_tokens(self.stem(pixels))
+
+    def _size_arguments(self, pixels: Tensor) -> dict[str, bool]:
+        """What a vision model must be told of images that are not of its native size."""
+        native = getattr(self.config, "image_size", None)
+        size = native if isinstance(native, int) else (native or [None])[0]
+        if size is None or pixels.shape[-1] == size:
+            return {}
+        if "interpolate_pos_encoding" not in self._parameters_accepted:
+            raise UsageError(f"{self.name} takes images of {size}×{size} only; leave out --image-size")
+        return {"interpolate_pos_encoding": True}
 
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens B×T×D (what the stem makes) → the model's last hidden states B×T×D."""
@@ -247,11 +278,13 @@ class Backbone(nn.Module):
         """How many tokens before the patches (class token, registers); 0 for language backbones."""
         if self.modality == "language":
             return 0
-        side = int(self.patch_size or 0)
+        if self.checked is not None and n_tokens == self.checked.n_tokens:
+            return self.checked.n_prefix
         crop = self.preprocessing.crop or self.preprocessing.size if self.preprocessing else None
-        if not side or crop is None:
+        if self.patch_shape is None or crop is None:
             return 0
-        return max(n_tokens - (crop[0] // side) * (crop[1] // side), 0)
+        height, width = self.patch_shape
+        return max(n_tokens - (crop[0] // height) * (crop[1] // width), 0)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → pooled features of the last hidden states, B×D."""
@@ -259,9 +292,10 @@ class Backbone(nn.Module):
 
     def own_logits(self, pixels: Tensor) -> Tensor:
         """Logits B×classes of the classifier that the checkpoint itself brought."""
-        if not self._with_head:
+        if not self._with_head or self.modality == "language":
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
-        logits: Tensor = self._with_head[0](pixel_values=pixels.to(self.device, self.dtype)).logits
+        pixels = pixels.to(self.device, self.dtype)
+        logits: Tensor = self._with_head[0](pixel_values=pixels, **self._size_arguments(pixels)).logits
         return logits
 
     @torch.no_grad()
@@ -272,7 +306,11 @@ class Backbone(nn.Module):
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randn(2, 3, self.embedding_width, generator=generator).to(self.device, self.dtype)
         tokens[1, :2] = tokens[0, :2]
-        hidden = self.forward_tokens(tokens)
+        try:
+            hidden = self.forward_tokens(tokens)
+        except Exception as error:
+            raise cannot_run(self, error) from error
+        self.output_width = hidden.shape[-1]
         self.model.train(was_training)
         return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
 

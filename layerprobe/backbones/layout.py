@@ -11,10 +11,11 @@ Everything is read off the module tree, so that a new architecture works without
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerprobe.errors import UsageError
 
@@ -34,6 +35,10 @@ class Layout:
     """Parameter name → "block.<i>", "embeddings", "positions", "norm" or "other"."""
     norm_names: frozenset[str]
     """Parameters of normalisation layers, inside the blocks and outside."""
+    tokens_first: bool = False
+    """Whether the blocks' hidden states are T×B×D instead of B×T×D (XLNet)."""
+    withheld: str | None = None
+    """Why attention and MLP outputs are not offered although modules for them were found."""
 
     @property
     def n_blocks(self) -> int:
@@ -47,12 +52,41 @@ class Layout:
 def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     """The part that images go through: the image tower of a two-tower model, the encoder of an
     encoder-decoder, else the base model under a task head."""
-    base = cast("PreTrainedModel", getattr(model, "base_model", model))
+    base: Any = getattr(model, "base_model", model)
     for candidate in (model, base):
-        tower: PreTrainedModel | None = getattr(candidate, "vision_model", None)
+        tower = getattr(candidate, "vision_model", None)
         if isinstance(tower, nn.Module):
             return tower
-    return base.get_encoder() if base.config.is_encoder_decoder else base
+    if base.config.is_encoder_decoder:
+        return base.get_encoder()
+    return _without_head(base) if _takes_images_or_embeddings(base) else _without_head(model)
+
+
+def _without_head(model: Any) -> PreTrainedModel:
+    """The model itself, or, where it ends in scores over a vocabulary, the one model inside that does not.
+
+    `base_model` goes by a name in the class, which may stop too early (Llama-4 text) or go too deep (DINOv3).
+    """
+    scores = getattr(model, "get_output_embeddings", lambda: None)
+    if scores() is not None:
+        inner = [child for child in model.children() if _takes_images_or_embeddings(child)]
+        if len(inner) == 1:
+            return inner[0]
+    return model
+
+
+def _takes_images_or_embeddings(module: Any) -> bool:
+    main = getattr(module, "main_input_name", None)
+    wanted = "inputs_embeds" if main == "input_ids" else main
+    return main is not None and wanted in inspect.signature(module.forward).parameters
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a block was called on."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise UsageError("the blocks are not called on hidden states, so what enters them cannot be read")
+    return hidden
 
 
 def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
@@ -110,7 +144,24 @@ def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, n
             f"{expected if expected is not None else 'equal'} modules of one class "
             f"(config.num_hidden_layers = {expected}); there is {seen or 'no ModuleList'}"
         )
-    return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    chosen = max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    _refuse_parallel_lists(model, chosen[0], dict(fitting))
+    return chosen
+
+
+def _refuse_parallel_lists(model: nn.Module, chosen: str, fitting: dict[str, nn.ModuleList]) -> None:
+    """Attentions in one list and MLPs in another beside it (XLM, FlauBERT) make no blocks."""
+    beside = {
+        name: list_
+        for name, list_ in fitting.items()
+        if name != chosen and name.rpartition(".")[0] == chosen.rpartition(".")[0]
+    }
+    attentions = [name for name, list_ in beside.items() if "attention" in type(list_[0]).__name__.lower()]
+    if attentions and attention_path(fitting[chosen][0]) is None:
+        raise UsageError(
+            f"{type(model).__name__} keeps the parts of its blocks in lists side by side ({chosen}, "
+            f"{', '.join(beside)}); there is no module for a block whose input and output could be read"
+        )
 
 
 def _of_one_class(modules: nn.ModuleList) -> bool:
@@ -118,15 +169,19 @@ def _of_one_class(modules: nn.ModuleList) -> bool:
     return len({type(member) for member in modules}) == 1 and any(True for _ in modules.parameters())
 
 
+def attention_path(block: nn.Module) -> str | None:
+    """The outermost submodule with "Attention" in its class name, relative to the block."""
+    named = (path for path, module in block.named_modules() if "attention" in type(module).__name__.lower())
+    return next((path for path in named if path), None)
+
+
 def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]:
     """Paths of the last linear maps that write `width` features, in the block's attention and outside it."""
-    attention = None
+    attention = attention_path(block)
     inside = outside = None
     for path, module in block.named_modules():
-        if attention is None and path and "attention" in type(module).__name__.lower():
-            attention = path
         weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
             continue
         # nn.Linear keeps (out, in); GPT-2's Conv1D keeps (in, out) and says so in `nf`.
         if (getattr(module, "nf", None) or weight.shape[0]) != width:
@@ -136,6 +191,24 @@ def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]
         else:
             outside = path
     return inside, outside
+
+
+def longest_sequence(model: nn.Module, config: PretrainedConfig) -> int | None:
+    """How many positions the model has; None where it names no limit.
+
+    Position tables that set rows aside for padding (RoBERTa: `padding_idx` and all before it) hold fewer.
+    """
+    for name in ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len", "n_ctx"):
+        longest = getattr(config, name, None)
+        if isinstance(longest, int) and longest > 0:
+            break
+    else:
+        return None
+    for name, module in model.named_modules():
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if padded and "position" in name.lower() and module.num_embeddings == longest:
+            return longest - int(module.padding_idx) - 1  # type: ignore[arg-type]
+    return longest
 
 
 def _group_parameters(

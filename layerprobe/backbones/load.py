@@ -39,6 +39,7 @@ def load_backbone(
     image_size: int | None = None,
     attention: str | None = None,
     pooling: str | None = None,
+    self_check: bool = True,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Backbone:
@@ -65,6 +66,8 @@ def load_backbone(
         "causal" or "bidirectional"; None keeps what the model was pretrained with.
     pooling : str | None
         "mean" (default), "last" or "cls".
+    self_check : bool
+        Whether `Backbone.prepare` checks on two images that the model does what features rest on.
 
     Raises
     ------
@@ -86,6 +89,7 @@ def load_backbone(
         source,
         init=init,
         seed=seed,
+        self_check=self_check,
         **_image_settings(
             full,
             source,

@@ -1,0 +1,237 @@
+"""Write docs/what-runs.md: every architecture of transformers with a text or vision backbone, tiny, run once.
+
+python docs/make_architectures.py [model_type ...]
+
+Each is built small with random weights, saved, loaded by layerprobe, checked, and its features are extracted.
+With model types as arguments, only these are run and their rows are printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+import layerprobe
+from layerprobe.errors import LayerprobeError
+from layerprobe.layers import SITES
+
+PAGE = Path(__file__).parent / "what-runs.md"
+WORKS, REFUSED, BROKEN = "works", "refused", "broken"
+LARGEST = 40_000_000
+"""Parameters; what cannot be made smaller than this is a fault of this script."""
+
+LAYERS, WIDTH, HEADS, HEAD_WIDTH = 3, 32, 4, 8
+SMALL: dict[int, str] = {
+    LAYERS: "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers "
+    "num_decoder_layers depth encoder_num_hidden_layers decoder_num_hidden_layers n_encoder_layers",
+    WIDTH: "hidden_size d_model n_embd dim emb_dim embed_dim embedding_size encoder_hidden_size "
+    "decoder_hidden_size projection_dim out_hidden_size word_embed_proj_dim text_hidden_size "
+    "embedding_dim hidden_dim d_embed projector_hidden_size mm_hidden_size lm_hidden_size latent_dim "
+    "project_dim decoder_dim decoder_embed_dim output_dim encoder_dim image_text_hidden_size "
+    "image_size pretrain_image_size input_size lru_width d_inner_ width",
+    HEADS: "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads "
+    "decoder_num_attention_heads encoder_num_attention_heads num_key_value_heads num_local_experts num_experts "
+    "n_routed_experts moe_num_experts swa_num_attention_heads linear_num_value_heads "
+    "index_n_heads num_global_attention_heads linear_num_heads",
+    2: "num_kv_heads num_experts_per_tok moe_topk moe_k num_experts_per_token "
+    "top_k_experts swa_num_key_value_heads linear_num_key_heads n_head_kv num_global_key_value_heads",
+    1: "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups "
+    "mamba_ngroups num_kv_shared_layers n_groups moe_layer_start_index",
+    HEAD_WIDTH: "mamba_n_heads mamba_num_heads head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim "
+    "kv_channels linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim swa_head_dim "
+    "global_head_dim index_head_dim attention_head_size patch_size state_size mamba_d_state linear_head_dim "
+    "hidden_size_per_layer_input index_topk qk_head_dim encoder_stride",
+    16: "q_lora_rank kv_lora_rank num_frames time_step_rank mamba_dt_rank lru_width_",
+    64: "intermediate_size ffn_dim n_inner d_ff d_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim "
+    "moe_intermediate_size mlp_dim shared_expert_intermediate_size moe_shared_expert_intermediate_size "
+    "decoder_intermediate_size intermediate_size_mlp shared_intermediate_size dim_ff expert_ffn_hidden_size "
+    "num_mel_bins ssm_intermediate_size",
+    128: "vocab_size max_2d_position_embeddings vocab_size_per_layer_input entity_vocab_size text_vocab_size_",
+    512: "max_position_embeddings n_positions max_seq_len max_sequence_length",
+}
+SIZES = {name: size for size, names in SMALL.items() for name in names.split()}
+
+LEFT_OUT = (
+    "transformers_version", "architectures", "model_type_", "dtype", "out_features", "out_indices", "stage_names",
+    "per_layer_config", "backbone_config_",
+)  # fmt: skip
+"""What a configuration works out by itself."""
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "donut-swin": {"num_heads": [2, 2, 4, 4]},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "glm5_next_text": {"index_topk": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8},
+    "maskformer-swin": {"num_heads": [2, 2, 4, 4]},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "feed_forward_size": 64},
+    "swin2sr": {"num_heads": [2, 2, 4, 4]},
+    "swinv2": {"num_heads": [2, 2, 4, 4]},
+    "xlnet": {"d_head": 8},
+}
+"""Values that must agree with one another in ways that names do not tell."""
+
+
+class Row(NamedTuple):
+    """What became of one architecture."""
+
+    model_type: str
+    model_class: str
+    verdict: str
+    modality: str
+    sites: str
+    remark: str
+
+
+def candidates() -> list[str]:
+    """Model types whose base model takes `inputs_embeds` or images."""
+    found = []
+    for model_type in sorted(MODEL_MAPPING_NAMES):
+        model = model_class(model_type)
+        if model is None:
+            continue
+        try:
+            takes = inspect.signature(model.forward).parameters
+        except ImportError:
+            continue
+        if "inputs_embeds" in takes or "pixel_values" in takes:
+            found.append(model_type)
+    return found
+
+
+def model_class(model_type: str) -> Any:
+    """The base model's class; None where it needs a package that is not here."""
+    name = MODEL_MAPPING_NAMES[model_type]
+    name = name if isinstance(name, str) else name[0]
+    try:
+        return getattr(transformers, name)
+    except (AttributeError, ImportError):
+        return None
+
+
+def shrink(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's values with every size made small; nested configurations likewise."""
+    layers = next(
+        (values[n] for n in SMALL[LAYERS].split() if isinstance(values.get(n), int) and values[n]), None
+    )
+    small = {}
+    for name, value in values.items():
+        if name in LEFT_OUT:
+            continue
+        if isinstance(value, dict):
+            value = shrink(value)
+        elif name == "mrope_section" and value:
+            value = [2, 1, 1]
+        elif name in ("image_size", "patch_size") and isinstance(value, (list, tuple)):
+            value = [SIZES[name]] * len(value)
+        elif isinstance(value, (list, tuple)) and layers and len(value) == layers and layers > 4:
+            kinds = list(dict.fromkeys(value)) if all(isinstance(v, (str, int)) for v in value) else []
+            value = sorted([*kinds, *value][:LAYERS], key=[*value].index)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            value = small_number(name, value)
+        small[name] = value
+    return small
+
+
+def small_number(name: str, value: int) -> int:
+    """The size of that name, where the default is larger."""
+    if name.endswith(("token_id", "_token_index")) and value > 100:
+        return 100 + sum(map(ord, name)) % 28
+    return min(value, SIZES[name]) if name in SIZES and value > 0 else value
+
+
+def tiny_config(model_type: str) -> Any:
+    """The architecture's configuration, small."""
+    made = getattr(transformers, CONFIG_MAPPING_NAMES[model_type])
+    values = made().to_dict()
+    values.pop("model_type", None)
+    return made(**shrink(values) | EXTRA.get(model_type, {}))
+
+
+def build(model_type: str) -> Any:
+    """The tiny model with random weights."""
+    config = tiny_config(model_type)
+    made = model_class(model_type)
+    with torch.device("meta"):
+        n_parameters = sum(parameter.numel() for parameter in made(config).parameters())
+    if n_parameters > LARGEST:
+        raise MemoryError(f"{n_parameters:,} parameters are not tiny")
+    transformers.set_seed(0)
+    return made(config).eval()
+
+
+def run(model_type: str) -> Row:
+    """Build, load, check and extract features of one architecture."""
+    name = model_class(model_type).__name__
+    facts = {"model_type": model_type, "model_class": name, "modality": "", "sites": "", "remark": ""}
+    try:
+        model = build(model_type)
+    except Exception as error:
+        return Row(**facts | {"verdict": "unbuilt", "remark": one_line(error)})
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(f"{folder}/model")
+            backbone = layerprobe.load_backbone(f"{folder}/model", device="cpu")
+            task = layerprobe.load_task("digits", limit=20)
+            layerprobe.extract_features(backbone, task, cache_dir=folder, quiet=True)
+        except LayerprobeError as error:
+            return Row(**facts | {"verdict": REFUSED, "remark": one_line(error).replace(folder + "/", "")})
+        except Exception as error:
+            return Row(**facts | {"verdict": BROKEN, "remark": f"{type(error).__name__}: {one_line(error)}"})
+    return Row(**facts | {"verdict": WORKS, "modality": backbone.modality, "sites": sites_of(backbone)})
+
+
+def sites_of(backbone: Any) -> str:
+    """The sites that every block offers."""
+    writers = {"attn_out": backbone.layout.attention_outputs, "mlp_out": backbone.layout.mlp_outputs}
+    return " ".join(site for site in SITES if None not in writers.get(site, ()))
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """No remarks of transformers on models made of random numbers."""
+    transformers.logging.set_verbosity(50)
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def run_all(model_types: Iterable[str]) -> list[Row]:
+    rows = []
+    with silence():
+        for model_type in model_types:
+            start = time.perf_counter()
+            row = run(model_type)
+            rows.append(row)
+            seconds = time.perf_counter() - start
+            print(f"{row.verdict:8} {seconds:5.1f}s {model_type}: {row.sites or row.remark}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    run_all(sys.argv[1:] or candidates())

@@ -1,0 +1,225 @@
+"""Whether what attention and MLP write adds up to what a block adds to the residual stream.
+
+A block is read as: a stream of terms; attention's output joins it, then the MLP's, or both at once; each may be
+scaled by channel or normalised before it joins, and the stream may be normalised before, between and after
+(post-norm). Norms are recognised by what they receive, not by their names: a module without matrices that was
+called on exactly that tensor. Scales need no module: a sum may carry one factor per channel and term.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerprobe.backbones.layout import Layout, attention_path, first_tensor
+
+TOLERANCE = 1e-3
+_ROWS = 96
+"""Tokens that a sum is tested on."""
+_MLP_WORDS = ("mlp", "moe", "feedforward", "ffn", "expert")
+
+
+@dataclass(kw_only=True)
+class BlockRecord:
+    """What one block received and returned, and what its inner modules did; rows × width, rows are tokens."""
+
+    name: str
+    inside: str | None
+    """The attention module, relative to the block."""
+    mlp_like: frozenset[str]
+    """Modules whose class is an MLP's, relative to the block."""
+    entered: Tensor | None = None
+    left: Tensor | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """By path: outputs of the modules that could be a writer."""
+    plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Inputs and outputs of modules without matrices."""
+
+
+class BlockRecorder:
+    """Hooks that fill one `BlockRecord` a block while the `with` block lasts."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self.records: list[BlockRecord] = []
+        self._handles: list[Any] = []
+        for name, block in zip(layout.block_names, layout.blocks(model), strict=True):
+            words = {
+                path for path, module in block.named_modules()
+                if any(word in type(module).__name__.lower().replace("_", "") for word in _MLP_WORDS)
+            }  # fmt: skip
+            record = BlockRecord(name=name, inside=attention_path(block), mlp_like=frozenset(words - {""}))
+            self.records.append(record)
+            self._hook(block, record)
+
+    def _hook(self, block: nn.Module, record: BlockRecord) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record.entered = _rows(first_tensor(args, kwargs), None)
+
+        def leave(_module: nn.Module, _args: object, output: Any) -> None:
+            record.left = _rows(output, None)
+
+        self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        for path, module in block.named_modules():
+            if path and not isinstance(module, nn.ModuleList):
+                self._handles.append(module.register_forward_hook(_inner(record, path, module)))
+        self._handles.append(block.register_forward_hook(leave))
+
+    def __enter__(self) -> BlockRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:
+    plain = not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters())
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        entered = record.entered
+        written = _rows(output, entered)
+        if written is None:
+            return
+        if plain and args and (read := _rows(args[0], entered)) is not None:
+            record.plain.append((read, written))
+        elif not plain:
+            record.outputs[path] = written
+
+    return hook
+
+
+def _rows(value: Any, like: Tensor | None) -> Tensor | None:
+    """Some tokens of a hidden state as rows × width in float64; None where it is none, or not of `like`'s size."""
+    value = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.is_floating_point():
+        return None
+    rows = value.detach().reshape(-1, value.shape[-1])
+    step = max(len(rows) // _ROWS, 1)
+    rows = rows[::step].double().cpu()
+    return rows if like is None or rows.shape == like.shape else None
+
+
+def find_writers(layout: Layout, records: Sequence[BlockRecord]) -> Layout:
+    """The layout with writers that add up; where a block has none, without both sites in all blocks."""
+    attention, mlp = [], []
+    for record, inside, outside in zip(records, layout.attention_outputs, layout.mlp_outputs, strict=True):
+        found = None if record.entered is None or record.left is None else _writers(record, inside, outside)
+        if found is None:
+            reason = f"what attention and MLP of {record.name} write does not add up to what the block adds"
+            none = (None,) * layout.n_blocks
+            return replace(layout, attention_outputs=none, mlp_outputs=none, withheld=reason)
+        attention.append(found[0])
+        mlp.append(found[1])
+    return replace(layout, attention_outputs=tuple(attention), mlp_outputs=tuple(mlp))
+
+
+def _writers(
+    record: BlockRecord, inside: str | None, outside: str | None
+) -> tuple[str | None, str | None] | None:
+    """The modules whose outputs explain the block, as full names; None where no choice does."""
+    start = len(record.name) + 1
+    first = _candidates(record, inside[start:] if inside else None, in_attention=True)
+    then = _candidates(record, outside[start:] if outside else None, in_attention=False)
+    sums = _Sums(record)
+    if not first and not then:
+        return None
+    for a, m in itertools.product(first or [None], then or [None]):
+        if not sums.explain([record.outputs[path] for path in (a, m) if path]):
+            continue
+        if a is None and m is not None and not any(m == p or m.startswith(p + ".") for p in record.mlp_like):
+            return None, None  # the only thing that writes is neither: a state space, a convolution
+        return (f"{record.name}.{a}" if a else None), (f"{record.name}.{m}" if m else None)
+    return None
+
+
+def _candidates(record: BlockRecord, leaf: str | None, *, in_attention: bool) -> list[str]:
+    """The linear map that the module tree suggests, then the modules around it; else the block's own parts."""
+    inside = record.inside
+    if leaf is not None:
+        parts = leaf.split(".")
+        paths = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    elif in_attention:
+        paths = [] if inside is None else [inside]
+    else:
+        outside = [path for path in record.outputs if inside is None or f"{path}.".split(".")[0] != inside]
+        paths = sorted(
+            (path for path in outside if path in record.mlp_like), key=lambda path: path.count(".")
+        )
+    if not in_attention and inside is not None:
+        paths = [path for path in paths if not f"{inside}.".startswith(f"{path}.")]
+    return [path for path in paths if path in record.outputs]
+
+
+class _Sums:
+    """The search for an order of norms and scales in which writers explain a block."""
+
+    def __init__(self, record: BlockRecord) -> None:
+        assert record.entered is not None and record.left is not None
+        self.entered, self.left, self.plain = record.entered, record.left, record.plain
+
+    def explain(self, writers: list[Tensor]) -> bool:
+        """Whether the writers, in this or the other order, lead from the block's input to its output."""
+        starts = [[state] for state in self._chain(self.entered)]
+        orders = [writers] if len(writers) < 2 else [writers, writers[::-1]]
+        return any(self._reach(start, order) for order in orders for start in starts)
+
+    def _reach(self, terms: list[Tensor], writers: list[Tensor]) -> bool:
+        if not writers:
+            if is_sum(self.left, terms):
+                return True
+            ends = (after for before, after in self.plain if is_sum(before, terms))
+            return any(_close(state, self.left) for end in ends for state in self._chain(end))
+        for value in self._chain(writers[0]):
+            joined = [*terms, value]
+            if self._reach(joined, writers[1:]):
+                return True
+            normed = [after for before, after in self.plain if writers[1:] and is_sum(before, joined)]
+            if any(self._reach([state], writers[1:]) for state in normed):
+                return True
+        return False
+
+    def _chain(self, value: Tensor) -> Iterator[Tensor]:
+        """The value, and what modules without matrices made of it, one after another."""
+        seen = [value]
+        for state in seen:
+            yield state
+            for before, after in self.plain:
+                if _close(before, state) and not any(_close(after, known) for known in seen):
+                    seen.append(after)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-6 * b.abs().max())
+
+
+def is_sum(target: Tensor, terms: Sequence[Tensor]) -> bool:
+    """Whether rows × width `target` is the sum of `terms`, each with a factor per channel and none left out.
+
+    The remainder may be 1e-3 of what all terms but the first contribute.
+    """
+    terms = [term for index, term in enumerate(terms) if index == 0 or bool(term.any())]
+    if any(term.shape != target.shape for term in terms):
+        return False
+    if _fits(target, terms, [torch.ones_like(target[0])] * len(terms)):
+        return True
+    sizes = [float(term.norm()) or 1.0 for term in terms]
+    columns = torch.stack([term / size for term, size in zip(terms, sizes, strict=True)])
+    gram = torch.einsum("irc,jrc->cij", columns, columns)
+    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-13)
+    solved = torch.einsum("cij,jrc,rc->ic", inverse, columns, target)
+    return _fits(target, terms, [factor / size for factor, size in zip(solved, sizes, strict=True)])
+
+
+def _fits(target: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
+    parts = [term * factor for term, factor in zip(terms, factors, strict=True)]
+    remainder = (target - sum(parts)).norm()
+    floor = 1e-6 * target.norm()
+    if len(parts) > 1 and min(float(part.norm()) for part in parts) <= floor:
+        return False
+    added = sum(parts[1:]) if len(parts) > 1 else parts[0]
+    return bool(remainder <= TOLERANCE * added.norm() + floor)
