@@ -44,7 +44,7 @@ SMALL: dict[int, str] = {
     "embedding_dim hidden_dim d_embed projector_hidden_size mm_hidden_size lm_hidden_size latent_dim "
     "project_dim decoder_dim decoder_embed_dim output_dim encoder_dim image_text_hidden_size "
     "image_size pretrain_image_size input_size lru_width d_inner_ width",
-    HEADS: "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads "
+    HEADS: "rotary_dim num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads "
     "decoder_num_attention_heads encoder_num_attention_heads num_key_value_heads num_local_experts num_experts "
     "n_routed_experts moe_num_experts swa_num_attention_heads linear_num_value_heads "
     "index_n_heads num_global_attention_heads linear_num_heads",
@@ -73,6 +73,7 @@ LEFT_OUT = (
 """What a configuration works out by itself."""
 
 EXTRA: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "donut-swin": {"num_heads": [2, 2, 4, 4]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "glm5_next_text": {"index_topk": 16},
@@ -138,7 +139,7 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
         if name in LEFT_OUT:
             continue
         if isinstance(value, dict):
-            value = shrink(value)
+            value = shrink(value) | ({"mrope_section": [2, 1, 1]} if "rope_type" in value else {})
         elif name == "mrope_section" and value:
             value = [2, 1, 1]
         elif name in ("image_size", "patch_size") and isinstance(value, (list, tuple)):

@@ -79,6 +79,11 @@ class Backbone(nn.Module):
         super().__init__()
         check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
         self.model = image_or_text_tower(full)
+        if not hasattr(self.model, "main_input_name") or not hasattr(self.model, "config"):
+            raise UsageError(
+                f"{source.name}: {type(self.model).__name__}, which images would enter, is only a part of "
+                f"{type(full).__name__} and does not run by itself"
+            )
         self.config: PretrainedConfig = self.model.config
         self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
         self.source = source
@@ -88,7 +93,8 @@ class Backbone(nn.Module):
         self.seed = seed
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config)
-        self.modality = "vision" if self.model.main_input_name == "pixel_values" else "language"
+        self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
+        self.modality = "vision" if self._sees_pixels() else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
         self.patch_size = patch_size
@@ -101,7 +107,6 @@ class Backbone(nn.Module):
         self.preprocessing: Preprocessing | None = None
         # In a tuple, so that the wrapper's parameters are not registered a second time.
         self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
-        self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
         self.attention: str | None
         self._attention_override: str | None = None
         if self.modality == "vision":
@@ -117,6 +122,12 @@ class Backbone(nn.Module):
                 f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
                 f"use --pooling last, or --attention bidirectional for {self.name}"
             )
+
+    def _sees_pixels(self) -> bool:
+        accepted = self._parameters_accepted
+        return self.model.main_input_name == "pixel_values" or (
+            "pixel_values" in accepted and "inputs_embeds" not in accepted
+        )
 
     def _choose_attention(self, attention: str | None) -> None:
         if self.device.type == "meta":
@@ -233,7 +244,16 @@ class Backbone(nn.Module):
 
     @property
     def _embedding(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()  # type: ignore[return-value]
+        try:
+            table = self.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            table = None
+        if not hasattr(table, "embedding_dim"):
+            raise UsageError(
+                f"{self.name}: {type(self.model).__name__} has no table of token embeddings, whose width and scale "
+                "a stem would take"
+            )
+        return table  # type: ignore[return-value]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from layerprobe.backbones.layout import Layout, attention_path, first_tensor
 
 TOLERANCE = 1e-3
-_ROWS = 96
-"""Tokens that a sum is tested on."""
+_ROWS, _CHANNELS = 96, 64
+"""Tokens and channels that a sum is tested on."""
+_FLOOR = 1e-6
+"""Rounding of float32, relative to a hidden state."""
 _MLP_WORDS = ("mlp", "moe", "feedforward", "ffn", "expert")
 
 
@@ -33,6 +35,8 @@ class BlockRecord:
     """The attention module, relative to the block."""
     mlp_like: frozenset[str]
     """Modules whose class is an MLP's, relative to the block."""
+    size: tuple[int, int] | None = None
+    """Tokens of all images, and width."""
     entered: Tensor | None = None
     left: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
@@ -48,20 +52,17 @@ class BlockRecorder:
         self.records: list[BlockRecord] = []
         self._handles: list[Any] = []
         for name, block in zip(layout.block_names, layout.blocks(model), strict=True):
-            words = {
-                path for path, module in block.named_modules()
-                if any(word in type(module).__name__.lower().replace("_", "") for word in _MLP_WORDS)
-            }  # fmt: skip
-            record = BlockRecord(name=name, inside=attention_path(block), mlp_like=frozenset(words - {""}))
+            record = BlockRecord(name=name, inside=attention_path(block), mlp_like=_mlp_paths(block))
             self.records.append(record)
             self._hook(block, record)
 
     def _hook(self, block: nn.Module, record: BlockRecord) -> None:
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record.entered = _rows(first_tensor(args, kwargs), None)
+            hidden = first_tensor(args, kwargs)
+            record.entered, record.size = _rows(hidden), _size(hidden)
 
         def leave(_module: nn.Module, _args: object, output: Any) -> None:
-            record.left = _rows(output, None)
+            record.left = _rows(output, record.size)
 
         self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         for path, module in block.named_modules():
@@ -77,15 +78,24 @@ class BlockRecorder:
             handle.remove()
 
 
+def _mlp_paths(block: nn.Module) -> frozenset[str]:
+    """Modules of the block whose class is an MLP's or experts', and all inside them."""
+    found = [
+        path
+        for path, module in block.named_modules()
+        if path and any(word in type(module).__name__.lower().replace("_", "") for word in _MLP_WORDS)
+    ]
+    return frozenset(path for path, _ in block.named_modules() if any(_is_in(path, outer) for outer in found))
+
+
 def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:
     plain = not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters())
 
     def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        entered = record.entered
-        written = _rows(output, entered)
+        written = _rows(output, record.size)
         if written is None:
             return
-        if plain and args and (read := _rows(args[0], entered)) is not None:
+        if plain and args and (read := _rows(args[0], record.size)) is not None:
             record.plain.append((read, written))
         elif not plain:
             record.outputs[path] = written
@@ -93,15 +103,20 @@ def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:
     return hook
 
 
-def _rows(value: Any, like: Tensor | None) -> Tensor | None:
-    """Some tokens of a hidden state as rows × width in float64; None where it is none, or not of `like`'s size."""
+def _rows(value: Any, size: tuple[int, int] | None = None) -> Tensor | None:
+    """Some tokens and channels of a hidden state, float64; None where it is none, or not of that size."""
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.is_floating_point():
         return None
+    if size not in (None, _size(value)):
+        return None
     rows = value.detach().reshape(-1, value.shape[-1])
-    step = max(len(rows) // _ROWS, 1)
-    rows = rows[::step].double().cpu()
-    return rows if like is None or rows.shape == like.shape else None
+    n_rows, width = rows.shape
+    return rows[:: max(n_rows // _ROWS, 1), :: max(width // _CHANNELS, 1)].double().cpu()
+
+
+def _size(value: Tensor) -> tuple[int, int]:
+    return value.shape[:-1].numel(), value.shape[-1]
 
 
 def find_writers(layout: Layout, records: Sequence[BlockRecord]) -> Layout:
@@ -123,36 +138,47 @@ def _writers(
 ) -> tuple[str | None, str | None] | None:
     """The modules whose outputs explain the block, as full names; None where no choice does."""
     start = len(record.name) + 1
-    first = _candidates(record, inside[start:] if inside else None, in_attention=True)
-    then = _candidates(record, outside[start:] if outside else None, in_attention=False)
+    first = _attention_candidates(record, inside[start:] if inside else None)
+    then = _mlp_candidates(record, outside[start:] if outside else None)
     sums = _Sums(record)
-    if not first and not then:
-        return None
-    for a, m in itertools.product(first or [None], then or [None]):
+    for a, m in itertools.product(first, then):
         if not sums.explain([record.outputs[path] for path in (a, m) if path]):
             continue
-        if a is None and m is not None and not any(m == p or m.startswith(p + ".") for p in record.mlp_like):
-            return None, None  # the only thing that writes is neither: a state space, a convolution
-        return (f"{record.name}.{a}" if a else None), (f"{record.name}.{m}" if m else None)
+        names = [f"{record.name}.{path}" if path else None for path in (a, m)]
+        return (names[0] if record.inside else None), (names[1] if m in record.mlp_like else None)
     return None
 
 
-def _candidates(record: BlockRecord, leaf: str | None, *, in_attention: bool) -> list[str]:
-    """The linear map that the module tree suggests, then the modules around it; else the block's own parts."""
-    inside = record.inside
-    if leaf is not None:
-        parts = leaf.split(".")
-        paths = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    elif in_attention:
-        paths = [] if inside is None else [inside]
-    else:
-        outside = [path for path in record.outputs if inside is None or f"{path}.".split(".")[0] != inside]
-        paths = sorted(
-            (path for path in outside if path in record.mlp_like), key=lambda path: path.count(".")
-        )
-    if not in_attention and inside is not None:
-        paths = [path for path in paths if not f"{inside}.".startswith(f"{path}.")]
-    return [path for path in paths if path in record.outputs]
+def _attention_candidates(record: BlockRecord, leaf: str | None) -> list[str | None]:
+    """The linear map that the module tree suggests, then the modules around it and all others in attention; in a
+    block without attention what may stand in its place, a state space or a convolution."""
+    if record.inside is None:
+        return [None, *(path for path in record.outputs if "." not in path and path not in record.mlp_like)]
+    within = [path for path in record.outputs if _is_in(path, record.inside)]
+    outwards = [path for path in _outwards(leaf) if path in within]
+    return [*outwards, *(path for path in within if path not in outwards), None]
+
+
+def _mlp_candidates(record: BlockRecord, leaf: str | None) -> list[str | None]:
+    """The same outside attention; for a block that mixes experts the module around them comes before its parts."""
+    without = [
+        path
+        for path in record.outputs
+        if record.inside is None or not (_is_in(path, record.inside) or _is_in(record.inside, path))
+    ]
+    outwards = [path for path in _outwards(leaf) if path in without]
+    others = sorted((path for path in without if path not in outwards), key=lambda path: path.count("."))
+    return [*outwards, *others, None]
+
+
+def _outwards(leaf: str | None) -> list[str]:
+    """A path, then that of the module around it, and so on."""
+    parts = leaf.split(".") if leaf else []
+    return [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+
+
+def _is_in(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}.")
 
 
 class _Sums:
@@ -205,21 +231,20 @@ def is_sum(target: Tensor, terms: Sequence[Tensor]) -> bool:
     terms = [term for index, term in enumerate(terms) if index == 0 or bool(term.any())]
     if any(term.shape != target.shape for term in terms):
         return False
-    if _fits(target, terms, [torch.ones_like(target[0])] * len(terms)):
+    if _fits(target, terms):
         return True
     sizes = [float(term.norm()) or 1.0 for term in terms]
     columns = torch.stack([term / size for term, size in zip(terms, sizes, strict=True)])
     gram = torch.einsum("irc,jrc->cij", columns, columns)
     inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-13)
-    solved = torch.einsum("cij,jrc,rc->ic", inverse, columns, target)
-    return _fits(target, terms, [factor / size for factor, size in zip(solved, sizes, strict=True)])
+    factors = torch.einsum("cij,jrc,rc->ic", inverse, columns, target)
+    scaled = list(columns * factors.unsqueeze(1))
+    smallest = min(float(part.norm()) for part in scaled)
+    return smallest > _FLOOR * float(target.norm()) and _fits(target, scaled)
 
 
-def _fits(target: Tensor, terms: Sequence[Tensor], factors: Sequence[Tensor]) -> bool:
-    parts = [term * factor for term, factor in zip(terms, factors, strict=True)]
-    remainder = (target - sum(parts)).norm()
-    floor = 1e-6 * target.norm()
-    if len(parts) > 1 and min(float(part.norm()) for part in parts) <= floor:
-        return False
-    added = sum(parts[1:]) if len(parts) > 1 else parts[0]
-    return bool(remainder <= TOLERANCE * added.norm() + floor)
+def _fits(target: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether the parts add up, to `TOLERANCE` of what all but the first contribute."""
+    total = torch.stack(list(parts)).sum(dim=0)
+    added = total - parts[0] if len(parts) > 1 else total
+    return bool((target - total).norm() <= TOLERANCE * added.norm() + _FLOOR * target.norm())

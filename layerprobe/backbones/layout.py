@@ -59,26 +59,29 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
             return tower
     if base.config.is_encoder_decoder:
         return base.get_encoder()
-    return _without_head(base) if _takes_images_or_embeddings(base) else _without_head(model)
+    return _inner_model(base if takes_images_or_embeddings(base) else model)
 
 
-def _without_head(model: Any) -> PreTrainedModel:
-    """The model itself, or, where it ends in scores over a vocabulary, the one model inside that does not.
+def _inner_model(model: Any) -> PreTrainedModel:
+    """The model itself, or a model inside it where it is made of several or ends in scores over a vocabulary.
 
-    `base_model` goes by a name in the class, which may stop too early (Llama-4 text) or go too deep (DINOv3).
+    `base_model` goes by a name in the class, which may stop too early (Llama-4 text) or go too deep (DINOv3). Of
+    several models inside (vision and language, in any order) the one for images comes first.
     """
+    inner = [child for child in model.children() if takes_images_or_embeddings(child)]
     scores = getattr(model, "get_output_embeddings", lambda: None)
-    if scores() is not None:
-        inner = [child for child in model.children() if _takes_images_or_embeddings(child)]
-        if len(inner) == 1:
-            return inner[0]
+    if inner and (len(inner) > 1 or scores() is not None or _width(model.config) is None):
+        return min(inner, key=lambda child: child.main_input_name != "pixel_values")
     return model
 
 
-def _takes_images_or_embeddings(module: Any) -> bool:
-    main = getattr(module, "main_input_name", None)
-    wanted = "inputs_embeds" if main == "input_ids" else main
-    return main is not None and wanted in inspect.signature(module.forward).parameters
+def takes_images_or_embeddings(module: Any) -> bool:
+    """Whether it is a model of transformers that runs on `pixel_values` or `inputs_embeds` alone."""
+    if not hasattr(module, "main_input_name") or not hasattr(module, "config"):
+        return False
+    accepted = inspect.signature(module.forward).parameters
+    needed = {name for name, item in accepted.items() if item.default is item.empty and item.kind in (0, 1)}
+    return any(name in accepted and needed <= {name} for name in ("pixel_values", "inputs_embeds"))
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -118,13 +121,17 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
 
 def hidden_size(config: PretrainedConfig) -> int:
     """Width d of the residual stream."""
-    for attribute in ("hidden_size", "d_model", "n_embd", "dim"):
-        value = getattr(config, attribute, None)
-        if isinstance(value, int):
-            return value
-    raise UsageError(
-        f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
-    )
+    width = _width(config)
+    if width is None:
+        raise UsageError(
+            f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
+        )
+    return width
+
+
+def _width(config: PretrainedConfig) -> int | None:
+    named = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd", "dim"))
+    return next((width for width in named if isinstance(width, int)), None)
 
 
 def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
