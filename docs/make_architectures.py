@@ -3,7 +3,7 @@
 python docs/make_architectures.py [model_type ...]
 
 Each is built small with random weights, saved, loaded by layerprobe, checked, and its features are extracted.
-With model types as arguments, only these are run and their rows are printed.
+With model types as arguments, only these are run and their rows replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import inspect
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,7 +30,8 @@ from layerprobe.errors import LayerprobeError
 from layerprobe.layers import SITES
 
 PAGE = Path(__file__).parent / "what-runs.md"
-WORKS, REFUSED, BROKEN = "works", "refused", "broken"
+WORKS, REFUSED, BROKEN, UNBUILT = "works", "refused", "broken", "unbuilt"
+SECTIONS = {WORKS: "Works", REFUSED: "Refused in one sentence", BROKEN: "Broken", UNBUILT: "Not built here"}
 LARGEST = 40_000_000
 """Parameters; what cannot be made smaller than this is a fault of this script."""
 
@@ -187,7 +187,7 @@ def run(model_type: str) -> Row:
     try:
         model = build(model_type)
     except Exception as error:
-        return Row(**facts | {"verdict": "unbuilt", "remark": one_line(error)})
+        return Row(**facts | {"verdict": UNBUILT, "remark": one_line(error)})
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(f"{folder}/model")
@@ -195,7 +195,8 @@ def run(model_type: str) -> Row:
             task = layerprobe.load_task("digits", limit=20)
             layerprobe.extract_features(backbone, task, cache_dir=folder, quiet=True)
         except LayerprobeError as error:
-            return Row(**facts | {"verdict": REFUSED, "remark": one_line(error).replace(folder + "/", "")})
+            said = one_line(error).replace(f"{folder}/model", "the model")
+            return Row(**facts | {"verdict": REFUSED, "remark": said})
         except Exception as error:
             return Row(**facts | {"verdict": BROKEN, "remark": f"{type(error).__name__}: {one_line(error)}"})
     return Row(**facts | {"verdict": WORKS, "modality": backbone.modality, "sites": sites_of(backbone)})
@@ -222,17 +223,76 @@ def silence() -> Iterator[None]:
         yield
 
 
-def run_all(model_types: Iterable[str]) -> list[Row]:
-    rows = []
+def run_all(model_types: Iterable[str]) -> Iterator[Row]:
+    """The rows, one after another, each said on stderr as it comes."""
     with silence():
         for model_type in model_types:
-            start = time.perf_counter()
             row = run(model_type)
-            rows.append(row)
-            seconds = time.perf_counter() - start
-            print(f"{row.verdict:8} {seconds:5.1f}s {model_type}: {row.sites or row.remark}", flush=True)
+            sys.stderr.write(f"{row.verdict:8} {model_type}: {row.sites or row.remark}\n")
+            yield row
+
+
+def page(rows: Iterable[Row]) -> str:
+    """The documentation page."""
+    rows = sorted(rows)
+    count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in SECTIONS}
+    lines = [
+        "<!-- Made by docs/make_architectures.py; a slow test runs all of it again. -->",
+        "",
+        "# What runs",
+        "",
+        f"Every architecture of transformers {transformers.__version__} whose base model takes images or token "
+        "embeddings, built small with random weights, saved, loaded by name, put through the self-check, and its "
+        f"features extracted: {count[WORKS]} work, {count[REFUSED]} are refused in one sentence, {count[BROKEN]} "
+        "break. A trained checkpoint of an architecture runs as its small sibling does, as long as its "
+        "configuration does not switch on parts that the default one leaves off; the self-check looks again each time.",
+        "",
+        "Sites are what every block offers; `attn_out` and `mlp_out` are offered where they add up to what the block "
+        "adds. Where a checkpoint holds several models, the one for images is run.",
+        "",
+        f"Not built here, for want of a package or of a small configuration: {count[UNBUILT]} more, at the end.",
+    ]
+    for verdict, title in SECTIONS.items():
+        lines += ["", f"## {title}", ""]
+        found = [row for row in rows if row.verdict == verdict]
+        heads = ("architecture", "class", "runs as", "sites") if verdict == WORKS else (
+            "architecture", "class", "what it says"
+        )  # fmt: skip
+        lines += [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)] if found else ["None."]
+        for row in found:
+            told = (row.modality, row.sites) if verdict == WORKS else (row.remark,)
+            cells = [
+                f"`{row.model_type}`",
+                f"`{row.model_class}`",
+                *(cell.replace("|", "/") for cell in told),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_page(text: str) -> list[Row]:
+    """The rows of a page."""
+    rows = []
+    verdict = ""
+    for line in text.splitlines():
+        if line.startswith("## "):
+            verdict = {title: name for name, title in SECTIONS.items()}[line[3:]]
+        elif line.startswith("| `"):
+            cells = [cell.strip().strip("`") for cell in line.strip("|").split(" | ")]
+            last = {"modality": cells[2], "sites": cells[3]} if verdict == WORKS else {"remark": cells[2]}
+            facts = {"modality": "", "sites": "", "remark": "", **last}
+            rows.append(Row(model_type=cells[0], model_class=cells[1], verdict=verdict, **facts))
     return rows
 
 
+def main(model_types: list[str]) -> None:
+    """Run all architectures, or those named, and write their rows."""
+    old = read_page(PAGE.read_text(encoding="utf-8")) if model_types and PAGE.is_file() else []
+    rows = {row.model_type: row for row in old}
+    for row in run_all(model_types or candidates()):
+        rows[row.model_type] = row
+        PAGE.write_text(page(rows.values()), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    run_all(sys.argv[1:] or candidates())
+    main(sys.argv[1:])

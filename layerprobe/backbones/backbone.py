@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.backbones.attention import attention_mask, choose_attention
 from layerprobe.backbones.image_input import (
     STEM_KINDS,
     PatchStem,
@@ -23,7 +24,7 @@ from layerprobe.backbones.image_input import (
 )
 from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower, longest_sequence
 from layerprobe.backbones.resolve import ModelSource
-from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, cannot_run, self_check
+from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.files import tensor_bytes
 
@@ -108,7 +109,8 @@ class Backbone(nn.Module):
         # In a tuple, so that the wrapper's parameters are not registered a second time.
         self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
         self.attention: str | None
-        self._attention_override: str | None = None
+        self.attention_override: str | None = None
+        """The attention that a mask brings about, where it is not the model's own."""
         if self.modality == "vision":
             if attention is not None:
                 raise UsageError(f"--attention is for language backbones; {self.name} is a vision model")
@@ -116,7 +118,7 @@ class Backbone(nn.Module):
             self.preprocessing = for_vision(source.folder, self.config, image_size)
             self.patch_size = getattr(self.config, "patch_size", None)
         else:
-            self._choose_attention(attention)
+            choose_attention(self, attention)
         if self.pooling == "cls" and self.attention == "causal":
             raise UsageError(
                 f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
@@ -128,23 +130,6 @@ class Backbone(nn.Module):
         return self.model.main_input_name == "pixel_values" or (
             "pixel_values" in accepted and "inputs_embeds" not in accepted
         )
-
-    def _choose_attention(self, attention: str | None) -> None:
-        if self.device.type == "meta":
-            self.attention = attention
-            return
-        pretrained = "causal" if self._is_causal() else "bidirectional"
-        self.attention = attention or pretrained
-        if self.attention == pretrained:
-            return
-        self._attention_override = self.attention
-        refusal = f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
-        try:
-            found = self._is_causal()
-        except UsageError as error:
-            raise UsageError(f"{refusal}it takes no mask of every pair of tokens") from error
-        if found != (self.attention == "causal"):
-            raise UsageError(f"{refusal}its {pretrained} mask is built into the blocks")
 
     @property
     def patch_shape(self) -> tuple[int, int] | None:
@@ -259,26 +244,25 @@ class Backbone(nn.Module):
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         if self.modality == "vision":
-            return self._run(pixel_values=pixels, **self._size_arguments(pixels))
+            extra: dict[str, Any] = {}
+            native = getattr(self.config, "image_size", None)
+            size = native if isinstance(native, int) else (native or [None])[0]
+            if size is not None and pixels.shape[-1] != size:
+                if "interpolate_pos_encoding" not in self._parameters_accepted:
+                    raise UsageError(
+                        f"{self.name} takes images of {size}×{size} only; leave out --image-size"
+                    )
+                extra["interpolate_pos_encoding"] = True
+            return self._run(pixel_values=pixels, **extra)
         if self.stem is None:
             raise UsageError("call prepare(task) first: the stem depends on the task's image size")
         return self.forward_tokens(self.stem(pixels))
 
-    def _size_arguments(self, pixels: Tensor) -> dict[str, bool]:
-        """What a vision model must be told of images that are not of its native size."""
-        native = getattr(self.config, "image_size", None)
-        size = native if isinstance(native, int) else (native or [None])[0]
-        if size is None or pixels.shape[-1] == size:
-            return {}
-        if "interpolate_pos_encoding" not in self._parameters_accepted:
-            raise UsageError(f"{self.name} takes images of {size}×{size} only; leave out --image-size")
-        return {"interpolate_pos_encoding": True}
-
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens B×T×D (what the stem makes) → the model's last hidden states B×T×D."""
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
-        if self._attention_override is not None:
-            extra["attention_mask"] = _mask(self._attention_override, tokens)
+        if self.attention_override is not None:
+            extra["attention_mask"] = attention_mask(self.attention_override, tokens)
         return self._run(inputs_embeds=tokens, **extra)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -314,25 +298,8 @@ class Backbone(nn.Module):
         """Logits B×classes of the classifier that the checkpoint itself brought."""
         if not self._with_head or self.modality == "language":
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
-        pixels = pixels.to(self.device, self.dtype)
-        logits: Tensor = self._with_head[0](pixel_values=pixels, **self._size_arguments(pixels)).logits
+        logits: Tensor = self._with_head[0](pixel_values=pixels.to(self.device, self.dtype)).logits
         return logits
-
-    @torch.no_grad()
-    def _is_causal(self) -> bool:
-        """Found by trying: does the first of three tokens change when the last one does?"""
-        was_training = self.model.training
-        self.model.eval()
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(2, 3, self.embedding_width, generator=generator).to(self.device, self.dtype)
-        tokens[1, :2] = tokens[0, :2]
-        try:
-            hidden = self.forward_tokens(tokens)
-        except Exception as error:
-            raise cannot_run(self, error) from error
-        self.output_width = hidden.shape[-1]
-        self.model.train(was_training)
-        return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
 
     def expect_images(self, size: int | None) -> None:
         """What `prepare` does for images of this size (None: of several sizes), without values."""
@@ -418,16 +385,6 @@ def check_choices(*, init: str, stem: str, attention: str | None, pooling: str |
     ):
         if value is not None and value not in allowed:
             raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
-
-
-def _mask(attention: str, tokens: Tensor) -> Tensor:
-    """An additive B×1×T×T mask; transformers hands four-dimensional masks on as they are."""
-    b, t, _ = tokens.shape
-    mask = torch.zeros(t, t, dtype=tokens.dtype, device=tokens.device)
-    if attention == "causal":
-        later = torch.ones(t, t, dtype=torch.bool, device=tokens.device).triu(1)
-        mask = mask.masked_fill(later, torch.finfo(tokens.dtype).min)
-    return mask.expand(b, 1, t, t)
 
 
 def _stem_hash(stem: PatchStem | None) -> str | None:

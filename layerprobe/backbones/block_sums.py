@@ -145,7 +145,9 @@ def _writers(
         if not sums.explain([record.outputs[path] for path in (a, m) if path]):
             continue
         names = [f"{record.name}.{path}" if path else None for path in (a, m)]
-        return (names[0] if record.inside else None), (names[1] if m in record.mlp_like else None)
+        # What alone writes in a block may be an MLP, a state space or a convolution; only its class tells.
+        is_mlp = a is not None or m in record.mlp_like
+        return (names[0] if record.inside else None), (names[1] if is_mlp else None)
     return None
 
 
