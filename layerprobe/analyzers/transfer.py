@@ -185,7 +185,7 @@ def transfer_scores(
         **sizes,
         "seed": seed,
     }
-    described = {"backbone": backbone.describe(), "task": task.describe(), "gradients": facts}
+    described = {"backbone": backbone.provenance(), "task": task.describe(), "gradients": facts}
     frame = tidy(rows, **columns_of(backbone, task), split="train", seed=seed)
     return TransferScores(frame, provenance("transfer", arguments, **described))
 

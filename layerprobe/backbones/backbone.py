@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +25,6 @@ from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_
 from layerprobe.backbones.resolve import ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.files import tensor_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -346,7 +344,7 @@ class Backbone(nn.Module):
             "n_blocks": self.n_blocks,
             "hidden_size": self.hidden_size,
             "stem": self.stem_kind if self.modality == "language" else "own",
-            "stem_hash": _stem_hash(self.stem),
+            "stem_hash": self.stem.content_hash() if self.stem else None,
             "patch_size": self.patch_size,
             "image_size": self.image_size,
             "attention": self.attention,
@@ -354,6 +352,10 @@ class Backbone(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """`describe`, and what the self-check found: None where it has not run."""
+        return {**self.describe(), "self_check": self.checked.describe() if self.checked else None}
 
 
 @contextlib.contextmanager
@@ -385,14 +387,3 @@ def check_choices(*, init: str, stem: str, attention: str | None, pooling: str |
     ):
         if value is not None and value not in allowed:
             raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
-
-
-def _stem_hash(stem: PatchStem | None) -> str | None:
-    if stem is None or stem.projection.weight.is_meta:
-        return None
-    digest = hashlib.sha256()
-    for name, value in stem.state_dict().items():
-        digest.update(name.encode())
-        for piece in tensor_bytes(value.float()):
-            digest.update(piece)
-    return digest.hexdigest()[:12]

@@ -8,6 +8,7 @@ Axis letters: B images, C channels, H × W pixels, T patches, P = p·p·C pixel 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from layerprobe.errors import BrokenFileError, UsageError
-from layerprobe.files import read_json
+from layerprobe.files import read_json, tensor_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -190,6 +191,17 @@ class PatchStem(nn.Module):
         weight = self.projection.weight
         tokens: Tensor = self.projection(patchify(pixels, self.patch_size).to(weight.dtype))
         return tokens
+
+    def content_hash(self) -> str | None:
+        """Hash of the weights; None on the meta device."""
+        if self.projection.weight.is_meta:
+            return None
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode())
+            for piece in tensor_bytes(value.float()):
+                digest.update(piece)
+        return digest.hexdigest()[:12]
 
     @torch.no_grad()
     def init_random(self, token_std: float, *, seed: int) -> None:
