@@ -52,8 +52,8 @@ SMALL: dict[int, str] = {
     "top_k_experts swa_num_key_value_heads linear_num_key_heads n_head_kv num_global_key_value_heads",
     1: "n_group topk_group num_shared_experts n_shared_experts first_k_dense_replace num_dense_layers mamba_n_groups "
     "mamba_ngroups num_kv_shared_layers n_groups moe_layer_start_index",
-    HEAD_WIDTH: "mamba_n_heads mamba_num_heads head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim attention_head_dim "
-    "kv_channels linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim swa_head_dim "
+    HEAD_WIDTH: "mamba_n_heads mamba_num_heads head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim "
+    "attention_head_dim kv_channels linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim swa_head_dim "
     "global_head_dim index_head_dim attention_head_size patch_size state_size mamba_d_state linear_head_dim "
     "hidden_size_per_layer_input index_topk qk_head_dim encoder_stride",
     16: "q_lora_rank kv_lora_rank num_frames time_step_rank mamba_dt_rank lru_width_",

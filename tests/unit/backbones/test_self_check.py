@@ -185,7 +185,7 @@ def test_reformer_hashes_at_random(tmp_path: Path) -> None:
         attn_layers=["lsh", "lsh"], axial_pos_embds=False, lsh_attn_chunk_length=4, num_buckets=4,
         max_position_embeddings=64, is_decoder=False, num_hashes=1,
     )  # fmt: skip
-    with pytest.raises(UsageError, match="hash|blocks"):
+    with pytest.raises(UsageError, match=r"hash|blocks"):
         loaded(transformers.ReformerModel(config), tmp_path).prepare(Images())
 
 
