@@ -1,7 +1,7 @@
 """Does language pretraining help, does the random-label bridge help, does partial beat full?
 
     python analyses/bridge_arms.py --data ../shared               # all models, into results/bridge/arms
-    python analyses/bridge_arms.py --data ../shared --models stories260k
+    python analyses/bridge_arms.py --data ../shared --model stories260k
     python analyses/bridge_arms.py --data ../shared --device cuda --steps 2000 --batch 128 --limit 30000
 
 CIFAR-100, patch 8 (16 tokens) unless said otherwise, five arms, one budget for all, three seeds, each arm
@@ -11,16 +11,18 @@ blocks), so nothing about it was selected on these images. A call that is interr
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from layerprobe.backbones import load_backbone
+from study import Size, run, setup, short
+
+from layerprobe.backbones import Backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.bridge import plot_accuracy_against
-from layerprobe.tasks import load_task
 from layerprobe.training import BridgeConfig, FineTuneConfig, block_plan, evaluate_arms
 
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size(("stories260k", "babyllama-char105", "minilm"), ("cifar100",), 4000, 8)
 ARMS = ("language", "bridge", "full-bridge", "random", "random-bridge")
 SEEDS = (0, 1, 2)
 LRS = {
@@ -31,50 +33,41 @@ LRS = {
 STEPS = {"stories260k": 200, "babyllama-char105": 200, "minilm": 100}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/cifar100/")
-    parser.add_argument("--models", default=",".join(STEPS))
-    parser.add_argument("--output", type=Path, default=Path("results/bridge/arms"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--steps", type=int, help="of each stage; default: what two CPU cores allow")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=4000, help="training images; the others in proportion")
-    parser.add_argument("--patch", type=int, default=8)
-    arguments = parser.parse_args()
-    task = load_task(str(arguments.data / "data" / "cifar100"), limit=arguments.limit, seed=0)
-    for name in arguments.models.split(","):
-        local = arguments.data / "models" / name
-        model = str(local) if local.is_dir() else name
+def main(argv: Sequence[str] | None = None) -> None:
+    more = {
+        "steps": "of each stage; default: what two CPU cores allow",
+        "batch": "images per step, default 32",
+    }
+    s = setup("bridge_arms", __doc__ or "", quick=QUICK, full=FULL, argv=argv, **more)
+    output = Path(s.arguments.output or (s.output if s.quick else "results/bridge/arms"))
+    task = s.task(s.tasks[0])
+    for model in s.models:
 
-        def load(init: str, seed: int, model: str = model) -> Any:
-            return load_backbone(
-                model, init=init, seed=seed, patch_size=arguments.patch, device=arguments.device
-            )
+        def load(init: str, seed: int, model: str = model) -> Backbone:
+            return s.load(model, task, init=init, seed=seed, stem="random")
 
-        backbone = load("pretrained", 0).prepare(task)
-        folder = arguments.output / name
-        budget = {"steps": arguments.steps or STEPS[name], "batch_size": arguments.batch}
+        backbone = load("pretrained", 0)
+        name = short(model)
+        steps = 2 if s.quick else STEPS.get(name, 200)
+        budget = {"steps": int(s.arguments.steps or steps), "batch_size": int(s.arguments.batch or 32)}
         record = evaluate_arms(
             load,
             task,
             ARMS,
             plan=block_plan(backbone, range(backbone.n_blocks // 2)),
             bridge=BridgeConfig(random_classes=10, **budget),
-            finetune=FineTuneConfig(lrs=LRS[name], **budget),
+            finetune=FineTuneConfig(lrs=LRS.get(name, LRS["minilm"]), **budget),
             seeds=SEEDS,
-            output=folder,
+            output=output / name,
             quiet=False,
         )
         frame = record.to_frame()
         for x in ("train_flops", "trainable_parameters"):
             save_figure(
-                lambda x=x, frame=frame: plot_accuracy_against(frame, x), folder / f"accuracy_{x}.png"
+                lambda x=x, frame=frame: plot_accuracy_against(frame, x), output / name / f"accuracy_{x}.png"
             )
         print(f"{name}\n{record.summary()}\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,7 +1,7 @@
 """What does each layer of three small language models hold of CIFAR-100, against random twins and a trained ViT?
 
     python analyses/cifar100_layers.py --data ../shared    # results/cifar100_layers, a quarter of an hour
-    python analyses/cifar100_layers.py --data ../shared --models stories260k --limit 500
+    python analyses/cifar100_layers.py --data ../shared --model stories260k --limit 500
 
 For every model: probe accuracy by depth with controls (pixels, random twin, random labels, chance), debiased CKA
 with its random twin and with vit-cifar10, layer by layer with p-values (and of the random twin with vit-cifar10, the
@@ -11,64 +11,51 @@ Nothing else is selected. A call that was interrupted keeps what it has finished
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+from study import Size, is_vision, run, setup, short
 
 from layerprobe.analyzers.attribution import attribute_layers
 from layerprobe.analyzers.features import Features, extract_features
 from layerprobe.analyzers.probes import probe_backbone
 from layerprobe.analyzers.similarity import cka_matrix
-from layerprobe.backbones import Backbone, load_backbone
+from layerprobe.backbones import Backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.files import write_text
 from layerprobe.plotting.layer_scores import attribution_figure
 from layerprobe.plotting.probes import plot_probe_accuracy
 from layerprobe.plotting.similarity import plot_cka
-from layerprobe.tasks import Task, load_task
+from layerprobe.tasks import Task
 
-LANGUAGE = ("minilm", "stories260k", "babyllama-char105")
 VISION = "vit-cifar10"
-PATCH = 4
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size(("minilm", "stories260k", "babyllama-char105", VISION), ("cifar100",), 2500, 4)
 IMAGES_ATTRIBUTED = 128
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and data/cifar100/")
-    parser.add_argument("--models", default=",".join((*LANGUAGE, VISION)))
-    parser.add_argument("--output", type=Path, default=Path("results/cifar100_layers"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=int, default=2500, help="training images; the others in proportion")
-    arguments = parser.parse_args()
-    task = load_task(str(arguments.data / "data" / "cifar100"), limit=arguments.limit, seed=0)
+def main(argv: Sequence[str] | None = None) -> None:
+    s = setup("cifar100_layers", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    task = s.task(s.tasks[0])
 
     def load(name: str, init: str = "pretrained") -> Backbone:
-        local = arguments.data / "models" / name
-        model = str(local) if local.is_dir() else name
-        patch = PATCH if name in LANGUAGE else None
-        backbone = load_backbone(model, init=init, seed=0, patch_size=patch, device=arguments.device)
-        return backbone.prepare(task)
+        return s.load(name, task, init=init, **({} if is_vision(name) else {"stem": "random"}))
 
-    names = arguments.models.split(",")
-    for name in names:
-        study(name, load, task, arguments.output / name)
-    write_text(arguments.output / "tables.md", tables(arguments.output, names))
+    for model in s.models:
+        study(model, load, task, s.output / short(model), with_vision=not s.quick)
+    write_text(s.output / "tables.md", tables(s.output, [short(model) for model in s.models]))
 
 
-def study(name: str, load: Any, task: Task, folder: Path) -> None:
+def study(name: str, load: Callable[..., Backbone], task: Task, folder: Path, *, with_vision: bool) -> None:
     """Probe, compare and attribute one model; parts whose record is there already are left alone."""
     backbone, twin = load(name), load(name, "random")
     if not (folder / "probe.json").exists():
         probes = probe_backbone(backbone, task, twin=twin, extras=["labels"], batch_size=128, quiet=False)
         save_figure(lambda: plot_probe_accuracy(probes.to_frame()), folder / "probe.png")
         probes.save(folder)
-    pairs: dict[str, Any] = {"twin": (backbone, twin)}
-    if name != VISION:
+    pairs = {"twin": (backbone, twin)}
+    if with_vision and not is_vision(name):
         vision = load(VISION)
         pairs |= {"vision": (backbone, vision), "twin_vision": (twin, vision)}
     for pair, (left, right) in pairs.items():
@@ -184,7 +171,7 @@ def _by_layer(frame: pd.DataFrame) -> dict[str, pd.Series]:
     return {_layer(row): row for _, row in frame.iterrows()}
 
 
-def _layer(row: Any) -> str:
+def _layer(row: pd.Series) -> str:
     return "embed" if pd.isna(row["block"]) else f"block {int(row['block'])}"
 
 
@@ -193,4 +180,4 @@ def _share(row: pd.Series) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

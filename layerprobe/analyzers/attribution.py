@@ -130,14 +130,13 @@ def attribute_layers(
 ) -> LayerAttribution:
     """How much each block contributes to the class that the backbone with a head predicts.
 
-    f(x) is the logit of the predicted class minus the mean of all logits, so that a constant added to all
-    classes changes nothing. The baseline of all paths is the mean training image (preprocessed): zero images are
-    far from anything an RMSNorm model handles smoothly.
+    f(x) is the logit of the predicted class minus the mean of all logits. The baseline of all paths is the mean
+    training image (preprocessed): zero images are far from anything an RMSNorm model handles smoothly.
 
     Methods and the metrics they give (`attribution_<name>`, one row a block, ± standard error over images):
 
-    - `skip`: f lost when the block hands on its input; and `skip_accuracy`, the share of images lost.
-    - `mean_ablation`: the same when its update is replaced by the mean update per token; `mean_ablation_accuracy`.
+    - `skip`: f lost when the block hands on its input; `skip_accuracy`: the share of images lost.
+    - `mean_ablation`, `mean_ablation_accuracy`: the same when its update is replaced by the mean one per token.
     - `conductance`: mean |conductance| per unit of the block's output. Its plain sum would be the same for all.
     - `update`: conductance through what the block adds (output − input), in logits; the rest of
       f(x) − f(baseline) would pass the block unchanged.
@@ -149,22 +148,19 @@ def attribute_layers(
         See `layerprobe.analyzers.heads.make_predictor`.
     split : str
         Where the images come from; the probe is fitted on train and chosen on validation.
-    n_images : int
-        Images to attribute. n_maps : the first so many get patch-level maps.
-    n_reference : int
-        Training images behind the mean image and the mean updates.
+    n_images, n_maps, n_reference : int
+        Images to attribute, those with patch-level maps, and training images behind the mean image and updates.
     tolerance : float
         Largest completeness error, Σ|Σconductance − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over
-        images, at the worst place. From 8 equal steps on, those with the largest error are halved until it
-        holds for a few images with room to spare; where it fails for all of them, or would take more than
+        images, at the worst place. Steps are halved until it holds; where that would take more than
         `max_steps`, the path's rows stay empty and say so.
 
     Raises
     ------
     UsageError
-        a method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
+        A method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
     UnknownNameError
-        a method or split that does not exist.
+        A method or split that does not exist.
     """
     wanted = check_methods(methods)
     if split not in task.splits:
@@ -185,8 +181,8 @@ def attribute_layers(
         "output": "logit of the predicted class minus the mean logit",
         "baseline": f"mean of {len(reference)} training images",
     }
-    arguments = {"methods": wanted, "split": split, "n_images": n_images, "n_reference": n_reference}
-    arguments |= {"tolerance": tolerance, "max_steps": max_steps, "seed": seed}
+    sizes = {"n_images": n_images, "n_reference": n_reference, "tolerance": tolerance, "max_steps": max_steps}
+    arguments = {"methods": wanted, "split": split, **sizes, "seed": seed}
     described = {"backbone": backbone.provenance(), "task": task.describe(), "prediction": prediction}
     n_maps = 0 if maps.empty else min(n_maps, len(images))
     return LayerAttribution(

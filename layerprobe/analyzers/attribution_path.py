@@ -182,7 +182,13 @@ def path_conductance(
     score : Score
         Pixels → B numbers. Parameters should not require gradients; the graph starts at the first tap.
     taps : Sequence[nn.Module]
-        Of `residual_taps`. pixels : B×C×H×W. baseline : C×H×W. alphas : rising, in [0, 1], at least two.
+        Of `residual_taps`.
+    pixels : Tensor
+        B×C×H×W.
+    baseline : Tensor
+        C×H×W.
+    alphas : Sequence[float]
+        Rising, in [0, 1], at least two.
     embed : bool
         False leaves out the embedding output (its list entry is then empty) and the backward pass through
         block 0.

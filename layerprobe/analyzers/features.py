@@ -184,7 +184,9 @@ def extract_features(
     dtype : str
         How features are stored: "float32", "float16" or "bfloat16".
     batch_size : int
-        Images per forward pass. cache_dir : folder of the store; default layerprobe's cache.
+        Images per forward pass.
+    cache_dir : str | os.PathLike[str] | None
+        Folder of the store; default layerprobe's cache.
 
     Raises
     ------

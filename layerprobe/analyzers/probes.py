@@ -59,7 +59,7 @@ def linear_probes(
     extras: Sequence[str] = (),
     quiet: bool = False,
 ) -> LinearProbes:
-    """Probe every layer with multinomial logistic regression; see `layerprobe.metrics.probing.logistic.select_probe`.
+    """Probe every layer with multinomial logistic regression.
 
     Parameters
     ----------
@@ -68,34 +68,25 @@ def linear_probes(
         y_val, y_test or as a pair (arrays, labels).
     y_train, y_val, y_test : ArrayLike | None
         Labels where the features carry none; any integers or strings.
-    Cs : ArrayLike
-        Inverse regularisation strengths. refit : "train+validation" or "train".
-    tol : float
-        Relative suboptimality at which a fit counts as converged.
+    Cs, tol, device, refit
+        See `layerprobe.metrics.probing.logistic.select_probe`.
     seed : int
-        Of the bootstrap, and of the extras. device : a torch device with float64.
+        Of the bootstrap, and of the extras.
     extras : Sequence[str]
         Further measurements per layer: "labels" (random labels: control accuracy and selectivity), "knn",
         "ridge", "mdl" (online code length), "few-shot".
 
-    Returns
-    -------
-    LinearProbes
-        A constant layer is a row with a reason.
+    A constant layer is a row with a reason.
 
     Raises
     ------
     UsageError
-        non-finite values (named by layer and image), different layers or lengths, one class only, a class
+        Non-finite values (named by layer and image), different layers or lengths, one class only, a class
         without a training image, a sample that is in two splits.
     """
     check_refit(refit)
     grid = check_grid(Cs)
-    for kind in extras:
-        if kind not in EXTRAS:
-            raise UnknownNameError(
-                f"unknown extra '{kind}'.{did_you_mean(kind, EXTRAS)} Extras: {', '.join(EXTRAS)}"
-            )
+    _check_extras(extras)
     splits, classes, facts = _read_splits(
         (features_train, y_train), (features_val, y_val), (features_test, y_test)
     )
@@ -131,6 +122,14 @@ def linear_probes(
             classes_absent={name: names for name, names in absent.items() if names},
         ),
     )
+
+
+def _check_extras(extras: Sequence[str]) -> None:
+    for kind in extras:
+        if kind not in EXTRAS:
+            raise UnknownNameError(
+                f"unknown extra '{kind}'.{did_you_mean(kind, EXTRAS)} Extras: {', '.join(EXTRAS)}"
+            )
 
 
 def _probe_layer(
@@ -174,7 +173,9 @@ def probe_backbone(
     pixels : bool
         Probe the raw pixels, the mark to beat; the control "pixels".
     layers : Sequence[LayerRef] | None
-        Default `embed` and every block's `resid_post`. pooling : default the backbone's.
+        Default `embed` and every block's `resid_post`.
+    pooling : str | None
+        Default the backbone's.
     extras, Cs, refit, seed, device
         See `linear_probes`. device is where probes are fitted.
 

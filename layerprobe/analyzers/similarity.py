@@ -245,7 +245,9 @@ def cka_matrix(
     seed : int
         Of the permutations, and of the groups of images behind the standard errors.
     device : str
-        Where the products run. quiet : no progress bar.
+        Where the products run.
+    quiet : bool
+        No progress bar.
 
     Returns
     -------

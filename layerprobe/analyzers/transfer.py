@@ -148,15 +148,12 @@ def transfer_scores(
     head : str | nn.Module
         What the gradients are gradients of, see `layerprobe.analyzers.heads.make_predictor`.
 
-    Returns
-    -------
-    TransferScores
-        TransferScores.
-
     Raises
     ------
     UsageError
-        Too few batches or images; LayerprobeError : non-finite features or loss.
+        Too few batches or images.
+    LayerprobeError
+        Non-finite features or loss.
     """
     unknown = [family for family in families if family not in FAMILIES]
     if unknown or not families:
@@ -177,14 +174,9 @@ def transfer_scores(
     if "trainable" in families:
         found, facts = _trainable_rows(backbone, task, head, seed=seed, quiet=quiet, **sizes)
         rows += found
-    arguments = {
-        "families": list(families),
-        "layers": None if layers is None else [str(layer) for layer in layers],
-        "knn": knn,
-        "n_replicates": n_replicates,
-        **sizes,
-        "seed": seed,
-    }
+    places = None if layers is None else [str(layer) for layer in layers]
+    arguments = {"families": list(families), "layers": places, "knn": knn, "n_replicates": n_replicates}
+    arguments |= {**sizes, "seed": seed}
     described = {"backbone": backbone.provenance(), "task": task.describe(), "gradients": facts}
     frame = tidy(rows, **columns_of(backbone, task), split="train", seed=seed)
     return TransferScores(frame, provenance("transfer", arguments, **described))
@@ -300,10 +292,6 @@ def trainable_scores(
     images : Sequence[Tensor]
         Single images 1×C×H×W for the Fisher information.
 
-    Returns
-    -------
-    list[dict[str, Estimate]]
-        One dict a block, in order.
     """
     blocks = predictor.backbone.blocks
     size = max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks)

@@ -55,7 +55,7 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     base: Any = getattr(model, "base_model", model)
     for candidate in (model, base):
         tower = getattr(candidate, "vision_model", None)
-        if isinstance(tower, nn.Module):
+        if takes_images_or_embeddings(tower):
             return tower
     if base.config.is_encoder_decoder:
         return base.get_encoder()

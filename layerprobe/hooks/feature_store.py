@@ -48,9 +48,13 @@ class FeatureStore:
     Parameters
     ----------
     root : Path
-        Folder of all stores. key : plain values that decide the features; its hash names the folder.
+        Folder of all stores.
+    key : Mapping[str, Any]
+        Plain values that decide the features; its hash names the folder.
     n_rows : int
-        Images. dtype : one of `FEATURE_DTYPES`.
+        Images.
+    dtype : str
+        One of `FEATURE_DTYPES`.
     """
 
     def __init__(self, root: Path, key: Mapping[str, Any], *, n_rows: int, dtype: str) -> None:

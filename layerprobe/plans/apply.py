@@ -126,7 +126,6 @@ def apply_plan(
     Returns
     -------
     Applied
-        Applied
 
     Raises
     ------

@@ -28,7 +28,9 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
         `SearchResult.pareto` (pareto.csv): `trainable_parameters`, `validation_accuracy` in [0, 1], `sd` over
         seeds (may be empty), `n_seeds`, `on_front`, `chosen`.
     ax : Axes | None
-        Where to draw; default a new figure. style : passed on to the scatter of plans.
+        Where to draw; default a new figure.
+    style
+        Passed on to the scatter of plans.
 
     Returns
     -------
@@ -73,7 +75,9 @@ def plot_ranking(
         `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
         `trainable_parameters`. Arms without a value are left out.
     chance : float | None
-        Accuracy of a guess, drawn as a line. style : passed on to the points.
+        Accuracy of a guess, drawn as a line.
+    style
+        Passed on to the points.
     """
     known = frame[frame["test_accuracy"].notna()].sort_values("test_accuracy")
     if known.empty:

@@ -32,7 +32,9 @@ def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[st
     Raises
     ------
     UsageError
-        There is no such folder. BrokenFileError : it holds no run, or a damaged one.
+        There is no such folder.
+    BrokenFileError
+        It holds no run, or a damaged one.
     """
     source = Path(folder)
     if not source.is_dir():

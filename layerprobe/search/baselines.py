@@ -61,9 +61,13 @@ class BaselineResult:
     Attributes
     ----------
     test : tuple[float | None, ...]
-        Test accuracy per seed, None where a run failed. accuracy : their mean with a t interval over seeds.
+        Test accuracy per seed, None where a run failed.
+    accuracy : Estimate
+        Their mean with a t interval over seeds.
     cost : float
-        Of one training, in full trainings. seconds : mean of its steps.
+        Of one training, in full trainings.
+    seconds : float
+        Mean of its steps.
     against_all, against_plan : Difference | None
         Paired difference to training everything and to the plan; None for that line itself or after failures.
     """
@@ -193,7 +197,9 @@ def choose_rates(
     Parameters
     ----------
     everyone : Sequence[Baseline]
-        The plan first. known : rates of those that need no choice, the plan's among them.
+        The plan first.
+    known : Mapping[str, float]
+        Rates of those that need no choice, the plan's among them.
     """
     plan, *baselines = everyone
     chosen = dict(known)

@@ -34,9 +34,13 @@ class TrialBudget:
     Attributes
     ----------
     space : Space
-        The plans. settings : learning rates, common seeds, lengths and objective.
+        The plans.
+    settings : Settings
+        Learning rates, common seeds, lengths and objective.
     total : float
-        What may be spent, in full trainings. spent, held_back : of it; the latter is kept for the finals.
+        What may be spent, in full trainings.
+    spent, held_back : float
+        Of it; the latter is kept for the finals.
     scores : Scores
         per-block proposals; may be empty.
     max_repeats : int | None

@@ -79,43 +79,16 @@ def freeze_search(
         Run folder. The same arguments again continue there; finished trainings are looked up.
     quiet : bool
         No progress on stderr.
-    budget
-        What the search itself may spend, in full trainings of everything (default 20); baselines and the
-        final test come on top and are stated.
-    time
-        Seconds for search and report together, instead of a budget; converted once, by the measured duration
-        of the first training.
-    strategy
-        Racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
-    objective
-        'frugal' (the one-standard-error rule: fewest parameters within one standard error of the best) or
-        'accuracy'.
-    seeds
-        Common seeds of finalists, and unseen seeds of the report, ≥ 2.
-    lrs
-        Learning rates to choose from, for each plan separately; order and repetitions do not matter.
-    fidelity
-        Length of low-fidelity runs, as a share of the full training.
-    bridge_steps, finetune_steps, batch_size, random_classes, precision
-        Of the training; see `BridgeConfig`.
-    use_scores
-        Compute transfer scores, and let the trainable ones propose plans; False: neither.
-    baselines
-        Names of the baselines to report; default all of `standard_baselines`. Beyond those there are
-        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the
-        search.
-    min_frozen, max_trainable_params, must_freeze, must_train
-        Constraints on the plan.
-    keep_bridge
-        bridge-train the chosen plan in the end and save it into `output`/bridge.
-    seed
-        Of everything random.
+    **settings
+        Fields of `layerprobe.search.settings.Settings`: budget, strategy, objective, seeds, lrs and others.
 
     Raises
     ------
     UsageError
         Budget too small for one plan, contradicting constraints, a run folder or storage that holds another
-        search. NotAvailableError : the storage cannot be reached.
+        search.
+    NotAvailableError
+        The storage cannot be reached.
     """
     chosen = make_settings(preset, **settings)
     if workers < 1:

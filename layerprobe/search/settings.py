@@ -139,9 +139,42 @@ def default_finetune(**changes: Any) -> FineTuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that the answer depends on, beside backbone and task. See `freeze_search`.
+    """Everything that the answer depends on, beside backbone and task.
 
-    `bridge` and `finetune` are the training of every plan, at full length; `bridge` None leaves the bridge out.
+    Parameters
+    ----------
+    budget
+        What the search itself may spend, in full trainings of everything (default 20); baselines and the
+        final test come on top and are stated.
+    time
+        Seconds for search and report together, instead of a budget; converted once, by the measured duration
+        of the first training.
+    strategy
+        Racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
+    objective
+        'frugal' (the one-standard-error rule: fewest parameters within one standard error of the best) or
+        'accuracy'.
+    seeds
+        Common seeds of finalists, and unseen seeds of the report, ≥ 2.
+    lrs
+        Learning rates to choose from, for each plan separately; order and repetitions do not matter.
+    fidelity
+        Length of low-fidelity runs, as a share of the full training.
+    bridge, finetune
+        Training of every plan, at full length; `bridge` None leaves the bridge out. `freeze_search` takes
+        bridge_steps, finetune_steps, batch_size, random_classes and precision instead.
+    use_scores
+        Compute transfer scores, and let the trainable ones propose plans; False: neither.
+    baselines
+        Names of the baselines to report; default all of `standard_baselines`. Beyond those there are
+        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the
+        search.
+    min_frozen, max_trainable_params, must_freeze, must_train
+        Constraints on the plan.
+    keep_bridge
+        Bridge-train the chosen plan in the end and save it into `output`/bridge.
+    seed
+        Of everything random.
     """
 
     budget: float | None = None

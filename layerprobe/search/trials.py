@@ -77,8 +77,7 @@ class TrialStore:
     """
 
     def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
-        self._storage = storage
-        self._study = study
+        self._storage, self._study = storage, study
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:

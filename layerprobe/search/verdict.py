@@ -25,7 +25,11 @@ class Finalist:
     Attributes
     ----------
     mask : Mask
-        The plan. lr : its learning rate. accuracies : validation accuracy per common seed, in seed order.
+        The plan.
+    lr : float
+        Its learning rate.
+    accuracies : tuple[float, ...]
+        Validation accuracy per common seed, in seed order.
     """
 
     mask: Mask

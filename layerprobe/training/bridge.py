@@ -87,8 +87,6 @@ def bridge_train(
         The plan is for another model, or a frozen tensor changed.
     DivergedError
         The loss left the finite numbers or stays far above a guess's.
-    LayerprobeError
-        The disk is full.
     KeyboardInterrupt
         Ctrl-C, after a checkpoint was saved.
     """

@@ -127,7 +127,9 @@ def evaluate_arms(
     Raises
     ------
     UnknownNameError
-        An arm that does not exist. UsageError : an arm that needs a plan, without one.
+        An arm that does not exist.
+    UsageError
+        An arm that needs a plan, without one.
     """
     check_arms(arms, scope, plan)
     bridge, finetune = bridge or BridgeConfig(), finetune or FineTuneConfig()

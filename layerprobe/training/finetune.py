@@ -41,7 +41,9 @@ class Outcome:
     bridge_accuracy : float | None
         random-label train accuracy over the last tenth of the bridge; chance is 1/K.
     train_seconds : float
-        Wall time of the steps alone. call_seconds : of the whole call, evaluation included.
+        Wall time of the steps alone.
+    call_seconds : float
+        Of the whole call, evaluation included.
     train_flops : float
         matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
     trainable_parameters : int | None

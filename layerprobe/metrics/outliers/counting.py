@@ -29,7 +29,9 @@ def make_engine(name: str = "auto") -> Engine:
     Raises
     ------
     UnknownNameError
-        No such engine. NotAvailableError : numba was asked for and is not installed.
+        No such engine.
+    NotAvailableError
+        Numba was asked for and is not installed.
     """
     if name not in ENGINES:
         raise UnknownNameError(

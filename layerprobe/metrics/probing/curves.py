@@ -23,7 +23,9 @@ class CodeLength:
     Attributes
     ----------
     bits : float
-        Length of the online code. uniform_bits : n·log2 K, the length without features.
+        Length of the online code.
+    uniform_bits : float
+        n·log2 K, the length without features.
     compression : float
         uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
     portions : list[int]
@@ -56,7 +58,11 @@ def online_code_length(
     Parameters
     ----------
     X : np.ndarray
-        n×d features. y : labels in 0 … n_classes−1. C : inverse regularisation strength of all probes.
+        n×d features.
+    y : np.ndarray
+        Labels in 0 … n_classes−1.
+    C : float
+        Inverse regularisation strength of all probes.
     first : int | None
         Rows of the first portion; default n/128, at least K and 16.
     seed : int
@@ -176,7 +182,11 @@ def control_accuracy(
     Parameters
     ----------
     X : np.ndarray
-        n×d training features. labels : n random labels, any integers. C : of the probe on the real labels.
+        n×d training features.
+    labels : np.ndarray
+        n random labels, any integers.
+    C : float
+        Of the probe on the real labels.
 
     References
     ----------

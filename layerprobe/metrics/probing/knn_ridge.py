@@ -52,7 +52,11 @@ def knn_predict(
     Parameters
     ----------
     train : tuple[np.ndarray, np.ndarray]
-        (features n×d, labels). X : m×d. ks : neighbours, each at most n.
+        (features n×d, labels).
+    X : np.ndarray
+        m×d.
+    ks : Sequence[int]
+        Neighbours, each at most n.
 
     Returns
     -------
@@ -130,7 +134,9 @@ class RidgeSweep:
     loo_error : np.ndarray
         Per alpha, mean squared leave-one-out residual over rows and classes.
     coef : np.ndarray
-        A×K×d, for standardised features. intercept : K, the class shares.
+        A×K×d, for standardised features.
+    intercept : np.ndarray
+        K, the class shares.
     mean, scale : np.ndarray
         d, of the standardisation.
     """
@@ -171,7 +177,9 @@ def ridge_sweep(
     Parameters
     ----------
     X : ArrayLike
-        n×d features, standardised here by their own statistics. y : n labels in 0 … n_classes−1.
+        n×d features, standardised here by their own statistics.
+    y : ArrayLike
+        n labels in 0 … n_classes−1.
     alphas : ArrayLike
         Positive strengths per row.
 
@@ -248,9 +256,15 @@ def leave_one_out(
     Parameters
     ----------
     rows : torch.Tensor
-        n×d. weights : A×K×d for A strengths. shares : K class shares, the intercepts.
+        n×d.
+    weights : torch.Tensor
+        A×K×d for A strengths.
+    shares : torch.Tensor
+        K class shares, the intercepts.
     leverage : torch.Tensor
-        n×A, the diagonal of each hat matrix. target : n labels.
+        n×A, the diagonal of each hat matrix.
+    target : torch.Tensor
+        n labels.
     """
     strengths, n_classes, d = weights.shape
     n, stacked, offsets = len(rows), weights.reshape(-1, d), shares.to(rows.dtype).repeat(strengths)

@@ -26,9 +26,15 @@ class LogisticProbe:
     Attributes
     ----------
     coef : np.ndarray
-        K×d, for standardised features. intercept : K. mean, scale : d, of the training split.
+        K×d, for standardised features.
+    intercept : np.ndarray
+        K.
+    mean, scale : np.ndarray
+        d, of the training split.
     C : float
-        Inverse regularisation strength. fit : how the solver ended.
+        Inverse regularisation strength.
+    fit : LogisticFit
+        How the solver ended.
     """
 
     coef: np.ndarray
@@ -63,7 +69,9 @@ class ProbeResult:
     probe : LogisticProbe
         The classifier that was tested.
     Cs : np.ndarray
-        The grid. fits : one per C, on the training split.
+        The grid.
+    fits : list[LogisticFit]
+        One per C, on the training split.
     train_accuracy, val_accuracy : np.ndarray
         Per C, of the probes fitted on the training split alone.
     best_C : float
@@ -73,7 +81,9 @@ class ProbeResult:
     correct : np.ndarray
         n_test bool, which test images the final probe classifies right.
     test_accuracy : float
-        Share of them. interval : its 95 % Wilson interval.
+        Share of them.
+    interval : Interval
+        Its 95 % Wilson interval.
     """
 
     probe: LogisticProbe
@@ -114,7 +124,9 @@ def fit_logistic_path(
     Parameters
     ----------
     X : np.ndarray
-        n×d features, any float dtype. y : n labels, int64 in 0 … K−1, each class present.
+        n×d features, any float dtype.
+    y : np.ndarray
+        n labels, int64 in 0 … K−1, each class present.
     Cs : ArrayLike
         Inverse regularisation strengths; fitted in ascending order, each from the solution before.
     tol : float
@@ -163,7 +175,8 @@ def select_probe(
     Parameters
     ----------
     train, validation, test : tuple[np.ndarray, np.ndarray]
-        (X, y), features n×d and int64 labels in 0 … n_classes−1. Each class needs a training row. n_classes :
+        (X, y), features n×d and int64 labels in 0 … n_classes−1. Each class needs a training row.
+    n_classes : int
         K.
 
     Raises

@@ -38,20 +38,16 @@ class LogisticFit:
 
     Attributes
     ----------
-    C : float
-        Inverse regularisation strength.
-    coef : np.ndarray
-        K×d float64, for standardised features. intercept : K float64.
+    coef, intercept : np.ndarray
+        K×d and K, float64, for standardised features.
     objective : float
         F at the solution, float64; scikit-learn's objective is C times this.
-    newton_decrement : float
-        Estimate of (F − min F) / F before the last Newton step, so of more than is left.
-    duality_gap : float
-        Upper bound of the same; tight where C is small, loose where C is large.
+    newton_decrement, duality_gap : float
+        Estimate and upper bound of (F − min F) / F before the last Newton step; the bound is tight for small C.
     converged : bool
         Whether one of the two is within half of the tolerance asked for.
     evaluations : int
-        Passes over the data (gradients and Hessian products, float64 ones count twice).
+        Passes over the data; float64 ones count twice.
     """
 
     C: float
@@ -69,10 +65,10 @@ class LogisticPath:
 
     Parameters
     ----------
-    X : Standardised
-        Training features; y : n labels, int64 in 0 … n_classes − 1, each class present.
+    X, y
+        Training features, and n labels, int64 in 0 … n_classes − 1, each class present.
     tol : float
-        a fit counts as converged when its relative suboptimality is at most this.
+        A fit counts as converged when its relative suboptimality is at most this.
     device : str
         Where to compute; float64 is used there, too, so `mps` is not possible.
     """

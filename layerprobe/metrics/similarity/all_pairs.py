@@ -34,7 +34,9 @@ class PairwiseCKA:
         Groups of images × layers of X × layers of Y: how each group moves each cell. Its sum of squares over
         groups is the delete-a-group variance before the small-sample correction.
     n : int
-        Images. method : "gram", "features" or "minibatch".
+        Images.
+    method : str
+        "gram", "features" or "minibatch".
     """
 
     values: FloatArray

@@ -135,7 +135,9 @@ def debiased_rbf_cka(X: ArrayLike, Y: ArrayLike, *, bandwidth: float = 0.5) -> f
     Parameters
     ----------
     X : ArrayLike
-        n×d₁, Y : n×d₂; n ≥ 4. bandwidth : > 0, in medians of the pairwise distances of each side.
+        n×d₁, Y : n×d₂; n ≥ 4.
+    bandwidth : float
+        > 0, in medians of the pairwise distances of each side.
 
     Raises
     ------

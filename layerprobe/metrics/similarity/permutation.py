@@ -36,8 +36,10 @@ class PermutationNull:
     samples : NDArray[np.float32]
         Permutations × layers of X × layers of Y; NaN where a layer is constant.
     n : int
-        Images of the comparison. n_used : images that were permuted, fewer than `n` above `MAX_IMAGES`; the
-        samples are then rescaled to `n` by their standard deviation's known dependence on n.
+        Images of the comparison.
+    n_used : int
+        Images that were permuted, fewer than `n` above `MAX_IMAGES`; the samples are then rescaled to `n` by
+        their standard deviation's known dependence on n.
     """
 
     samples: NDArray[np.float32]

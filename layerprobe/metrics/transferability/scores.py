@@ -265,11 +265,6 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
 
     Ties go to the tied class whose member is nearest.
 
-    Parameters
-    ----------
-    n_neighbours : int
-        ≥ 1; with fewer other images, all of them vote.
-
     Returns
     -------
     float
@@ -319,7 +314,9 @@ def readable_scores(
     Parameters
     ----------
     features : ArrayLike
-        n×d, finite. labels : n integers ≥ 0.
+        n×d, finite.
+    labels : ArrayLike
+        n integers ≥ 0.
     scores : tuple[str, ...]
         Names from `HIGHER_IS_BETTER`; leaving out `knn` saves its n²d.
 
@@ -328,10 +325,6 @@ def readable_scores(
     dict[str, Estimate]
         Name → Estimate with value and reason; a score that is undefined here has value None and says why.
 
-    Raises
-    ------
-    UsageError
-        Arrays that do not fit, or non-finite features.
     """
     unknown = [name for name in scores if name not in HIGHER_IS_BETTER]
     if unknown:
@@ -365,10 +358,7 @@ def half_sample_errors(
     own copy among the others.) In simulations the error is 0.9 to 1.35 times the true one, too large for
     scores that depend on the number of images (transrate, h_score).
 
-    Returns
-    -------
-    Mapping[str, Estimate]
-        Dict name → Estimate whose value is the standard error, or the reason why there is none.
+    The value of each Estimate is the standard error; where there is none, `reason` says why.
 
     References
     ----------
@@ -387,10 +377,8 @@ def half_sample_errors(
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
         spread = float(np.array([r[name].value for r in replicates], dtype=float).std(ddof=1))
-        if missing is None:
-            errors[name] = Estimate(value=spread)
-        else:
-            errors[name] = Estimate(value=None, reason=f"half samples: {missing}")
+        undefined = Estimate(value=None, reason=f"half samples: {missing}")
+        errors[name] = undefined if missing else Estimate(value=spread)
     return errors
 
 

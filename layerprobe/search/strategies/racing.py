@@ -197,7 +197,11 @@ class PlanModel:
     Parameters
     ----------
     n_blocks : int
-        Blocks of the backbone. lrs : the grid. scores : name → (value, standard error) per block.
+        Blocks of the backbone.
+    lrs : Sequence[float]
+        The grid.
+    scores : Scores | None
+        Name → (value, standard error) per block.
 
     References
     ----------

@@ -10,7 +10,7 @@ import pytest
 
 from layerprobe.errors import UsageError
 from layerprobe.search.budget import TrialBudget, measured_gain
-from layerprobe.search.result import on_front, pareto_frame
+from layerprobe.search.frames import on_front, pareto_frame
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial, mask_of, trial_seed
 from layerprobe.search.verdict import (
