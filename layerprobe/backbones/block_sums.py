@@ -9,6 +9,7 @@ called on exactly that tensor. Scales need no module: a sum may carry one factor
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,13 +80,23 @@ class BlockRecorder:
 
 
 def _mlp_paths(block: nn.Module) -> frozenset[str]:
-    """Modules of the block whose class is an MLP's or experts', and all inside them."""
+    """Modules of the block whose class is an MLP's or experts', and all inside them.
+
+    What their class name has in common with the block's is the model's name (Qwen3Moe…) and says nothing.
+    """
+    kinds = {
+        path: type(module).__name__.removeprefix(
+            os.path.commonprefix([type(module).__name__, type(block).__name__])  # noqa: RUF071  letters
+        )
+        for path, module in block.named_modules()
+        if path
+    }
     found = [
         path
-        for path, module in block.named_modules()
-        if path and any(word in type(module).__name__.lower().replace("_", "") for word in _MLP_WORDS)
+        for path, kind in kinds.items()
+        if any(word in kind.lower().replace("_", "") for word in _MLP_WORDS)
     ]
-    return frozenset(path for path, _ in block.named_modules() if any(_is_in(path, outer) for outer in found))
+    return frozenset(path for path in kinds if any(_is_in(path, outer) for outer in found))
 
 
 def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:

@@ -54,9 +54,10 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     encoder-decoder, else the base model under a task head."""
     base: Any = getattr(model, "base_model", model)
     for candidate in (model, base):
-        tower = getattr(candidate, "vision_model", None)
+        tower: Any = getattr(candidate, "vision_model", None)
         if takes_images_or_embeddings(tower):
-            return tower
+            found: PreTrainedModel = tower
+            return found
     if base.config.is_encoder_decoder:
         return base.get_encoder()
     return _inner_model(base if takes_images_or_embeddings(base) else model)
@@ -214,7 +215,7 @@ def longest_sequence(model: nn.Module, config: PretrainedConfig) -> int | None:
     for name, module in model.named_modules():
         padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
         if padded and "position" in name.lower() and module.num_embeddings == longest:
-            return longest - int(module.padding_idx) - 1  # type: ignore[arg-type]
+            return longest - int(module.padding_idx) - 1
     return longest
 
 

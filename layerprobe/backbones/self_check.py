@@ -140,7 +140,8 @@ class _Pass:
         if self._instead is None:
             return None
         if isinstance(output, (tuple, list)):
-            return type(output)([self._instead.clone(), *output[1:]])
+            items = (self._instead.clone(), *output[1:])
+            return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
         return self._instead.clone()
 
 
