@@ -69,6 +69,10 @@ def make_predictor(
         Another word.
     """
     backbone.prepare(task)
+    if backbone.layout.tokens_first:
+        raise UsageError(
+            f"{backbone.name} keeps hidden states as tokens × images × width inside; attribution needs images first"
+        )
     if isinstance(head, nn.Module):
         return Predictor(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
     check_head(head)

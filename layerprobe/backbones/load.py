@@ -44,6 +44,7 @@ def load_backbone(
     image_size: int | None = None,
     attention: str | None = None,
     pooling: str | None = None,
+    self_check: bool = True,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Backbone:
@@ -70,6 +71,8 @@ def load_backbone(
         "causal" or "bidirectional"; None keeps what the model was pretrained with.
     pooling : str | None
         "mean" (default), "last" or "cls".
+    self_check : bool
+        Whether `Backbone.prepare` checks on two images that the model does what features rest on.
 
     Raises
     ------
@@ -95,7 +98,7 @@ def load_backbone(
             attention=attention,
             pooling=pooling,
         )
-        backbone = Backbone(full, source, init=init, seed=seed, **settings)
+        backbone = Backbone(full, source, init=init, seed=seed, self_check=self_check, **settings)
     if not whole:
         backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":

@@ -90,7 +90,8 @@ def evaluate(
         settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": used.content_hash()}
         store = _TrialStore(output, settings)
         result = _compare(run, ["model"], mode, config.lrs, seeds, about, store, quiet)
-    return _with_provenance(result, {"mode": mode, "seeds": list(seeds), **config.to_dict()}, plan, output)
+    arguments = {"mode": mode, "seeds": list(seeds), **config.to_dict()}
+    return _with_provenance(result, arguments, backbone, plan, output)
 
 
 def evaluate_arms(
@@ -151,7 +152,7 @@ def evaluate_arms(
     store = _TrialStore(output, settings)
     result = _compare(trainer, arms, mode, finetune.lrs, seeds, about, store, quiet)
     arguments = {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings}
-    return _with_provenance(result, arguments, plan, output)
+    return _with_provenance(result, arguments, sample, plan, output)
 
 
 @dataclass(kw_only=True)
@@ -242,11 +243,17 @@ def _compare(
 
 
 def _with_provenance(
-    result: Evaluation, arguments: dict[str, Any], plan: FreezePlan | None, output: str | Path | None
+    result: Evaluation,
+    arguments: dict[str, Any],
+    backbone: Backbone,
+    plan: FreezePlan | None,
+    output: str | Path | None,
 ) -> Evaluation:
     """The record with what it was made from, saved where there is a folder."""
     shown = None if plan is None else {"blocks": list(plan.blocks), "states": plan.states}
-    result.provenance = provenance("evaluate", arguments, backbone=result.about, plan=shown)
+    result.provenance = provenance(
+        "evaluate", arguments, backbone={**backbone.provenance(), **result.about}, plan=shown
+    )
     if output is not None:
         result.save(output)
     return result
