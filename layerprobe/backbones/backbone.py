@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.backbones.controls import CONTROLS
 from layerprobe.backbones.image_input import (
     STEM_KINDS,
     PatchStem,
@@ -29,7 +30,7 @@ from layerprobe.files import tensor_bytes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-INITS = ("pretrained", "random")
+INITS = ("pretrained", "random", *CONTROLS)
 POOLINGS = ("mean", "last", "cls")
 ATTENTIONS = ("causal", "bidirectional")
 MIXED_SIZE = 224

@@ -73,7 +73,10 @@ class BackboneOptions:
 
     model: Model
     revision: Revision = None
-    init: str = option("pretrained", "'pretrained', or 'random' for the control of the same architecture.")
+    init: str = option(
+        "pretrained",
+        "pretrained, or a control of the same architecture: random, shuffled, matched, matched-reset.",
+    )
     stem: str = option("random", "How a language model's image stem starts: random or pca.")
     patch_size: int | None = option(None, "Pixels per side of a patch; default: about 64 patches.", min=1)
     image_size: int | None = option(

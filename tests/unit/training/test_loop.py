@@ -107,10 +107,10 @@ def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
         return made
 
     groups = [
-        {"block": "block.0", "params": [parameter(2.0, 1.0, 4), parameter(2.0, 1.0, 12)]},
-        {"block": "block.1", "params": [parameter(1.0, 2.0, 9)]},
-        {"block": "", "params": [parameter(1.0, 100.0, 2)]},
-        {"block": "block.0", "params": [parameter(2.0, 1.0, 5)]},
+        {"rate_multiple": 1.0, "block": "block.0", "params": [parameter(2.0, 1.0, 4), parameter(2.0, 1.0, 12)]},
+        {"rate_multiple": 1.0, "block": "block.1", "params": [parameter(1.0, 2.0, 9)]},
+        {"rate_multiple": 1.0, "block": "", "params": [parameter(1.0, 100.0, 2)]},
+        {"rate_multiple": 1.0, "block": "block.0", "params": [parameter(2.0, 1.0, 5)]},
     ]
     rates = BlockRates(torch.optim.SGD(groups, lr=9.0))
     rates.measure()
