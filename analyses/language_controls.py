@@ -7,7 +7,7 @@ A model that was trained on language is compared with controls that keep a part 
 each tensor; Gaussian matrices of the same mean and deviation with its norms and embeddings ("matched"); the same with
 the norms of a new model ("matched-reset"); and the library's own random init. Each trains none of its blocks, the
 last half, or all, beside stem and head. Every arm takes its own learning rate from one grid, chosen on validation with
-the first seed; controls are drawn anew with every seed. No bridge. A call that is interrupted continues where it stopped.
+the first seed; controls are drawn anew with every seed. No bridge. An interrupted call continues where it stopped.
 """
 
 from __future__ import annotations
