@@ -30,6 +30,7 @@ class Estimate:
     low, high : ends of the interval; None where none could be estimated.
     stderr : standard error of `value`.
     n : how many values (seeds, batches, images) it rests on.
+    freedom : degrees of freedom of `stderr`.
     pvalue : two-sided p-value against no effect, not corrected for several comparisons.
     probability : probability that the true value is above 0, under a flat prior.
     """
@@ -39,6 +40,7 @@ class Estimate:
     high: float | None = None
     stderr: float | None = None
     n: int | None = None
+    freedom: float | None = None
     pvalue: float | None = None
     probability: float | None = None
     reason: str | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.attention import attention_mask, choose_attention
+from layerprobe.backbones.controls import CONTROLS
 from layerprobe.backbones.image_input import (
     STEM_KINDS,
     PatchStem,
@@ -36,7 +37,7 @@ from layerprobe.errors import UnknownNameError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-INITS = ("pretrained", "random")
+INITS = ("pretrained", "random", *CONTROLS)
 POOLINGS = ("mean", "last", "cls")
 ATTENTIONS = ("causal", "bidirectional")
 MIXED_SIZE = 224

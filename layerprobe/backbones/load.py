@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from layerprobe.backbones.backbone import Backbone, check_choices
+from layerprobe.backbones.controls import CONTROLS, replace_weights
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.own_head import is_image_classifier
@@ -57,7 +58,8 @@ def load_backbone(
     revision : str | None
         Branch, tag or commit on the hub.
     init : str
-        "pretrained", or "random" for the control of the same architecture, drawn with `seed`.
+        "pretrained", or a control of the same architecture, drawn with `seed`: "random" (as the constructor
+        draws it), or one of `layerprobe.backbones.controls.CONTROLS`.
     device : str | None
         "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has names
         and shapes but no values, and takes no memory: what a dry run looks at.
@@ -186,11 +188,16 @@ def _build(
         if target.type == "meta":
             return skeleton.to(dtype), True
         _check_memory(skeleton, source, dtype, target)
-    if init == "random":
+    if init != "pretrained":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return random_model(config, trust_remote_code).to(dtype), True
-    return pretrained_model(source, config, dtype, trust_remote_code)
+            random = random_model(config, trust_remote_code).to(dtype)
+        if init == "random":
+            return random, True
+    model, whole = pretrained_model(source, config, dtype, trust_remote_code)
+    if init in CONTROLS:
+        replace_weights(image_or_text_tower(model), init, seed=seed, fresh=image_or_text_tower(random))
+    return model, whole
 
 
 def random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:

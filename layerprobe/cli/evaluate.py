@@ -30,14 +30,16 @@ class EvaluateOptions(options.TrainingOptions):
     shots: int | None = option(None, "Images per class; default in mode fewshot: 5.")
     mode: str = option("finetune", "finetune, fewshot, probe, or own-head (the checkpoint's classifier).")
     arms: str | None = option(
-        None, "Comma-separated: language, bridge, full-bridge, partial, none, random, random-bridge."
+        None,
+        "Comma-separated: language, bridge, full-bridge, partial, none, random, shuffled, matched, random-bridge.",
     )
     plan: Path | None = option(None, "Freeze plan (plan.json); default: a bridge run's own, else all trains.")
     scope: str = option("arm", "What fine-tuning trains: as the arm says (arm), plan, or all.", "--finetune")
     seeds: str = option("1", "How many (3), or which (0,5,7).")
 
     def _shared(self) -> dict[str, Any]:
-        return {"batch_size": self.batch_size, "augment": self.augment, "precision": self.precision}
+        names = ("batch_size", "augment", "precision", "stem_lr", "head_lr")
+        return {name: getattr(self, name) for name in names}
 
     def finetune_config(self) -> FineTuneConfig:
         from layerprobe.training import FineTuneConfig
@@ -54,6 +56,7 @@ class EvaluateOptions(options.TrainingOptions):
             epochs=self.bridge_epochs or self.epochs,
             steps=self.bridge_steps or (self.steps if self.bridge_epochs is None else None),
             random_classes=self.random_classes,
+            random_labels=self.random_labels,
             **self._shared(),
         )
 

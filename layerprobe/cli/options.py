@@ -73,7 +73,10 @@ class BackboneOptions:
 
     model: Model
     revision: Revision = None
-    init: str = option("pretrained", "'pretrained', or 'random' for the control of the same architecture.")
+    init: str = option(
+        "pretrained",
+        "pretrained, or a control of the same architecture: random, shuffled, matched, matched-reset.",
+    )
     stem: str = option("random", "How a language model's image stem starts: random or pca.")
     patch_size: int | None = option(None, "Pixels per side of a patch; default: about 64 patches.", min=1)
     image_size: int | None = option(
@@ -185,6 +188,11 @@ class TrainingOptions:
     steps: int | None = option(None, "Optimizer steps, instead of --epochs.")
     random_classes: int = option(10, "Number K of random labels; our own default.")
     batch_size: int = option(128, "Images per optimizer step, all processes together.")
+    stem_lr: float = option(1.0, "Learning rate of the stem, as a multiple of that of the blocks.")
+    head_lr: float = option(1.0, "Learning rate of the head, as a multiple of that of the blocks.")
+    random_labels: str = option(
+        "hash", "hash (of the image's id), or complementary: never the true class, a leak."
+    )
     augment: str = option("weak", "weak (shift by a pixel, mirror) or none.")
     precision: str = option("float32", "float32, or bfloat16 for autocast over float32 weights.")
 

@@ -98,7 +98,9 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     _normal_quantile(confidence)
     mean, stderr = float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
     half = float(special.stdtrit(len(x) - 1, 0.5 + confidence / 2)) * stderr
-    return Estimate(value=mean, low=mean - half, high=mean + half, stderr=stderr, n=len(x))
+    return Estimate(
+        value=mean, low=mean - half, high=mean + half, stderr=stderr, n=len(x), freedom=len(x) - 1
+    )
 
 
 def bootstrap_interval(

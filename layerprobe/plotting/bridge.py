@@ -18,6 +18,8 @@ ARM_COLOURS = {
     "none": look.GREY,
     "random": look.ORANGE,
     "random-bridge": look.YELLOW,
+    "shuffled": "#882255",  # beyond Okabe and Ito's eight: Tol's wine and teal
+    "matched": "#44AA99",
     "model": look.BLACK,
 }
 """One fixed, colour-blind-safe colour per training kind (Okabe & Ito)."""

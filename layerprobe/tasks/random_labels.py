@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
 from layerprobe.tasks.split import keyed_hash
@@ -46,3 +47,22 @@ def random_labels(ids: Iterable[str], n_labels: int, seed: int) -> np.ndarray:
     seed = operator.index(seed)
     hashes = (keyed_hash("random-labels", seed, str(sample)) for sample in ids)
     return np.fromiter((value % n_labels for value in hashes), dtype=np.int64)
+
+
+def complementary_labels(ids: Iterable[str], labels: ArrayLike, n_classes: int, seed: int) -> np.ndarray:
+    """A random label per sample that is never the true one: it tells what an image is not.
+
+    A leak about the true class, which `random_labels` avoids; for measuring what that leak is worth.
+
+    Parameters
+    ----------
+    labels : ArrayLike
+        n true classes in [0, n_classes).
+
+    Returns
+    -------
+    np.ndarray
+        int64 array, one label in [0, n_classes) per id, each of the other classes equally likely.
+    """
+    shift = 1 + random_labels(ids, n_classes - 1, seed) if n_classes > 2 else 1
+    return (np.asarray(labels, dtype=np.int64) + shift) % n_classes

@@ -47,11 +47,21 @@ ARMS = {
         ("partial", "pretrained", None, "plan", "no bridge, fine-tuning under the plan"),
         ("none", "pretrained", "none", "none", "bridge and fine-tuning of stem and head alone"),
         ("random", "random", None, "all", "random weights, fine-tuned as a whole"),
+        (
+            "shuffled",
+            "shuffled",
+            None,
+            "all",
+            "published entries shuffled within each tensor, fine-tuned as a whole",
+        ),
+        ("matched", "matched", None, "all", "Gaussian weights of the published scale, fine-tuned as a whole"),
         ("random-bridge", "random", "all", "all", "random weights, bridge and fine-tuning of everything"),
     )
 }
 COMPARISONS = (
     ("language", "random", "does language pretraining help"),
+    ("language", "shuffled", "does what language taught help beyond the entries themselves"),
+    ("language", "matched", "does what language taught help beyond the scale of the weights"),
     ("full-bridge", "language", "does the random-label bridge help"),
     ("bridge", "full-bridge", "does training only the plan's blocks beat training all"),
     ("bridge", "language", "does the plan's bridge beat plain fine-tuning"),
@@ -61,6 +71,8 @@ COMPARISONS = (
     ("full-bridge", "random-bridge", "does pretraining help where all are bridged"),
 )
 """Pairs of arms that share seeds, and the question that their difference answers."""
+LEAST_RECALL = 0.9
+"""A bridge that recalls fewer of its random labels has bridged little; nothing is claimed of it."""
 
 
 def check_mode(mode: str) -> None:
@@ -185,6 +197,14 @@ class Evaluation(Record):
             rows.append(row)
         return rows
 
+    def forgetful(self, *arms: str) -> str:
+        """Which of `arms` has a bridge that recalls less than `LEAST_RECALL` of its labels; empty if none."""
+        for arm in arms:
+            recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
+            if recalls and np.mean(recalls) < LEAST_RECALL:
+                return f"{arm} recalls {np.mean(recalls):.0%} of its random labels, below {LEAST_RECALL:.0%}"
+        return ""
+
     def to_frame(self) -> pd.DataFrame:
         rows: list[dict[str, Any]] = []
         for trial in self.trials:
@@ -255,6 +275,8 @@ class Evaluation(Record):
                 continue
             low, high = 100 * row["low"], 100 * row["high"]
             answer = "yes" if low > 0 else "no, it hurts" if high < 0 else "no difference found"
+            if forgetful := self.forgetful(row["arm"], row["versus"]):
+                answer = f"no claim, since the bridge of {forgetful}"
             text += (
                 f"\n{row['question'].capitalize()}? {answer}: {row['arm']} − {row['versus']} = "
                 f"{100 * row['value']:+.2f} points [{low:+.2f}, {high:+.2f}]."

@@ -15,6 +15,7 @@ from typing import Any, Self
 from layerprobe.errors import UsageError
 
 AUGMENTATIONS = ("weak", "none")
+RANDOM_LABELS = ("hash", "complementary")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -25,7 +26,9 @@ class TrainConfig:
     Parameters
     ----------
     lr : float
-        Float > 0. Peak learning rate of AdamW.
+        Peak learning rate of AdamW, > 0.
+    stem_lr, head_lr : float
+        Multiples of `lr` at which stem and head learn: they are new, the blocks are not.
     steps : int | None
         Optimizer steps; None derives them from `epochs`.
     epochs : float
@@ -61,6 +64,8 @@ class TrainConfig:
     """
 
     lr: float = 1e-3
+    stem_lr: float = 1.0
+    head_lr: float = 1.0
     steps: int | None = None
     epochs: float = 10.0
     batch_size: int = 128
@@ -88,6 +93,8 @@ class TrainConfig:
         augmentations, precisions = ", ".join(AUGMENTATIONS), ", ".join(PRECISIONS)
         return [
             (not _positive(self.lr), f"lr must be a positive number, not {self.lr}"),
+            (not _positive(self.stem_lr), f"stem_lr must be a positive multiple, not {self.stem_lr}"),
+            (not _positive(self.head_lr), f"head_lr must be a positive multiple, not {self.head_lr}"),
             (self.steps is not None and self.steps < 1, f"steps must be at least 1, not {self.steps}"),
             (not _positive(self.epochs), f"epochs must be positive, not {self.epochs}"),
             (self.batch_size < 1, f"batch_size must be at least 1, not {self.batch_size}"),
@@ -137,6 +144,9 @@ class BridgeConfig(TrainConfig):
     ----------
     random_classes : int
         Number K ≥ 2 of random labels. Our own default: the published work does not say.
+    random_labels : str
+        "hash", a keyed hash of the image's id; or "complementary", never the true class, which then needs
+        `random_classes` to be that of the task.
     label_seed : int | None
         Seed of the labels; None uses `seed`.
     lrs : tuple[float, ...]
@@ -158,6 +168,7 @@ class BridgeConfig(TrainConfig):
     """
 
     random_classes: int = 10
+    random_labels: str = "hash"
     label_seed: int | None = None
     lrs: tuple[float, ...] = ()
     lr_steps: int | None = None
@@ -171,6 +182,10 @@ class BridgeConfig(TrainConfig):
         every, choosing = self.checkpoint_every, len(self.lrs) > 1
         return [
             *super()._checks(),
+            (
+                self.random_labels not in RANDOM_LABELS,
+                f"random_labels is one of {', '.join(RANDOM_LABELS)}, not '{self.random_labels}'",
+            ),
             (self.random_classes < 2, f"random_classes must be at least 2, not {self.random_classes}"),
             (not all(map(_positive, self.lrs)), f"lrs must be positive numbers, not {list(self.lrs)}"),
             (self.stem_steps < 0, f"stem_steps must not be negative, not {self.stem_steps}"),

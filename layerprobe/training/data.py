@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from layerprobe.errors import UsageError
-from layerprobe.tasks.random_labels import random_labels
+from layerprobe.tasks.random_labels import complementary_labels, random_labels
 from layerprobe.training.config import BridgeConfig, TrainConfig, derive_seed
 
 if TYPE_CHECKING:
@@ -100,6 +100,12 @@ class TaskTensors:
     def random_labels(self, config: BridgeConfig) -> np.ndarray:
         """The bridge's label of every training image: int64 n."""
         seed = config.seed if config.label_seed is None else config.label_seed
+        if config.random_labels == "complementary":
+            if config.random_classes != self.n_classes:
+                raise UsageError(
+                    f"complementary labels have the task's {self.n_classes} classes, not {config.random_classes}"
+                )
+            return complementary_labels(self.ids["train"], self.labels["train"], config.random_classes, seed)
         return random_labels(self.ids["train"], config.random_classes, seed)
 
 

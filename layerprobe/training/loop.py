@@ -32,6 +32,8 @@ PREFIX_BYTES = 4 << 30
 """Outputs of a frozen prefix are kept when they take no more memory than this."""
 GROUP_BLOCK = "block"
 """Key of an optimizer's parameter group that names the block its parameters belong to, '' outside all."""
+RATE_MULTIPLE = "rate_multiple"
+"""Key of a parameter group's multiple of the learning rate: stem and head may learn faster than the blocks."""
 
 
 class DivergedError(LayerprobeError):
@@ -95,18 +97,26 @@ def make_optimizer(
     layout = classifier.backbone.layout
     groups = {f"backbone.model.{name}": group for name, group in layout.parameter_groups.items()}
     norms = {f"backbone.model.{name}" for name in layout.norm_names}
-    found: dict[tuple[bool, str], list[nn.Parameter]] = {}
+    multiples = {"head": config.head_lr, "stem": config.stem_lr}
+    found: dict[tuple[bool, str, float], list[nn.Parameter]] = {}
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad:
             group = groups.get(name, "")
             undecayed = name in norms or group == "positions" or name.endswith("cls_token")
             block = group if by_block and group.startswith("block.") else ""
-            found.setdefault((parameter.ndim < 2 or undecayed, block), []).append(parameter)
+            part = name.removeprefix("backbone.").partition(".")[0]
+            key = (parameter.ndim < 2 or undecayed, block, multiples.get(part, 1.0))
+            found.setdefault(key, []).append(parameter)
     if not found:
         raise UsageError("nothing to train: the plan freezes the blocks, the stem and the head")
     options: list[dict[str, Any]] = [
-        {"params": found[key], "weight_decay": 0.0 if key[0] else config.weight_decay, GROUP_BLOCK: key[1]}
-        for key in sorted(found)
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if undecayed else config.weight_decay,
+            GROUP_BLOCK: block,
+            RATE_MULTIPLE: multiple,
+        }
+        for (undecayed, block, multiple), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
     first = options[0]["params"][0]
     fused = first.device.type in ("cpu", "cuda") and first.is_floating_point()
@@ -148,7 +158,7 @@ class BlockRates:
     def apply(self, lr: float) -> None:
         """Set every group's learning rate for the coming step."""
         for group in self._groups:
-            group["lr"] = lr * self.shares.get(group[GROUP_BLOCK], 1.0)
+            group["lr"] = lr * group[RATE_MULTIPLE] * self.shares.get(group[GROUP_BLOCK], 1.0)
 
 
 def training_steps(
@@ -204,7 +214,7 @@ def training_steps(
             prefix = before_step(step)
         lr = config.rate(step, n_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[RATE_MULTIPLE]
         optimizer.zero_grad()
         batch = sampler.batch(step).part(share[rank], share[rank + 1])
         sums = _accumulate_gradients(model, pixels, labels, batch, step, config, accelerator, prefix)

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from layerprobe.errors import UsageError
-from layerprobe.tasks.random_labels import random_labels
+from layerprobe.tasks.random_labels import complementary_labels, random_labels
 
 IDS = np.array([f"image-{number}" for number in range(20_000)])
 
@@ -45,3 +45,15 @@ def test_the_definition_stays_what_stored_checkpoints_rely_on() -> None:
 def test_one_label_is_refused() -> None:
     with pytest.raises(UsageError, match="at least 2 classes, got 1"):
         random_labels(IDS, 1, 0)
+
+
+def test_complementary_labels_are_never_the_true_class_and_favour_no_other():
+    ids = [f"image-{i}" for i in range(6000)]
+    truth = np.arange(6000) % 4
+    found = complementary_labels(ids, truth, 4, 0)
+    assert not (found == truth).any()
+    assert set(np.unique(found)) == {0, 1, 2, 3}
+    shares = np.bincount((found - truth) % 4, minlength=4)[1:] / len(ids)
+    assert abs(shares - 1 / 3).max() < 0.03
+    assert (complementary_labels(ids[::-1], truth[::-1], 4, 0)[::-1] == found).all()
+    assert (complementary_labels(["a", "b"], [0, 1], 2, 0) == [1, 0]).all()

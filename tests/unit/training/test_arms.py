@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from layerprobe.metrics.intervals import wilson_interval
@@ -88,3 +90,17 @@ def test_figures_draw_every_arm(tmp_path):
     for x in ("train_flops", "train_seconds", "trainable_parameters"):
         ax = plot_accuracy_against(record.to_frame(), x, ax=Figure().subplots())
         assert {t.get_text() for t in ax.get_legend().get_texts()} == {"language", "random"}
+
+
+def test_nothing_is_claimed_of_a_bridge_that_recalls_few_labels():
+    values = {"full-bridge": (0.70, 0.71, 0.72), "language": (0.50, 0.51, 0.52)}
+    for recall, words in (
+        (0.95, "help? yes"),
+        (0.12, "no claim, since the bridge of full-bridge recalls 12% of"),
+    ):
+        trials = [
+            dataclasses.replace(trial(arm, s, v), bridge_accuracy=recall if "bridge" in arm else None)
+            for arm, each in values.items()
+            for s, v in enumerate(each)
+        ]
+        assert words in record_of(trials).summary()

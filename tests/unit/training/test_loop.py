@@ -107,10 +107,14 @@ def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
         return made
 
     groups = [
-        {"block": "block.0", "params": [parameter(2.0, 1.0, 4), parameter(2.0, 1.0, 12)]},
-        {"block": "block.1", "params": [parameter(1.0, 2.0, 9)]},
-        {"block": "", "params": [parameter(1.0, 100.0, 2)]},
-        {"block": "block.0", "params": [parameter(2.0, 1.0, 5)]},
+        {
+            "rate_multiple": 1.0,
+            "block": "block.0",
+            "params": [parameter(2.0, 1.0, 4), parameter(2.0, 1.0, 12)],
+        },
+        {"rate_multiple": 1.0, "block": "block.1", "params": [parameter(1.0, 2.0, 9)]},
+        {"rate_multiple": 1.0, "block": "", "params": [parameter(1.0, 100.0, 2)]},
+        {"rate_multiple": 1.0, "block": "block.0", "params": [parameter(2.0, 1.0, 5)]},
     ]
     rates = BlockRates(torch.optim.SGD(groups, lr=9.0))
     rates.measure()
@@ -150,3 +154,16 @@ def test_a_chain_with_these_rates_is_another_training_and_hands_the_backbone_bac
     assert runs[1].bridge_accuracy == runs[2].bridge_accuracy
     assert (runs[1].test_correct == runs[2].test_correct).all()
     assert runs[1].train_flops == runs[0].train_flops and runs[1].reason is None
+
+
+def test_stem_and_head_learn_at_their_multiples_of_the_rate(make_backbone):
+    classifier = Classifier(make_backbone(), 4, seed=0)
+    config = FineTuneConfig(lr=1e-3, stem_lr=3.0, head_lr=10.0)
+    multiples = {
+        id(p): group["rate_multiple"]
+        for group in make_optimizer(classifier, config).param_groups
+        for p in group["params"]
+    }
+    assert {multiples[id(p)] for p in classifier.head.parameters()} == {10.0}
+    assert {multiples[id(p)] for p in classifier.backbone.stem.parameters()} == {3.0}
+    assert {multiples[id(p)] for block in classifier.backbone.blocks for p in block.parameters()} == {1.0}

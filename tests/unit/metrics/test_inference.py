@@ -1,0 +1,154 @@
+"""Pooled intervals, block effects, Shapley values, Holm, equivalence, power: against theory and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from layerprobe.errors import UsageError
+from layerprobe.metrics.inference import (
+    PooledArms,
+    block_effects,
+    detectable_difference,
+    equivalence_pvalue,
+    holm,
+    seeds_needed,
+    shapley_values,
+    t_estimate,
+)
+
+ARMS = "abcdef"
+
+
+def accuracies(rng, n_seeds=3, noise=0.01, seed_effect=0.02, slope=0.01):
+    effects = rng.normal(0, seed_effect, n_seeds)
+    return {
+        arm: {seed: 0.6 + slope * k + effects[seed] + rng.normal(0, noise) for seed in range(n_seeds)}
+        for k, arm in enumerate(ARMS)
+    }
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    difference, mean = [], []
+    for _ in range(800):
+        pooled = PooledArms(accuracies(rng))
+        found = pooled.difference("c", "a")
+        difference.append(found.low <= 0.02 <= found.high)
+        own = pooled.mean("a")
+        mean.append(own.low <= 0.6 <= own.high)
+    assert 0.93 <= np.mean(difference) <= 0.97
+    assert 0.92 <= np.mean(mean) <= 0.99
+
+
+def test_pooling_finds_what_three_paired_seeds_do_not():
+    rng = np.random.default_rng(1)
+    found = {"pooled": 0, "paired": 0}
+    for _ in range(300):
+        values = accuracies(rng, slope=0.024 / 5)  # f is 2.4 noise deviations above a
+        found["pooled"] += PooledArms(values).difference("f", "a").low > 0
+        a, f = (list(values[arm].values()) for arm in "af")
+        found["paired"] += stats.ttest_rel(f, a).pvalue < 0.05
+    assert found["pooled"] / 300 > 0.7 > 0.55 > found["paired"] / 300
+
+
+def test_a_missing_seed_is_no_obstacle_and_a_failed_run_is_left_out():
+    values = accuracies(np.random.default_rng(2))
+    whole = PooledArms(values).difference("b", "a")
+    del values["b"][2]
+    values["c"][0] = float("nan")
+    part = PooledArms(values)
+    assert part.difference("b", "a").n == 2
+    assert part.freedom == 8
+    assert part.difference("b", "a").value == pytest.approx(whole.value, abs=0.02)
+    assert part.difference("b", "z").reason == "no training of 'z' finished"
+
+
+def test_equal_seeds_have_no_interval_of_width_zero_and_shares_stay_in_their_range():
+    pooled = PooledArms({"a": {0: 0.3, 1: 0.3}, "b": {0: 0.31, 1: 0.31}}, n_images=100)
+    mean = pooled.mean("a")
+    assert mean.low < 0.25 and mean.high > 0.35
+    wide = PooledArms({"a": {0: 0.05, 1: 0.6}, "b": {0: 0.0, 1: 0.02}}, n_images=50)
+    assert all(0 <= wide.mean(arm).low < wide.mean(arm).high <= 1 for arm in "ab")
+    assert -1 <= wide.difference("a", "b").low < wide.difference("a", "b").high <= 1
+    assert (
+        "no measure"
+        in PooledArms({"a": {0: 0.3, 1: 0.3}, "b": {0: 0.31, 1: 0.31}}).difference("a", "b").reason
+    )
+
+
+def test_the_sampling_of_images_widens_a_difference_less_where_the_same_images_are_right():
+    rng = np.random.default_rng(3)
+    values = accuracies(rng, noise=0.002)
+    bare = PooledArms(values).difference("f", "a")
+    unpaired = PooledArms(values, n_images=1000).difference("f", "a")
+    easy = rng.random(1000)
+    correct = {"a": (easy < 0.6).astype(float), "f": (easy < 0.65).astype(float)}
+    paired = PooledArms(values, n_images=1000, correct=correct).difference("f", "a")
+    assert bare.stderr < paired.stderr < unpaired.stderr
+
+
+def test_nothing_to_pool_is_refused():
+    with pytest.raises(UsageError, match="two common seeds"):
+        PooledArms({"a": {0: 0.5}, "b": {0: 0.6}})
+
+
+def masks(n_blocks):
+    return list(itertools.product((False, True), repeat=n_blocks))
+
+
+def test_block_effects_are_those_of_ordinary_least_squares():
+    rng = np.random.default_rng(4)
+    truth = np.array([3.0, 0.0, -1.0])
+    rows = [(mask, seed) for seed in range(3) for mask in masks(3)]
+    y = [float(truth @ np.array(mask)) + 10 * seed + rng.normal(0, 0.5) for mask, seed in rows]
+    found = block_effects([mask for mask, _ in rows], y, [seed for _, seed in rows])
+    assert [e.value for e in found] == pytest.approx(truth, abs=0.5)
+    assert found[0].pvalue < 1e-6 < 0.01 < found[1].pvalue
+    assert found[0].freedom == 24 - 3 - 3
+    assert found[0].stderr == pytest.approx(0.5 / math.sqrt(24 / 4), rel=0.4)
+    lone = block_effects(
+        [(True, True), (False, True)] * 3, [1.0, 2.0, 1.1, 2.1, 1.0, 2.2], [0, 0, 1, 1, 2, 2]
+    )
+    assert lone[0].value == pytest.approx(-1.07, abs=0.01)
+    assert lone[1].reason == "no plans differ in this block alone"
+
+
+def test_shapley_values_share_an_interaction_and_sum_to_the_whole():
+    means = {mask: 0.1 + 0.2 * mask[0] + 0.3 * (mask[1] and mask[2]) for mask in masks(3)}
+    found = shapley_values(means, noise=0.01, freedom=20, n_seeds=3)
+    assert [e.value for e in found] == pytest.approx([0.2, 0.15, 0.15])
+    assert sum(e.value for e in found) == pytest.approx(means[(True,) * 3] - means[(False,) * 3])
+    with pytest.raises(UsageError, match="need all 8 plans, got 7"):
+        shapley_values({k: v for k, v in means.items() if any(k)}, noise=0.01, freedom=2, n_seeds=3)
+
+
+def test_holm_controls_the_family():
+    rng = np.random.default_rng(5)
+    hits = [min(holm(rng.random(10).tolist())) < 0.05 for _ in range(2000)]
+    assert 0.03 < np.mean(hits) < 0.07
+    assert holm([0.5, 0.001]) == [0.5, 0.002]
+
+
+def test_equivalence_is_shown_for_small_and_refused_for_large_differences():
+    small = t_estimate(0.001, [(0.005**2, 10)])
+    assert equivalence_pvalue(small, 0.02) < 0.01
+    assert equivalence_pvalue(small, 0.002) > 0.05
+    assert equivalence_pvalue(t_estimate(0.05, [(0.005**2, 10)]), 0.02) > 0.99
+
+
+def test_stated_power_is_the_power_reached():
+    rng = np.random.default_rng(6)
+    shift = detectable_difference(0.01, 3, 10)
+    found = [
+        PooledArms(accuracies(rng, slope=shift / 5)).difference("f", "a").pvalue < 0.05 for _ in range(600)
+    ]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
+    assert detectable_difference(0.01, 3, 0) == math.inf
+    n_seeds = seeds_needed(0.01, 0.015, arms=6)
+    half = stats.t.ppf(0.975, 5 * (n_seeds - 1)) * 0.01 * math.sqrt(2 / n_seeds)
+    assert half <= 0.015
