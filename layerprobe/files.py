@@ -7,12 +7,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,18 +106,39 @@ def cache_root() -> Path:
 
 
 TORCH_ENDINGS = (".bin", ".pth", ".pt")
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+_NO_WEIGHTS = re.compile(
+    r"\.|training_args|optimizer|scheduler|rng_state|scaler|.*optim_states|adapter_(model|config)\b"
+)
+_PARTS = re.compile(r"(consolidated\.|mp_rank_|model-?mp-?|tp_rank_)0*\d+")
+"""Names of files that hold the same tensors cut apart, one file a process."""
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.")
+_ELSEWHERE = {
+    "*.distcp": "a torch.distributed checkpoint: python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch FOLDER weights.pt",
+    "zero_pp_rank_*": "a DeepSpeed ZeRO checkpoint: run its zero_to_fp32.py one folder up, and name what it writes",
+    "global_step*": "a DeepSpeed checkpoint: run its zero_to_fp32.py, and name what it writes",
+    "adapter_model.*": "an adapter alone, not a model: merge it into its base model first (peft's "
+    "merge_and_unload), or name the file itself",
+    "*.gguf": "GGUF weights: convert them to safetensors first",
+    "*.h5": "TensorFlow weights: convert them to safetensors first",
+    "*.msgpack": "Flax weights: convert them to safetensors first",
+    "*.onnx": "an ONNX graph: name the model that it was exported from",
+}
+"""What else a folder may hold, by the names of files, and what can be done about it."""
 
 
 def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """The files of a model folder that hold its weights, sorted, and where an index places each tensor.
 
-    The order of preference is the one of `from_pretrained`: `model.safetensors`, its sharded form with an
-    index, `pytorch_model.bin`, its sharded form; then whatever other weight files lie there. No files where
-    there are none; no placements where no index was used.
+    What is hashed, shown and loaded is what this says. The order of preference is the one of `from_pretrained`:
+    `model.safetensors`, its sharded form with an index, `pytorch_model.bin`, its sharded form; then whatever other
+    weight files lie there, of several variants (`X.fp16.safetensors`) the plain one. Adapters and the state of
+    optimizers are no weights. No placements where no index was used; a tensor that the index does not place in
+    the shard where it lies is none of the model's.
 
     Raises
     ------
+    NotAvailableError : no weights that can be read, but something else that is known; the message says what to do.
     BrokenFileError : an index that is none, leaves its folder, or names a missing shard.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
@@ -124,15 +146,61 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
             return [folder / single], {}
         if (index := folder / f"{single}.index.json").is_file():
             return _shards(index)
-    if indices := sorted(folder.glob("*.safetensors.index.json")):
+    if indices := sorted(folder.glob("*.safetensors.index.json"), key=lambda index: len(index.name)):
         return _shards(indices[0])
     for ending in (".safetensors", *TORCH_ENDINGS):
-        found = sorted(
-            file for file in folder.glob(f"*{ending}") if not file.name.startswith((".", *_NO_WEIGHTS))
-        )
+        found = _plain_variants(weights_in(folder, ending))
+        parts = [file for file in found if _PARTS.match(file.name)]
+        if len(parts) > 1:
+            raise NotAvailableError(
+                f"{folder} holds the tensors of one model cut into {len(parts)} parts ({parts[0].name} … "
+                f"{parts[-1].name}, tensor-parallel), of which none is a tensor; convert them first (transformers' "
+                "convert_…_weights_to_hf.py), or take the repository that has model.safetensors"
+            )
         if found:
+            _check_complete(folder, found)
             return found, {}
+    for pattern, answer in _ELSEWHERE.items():
+        if any(folder.glob(pattern)):
+            raise NotAvailableError(f"{folder} holds {answer}")
     return [], {}
+
+
+def weights_in(folder: Path, ending: str) -> list[Path]:
+    """Every file of `folder` with `ending` that may hold a model's weights."""
+    return sorted(file for file in folder.glob(f"*{ending}") if not _NO_WEIGHTS.match(file.name))
+
+
+def unread_weights(folder: Path, read: Sequence[Path]) -> str | None:
+    """What lies beside the weights that are read, looks like weights too, and is not read; None where nothing does.
+
+    The same weights in the other format are not spoken of.
+    """
+    ending = read[0].suffix if read else ".safetensors"
+    others = [file.name for file in weights_in(folder, ending) if file not in read]
+    others += sorted(file.name for file in folder.glob("adapter_model.*"))
+    if not others:
+        return None
+    names = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+    shown = read[0].name + (f" and {len(read) - 1} more" if len(read) > 1 else "")
+    return f"{folder}: {shown} read; not read: {names}"
+
+
+def _check_complete(folder: Path, files: list[Path]) -> None:
+    """Without an index, names such as `model-00001-of-00003` say how many shards there are."""
+    numbered = [found for file in files if (found := _SHARD.search(file.name))]
+    for total in {int(found[2]) for found in numbered}:
+        there = {int(found[1]) for found in numbered if int(found[2]) == total}
+        if len(there) < total:
+            raise BrokenFileError(
+                f"{folder} holds {len(there)} of {total} shards and no index; finish the download"
+            )
+
+
+def _plain_variants(files: list[Path]) -> list[Path]:
+    """Without `X.fp16.safetensors` where `X.safetensors` lies there as well."""
+    names = {file.name for file in files}
+    return [f for f in files if f"{f.name.split('.')[0]}{f.suffix}" not in names - {f.name}]
 
 
 def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from layerprobe.errors import UsageError
 from layerprobe.files import write_json
@@ -73,6 +74,11 @@ class Record(ABC):
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: schema, provenance, rows."""
         return envelope(self.command, self.to_frame(), self.provenance)
+
+    def write_json(self, stream: TextIO) -> None:
+        """Write what `to_json` returns, as strict JSON."""
+        json.dump(self.to_json(), stream, allow_nan=False, indent=1, ensure_ascii=False)
+        stream.write("\n")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Save to a file (.csv, .parquet or .json) or, for any other path, as CSV and JSON into a folder.

@@ -183,7 +183,7 @@ def attribute_layers(
     }
     sizes = {"n_images": n_images, "n_reference": n_reference, "tolerance": tolerance, "max_steps": max_steps}
     arguments = {"methods": wanted, "split": split, **sizes, "seed": seed}
-    described = {"backbone": backbone.describe(), "task": task.describe(), "prediction": prediction}
+    described = {"backbone": backbone.provenance(), "task": task.describe(), "prediction": prediction}
     n_maps = 0 if maps.empty else min(n_maps, len(images))
     return LayerAttribution(
         frame=tidy(rows, **columns_of(backbone, task), split=split, n=len(images), seed=seed),

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "attention in": ("q", "k", "v", "qkv"),
+    "attention in": ("q", "k", "v", "kv", "qkv"),
     "attention out": ("o",),
     "mlp in": ("gate", "up", "gate_up", "fc"),
     "mlp out": ("down",),
+    "mixer": ("mixer",),
 }
 """Module kinds that do the same job in different architectures, pooled for comparison."""
 
@@ -190,7 +191,8 @@ def compare_outliers(
     Raises
     ------
     UsageError
-        Fewer than two models, fewer than two groups, or no model with blocks.
+        Fewer than two models, fewer than two groups, no model with blocks, or a finished report that did not
+        count at `n_sigma`.
     """
     rules = rules or OutlierRules()
     if n_sigma not in rules.all_sigmas:
@@ -208,12 +210,21 @@ def compare_outliers(
     for report in reports.values():
         if not report.n_blocks:
             raise UsageError(f"{report.model} has no blocks that its tensor names reveal; nothing to compare")
+        if n_sigma not in report.rules.all_sigmas:
+            counted = ", ".join(f"{k:g}" for k in report.rules.all_sigmas)
+            raise UsageError(
+                f"the report of {report.model} counted outliers beyond {counted} σ, not beyond {n_sigma:g}; choose "
+                "another n_sigma, or give the model's name instead of its report"
+            )
     members = {
         name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
         for name, group in named.items()
     }
     bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
-    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *rules.sigmas))), bootstrap)
+    counted_by_all = [
+        k for k in rules.sigmas if all(k in report.rules.all_sigmas for report in reports.values())
+    ]
+    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *counted_by_all))), bootstrap)
     facts = provenance(
         "compare",
         {"models": list(reports), "groups": members, "n_sigma": n_sigma, **bootstrap},
@@ -350,7 +361,7 @@ def _separated(report: OutlierReport) -> list[ScannedTensor]:
     """The weights that count, fused matrices replaced by their parts: the same in every layout."""
     parts = [row for row in report.tensors if row.part_of is not None]
     fused = {row.part_of for row in parts}
-    return [row for row in report.counted() if row.name not in fused] + parts
+    return [row for row in report.counted() if row.name not in fused and row.part_of is None] + parts
 
 
 def _part_rank(part: str) -> tuple[int, str]:

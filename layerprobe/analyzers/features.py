@@ -220,6 +220,7 @@ def extract_features(
     if not all(store.has(layer) for layer in wanted):
         _fill(store, backbone, images, wanted, pooling, batch_size, quiet)
     arguments = {"layers": [str(layer) for layer in wanted], "split": split, "dtype": dtype}
+    shown = {**backbone.provenance(), "pooling": pooling}
     return Features(
         arrays={layer: store.read(layer) for layer in wanted},
         ids=images.ids,
@@ -228,7 +229,7 @@ def extract_features(
         **columns_of(backbone, task),
         split=split,
         pooling=pooling,
-        provenance=provenance("features", arguments, backbone=described, task=task.report),
+        provenance=provenance("features", arguments, backbone=shown, task=task.report),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from layerprobe.analyzers.features import pixel_batches
 from layerprobe.backbones.backbone import Backbone, evaluating
+from layerprobe.backbones.own_head import own_head
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.tasks import ImageSplit, Task
@@ -56,29 +57,27 @@ def make_predictor(
     ----------
     head : str | nn.Module
         "probe" fits a linear probe to the pooled final features of the first `n_train` training images, its C
-        chosen on validation; "own" takes the image classifier that the checkpoint brought; a module maps
-        pooled features B×D to logits B×K (for example the head of a bridge run).
+        chosen on validation; "own" takes the image classifier that the checkpoint brought, its outputs in
+        the order of the task's classes; a module maps pooled features B×D to logits B×K (for example the
+        head of a bridge run).
 
     Raises
     ------
     UsageError
-        "own" where there is none, or it has another number of classes than the task.
+        "own" where there is none, or its outputs are not the task's classes by name.
     UnknownNameError
         Another word.
     """
     backbone.prepare(task)
+    if backbone.layout.tokens_first:
+        raise UsageError(
+            f"{backbone.name} keeps hidden states as tokens × images × width inside; attribution needs images first"
+        )
     if isinstance(head, nn.Module):
         return Predictor(backbone, lambda pixels: head(backbone.features(pixels)), {"head": "given"})
     check_head(head)
     if head == "own":
-        with torch.no_grad():
-            outputs = backbone.own_logits(backbone.preprocess(task.train.images([0]))).shape[1]
-        if outputs != task.n_classes:
-            raise UsageError(
-                f"the classifier of {backbone.name} has {outputs} outputs, {task.name} has {task.n_classes} "
-                "classes; use --head probe"
-            )
-        return Predictor(backbone, backbone.own_logits, {"head": "own"})
+        return Predictor(backbone, own_head(backbone, task), {"head": "own"})
     layer, facts = fit_probe_head(backbone, task, n_train=n_train, batch_size=batch_size)
     return Predictor(backbone, lambda pixels: layer(backbone.features(pixels).to(layer.weight.dtype)), facts)
 

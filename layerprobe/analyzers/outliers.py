@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-import numpy as np
-
+from layerprobe.analyzers.outlier_rows import (
+    Cell,
+    Owner,
+    coordinates,
+    dict_rows,
+    metric_cells,
+    tensor_rows,
+    write_csv,
+    write_json,
+)
 from layerprobe.analyzers.outlier_scan import ScannedTensor, open_model, read_norms, scan
-from layerprobe.checkpoints import GROUPS, KINDS
+from layerprobe.checkpoints import GROUPS, KINDS, TensorRole
+from layerprobe.files import atomic_write
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers, merge_outliers
 from layerprobe.metrics.outliers.moments import norm_dimension_votes
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import tidy
+from layerprobe.tables import strict_value, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +63,7 @@ class OutlierReport(Record):
     norm_votes: dict[str, tuple[list[tuple[int, int]], int]]
     provenance: dict[str, Any]
     _frame: pd.DataFrame | None = field(default=None, compare=False)
+    _merged: dict[bool, dict[TensorRole, TensorOutliers]] = field(default_factory=dict, compare=False)
 
     def pool(self, **where: Any) -> TensorOutliers:
         """The roll-up of all tensors whose place has these attributes, for example `block=3, kind="q"`.
@@ -60,18 +71,14 @@ class OutlierReport(Record):
         Tied weights count once, skipped tensors do not count.
         """
         return merge_outliers(
-            row.found
-            for row in self.counted()
-            if row.found is not None and all(getattr(row.place, key) == value for key, value in where.items())
+            found
+            for place, found in self._places(parts=False).items()
+            if all(getattr(place, key) == value for key, value in where.items())
         )
 
     def counted(self) -> list[ScannedTensor]:
-        """The tensors that enter roll-ups: neither skipped nor tied, fused matrices whole."""
-        return [
-            row
-            for row in self.tensors
-            if row.found is not None and row.tied_to is None and row.part_of is None
-        ]
+        """The tensors that enter roll-ups: neither skipped nor tied, fused matrices whole, experts one by one."""
+        return [row for row in self.tensors if row.found is not None and row.tied_to is None and row.counts]
 
     @property
     def n_blocks(self) -> int:
@@ -88,85 +95,71 @@ class OutlierReport(Record):
         or model. `entry` holds the coordinates of a `top_entry` row, or the lines that stand out.
         """
         if self._frame is None:
-            rows = [*self._tensor_rows(), *self._roll_up_rows(), *self._vote_rows()]
-            self._frame = tidy(rows, model=self.model, revision=self.revision)
+            self._frame = tidy(dict_rows(self._rows()), model=self.model, revision=self.revision)
         return self._frame
 
-    def _tensor_rows(self) -> Iterator[dict[str, Any]]:
-        for row in self.tensors:
-            level = "tensor" if row.part_of is None else "part"
-            place = {name: getattr(row.place, name) for name in ("block", "group", "kind", "stack")}
-            about = {"level": level, **place, "tensor": row.name}
-            if row.found is None:
-                yield {**about, "metric": "count", "value": None, "reason": f"skipped: {row.skip}"}
-                continue
-            yield from self._metrics(row.found, about, self.rules.sigmas)
-            for rank, (value, index) in enumerate(row.found.top, start=1):
-                top = {"metric": f"top_entry_{rank}", "value": value, "n": row.found.n}
-                yield {**about, **top, "entry": str(_coordinates(row, index))}
-            for axis, found in row.found.axes.items():
-                # What is a column of a linear layer is a row of a transposed Conv1D: named by what it carries.
-                line = {"row": "column", "column": "row"}[axis] if row.place.transposed else axis
-                count = {**about, "metric": f"{line}_outlier_count_4z"}
-                if isinstance(found, str):
-                    yield {**count, "value": None, "reason": found}
-                    continue
-                entry = str(found.lines) if found.lines else None
-                yield {**count, "value": found.count, "n": found.n, "entry": entry}
-                yield {**about, "metric": f"{line}_max_z", "value": found.max_z, "n": found.n}
+    def roll_up_frame(self) -> pd.DataFrame:
+        """The rows of `to_frame` that are of no single tensor: what the figures show."""
+        return tidy(dict_rows(self._roll_up_rows()), model=self.model, revision=self.revision)
 
-    def _roll_up_rows(self) -> Iterator[dict[str, Any]]:
-        everything = [*self.counted(), *(row for row in self.tensors if row.part_of is not None)]
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """As every record; tables of very many tensors are written as they come."""
+        target = Path(path)
+        if target.suffix == ".parquet":
+            return super().save(target)
+        if target.suffix in (".csv", ".json"):
+            csv, body = target, target
+        else:
+            csv, body = target / f"{self.command}.csv", target / f"{self.command}.json"
+        if target.suffix != ".json":
+            with atomic_write(csv) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
+                write_csv(self._rows(), stream, model=self.model, revision=self.revision)
+        if target.suffix != ".csv":
+            with atomic_write(body) as aside, aside.open("w", encoding="utf-8") as stream:
+                self.write_json(stream)
+        return target
+
+    def write_json(self, stream: TextIO) -> None:
+        """What `to_json` returns, row by row."""
+        named = {"model": self.model, "revision": self.revision, "schema": f"layerprobe.{self.command}/v1"}
+        write_json(self._rows(), stream, **named, provenance=strict_value(self.provenance))
+
+    def _rows(self) -> Iterator[tuple[Owner, list[Cell]]]:
+        yield from tensor_rows(self.tensors, self.rules)
+        yield from self._roll_up_rows()
+
+    def _roll_up_rows(self) -> Iterator[tuple[Owner, list[Cell]]]:
         for level, keys in LEVELS.items():
             sigmas = self.rules.all_sigmas if level == "group" else self.rules.sigmas
-            for key, part in self._grouped(*keys, rows=everything if level == "kind" else None):
+            for key, part in self._grouped(*keys, parts=level == "kind"):
                 about = dict(zip(keys, key, strict=True))
                 if about.get("block") is not None or level in ("kind", "group"):
-                    yield from self._metrics(part, {"level": level, **about}, sigmas)
-        yield from self._metrics(self.pool(), {"level": "model"}, self.rules.all_sigmas)
-
-    def _vote_rows(self) -> Iterator[dict[str, Any]]:
+                    yield Owner(level, **about), metric_cells(part, self.rules, sigmas)
+        yield Owner("model"), metric_cells(self.pool(), self.rules, self.rules.all_sigmas)
         for role, (votes, voters) in self.norm_votes.items():
-            for dimension, count in votes[:20]:
-                about = {"level": "model", "metric": f"norm_{role}_dimension_votes"}
-                yield {**about, "entry": f"[{dimension}]", "value": count, "n": voters}
+            metric = f"norm_{role}_dimension_votes"
+            cells = [Cell(metric, count, voters, entry=f"[{dimension}]") for dimension, count in votes[:20]]
+            yield Owner("model"), cells
 
-    def _grouped(
-        self, *keys: str, rows: list[ScannedTensor] | None = None
-    ) -> Iterator[tuple[tuple[Any, ...], TensorOutliers]]:
+    def _grouped(self, *keys: str, parts: bool = False) -> Iterator[tuple[tuple[Any, ...], TensorOutliers]]:
         members: dict[tuple[Any, ...], list[TensorOutliers]] = {}
-        for row in self.counted() if rows is None else rows:
-            assert row.found is not None
-            members.setdefault(tuple(getattr(row.place, key) for key in keys), []).append(row.found)
+        for place, found in self._places(parts).items():
+            members.setdefault(tuple(getattr(place, key) for key in keys), []).append(found)
         for key in sorted(members, key=lambda key: [_rank(part) for part in key]):
             yield key, merge_outliers(members[key])
 
-    def _metrics(
-        self, found: TensorOutliers, about: Mapping[str, Any], sigmas: Sequence[float]
-    ) -> Iterator[dict[str, Any]]:
-        def row(metric: str, value: float | None, n: int) -> dict[str, Any]:
-            return {**about, "metric": metric, "value": value, "n": n}
-
-        sizes = {"count": found.n, "nonfinite": found.nan + found.inf}
-        for metric, size in {**sizes, "nan_count": found.nan, "inf_count": found.inf}.items():
-            yield row(metric, size, found.size)
-        for metric, value in found.values.items():
-            yield row(metric, value, found.n)
-        shown = {f"{k:g}sigma" for k in sigmas}
-        for rule, count in found.counts.items():
-            if rule.endswith("sigma") and rule not in shown:
-                continue
-            n = found.counted[rule]
-            yield row(f"outlier_count_{rule}", count, n)
-            if n:
-                yield row(f"outlier_ratio_{rule}", count / n, n)
-                yield row(f"outlier_ppm_{rule}", count / n * 1e6, n)
-            else:
-                yield row(f"outlier_ratio_{rule}", None, 0) | {"reason": "no finite entries"}
-        rules = self.rules.definitions()
-        for name, reason in found.reasons.items():
-            metric = f"outlier_ratio_{name}" if name in rules else name
-            yield row(metric, None, found.n) | {"reason": reason}
+    def _places(self, parts: bool) -> dict[TensorRole, TensorOutliers]:
+        """The roll-up of each place, merged once; with `parts` those of fused matrices beside the whole ones."""
+        if parts not in self._merged:
+            rows = self.counted()
+            if parts:
+                rows += [row for row in self.tensors if row.part_of is not None and not row.counts]
+            members: dict[TensorRole, list[TensorOutliers]] = {}
+            for row in rows:
+                if row.found is not None:
+                    members.setdefault(row.place, []).append(row.found)
+            self._merged[parts] = {place: merge_outliers(found) for place, found in members.items()}
+        return self._merged[parts]
 
     def table(self) -> list[dict[str, Any]]:
         """One row per block (its matrices), then one per group and one for the model."""
@@ -223,12 +216,14 @@ class OutlierReport(Record):
         tops = [(*row.found.top[0], row) for row in self.counted() if row.found and row.found.top]
         if tops:
             value, index, row = max(tops, key=lambda top: abs(top[0]))
-            text += f". Largest entry: {row.name}{_coordinates(row, index)} = {value:.4g}"
+            text += f". Largest entry: {row.name}{coordinates(row.shape, index)} = {value:.4g}"
         whole = self.pool()
         if whole.nan + whole.inf:
             text += f". {whole.nan + whole.inf:,} entries are NaN or infinite and were left out"
         if skipped := sum(row.found is None for row in self.tensors):
-            text += f". Skipped, being no floating-point weights: {skipped} of {len(self.tensors)} tensors"
+            text += f". Skipped, the table says why: {skipped} of {len(self.tensors)} tensors"
+        if left := self.provenance.get("left_out"):
+            text += ". Left out of the file: " + "; ".join(f"{name} ({what})" for name, what in left.items())
         return text + "."
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
@@ -243,6 +238,7 @@ def outlier_report(
     rules: OutlierRules | None = None,
     include: Iterable[str] | None = None,
     exclude: Iterable[str] | None = None,
+    state: str | None = None,
     threads: int | None = None,
     engine: str = "auto",
     axes: bool | None = None,
@@ -259,6 +255,8 @@ def outlier_report(
         What is counted; see `layerprobe.metrics.outliers.OutlierRules`.
     include, exclude : Iterable[str] | None
         Shell patterns on tensor names, for example "*.mlp.*".
+    state : str | None
+        Which state of a training checkpoint; default: the model's own, not an average or a copy of it.
     threads : int | None
         Tensors read at once; default: the usable cores, at most 8.
     engine : str
@@ -281,7 +279,7 @@ def outlier_report(
     """
     rules = rules or OutlierRules()
     include, exclude = list(include or []), list(exclude or [])
-    name, model_id, checkpoint, found_revision = open_model(model, revision, offline)
+    name, model_id, checkpoint, found_revision = open_model(model, revision, offline, state)
     checkpoint = checkpoint.select(include, exclude)
     axes = checkpoint.nbytes <= AXES_BELOW if axes is None else axes
     tensors = scan(checkpoint, rules=rules, engine=engine, threads=threads, axes=axes, quiet=quiet)
@@ -289,7 +287,7 @@ def outlier_report(
     arguments = {"model": name, "revision": revision, "include": include, "exclude": exclude}
     facts = provenance(
         "outliers",
-        {**arguments, "threads": threads, "engine": engine, "axes": axes},
+        {**arguments, "state": state, "threads": threads, "engine": engine, "axes": axes},
         model_id=model_id,
         model_revision=found_revision,
         files=[file.name for file in checkpoint.files],
@@ -297,6 +295,7 @@ def outlier_report(
         definitions=definitions(rules),
         tied={row.name: row.tied_to for row in tensors if row.tied_to},
         skipped={row.name: row.skip for row in tensors if row.found is None},
+        **({"left_out": checkpoint.left_out} if checkpoint.left_out else {}),
     )
     return OutlierReport(
         model=name,
@@ -326,8 +325,11 @@ def definitions(rules: OutlierRules) -> dict[str, str]:
         "norm_*_dimension_votes": "in how many of n norm tensors inside blocks dimension `entry` lies more than 3 std "
         "from the tensor's mean",
         "outlier_ppm_*": "outlier_ratio_* times 1e6",
+        "quantised tensors": "measured as the matrix that codes and scales define, each entry rounded once to float32; "
+        "zero points of GPTQ are stored less one unless the configuration says gptq_v2",
         "roll-ups": "each entry is judged within its own tensor and counts are added; moments are those of all "
-        "entries together; tied weights count once",
+        "entries together; tied weights count once; "
+        "each expert of a stack is judged as a matrix of its own",
     }
     found |= {
         f"outlier_ratio_{rule}": f"share of entries with {text}" for rule, text in rules.definitions().items()
@@ -349,10 +351,6 @@ def _ratio(part: TensorOutliers, k: float) -> float | None:
 
 def _rounded(value: float | None, digits: int, *, scale: float = 1) -> float | None:
     return None if value is None else round(scale * value, digits)
-
-
-def _coordinates(row: ScannedTensor, index: int) -> list[int]:
-    return [int(i) for i in np.unravel_index(index, row.shape)] if row.shape else []
 
 
 def _bar(ratio: float | None, greatest: float, width: int = 12) -> str:

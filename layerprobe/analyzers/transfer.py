@@ -177,7 +177,7 @@ def transfer_scores(
     places = None if layers is None else [str(layer) for layer in layers]
     arguments = {"families": list(families), "layers": places, "knn": knn, "n_replicates": n_replicates}
     arguments |= {**sizes, "seed": seed}
-    described = {"backbone": backbone.describe(), "task": task.describe(), "gradients": facts}
+    described = {"backbone": backbone.provenance(), "task": task.describe(), "gradients": facts}
     frame = tidy(rows, **columns_of(backbone, task), split="train", seed=seed)
     return TransferScores(frame, provenance("transfer", arguments, **described))
 

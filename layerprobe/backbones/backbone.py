@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.backbones.attention import attention_mask, choose_attention
 from layerprobe.backbones.image_input import (
     STEM_KINDS,
     PatchStem,
@@ -21,10 +21,17 @@ from layerprobe.backbones.image_input import (
     for_language,
     for_vision,
 )
-from layerprobe.backbones.layout import find_layout, hidden_size, image_or_text_tower
+from layerprobe.backbones.layout import (
+    find_layout,
+    hidden_size,
+    image_or_text_tower,
+    longest_sequence,
+    tied_names,
+)
+from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.files import tensor_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -74,12 +81,19 @@ class Backbone(nn.Module):
         image_size: int | None = None,
         attention: str | None = None,
         pooling: str | None = None,
+        self_check: bool = True,
     ) -> None:
         super().__init__()
         check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
         self.model = image_or_text_tower(full)
+        if not hasattr(self.model, "main_input_name") or not hasattr(self.model, "config"):
+            raise UsageError(
+                f"{source.name}: {type(self.model).__name__}, which images would enter, is only a part of "
+                f"{type(full).__name__} and does not run by itself"
+            )
         self.config: PretrainedConfig = self.model.config
         self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
+        self.tied_names = tied_names(full, self.model)
         self.source = source
         self.name = source.name
         self.run_device = self.device
@@ -87,18 +101,23 @@ class Backbone(nn.Module):
         self.seed = seed
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config)
-        self.modality = "vision" if self.model.main_input_name == "pixel_values" else "language"
+        self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
+        self.modality = "vision" if self._sees_pixels() else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
         self.patch_size = patch_size
         self.image_size = image_size
         self.stem = None
+        self.output_width = self.hidden_size
+        """Width of what `forward` returns, which some models project (OPT-350m)."""
+        self.checks_itself = self_check
+        self.checked: SelfCheck | None = None
         self.preprocessing: Preprocessing | None = None
         # In a tuple, so that the wrapper's parameters are not registered a second time.
-        self._with_head = (full,) if full is not self.model and hasattr(full, "classifier") else ()
-        self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
+        self._with_head = (cast("PreTrainedModel", full),) if is_image_classifier(full) else ()
         self.attention: str | None
-        self._attention_override: str | None = None
+        self.attention_override: str | None = None
+        """The attention that a mask brings about, where it is not the model's own."""
         if self.modality == "vision":
             if attention is not None:
                 raise UsageError(f"--attention is for language backbones; {self.name} is a vision model")
@@ -106,27 +125,26 @@ class Backbone(nn.Module):
             self.preprocessing = for_vision(source.folder, self.config, image_size)
             self.patch_size = getattr(self.config, "patch_size", None)
         else:
-            self._choose_attention(attention)
+            choose_attention(self, attention)
         if self.pooling == "cls" and self.attention == "causal":
             raise UsageError(
                 f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
                 f"use --pooling last, or --attention bidirectional for {self.name}"
             )
 
-    def _choose_attention(self, attention: str | None) -> None:
-        if self.device.type == "meta":
-            self.attention = attention
-            return
-        pretrained = "causal" if self._is_causal() else "bidirectional"
-        self.attention = attention or pretrained
-        if self.attention == pretrained:
-            return
-        self._attention_override = self.attention
-        if self._is_causal() != (self.attention == "causal"):
-            raise UsageError(
-                f"attention '{self.attention}' cannot be had from {type(self.model).__name__}: "
-                f"its {pretrained} mask is built into the blocks"
-            )
+    def _sees_pixels(self) -> bool:
+        accepted = self._parameters_accepted
+        return self.model.main_input_name == "pixel_values" or (
+            "pixel_values" in accepted and "inputs_embeds" not in accepted
+        )
+
+    @property
+    def patch_shape(self) -> tuple[int, int] | None:
+        """Height and width of a patch; None where the configuration names none."""
+        size = self.patch_size
+        if isinstance(size, (list, tuple)):
+            return int(size[0]), int(size[-1])
+        return (size, size) if size else None
 
     @property
     def n_blocks(self) -> int:
@@ -154,9 +172,24 @@ class Backbone(nn.Module):
         """Settle what depends on the images: their size, the patch size, and the stem. Idempotent.
 
         A language backbone gets its stem here; `pca` looks at up to 1,000 training images, never at labels.
+        The self-check (`layerprobe.backbones.self_check`) runs here, once.
+
+        Raises
+        ------
+        UsageError
+            The images do not fit, or the self-check found that the model's hidden states are not one token a
+            patch, the same in every pass and every block.
         """
-        if self.modality == "vision" or self.stem is not None:
-            return self
+        if self.modality == "language" and self.stem is None:
+            self._prepare_stem(task)
+        if self.checks_itself and self.checked is None and self.device.type != "meta":
+            indices = np.arange(N_IMAGES) % len(task.train)
+            with evaluating(self):
+                found, self.layout = self_check(self, self.preprocess(task.train.images(indices)))
+            self.checked, self.output_width = found, found.output_width
+        return self
+
+    def _prepare_stem(self, task: HasImages) -> None:
         stem = self._make_stem(task.image_size)
         token_std = self.token_std()
         if self.stem_kind == "pca":
@@ -165,15 +198,14 @@ class Backbone(nn.Module):
         else:
             stem.init_random(token_std, seed=self.seed)
         self.stem = stem.to(self.device, self.dtype)
-        return self
 
     def _make_stem(self, image_size: int | None) -> PatchStem:
         """A stem for images of this size (None: of several sizes), and the preprocessing that goes with it."""
         size = self.image_size or image_size or MIXED_SIZE
         patch_size = self.patch_size or default_patch_size(size)
         n_tokens = (size // patch_size) ** 2
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and n_tokens > longest:
+        longest = longest_sequence(self.model, self.config)
+        if longest is not None and n_tokens > longest:
             raise UsageError(
                 f"{n_tokens} patches do not fit: {self.name} has {longest} positions; use a larger "
                 f"--patch-size (now {patch_size}) or a smaller --image-size (now {size})"
@@ -204,7 +236,16 @@ class Backbone(nn.Module):
 
     @property
     def _embedding(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()  # type: ignore[return-value]
+        try:
+            table = self.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            table = None
+        if not hasattr(table, "embedding_dim"):
+            raise UsageError(
+                f"{self.name}: {type(self.model).__name__} has no table of token embeddings, whose width and scale "
+                "a stem would take"
+            )
+        return table  # type: ignore[return-value]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
@@ -218,8 +259,8 @@ class Backbone(nn.Module):
     def forward_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens B×T×D (what the stem makes) → the model's last hidden states B×T×D."""
         extra: dict[str, Any] = {"use_cache": False} if "use_cache" in self._parameters_accepted else {}
-        if self._attention_override is not None:
-            extra["attention_mask"] = _mask(self._attention_override, tokens)
+        if self.attention_override is not None:
+            extra["attention_mask"] = attention_mask(self.attention_override, tokens)
         return self._run(inputs_embeds=tokens, **extra)
 
     def _run(self, **inputs: Any) -> Tensor:
@@ -260,34 +301,34 @@ class Backbone(nn.Module):
         """How many tokens before the patches (class token, registers); 0 for language backbones."""
         if self.modality == "language":
             return 0
-        side = int(self.patch_size or 0)
+        if self.checked is not None and n_tokens == self.checked.n_tokens:
+            return self.checked.n_prefix
         size = self.preprocessing.output_size if self.preprocessing else None
-        if not side or size is None:
+        if self.patch_shape is None or size is None:
             return 0
-        return max(n_tokens - (size[0] // side) * (size[1] // side), 0)
+        height, width = self.patch_shape
+        return max(n_tokens - (size[0] // height) * (size[1] // width), 0)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels B×C×H×W → pooled features of the last hidden states, B×D."""
         return self.pool(self(pixels))
 
+    @property
+    def with_own_head(self) -> PreTrainedModel | None:
+        """The whole model where the checkpoint is an image classifier; see `own_head.own_head`."""
+        return self._with_head[0] if self._with_head else None
+
     def own_logits(self, pixels: Tensor) -> Tensor:
-        """Logits B×classes of the classifier that the checkpoint itself brought."""
-        if not self._with_head:
+        """Logits B×outputs of the classifier that the checkpoint itself brought, in the checkpoint's order."""
+        if self.with_own_head is None or self.modality == "language":
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
-        logits: Tensor = self._run_sized(self._with_head[0], pixels.to(self.device, self.dtype)).logits
+        pixels = pixels.to(self.device, self.dtype)
+        logits: Tensor = self._run_sized(self.with_own_head, pixels).logits
         return logits
 
-    @torch.no_grad()
-    def _is_causal(self) -> bool:
-        """Found by trying: does the first of three tokens change when the last one does?"""
-        was_training = self.model.training
-        self.model.eval()
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randn(2, 3, self.embedding_width, generator=generator).to(self.device, self.dtype)
-        tokens[1, :2] = tokens[0, :2]
-        hidden = self.forward_tokens(tokens)
-        self.model.train(was_training)
-        return bool(torch.equal(hidden[0, 0], hidden[1, 0]))
+    def forget_own_head(self) -> None:
+        """Be a tower alone: the checkpoint's classifier is not one that was trained."""
+        self._with_head = ()
 
     def expect_images(self, size: int | None) -> None:
         """What `prepare` does for images of this size (None: of several sizes), without values."""
@@ -334,7 +375,7 @@ class Backbone(nn.Module):
             "n_blocks": self.n_blocks,
             "hidden_size": self.hidden_size,
             "stem": self.stem_kind if self.modality == "language" else "own",
-            "stem_hash": _stem_hash(self.stem),
+            "stem_hash": self.stem.content_hash() if self.stem else None,
             "patch_size": self.patch_size,
             "image_size": self.image_size,
             "attention": self.attention,
@@ -342,6 +383,10 @@ class Backbone(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
+
+    def provenance(self) -> dict[str, Any]:
+        """`describe`, and what the self-check found: None where it has not run."""
+        return {**self.describe(), "self_check": self.checked.describe() if self.checked else None}
 
 
 @contextlib.contextmanager
@@ -373,24 +418,3 @@ def check_choices(*, init: str, stem: str, attention: str | None, pooling: str |
     ):
         if value is not None and value not in allowed:
             raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
-
-
-def _mask(attention: str, tokens: Tensor) -> Tensor:
-    """An additive B×1×T×T mask; transformers hands four-dimensional masks on as they are."""
-    b, t, _ = tokens.shape
-    mask = torch.zeros(t, t, dtype=tokens.dtype, device=tokens.device)
-    if attention == "causal":
-        later = torch.ones(t, t, dtype=torch.bool, device=tokens.device).triu(1)
-        mask = mask.masked_fill(later, torch.finfo(tokens.dtype).min)
-    return mask.expand(b, 1, t, t)
-
-
-def _stem_hash(stem: PatchStem | None) -> str | None:
-    if stem is None or stem.projection.weight.is_meta:
-        return None
-    digest = hashlib.sha256()
-    for name, value in stem.state_dict().items():
-        digest.update(name.encode())
-        for piece in tensor_bytes(value.float()):
-            digest.update(piece)
-    return digest.hexdigest()[:12]

@@ -8,6 +8,7 @@ Axis letters: B images, C channels, H × W pixels, T patches, P = p·p·C pixel 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.processor import load_processor, made_of, output_size, read_recipe
 from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.files import tensor_bytes
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
@@ -202,6 +204,17 @@ class PatchStem(nn.Module):
         weight = self.projection.weight
         tokens: Tensor = self.projection(patchify(pixels, self.patch_size).to(weight.dtype))
         return tokens
+
+    def content_hash(self) -> str | None:
+        """Hash of the weights; None on the meta device."""
+        if self.projection.weight.is_meta:
+            return None
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            digest.update(name.encode())
+            for piece in tensor_bytes(value.float()):
+                digest.update(piece)
+        return digest.hexdigest()[:12]
 
     @torch.no_grad()
     def init_random(self, token_std: float, *, seed: int) -> None:

@@ -11,10 +11,11 @@ Everything is read off the module tree, so that a new architecture works without
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerprobe.errors import UsageError
 
@@ -34,6 +35,10 @@ class Layout:
     """Parameter name → "block.<i>", "embeddings", "positions", "norm" or "other"."""
     norm_names: frozenset[str]
     """Parameters of normalisation layers, inside the blocks and outside."""
+    tokens_first: bool = False
+    """Whether the blocks' hidden states are T×B×D instead of B×T×D (XLNet)."""
+    withheld: str | None = None
+    """Why attention and MLP outputs are not offered although modules for them were found."""
 
     @property
     def n_blocks(self) -> int:
@@ -47,12 +52,63 @@ class Layout:
 def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     """The part that images go through: the image tower of a two-tower model, the encoder of an
     encoder-decoder, else the base model under a task head."""
-    base = cast("PreTrainedModel", getattr(model, "base_model", model))
+    base: Any = getattr(model, "base_model", model)
     for candidate in (model, base):
-        tower: PreTrainedModel | None = getattr(candidate, "vision_model", None)
-        if isinstance(tower, nn.Module):
-            return tower
-    return base.get_encoder() if base.config.is_encoder_decoder else base
+        tower: Any = getattr(candidate, "vision_model", None)
+        if takes_images_or_embeddings(tower):
+            found: PreTrainedModel = tower
+            return found
+    if base.config.is_encoder_decoder:
+        return base.get_encoder()
+    return _inner_model(base if takes_images_or_embeddings(base) else model)
+
+
+def _inner_model(model: Any) -> PreTrainedModel:
+    """The model itself, or a model inside it where it is made of several or ends in scores over a vocabulary.
+
+    `base_model` goes by a name in the class, which may stop too early (Llama-4 text) or go too deep (DINOv3). Of
+    several models inside (vision and language, in any order) the one for images comes first.
+    """
+    inner = [child for child in model.children() if takes_images_or_embeddings(child)]
+    scores = getattr(model, "get_output_embeddings", lambda: None)
+    if inner and (len(inner) > 1 or scores() is not None or _width(model.config) is None):
+        return min(inner, key=lambda child: child.main_input_name != "pixel_values")
+    return model
+
+
+def takes_images_or_embeddings(module: Any) -> bool:
+    """Whether it is a model of transformers that runs on `pixel_values` or `inputs_embeds` alone."""
+    if not hasattr(module, "main_input_name") or not hasattr(module, "config"):
+        return False
+    accepted = inspect.signature(module.forward).parameters
+    needed = {name for name, item in accepted.items() if item.default is item.empty and item.kind in (0, 1)}
+    return any(name in accepted and needed <= {name} for name in ("pixel_values", "inputs_embeds"))
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a block was called on."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise UsageError("the blocks are not called on hidden states, so what enters them cannot be read")
+    return hidden
+
+
+def tied_names(full: nn.Module, tower: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Of each parameter of the tower that the whole model lists under another name: its names in the whole model.
+
+    T5's encoder calls `embed_tokens.weight` what the model around lists as `shared.weight`, because both are one
+    tensor. First the name by way of the tower, then the others in the whole model's order.
+    """
+    listed: dict[int, list[str]] = {}
+    for name, parameter in full.named_parameters(remove_duplicate=False):
+        listed.setdefault(id(parameter), []).append(name)
+    place = next((name + "." for name, module in full.named_modules() if module is tower and name), "")
+    found = {}
+    for name, parameter in tower.named_parameters():
+        names = listed.get(id(parameter), [])
+        if place + name in names[1:]:
+            found[name] = (place + name, *(other for other in names if other != place + name))
+    return found
 
 
 def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
@@ -84,13 +140,17 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
 
 def hidden_size(config: PretrainedConfig) -> int:
     """Width d of the residual stream."""
-    for attribute in ("hidden_size", "d_model", "n_embd", "dim"):
-        value = getattr(config, attribute, None)
-        if isinstance(value, int):
-            return value
-    raise UsageError(
-        f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
-    )
+    width = _width(config)
+    if width is None:
+        raise UsageError(
+            f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
+        )
+    return width
+
+
+def _width(config: PretrainedConfig) -> int | None:
+    named = (getattr(config, name, None) for name in ("hidden_size", "d_model", "n_embd", "dim"))
+    return next((width for width in named if isinstance(width, int)), None)
 
 
 def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
@@ -110,7 +170,24 @@ def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, n
             f"{expected if expected is not None else 'equal'} modules of one class "
             f"(config.num_hidden_layers = {expected}); there is {seen or 'no ModuleList'}"
         )
-    return max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    chosen = max(fitting, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    _refuse_parallel_lists(model, chosen[0], dict(fitting))
+    return chosen
+
+
+def _refuse_parallel_lists(model: nn.Module, chosen: str, fitting: dict[str, nn.ModuleList]) -> None:
+    """Attentions in one list and MLPs in another beside it (XLM, FlauBERT) make no blocks."""
+    beside = {
+        name: list_
+        for name, list_ in fitting.items()
+        if name != chosen and name.rpartition(".")[0] == chosen.rpartition(".")[0]
+    }
+    attentions = [name for name, list_ in beside.items() if "attention" in type(list_[0]).__name__.lower()]
+    if attentions and attention_path(fitting[chosen][0]) is None:
+        raise UsageError(
+            f"{type(model).__name__} keeps the parts of its blocks in lists side by side ({chosen}, "
+            f"{', '.join(beside)}); there is no module for a block whose input and output could be read"
+        )
 
 
 def _of_one_class(modules: nn.ModuleList) -> bool:
@@ -118,15 +195,19 @@ def _of_one_class(modules: nn.ModuleList) -> bool:
     return len({type(member) for member in modules}) == 1 and any(True for _ in modules.parameters())
 
 
+def attention_path(block: nn.Module) -> str | None:
+    """The outermost submodule with "Attention" in its class name, relative to the block."""
+    named = (path for path, module in block.named_modules() if "attention" in type(module).__name__.lower())
+    return next((path for path in named if path), None)
+
+
 def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]:
     """Paths of the last linear maps that write `width` features, in the block's attention and outside it."""
-    attention = None
+    attention = attention_path(block)
     inside = outside = None
     for path, module in block.named_modules():
-        if attention is None and path and "attention" in type(module).__name__.lower():
-            attention = path
         weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
             continue
         # nn.Linear keeps (out, in); GPT-2's Conv1D keeps (in, out) and says so in `nf`.
         if (getattr(module, "nf", None) or weight.shape[0]) != width:
@@ -136,6 +217,24 @@ def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]
         else:
             outside = path
     return inside, outside
+
+
+def longest_sequence(model: nn.Module, config: PretrainedConfig) -> int | None:
+    """How many positions the model has; None where it names no limit.
+
+    Position tables that set rows aside for padding (RoBERTa: `padding_idx` and all before it) hold fewer.
+    """
+    for name in ("max_position_embeddings", "max_encoder_position_embeddings", "max_seq_len", "n_ctx"):
+        longest = getattr(config, name, None)
+        if isinstance(longest, int) and longest > 0:
+            break
+    else:
+        return None
+    for name, module in model.named_modules():
+        padded = isinstance(module, nn.Embedding) and module.padding_idx is not None
+        if padded and "position" in name.lower() and module.num_embeddings == longest:
+            return longest - int(module.padding_idx) - 1
+    return longest
 
 
 def _group_parameters(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,13 @@ from torch import nn
 from layerprobe.backbones.backbone import Backbone, check_choices
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
+from layerprobe.backbones.own_head import is_image_classifier
+from layerprobe.backbones.pretrained import (
+    architecture_of,
+    first_line,
+    pretrained_model,
+    remarks_in_one_line,
+)
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.progress import note
@@ -39,6 +44,7 @@ def load_backbone(
     image_size: int | None = None,
     attention: str | None = None,
     pooling: str | None = None,
+    self_check: bool = True,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Backbone:
@@ -65,6 +71,8 @@ def load_backbone(
         "causal" or "bidirectional"; None keeps what the model was pretrained with.
     pooling : str | None
         "mean" (default), "last" or "cls".
+    self_check : bool
+        Whether `Backbone.prepare` checks on two images that the model does what features rest on.
 
     Raises
     ------
@@ -76,11 +84,11 @@ def load_backbone(
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
-    with _quiet_transformers():
-        full = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
+    with remarks_in_one_line(source):
+        full, whole = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
         full.eval()
         # Without a classifier of its own, nothing beside the tower is used again.
-        (full if hasattr(full, "classifier") else image_or_text_tower(full)).to(target)
+        (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
         settings = _image_settings(
             full,
             source,
@@ -90,7 +98,9 @@ def load_backbone(
             attention=attention,
             pooling=pooling,
         )
-        backbone = Backbone(full, source, init=init, seed=seed, **settings)
+        backbone = Backbone(full, source, init=init, seed=seed, self_check=self_check, **settings)
+    if not whole:
+        backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source.run)
     return backbone.eval()
@@ -154,19 +164,8 @@ def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConf
                 f"'{source.name}' wants to run its own Python code; look at it, then pass --trust-remote-code"
             ) from error
         raise BrokenFileError(
-            f"cannot read the configuration of '{source.name}' in {source.folder}: {_short(error)}"
+            f"cannot read the configuration of '{source.name}' in {source.folder}: {first_line(error)}"
         ) from error
-
-
-def _architecture(config: PretrainedConfig) -> Any:
-    """The class the checkpoint was saved from, so that no layer is invented; else the AutoModel."""
-    import transformers
-
-    for name in getattr(config, "architectures", None) or []:
-        found = getattr(transformers, str(name), None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.AutoModel
 
 
 def _build(
@@ -176,71 +175,33 @@ def _build(
     target: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool,
-) -> nn.Module:
-    """The whole model: without values for the meta device, else on the CPU."""
+) -> tuple[nn.Module, bool]:
+    """The whole model, without values for the meta device, else on the CPU; and whether nothing was missing."""
     config = _load_config(source, trust_remote_code)
     if (
         target.type == "meta" or not trust_remote_code
     ):  # the repository's code cannot be sized without running it
         with torch.device("meta"):
-            skeleton = _random_model(config, trust_remote_code)
+            skeleton = random_model(config, trust_remote_code)
         if target.type == "meta":
-            return skeleton.to(dtype)
+            return skeleton.to(dtype), True
         _check_memory(skeleton, source, dtype, target)
     if init == "random":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _random_model(config, trust_remote_code).to(dtype)
-    return _pretrained_model(source, config, dtype, trust_remote_code)
+            return random_model(config, trust_remote_code).to(dtype), True
+    return pretrained_model(source, config, dtype, trust_remote_code)
 
 
-def _random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
+def random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
     """The architecture with the weights that its constructor draws."""
     from transformers import AutoModel
 
-    architecture = _architecture(config)
+    architecture = architecture_of(config)
     if architecture is AutoModel:
         made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         return made
     return architecture(config)
-
-
-def _pretrained_model(
-    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
-) -> nn.Module:
-    """The checkpoint's model; BrokenFileError where weights are missing that the tower needs."""
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-
-    architecture = _architecture(config)
-    auto = architecture is AutoModel
-    extra = {"trust_remote_code": trust_remote_code} if auto else {}
-    try:
-        model, loading = architecture.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            **extra,
-        )
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise BrokenFileError(
-            f"cannot load the weights of '{source.name}' from {source.folder}: {_short(error)}"
-        ) from error
-    tower = image_or_text_tower(model)
-    of_tower = {id(p): n for n, p in tower.named_parameters()}
-    missing = sorted(
-        of_tower[id(parameter)]
-        for name, parameter in model.named_parameters()
-        if name in loading["missing_keys"] and id(parameter) in of_tower
-    )
-    if not all(".pooler." in f".{name}" for name in missing):  # which no feature passes through
-        raise BrokenFileError(
-            f"{source.folder} lacks {len(missing)} tensors of {type(tower).__name__} (first: {missing[0]}); "
-            "they would be random numbers, so nothing was loaded"
-        )
-    return model
 
 
 def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:
@@ -254,7 +215,7 @@ def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:
         state = load_file(path)
         rows, columns = state["projection.weight"].shape
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise BrokenFileError(f"cannot read the stem {path}: {_short(error)}") from error
+        raise BrokenFileError(f"cannot read the stem {path}: {first_line(error)}") from error
     patch = int(backbone.patch_size or 0)
     if not patch or columns % (patch * patch) or rows != backbone.embedding_width:
         raise BrokenFileError(f"the stem {path} ({rows}×{columns}) does not fit patch size {patch}")
@@ -316,25 +277,3 @@ def available_memory(device: torch.device) -> int | None:
             raise UsageError(f"LAYERPROBE_MEMORY_LIMIT is a number of bytes, not {limit!r}") from error
         free = cap if free is None else min(free, cap)
     return free
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' remarks on torchvision and unused heads off the user's terminal."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerprobe.backbones.catalog import MODELS, PACKAGES
-from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, did_you_mean
-from layerprobe.files import read_json, weight_files
+from layerprobe.errors import (
+    BrokenFileError,
+    LayerprobeError,
+    NotAvailableError,
+    UnknownNameError,
+    did_you_mean,
+)
+from layerprobe.files import cache_root, read_json, weight_files, write_json
 
 RUN_FILE = "layerprobe_run.json"
 """A folder with this file is a bridge run: it names the folder of the backbone and the file of the stem."""
 
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
 
-_FULL_HASH_LIMIT = 256 << 20
-_SAMPLE = 1 << 20
+_REMEMBERED_FROM = 256 << 20
+_PIECE = 1 << 20
+_SETTLED_SECONDS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +129,8 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
         folder = Path(
             snapshot_download(hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted)
         )
-        if not offline and not any(folder.glob("*.safetensors")):
+        # Beside a model in .bin files, an adapter or a part of a pipeline may be a *.safetensors.
+        if not offline and not any(folder.glob("model.safetensors*")):
             folder = Path(
                 snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
             )
@@ -179,21 +189,38 @@ def inside(folder: Path, relative: str, named_by: Path) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """A name for local weights: `local-` and 12 hex digits over configuration and weight bytes.
+    """A name for local weights: `local-` and 12 hex digits over configuration and all weight bytes.
 
-    Files up to 256 MiB are hashed whole; of larger ones the size and 64 evenly spaced MiB, so that a 13 GB
-    checkpoint takes a fraction of a second. Checkpoints that differ only between the samples share a name.
+    The digest of a file above 256 MiB is remembered in the cache until the file changes.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder)[0]:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
+        if size > _REMEMBERED_FROM:
+            digest.update(_remembered_digest(path).encode())
+            continue
         with path.open("rb") as stream:
-            if size <= _FULL_HASH_LIMIT:
-                for piece in iter(lambda: stream.read(_SAMPLE), b""):
-                    digest.update(piece)
-            else:
-                for k in range(64):
-                    stream.seek((size - _SAMPLE) * k // 63)
-                    digest.update(stream.read(_SAMPLE))
+            for piece in iter(lambda: stream.read(_PIECE), b""):
+                digest.update(piece)
     return f"local-{digest.hexdigest()[:12]}"
+
+
+def _remembered_digest(path: Path) -> str:
+    """sha256 of a large file, read once: the kernel's time of last change cannot be set back by a copy."""
+    memory = cache_root() / "weight_digests.json"
+    state = path.stat()
+    key = str(path.resolve())
+    facts = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    known: dict[str, list[Any]] = {}
+    with contextlib.suppress(LayerprobeError):
+        known = read_json(memory, what="digests") if memory.is_file() else {}
+    if known.get(key, [None])[0] == facts:
+        return str(known[key][1])
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    # A file written to within the clock's grain would keep its times.
+    if time.time() - max(state.st_mtime, state.st_ctime) > _SETTLED_SECONDS:
+        with contextlib.suppress(LayerprobeError):
+            write_json(memory, {**known, key: [facts, digest]})
+    return digest

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from layerprobe.checkpoints.quantised import dequantised
 from layerprobe.checkpoints.safetensors import StoredTensor, read_safetensors
-from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
-from layerprobe.files import TORCH_ENDINGS, read_json, weight_files
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.files import TORCH_ENDINGS, read_json, unread_weights, weight_files
+from layerprobe.progress import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class Checkpoint:
     files: tuple[Path, ...]
     tensors: tuple[StoredTensor, ...]
     config: dict[str, Any]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """What else a training checkpoint holds: name → what it is."""
 
     @property
     def nbytes(self) -> int:
@@ -48,13 +52,18 @@ class Checkpoint:
         return replace(self, tensors=kept)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint:
     """List the tensors of a model folder (or of one weight file) without reading any weight.
+
+    Quantised matrices appear as what their codes and scales define. Of a training checkpoint the model's state is
+    listed, or the one named `state`.
 
     Raises
     ------
     NotAvailableError
         No such path, or no weight files in it.
+    UnknownNameError
+        There is no such state.
     BrokenFileError
         a file, index or shard that cannot be what it says it is.
     """
@@ -72,8 +81,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise NotAvailableError(f"there is no file or folder {given}")
     tensors: list[StoredTensor] = []
     owner: dict[str, Path] = {}
+    left_out: dict[str, str] = {}
+    misplaced = 0
     for file in files:
-        for tensor in _read(file):
+        found, left = _read(file, state)
+        left_out |= left
+        for tensor in found:
+            if placed and placed.get(tensor.name) != file:
+                misplaced += 1
+                continue
             if tensor.name in owner:
                 raise BrokenFileError(
                     f"tensor '{tensor.name}' is stored twice: in {owner[tensor.name]} and in {file}"
@@ -83,18 +99,29 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     for name, file in placed.items():
         if owner.get(name) != file:
             raise BrokenFileError(f"the index of {folder} places tensor '{name}' in {file}; it is not there")
+    if misplaced:
+        note(
+            f"{given}: {misplaced} tensors in the shards are not placed there by the index; they are left out"
+        )
+    if given.is_dir() and (unread := unread_weights(given, files)):
+        note(unread)
     config = folder / "config.json"
     settings = read_json(config, what="model configuration") if config.is_file() else {}
     if not isinstance(settings, dict):
         raise BrokenFileError(f"cannot read model configuration {config}: it is no JSON object")
-    return Checkpoint(folder=folder, files=tuple(files), tensors=tuple(tensors), config=settings)
+    tensors = dequantised(tensors, settings)
+    return Checkpoint(
+        folder=folder, files=tuple(files), tensors=tuple(tensors), config=settings, left_out=left_out
+    )
 
 
-def _read(file: Path) -> list[StoredTensor]:
+def _read(file: Path, state: str | None) -> tuple[list[StoredTensor], dict[str, str]]:
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
+        if state is not None:
+            raise UnknownNameError(f"{file} has no named states, so --state {state} names none")
+        return read_safetensors(file), {}
     if file.suffix in TORCH_ENDINGS:
         from layerprobe.checkpoints.torch_files import read_torch
 
-        return read_torch(file)
+        return read_torch(file, state)
     raise UsageError(f"cannot tell the format of {file}; known endings: .safetensors .bin .pth .pt")

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from layerprobe.checkpoints.view import View
 from layerprobe.errors import BrokenFileError
 
 RAW_DTYPES: dict[str, str] = {
@@ -54,14 +55,23 @@ _OTHERS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+class FlatEntries(Protocol):
+    """Entries in row-major order that are made when a slice of them is taken."""
+
+    size: int
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """A tensor in a file. `dtype` is torch's name ("bfloat16"), or the file's own where torch has none.
 
     `skip` says why the tensor cannot be measured (integers, packed codes); None for a weight.
-    `alias_of` names the tensor whose storage this one shares, where the file itself says so. `columns` is
-    (width of the stored rows, first, last + 1) for a part of a matrix that is some of its columns. `source` is
-    the flat array where the tensor is in memory (or mapped into it) already.
+    `alias_of` names the tensor whose storage this one shares, where the file itself says so. `view` says which
+    entries of the stored tensor a part keeps; `offset` and `source` stay those of the whole. `source` is the flat
+    array where the tensor is in memory (or mapped into it) already, or what stands for one. `stored_as` is the dtype
+    of the codes where the entries are decoded from them.
     """
 
     name: str
@@ -72,8 +82,9 @@ class StoredTensor:
     nbytes: int
     skip: str | None = None
     alias_of: str | None = None
-    columns: tuple[int, int, int] | None = None
-    source: np.ndarray | None = field(default=None, compare=False, repr=False)
+    stored_as: str | None = None
+    view: View | None = None
+    source: np.ndarray | FlatEntries | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -92,53 +103,38 @@ class StoredTensor:
         view = memoryview(buffer)
         entries = len(view) // dtype.itemsize
         if self.source is not None:
-            for start in range(0, self.source.size, entries):
-                yield self.source[start : start + entries]
+            for first, count, kept in self._view().spans(entries):
+                yield kept.take(self.source[first : first + count])
             return
         try:
             # Unbuffered, so that the bytes go straight into `buffer`.
             with self.file.open("rb", buffering=0) as stream:
-                stream.seek(self.offset)
-                if self.columns is None:
-                    yield from self._read(stream, view[: entries * dtype.itemsize], dtype, self.nbytes)
-                    return
-                width, start, stop = self.columns
-                row = width * dtype.itemsize
-                view = view[: len(view) // row * row] or memoryview(bytearray(row))
-                for chunk in self._read(stream, view, dtype, self.shape[0] * row):
-                    yield np.ascontiguousarray(chunk.reshape(-1, width)[:, start:stop]).reshape(-1)
+                for first, count, kept in self._view().spans(entries):
+                    yield kept.take(self._read(stream, view[: count * dtype.itemsize], first, dtype))
         except OSError as error:
-            raise self._broken(error.strerror or str(error)) from error
+            raise self.broken(error.strerror or str(error)) from error
 
-    def _read(
-        self, stream: FileIO, view: memoryview, dtype: np.dtype[Any], nbytes: int
-    ) -> Iterator[np.ndarray]:
-        for begin in range(0, nbytes, len(view) or 1):
-            target = view[: min(len(view), nbytes - begin)]
-            done = 0
-            while done < len(target):
-                got = stream.readinto(target[done:])
-                if not got:
-                    raise self._broken(f"the file ends at byte {self.offset + begin + done:,}")
-                done += got
-            yield np.frombuffer(target, dtype=dtype)
+    def _view(self) -> View:
+        return self.view or View((self.size,), ((0, self.size),))
 
-    def part(self, label: str, start: int, stop: int, *, columns: bool) -> StoredTensor:
-        """Rows (or columns) `start` to `stop` of a matrix, named like it with `label` in brackets."""
-        rows, width = self.shape
-        name = f"{self.name}[{label}]"
-        shape = (rows, stop - start) if columns else (stop - start, width)
-        itemsize = np.dtype(RAW_DTYPES[self.dtype]).itemsize
-        made = replace(self, name=name, shape=shape, nbytes=math.prod(shape) * itemsize)
-        if self.source is not None:
-            matrix = self.source.reshape(rows, width)
-            kept = matrix[:, start:stop] if columns else matrix[start:stop]
-            return replace(made, source=np.ascontiguousarray(kept).reshape(-1))
-        if columns:
-            return replace(made, columns=(width, start, stop))
-        return replace(made, offset=self.offset + start * width * itemsize)
+    def _read(self, stream: FileIO, target: memoryview, first: int, dtype: np.dtype[Any]) -> np.ndarray:
+        begin = self.offset + first * dtype.itemsize
+        stream.seek(begin)
+        done = 0
+        while done < len(target):
+            got = stream.readinto(target[done:])
+            if not got:
+                raise self.broken(f"the file ends at byte {begin + done:,}")
+            done += got
+        return np.frombuffer(target, dtype=dtype)
 
-    def _broken(self, reason: str) -> BrokenFileError:
+    def part(self, label: str, view: View, shape: tuple[int, ...]) -> StoredTensor:
+        """What `view` keeps, as a tensor of this shape that is named like the whole with `label` in brackets."""
+        nbytes = view.size * np.dtype(RAW_DTYPES[self.dtype]).itemsize
+        return replace(self, name=f"{self.name}[{label}]", shape=shape, nbytes=nbytes, view=view)
+
+    def broken(self, reason: str) -> BrokenFileError:
+        """The error for a tensor whose bytes cannot be read."""
         return BrokenFileError(f"cannot read tensor '{self.name}' from {self.file}: {reason}")
 
 

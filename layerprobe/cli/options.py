@@ -82,6 +82,9 @@ class BackboneOptions:
     attention: str | None = option(None, "causal or bidirectional; default: as the model was pretrained.")
     pooling: str | None = option(None, "mean, last or cls; default: mean.")
     seed: Seed = 0
+    self_check: bool = common_option(
+        True, "Check on two images that the model does what features rest on.", "--self-check/--no-self-check"
+    )
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
     dtype: str | None = common_option(None, "float32, bfloat16 or float16 for the computation.")
     offline: Offline = False

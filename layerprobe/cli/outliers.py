@@ -53,6 +53,9 @@ def outliers(
     top: int = option(3, "Largest entries kept per tensor.", min=0),
     include: list[str] | None = option(None, "Only tensors that fit this pattern, e.g. '*.mlp.*'."),
     exclude: list[str] | None = option(None, "No tensors that fit this pattern; may be repeated."),
+    state: str | None = option(
+        None, "Of a training checkpoint: which state, e.g. ema; default: the model's own."
+    ),
     axes: bool | None = option(
         None, "Rows and columns that stand out; default: for checkpoints up to 512 MiB.", "--axes/--no-axes"
     ),
@@ -79,7 +82,7 @@ def outliers(
     else:
         multiples = numbers(mean_multiples, "--mean-multiples")
         rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
-    files: dict[str, Any] = {"revision": revision, "include": include, "exclude": exclude}
+    files: dict[str, Any] = {"revision": revision, "include": include, "exclude": exclude, "state": state}
     if out.dry_run:
         from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
@@ -99,7 +102,7 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
 def figures(report: OutlierReport) -> dict[str, Any]:
     from layerprobe.plotting import outliers as plots
 
-    frame = report.to_frame()
+    frame = report.roll_up_frame()
     drawn: dict[str, Any] = {"outlier_tails": lambda: plots.plot_outlier_tails(frame)}
     if report.n_blocks and report.rules.sigmas:
         k = report.rules.sigmas[0]

@@ -73,7 +73,7 @@ class Output:
                 save_figure(draw, self.folder / f"{name}.png")
             self.say(f"saved: {self.folder}")
         if self.as_json:
-            print_json(record.to_json())
+            record.write_json(sys.stdout)
             return
         from layerprobe.tables import render_table
 

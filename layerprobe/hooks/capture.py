@@ -37,6 +37,10 @@ class Layout(Protocol):
     def attention_outputs(self) -> tuple[str | None, ...]: ...
     @property
     def mlp_outputs(self) -> tuple[str | None, ...]: ...
+    @property
+    def tokens_first(self) -> bool: ...
+    @property
+    def withheld(self) -> str | None: ...
 
 
 class Hookable(Protocol):
@@ -131,6 +135,8 @@ class Capture(Mapping[LayerRef, Tensor]):
                 f"{layer}: expected B×T×D activations from {type(module).__name__}, got a {found}"
             )
         value = value.detach()
+        if self._backbone.layout.tokens_first:
+            value = value.transpose(0, 1)
         kept = value if self._pool is None else self._pool(value)
         if kept.untyped_storage().data_ptr() == value.untyped_storage().data_ptr():
             # Some blocks add in place afterwards, and a view would keep the whole tensor alive.
@@ -203,6 +209,10 @@ def check_layers(layers: Sequence[LayerRef], backbone: Hookable) -> None:
             )
         if layer.site in writers and writers[layer.site][layer.block] is None:
             kind = "attention" if layer.site == "attn_out" else "MLP"
+            if layout.withheld:
+                raise UsageError(
+                    f"{layer} is not offered for {backbone.name}: {layout.withheld}; use resid_pre and resid_post"
+                )
             raise UsageError(
                 f"{layer}: no {kind} output projection was found in {layout.block_names[layer.block]} "
                 f"of {backbone.name} (looked for the last linear map of the model's width); "

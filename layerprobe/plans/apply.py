@@ -13,7 +13,7 @@ from layerprobe.plans.match import block_modules, clean_name, match_parameters
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 ERROR = "error"
 
@@ -90,8 +90,19 @@ class Verification:
 
 
 _Effect = tuple[str, frozenset[str]]
-_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[_Effect, Fingerprint]] = weakref.WeakKeyDictionary()
-"""Model -> (effect of the plan applied last, digests at that moment); gone when the model is."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """The effect of the plan applied last, and the model's digests and dtypes at that moment."""
+
+    effect: _Effect
+    before: Fingerprint
+    dtypes: dict[str, str]
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+"""Model -> what `apply` keeps of it; gone when the model is."""
 
 
 def apply_plan(
@@ -130,7 +141,8 @@ def apply_plan(
     Raises
     ------
     PlanError
-        Names or shapes do not fit; the first few are listed.
+        Names or shapes do not fit; what should train cannot (integer codes); or a tensor has no values here to be
+        remembered (offloaded, on the meta device). The first few are listed.
     """
     every = _named_parameters(model)
     match = match_parameters(plan, every, prefix=prefix, without=without)
@@ -149,15 +161,15 @@ def apply_plan(
         name: first.setdefault(id(every[name]), name) for name in match.outside if name not in tied
     }
     states = _outside_states(outside, first_names, tied, trained)
-    for full, name in ours.items():
-        every[full].requires_grad_(name in trained)
-    for name, word in states.items():
-        every[name].requires_grad_(word == TRAINABLE)
-    if remember:
-        _remembered[model] = (
-            _effect(plan),
-            take_fingerprint(plan, model, prefix=match.prefix, without=without),
-        )
+    flags = {full: name in trained for full, name in ours.items()}
+    flags |= {name: word == TRAINABLE for name, word in states.items()}
+    _check_trainable({name: every[name] for name, flag in flags.items() if flag}, every)
+    # Everything that can fail comes before the first flag.
+    before = take_fingerprint(plan, model, prefix=match.prefix, without=without) if remember else None
+    _set_flags(every, flags)
+    if before is not None:
+        dtypes = {name: str(every[full].dtype) for full, name in ours.items()}
+        _remembered[model] = _Memory(_effect(plan), before, dtypes)
     return Applied(
         prefix=match.prefix,
         trainable=sum(name in trained for name in ours.values()),
@@ -178,7 +190,7 @@ def take_fingerprint(
     every = _named_parameters(model)
     match = match_parameters(plan, every, prefix=prefix, without=without)
     parameters = {
-        name: tensor_digest(every[match.prefix + name])
+        name: _digest(name, every[match.prefix + name])
         for name in plan.parameters
         if name not in match.absent
     }
@@ -188,7 +200,7 @@ def take_fingerprint(
         if state == FROZEN
     )
     buffers = {
-        name[len(match.prefix) :]: tensor_digest(buffer)
+        name[len(match.prefix) :]: _digest(name, buffer)
         for name, buffer in ((clean_name(n), b) for n, b in model.named_buffers(remove_duplicate=False))
         if name.startswith(inside)
     }
@@ -215,13 +227,14 @@ def verify_plan(
     PlanError
         a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
     """
+    memory = _remembered.get(model)
     if before is None:
-        effect, before = _remembered.get(model, (None, None))
-        if before is None or effect != _effect(plan):
+        if memory is None or memory.effect != _effect(plan):
             raise PlanError(
                 "nothing to compare with: this plan was not applied to this model object; "
                 "keep before = plan.fingerprint(model) and call plan.verify(model, before)"
             )
+        before = memory.before
     # What the model lacked when the digests were taken, it may lack now.
     absent = [name for name in plan.parameters if name not in before.parameters]
     now = take_fingerprint(plan, model, prefix=prefix, without=[*without, *absent])
@@ -232,6 +245,8 @@ def verify_plan(
     moved = [name for name in differ if name not in changed]
     moved += [name for name, digest in before.buffers.items() if now.buffers.get(name) != digest]
     if moved:
+        if memory is not None and before is memory.before:
+            _refuse_cast(model, memory.dtypes, moved)
         raise PlanError(
             f"{len(moved)} of {n_frozen + len(before.buffers)} frozen tensors are not what they were before "
             f"training ({few(moved)}); requires_grad is lost on from_pretrained: apply the plan before the "
@@ -243,6 +258,78 @@ def verify_plan(
         changed=tuple(name for name in trainable if name in changed),
         unchanged=tuple(name for name in trainable if name not in changed),
     )
+
+
+def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str, nn.Parameter]) -> None:
+    """PlanError for parameters that are to be trained and cannot be; `every` are those of the whole model."""
+    offloaded = [name for name, p in parameters.items() if p.is_meta]
+    if offloaded and not all(p.is_meta for p in every.values()):  # a model without any values is a dry run
+        raise PlanError(
+            f"{len(offloaded)} parameters that should be trainable are on the meta device, offloaded to disk or CPU: "
+            f"{few(offloaded)}; load the model without offloading. Nothing was changed"
+        )
+    codes = [n for n, p in parameters.items() if not (p.dtype.is_floating_point or p.dtype.is_complex)]
+    if codes:
+        raise PlanError(
+            f"{len(codes)} parameters that should be trainable hold {_dtype(parameters[codes[0]])} codes (quantised): "
+            f"{few(codes)}; load the model without quantisation, or freeze their blocks. Nothing was changed"
+        )
+    if bound := [name for name, p in parameters.items() if p.is_inference()]:
+        raise PlanError(
+            f"{len(bound)} parameters that should be trainable were made under torch.inference_mode ({few(bound)}); "
+            "load the model outside of it. Nothing was changed"
+        )
+
+
+def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> None:
+    """Set every flag, or, where torch refuses one, none."""
+    before = {name: every[name].requires_grad for name in flags}
+    try:
+        for name, flag in flags.items():
+            every[name].requires_grad_(flag)
+    except RuntimeError as error:
+        for name, flag in before.items():
+            if every[name].requires_grad != flag:
+                every[name].requires_grad_(flag)
+        line = str(error).strip().splitlines()[0]
+        raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
+
+
+def _digest(name: str, tensor: Tensor) -> str:
+    """The tensor's digest; PlanError where it has no bytes here that could be compared later."""
+    if tensor.is_meta:
+        raise PlanError(
+            f"{name} is on the meta device: offloaded by accelerate, or not loaded, so there is nothing to compare "
+            "after training; load the model without offloading, or apply with remember=False"
+        )
+    try:
+        return tensor_digest(tensor)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise PlanError(
+            f"{name} ({type(tensor).__name__}, {kind}, {_dtype(tensor)}) cannot be read byte by byte ({line}); "
+            "apply with remember=False"
+        ) from error
+
+
+def _refuse_cast(model: nn.Module, dtypes: Mapping[str, str], moved: list[str]) -> None:
+    """PlanError where what looks like training is a model that was cast after the plan was applied."""
+    there = _named_parameters(model)
+    suffix = {
+        name: next((p for n, p in there.items() if f".{n}".endswith(f".{name}")), None) for name in moved
+    }
+    cast = [n for n, p in suffix.items() if n in dtypes and p is not None and str(p.dtype) != dtypes[n]]
+    if cast:
+        was, is_now = dtypes[cast[0]].removeprefix("torch."), _dtype(suffix[cast[0]])
+        raise PlanError(
+            f"{len(cast)} frozen tensors were {was} when the plan was applied and are {is_now} now ({few(cast)}): "
+            "the model was cast in between; cast it first, then apply the plan"
+        )
+
+
+def _dtype(tensor: Tensor | None) -> str:
+    return str(tensor.dtype).removeprefix("torch.") if tensor is not None else "gone"
 
 
 def _effect(plan: PlanData) -> _Effect:

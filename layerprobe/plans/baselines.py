@@ -65,12 +65,13 @@ def standard_plans(
     revision: str | None = None,
     embeddings: str = FROZEN,
     first: int = 5,
+    tied: Mapping[str, Iterable[str]] | None = None,
 ) -> dict[str, FreezePlan]:
     """The baselines as plans, by name.
 
     Parameters
     ----------
-    parameters, groups
+    parameters, groups, tied
         As for `FreezePlan.from_blocks`.
     norm_names : Iterable[str]
         Parameters of norms, inside the blocks and outside, see `norm_parameter_names`.
@@ -98,6 +99,7 @@ def standard_plans(
             embeddings=embeddings,
             also_trainable=also,
             found={"baseline": name},
+            tied=tied,
             **states,
         )
 

@@ -50,6 +50,9 @@ class FreezePlan(PlanData):
         How the plan was found: task, split hash, seeds, budget, scores, accuracy with interval …
     parameters
         Name -> `Parameter`.
+    tied
+        Name -> the tensor's names in the model around the base model, where that lists it under another name
+        (`shared.weight` of T5); exports need them.
     source
         File the plan was read from, for error messages.
 
@@ -100,6 +103,7 @@ class FreezePlan(PlanData):
             revision=raw["revision"],
             parameters=table,
             found=raw["found"],
+            tied={name: tuple(others) for name, others in raw.get("tied", {}).items()},
             source=source,
             **derived_fields(table, set(raw["trainable"]), stem=states["stem"], head=states["head"]),
         )

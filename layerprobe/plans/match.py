@@ -70,9 +70,34 @@ def match_parameters(
     if missing or blocks:
         bare_names = [n[len(prefix) :] for n in present if n.startswith(prefix)]
         raise PlanError(_mismatch(plan, bare_names, missing, blocks, "this model"))
-    shapes = {n: tuple(present[prefix + n].shape) for n in plan.parameters if n not in absent}
-    _check_shapes(plan, shapes, "this model")
+    ours = {n: present[prefix + n] for n in plan.parameters if n not in absent}
+    _check_whole(ours)
+    _check_shapes(plan, {n: tuple(p.shape) for n, p in ours.items()}, "this model")
     return NameMatch(prefix, absent, outside)
+
+
+def _check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
+    """PlanError for tensors whose shape is not the weight's: partitioned, packed or nested."""
+    parted = [
+        n for n, p in parameters.items() if hasattr(p, "ds_shape") and tuple(p.shape) != tuple(p.ds_shape)
+    ]
+    if parted:
+        raise PlanError(
+            f"{len(parted)} parameters are placeholders of DeepSpeed ZeRO-3 ({few(parted)}), which keeps their values "
+            "apart on all processes; apply the plan before deepspeed.initialize, or inside "
+            "deepspeed.zero.GatheredParameters"
+        )
+    if packed := [
+        n for n, p in parameters.items() if hasattr(p, "quant_state") and not p.is_floating_point()
+    ]:
+        raise PlanError(
+            f"{len(packed)} parameters are packed 4-bit codes of bitsandbytes ({few(packed)}), which have neither the "
+            "plan's shapes nor values to train; load the model without quantisation"
+        )
+    if nested := [n for n, p in parameters.items() if p.is_nested]:
+        raise PlanError(
+            f"{len(nested)} parameters are nested tensors, which have no one shape ({few(nested)})"
+        )
 
 
 def _unplanned_blocks(plan: PlanData, prefix: str, outside: Iterable[str]) -> list[str]:

@@ -70,6 +70,7 @@ class PlanData:
     counts: dict[str, int]
     parameters: dict[str, Parameter]
     found: dict[str, Any] = field(default_factory=dict)
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     source: str = field(default="the plan", compare=False)
 
     @classmethod
@@ -89,6 +90,7 @@ class PlanData:
         head: str = TRAINABLE,
         also_trainable: Iterable[str] = (),
         found: Mapping[str, Any] | None = None,
+        tied: Mapping[str, Iterable[str]] | None = None,
     ) -> Self:
         """The plan that trains whole blocks, and outside them what the keywords say.
 
@@ -108,6 +110,9 @@ class PlanData:
             The same for what stands around the backbone; a statement for the trainer.
         also_trainable : Iterable[str]
             Exact names trained whatever their group says (for example the norms in frozen blocks).
+        tied : Mapping[str, Iterable[str]] | None
+            Name -> its names in the model around the base model, where that lists the tensor under another
+            (`shared.weight` of T5): first the tensor's own, then the others in the model's order.
 
         Raises
         ------
@@ -145,6 +150,7 @@ class PlanData:
             revision=revision,
             parameters=table,
             found=dict(found or {}),
+            tied={name: tuple(others) for name, others in (tied or {}).items()},
             **derived_fields(table, trained, stem=stem, head=head),
         )
 
@@ -205,6 +211,7 @@ class PlanData:
                 name: {"group": p.group, "shape": list(p.shape), "dtype": p.dtype}
                 for name, p in self.parameters.items()
             },
+            **({"tied": {name: list(others) for name, others in self.tied.items()}} if self.tied else {}),
         }
 
 

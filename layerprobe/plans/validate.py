@@ -26,6 +26,7 @@ def find_mistakes(raw: object) -> list[str]:
         return [f"its schema is {_show(raw['schema'])}; this version of layerprobe reads '{SCHEMA}'"]
     mistakes = _wrong_fields(raw)
     mistakes += _wrong_parameters(raw["parameters"]) if isinstance(raw.get("parameters"), dict) else []
+    mistakes += _wrong_ties(raw["tied"]) if "tied" in raw else []
     for side in (FROZEN, TRAINABLE):
         if isinstance(raw.get(side), list):
             mistakes += _wrong_names(side, raw[side])
@@ -54,7 +55,7 @@ def _wrong_fields(raw: dict[str, Any]) -> list[str]:
             mistakes.append(f"'{key}' is missing")
         elif not isinstance(raw[key], kind):
             mistakes.append(f"'{key}' must be {words}, not {_show(raw[key])}")
-    if unknown := sorted(set(raw) - set(_FIELDS) - {"schema"}):
+    if unknown := sorted(set(raw) - set(_FIELDS) - {"schema", "tied"}):
         mistakes.append(f"unknown keys: {few(map(_show, unknown))}")
     typed = {k: v for k, v in raw.items() if k in _FIELDS and isinstance(v, _FIELDS[k][0])}
     return mistakes + _wrong_contents(typed)
@@ -115,6 +116,20 @@ def _wrong_parameters(parameters: dict[str, Any]) -> list[str]:
     return mistakes
 
 
+def _wrong_ties(tied: object) -> list[str]:
+    """What is wrong with the optional field of names that tensors have in the model around."""
+    if not isinstance(tied, dict):
+        return [f"'tied' must be an object, not {_show(tied)}"]
+    wrong = [
+        name
+        for name, others in tied.items()
+        if not (
+            _is_name(name) and isinstance(others, list) and len(others) > 1 and all(map(_is_name, others))
+        )
+    ]
+    return [f"'tied' needs at least two names for {few(map(_show, wrong))}"] if wrong else []
+
+
 def _contradictions(raw: dict[str, Any]) -> list[str]:
     """What the fields say against one another; each is valid in itself."""
     mistakes = []
@@ -122,7 +137,7 @@ def _contradictions(raw: dict[str, Any]) -> list[str]:
     for words, names in (
         ("both frozen and trainable", frozen & trainable),
         ("neither frozen nor trainable", known - frozen - trainable),
-        ("not among the parameters", (frozen | trainable) - known),
+        ("not among the parameters", (frozen | trainable | set(raw.get("tied", {}))) - known),
     ):
         if names:
             mistakes.append(f"{words}: {few(map(_show, sorted(names)))}")

@@ -17,9 +17,9 @@ from layerprobe.errors import UsageError
 from layerprobe.plotting import style as look
 
 _KIND_COLOURS = {
-    "q": look.BLUE, "k": look.SKY, "v": look.GREEN, "qkv": look.BLUE, "o": look.BLACK, "gate": look.PINK,
-    "up": look.ORANGE, "gate_up": look.ORANGE, "fc": look.ORANGE, "down": look.YELLOW, "router": look.GREY,
-    "other": look.GREY,
+    "q": look.BLUE, "k": look.SKY, "v": look.GREEN, "kv": look.SKY, "qkv": look.BLUE, "o": look.BLACK,
+    "gate": look.PINK, "up": look.ORANGE, "gate_up": look.ORANGE, "fc": look.ORANGE, "down": look.YELLOW,
+    "router": look.GREY, "mixer": look.PINK, "other": look.GREY,
 }  # fmt: skip
 _GROUP_COLOURS = {
     "blocks": look.BLUE,
@@ -27,7 +27,17 @@ _GROUP_COLOURS = {
     "embeddings": look.GREEN,
     "head": look.PINK,
 }
-_COMPARED = ("all", "attention in", "attention out", "mlp in", "mlp out", "norm", "bias", "embedding")
+_COMPARED = (
+    "all",
+    "attention in",
+    "attention out",
+    "mlp in",
+    "mlp out",
+    "mixer",
+    "norm",
+    "bias",
+    "embedding",
+)
 _DEPTHS = ("all", "early", "middle", "late")
 
 

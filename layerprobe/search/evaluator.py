@@ -54,6 +54,7 @@ class Evaluator:
             model_id=self.backbone.source.model_id,
             revision=self.backbone.source.revision,
             norm_names=norm_parameter_names(self.backbone.model),
+            tied=self.backbone.tied_names,
         )
 
     def plan(self, mask: Mask, *, norms: bool = False) -> FreezePlan:

@@ -102,7 +102,7 @@ def freeze_search(
     found.provenance = provenance(
         "freeze-search",
         {**chosen.to_dict(), "preset": preset, "workers": workers},
-        backbone=backbone.describe(),
+        backbone=backbone.provenance(),
         task=task.describe(),
         storage=hide_password(url) if storage is not None else "study.db",
     )

@@ -300,8 +300,9 @@ class TrialStore:
 def storage_url(url: str | os.PathLike[str]) -> str:
     """A SQLAlchemy URL: paths become SQLite files, postgresql:// takes the psycopg 3 driver."""
     text = os.fspath(url)
-    if "://" not in text:
-        return f"sqlite:///{Path(text).absolute()}"
+    if "://" not in text:  # `%` and `?` mean something in a URL, so the path is not pasted into one
+        file = sqlalchemy.URL.create("sqlite", database=str(Path(text).absolute()))
+        return file.render_as_string(hide_password=False)
     for prefix in ("postgresql://", "postgres://"):
         if text.startswith(prefix):
             return "postgresql+psycopg://" + text.removeprefix(prefix)
@@ -311,7 +312,7 @@ def storage_url(url: str | os.PathLike[str]) -> str:
 def hide_password(url: str) -> str:
     """The URL as it may be shown: an SQLite file's path, anything else without its password."""
     if url.startswith("sqlite:///"):
-        return url.removeprefix("sqlite:///")
+        return sqlalchemy.make_url(url).database or ":memory:"
     head, _, tail = url.partition("://")
     user, at, rest = tail.rpartition("@")
     host, _, query = rest.partition("?")
@@ -333,7 +334,7 @@ def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
         try:
             with _quiet():
                 storage = optuna.storages.RDBStorage(
-                    url,
+                    url.replace("{", "{{").replace("}", "}}"),  # optuna takes the URL for a template
                     engine_kwargs=engine,
                     heartbeat_interval=HEARTBEAT_SECONDS,
                     grace_period=GRACE_SECONDS,

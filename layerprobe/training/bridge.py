@@ -284,7 +284,7 @@ class _Training:
             provenance=provenance(
                 "bridge",
                 self.config.replace(lr=self.lr).to_dict(),
-                backbone=self.about,
+                backbone={**self.backbone.provenance(), **self.about},
                 plan={k: getattr(self.plan, k) for k in ("blocks", "states", "counts")},
                 verified=verified.summary(),
                 processes=self.accelerator.num_processes,

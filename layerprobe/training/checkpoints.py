@@ -5,7 +5,8 @@
       plan.json  labels.csv   the freeze plan; the random label of every training image
       history.csv             one row per optimizer step
       checkpoints/step-00000400/   (the newest few)
-        backbone/             loads with AutoModel.from_pretrained
+        backbone/             loads with from_pretrained of the class that its config names (`architectures`):
+                              of an encoder-decoder the encoder alone, which AutoModel would not look for
         stem.safetensors  head.safetensors  optimizer.safetensors  state.json
       final/                  the same at the end of a finished run
 

@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, n_classes: int, *, seed: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.hidden_size, n_classes)
+        self.head = nn.Linear(backbone.output_width, n_classes)
         draw = torch.Generator().manual_seed(derive_seed(seed, "head"))
         with torch.no_grad():
             self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=draw) * 0.02)

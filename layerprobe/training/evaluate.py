@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerprobe.backbones.backbone import evaluating
+from layerprobe.backbones.own_head import own_head
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
 from layerprobe.metrics.probing.logistic import select_probe
@@ -89,7 +90,8 @@ def evaluate(
         settings = {"mode": mode, "config": config.to_dict(), "about": about, "plan": used.content_hash()}
         store = _TrialStore(output, settings)
         result = _compare(run, ["model"], mode, config.lrs, seeds, about, store, quiet)
-    return _with_provenance(result, {"mode": mode, "seeds": list(seeds), **config.to_dict()}, plan, output)
+    arguments = {"mode": mode, "seeds": list(seeds), **config.to_dict()}
+    return _with_provenance(result, arguments, backbone, plan, output)
 
 
 def evaluate_arms(
@@ -150,7 +152,7 @@ def evaluate_arms(
     store = _TrialStore(output, settings)
     result = _compare(trainer, arms, mode, finetune.lrs, seeds, about, store, quiet)
     arguments = {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings}
-    return _with_provenance(result, arguments, plan, output)
+    return _with_provenance(result, arguments, sample, plan, output)
 
 
 @dataclass(kw_only=True)
@@ -241,11 +243,17 @@ def _compare(
 
 
 def _with_provenance(
-    result: Evaluation, arguments: dict[str, Any], plan: FreezePlan | None, output: str | Path | None
+    result: Evaluation,
+    arguments: dict[str, Any],
+    backbone: Backbone,
+    plan: FreezePlan | None,
+    output: str | Path | None,
 ) -> Evaluation:
     """The record with what it was made from, saved where there is a folder."""
     shown = None if plan is None else {"blocks": list(plan.blocks), "states": plan.states}
-    result.provenance = provenance("evaluate", arguments, backbone=result.about, plan=shown)
+    result.provenance = provenance(
+        "evaluate", arguments, backbone={**backbone.provenance(), **result.about}, plan=shown
+    )
     if output is not None:
         result.save(output)
     return result
@@ -300,12 +308,13 @@ def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
 
 
 def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
-    """The checkpoint's own classifier; its classes are matched by name, else by index."""
+    """The checkpoint's own classifier, its outputs matched to the task's classes by name."""
+    head = own_head(backbone, task)
 
     def accuracy(split: ImageSplit) -> float:
         pixels = ImageTensors(backbone, split)
-        guesses = in_batches(lambda x: backbone.own_logits(x).argmax(1), pixels, device=backbone.device)
-        return float((_class_map(backbone, task)[guesses.numpy()] == split.labels).mean())
+        guesses = in_batches(lambda x: head(x).argmax(1), pixels, device=backbone.device)
+        return float((guesses.numpy() == split.labels).mean())
 
     return _untrained(task, seed, accuracy(task.splits["validation"]), accuracy(task.splits["test"]))
 
@@ -320,23 +329,3 @@ def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
         n_test=len(task.splits["test"]),
         trainable_parameters=0,
     )
-
-
-def _class_map(backbone: Backbone, task: Task) -> np.ndarray:
-    """Class of the checkpoint → class of the task."""
-    labels = {int(index): name for index, name in (backbone.config.id2label or {}).items()}
-    names = [str(labels[i]) for i in range(len(labels))]
-    theirs, ours = ([_letters(name) for name in classes] for classes in (names, task.classes))
-    if sorted(theirs) == sorted(ours):
-        return np.array([ours.index(name) for name in theirs])
-    unnamed = all(name == f"label{i}" or name == str(i) for i, name in enumerate(theirs))
-    if unnamed and len(theirs) == len(ours):
-        return np.arange(len(ours))
-    raise UsageError(
-        f"the classifier of {backbone.name} knows {len(names)} classes ({', '.join(names[:3])}, …), the task "
-        f"{task.name} has {len(ours)} ({', '.join(task.classes[:3])}, …); fine-tune or probe it instead"
-    )
-
-
-def _letters(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())

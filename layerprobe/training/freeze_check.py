@@ -81,4 +81,5 @@ def block_plan(
         embeddings=outside,
         other=outside,
         stem=stem,
+        tied=backbone.tied_names,
     )

@@ -338,7 +338,9 @@ def make_prefix(classifier: Classifier, pixels: ImageTensors, config: TrainConfi
     depth = outputs.index(True) if True in outputs else len(outputs)
     with torch.no_grad():
         hidden = classifier.backbone(sample)
-    if depth == 0 or hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
+    if depth == 0 or classifier.backbone.layout.tokens_first:
+        return None
+    if hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
         return None
     with autocast(classifier.device, config.precision):
         return FrozenPrefix(classifier, depth, pixels, batch_size=config.micro_batch or config.batch_size)

@@ -6,7 +6,7 @@ A code is the raw unsigned integer of 8 or 16 bits. Codes of 32-bit floats are g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +16,9 @@ CODE_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4
 
 BLOCK = 4096
 """Engines report the greatest magnitude of every block of so many entries; only few blocks are then looked at."""
+
+_AT_ONCE = 1 << 16
+"""Comparisons of few entries with many bounds are made at once, up to so many."""
 
 _FLOAT8 = {
     "float8_e4m3fn": (4, 7, [0x7F, 0xFF]),
@@ -176,9 +179,20 @@ class Distribution:
 
     def count_far(self, center: float, bound: float, *, factor: float = 1.0, unit: float = 1.0) -> int:
         """How many entries have factor · |value − center| / unit > bound."""
+        if self.exact:
+            far = np.abs(factor * (self.low - center) / unit) > bound
+            return int(self.count[far].sum())
         return self.count_where(lambda v: factor * (v - center) / unit > bound) + self.count_where(
             lambda v: factor * (center - v) / unit > bound
         )
+
+    def count_all_far(self, bounds: Mapping[str, tuple[float, float]]) -> dict[str, int]:
+        """`count_far` for every (center, bound) of a mapping."""
+        if not self.exact or self.low.size * len(bounds) > _AT_ONCE or not bounds:
+            return {rule: self.count_far(*bound) for rule, bound in bounds.items()}
+        center, bound = np.array(list(bounds.values())).T
+        far = np.abs(self.low[:, None] - center) > bound
+        return dict(zip(bounds, (self.count @ far).tolist(), strict=True))
 
     def count_outside(self, low: float, high: float) -> int:
         """How many entries lie below `low` or above `high`."""
@@ -187,7 +201,7 @@ class Distribution:
     def order(self, rank: int) -> float:
         """The `rank`-th smallest entry, from 0."""
         index = self.segment_of(rank)
-        if not self._wide[index]:
+        if self.exact or not self._wide[index]:
             return float(self.low[index])
         self.refine([index])
         values, counts = self._fine[index]
@@ -196,7 +210,7 @@ class Distribution:
 
     def segment_of(self, rank: int) -> int:
         """Index of the segment that holds the `rank`-th smallest entry."""
-        return int(np.searchsorted(self.cumulative, rank, side="right"))
+        return int(self.cumulative.searchsorted(rank, side="right"))
 
     def quantile(self, q: float) -> float:
         """Quantile by numpy's default ("linear") convention, down to its rounding."""

@@ -18,7 +18,7 @@ NORM_SIGMA = 3.0
 """A norm dimension stands out in one tensor beyond so many deviations of that tensor."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
     """Count, mean and the sums Σ(x−μ)², Σ(x−μ)³, Σ(x−μ)⁴, in float64.
 

@@ -18,7 +18,7 @@ from layerprobe.metrics.outliers import (
     measure_nothing,
     thresholds,
 )
-from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_table, float32_bins
+from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_table, decoded, float32_bins
 from layerprobe.metrics.outliers.counting import Engine, TopEntries, make_engine
 from layerprobe.metrics.outliers.moments import AxisSpread, Moments, chunk_moments
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SORT_BELOW = 1 << 20
 """float32 tensors with fewer entries are sorted; larger ones are binned by their upper 16 bits."""
+
+COUNT_FROM = 1 << 12
+"""8- and 16-bit tensors with fewer entries are sorted, too: a table of all codes would cost more."""
 
 _REFINE_AT_ONCE = 64
 
@@ -155,7 +158,7 @@ def _also_into(spread: AxisSpread, passes: Passes) -> Passes:
 
 def needs_engine(dtype: str, size: int) -> bool:
     """Whether a tensor is counted by an engine; the others are sorted with numpy alone."""
-    return dtype in CODE_DTYPES or (dtype == "float32" and size >= SORT_BELOW)
+    return size >= (COUNT_FROM if dtype in CODE_DTYPES else SORT_BELOW) and dtype != "float64"
 
 
 def _from_codes(
@@ -186,16 +189,20 @@ def _from_codes(
 def _from_sorting(
     passes: Passes, dtype: str, size: int, rules: OutlierRules
 ) -> tuple[TensorOutliers, Distribution]:
-    raw = np.empty(size, np.dtype(dtype))
-    top = TopEntries(rules.top, dtype)
+    coded = dtype in CODE_DTYPES
+    raw = np.empty(size, np.float64 if coded else np.dtype(dtype))
+    top = TopEntries(rules.top, "float64" if coded else dtype)
     start = 0
     for chunk in passes():
-        raw[start : start + chunk.size] = chunk
-        top.update(chunk)
+        entries = decoded(chunk, dtype) if coded else chunk
+        raw[start : start + chunk.size] = entries
+        top.update(entries)
         start += chunk.size
-    nan, inf = int(np.isnan(raw).sum()), int(np.isinf(raw).sum())
-    if nan or inf:
-        raw = raw[np.isfinite(raw)]
+    nan = inf = 0
+    finite = np.isfinite(raw)
+    if not finite.all():
+        nan, inf = int(np.isnan(raw).sum()), int(np.isinf(raw).sum())
+        raw = raw[finite]
     raw.sort()
     values = raw.astype(np.float64)
     result = TensorOutliers(

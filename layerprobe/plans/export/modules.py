@@ -83,6 +83,11 @@ def write_peft(names: ExportNames) -> str:
     holders = _modules(names.all)
     trained = set(names.trainable)
     chosen = list(dict.fromkeys(name.rpartition(".")[0] for name in names.trainable))
+    if tied := [name for name in names.trainable if name in names.aliases]:
+        raise PlanError(
+            f"PEFT trains a copy of a module, and {tied[0]} is one tensor with {names.aliases[tied[0]][0]}, which "
+            "would stay as it is; export to hf-trainer instead"
+        )
     for module in chosen:
         if not module:
             raise PlanError(f"PEFT trains whole modules, and {few(names.trainable, 1)} lies in none")

@@ -28,6 +28,8 @@ class ExportNames:
         Those of `blocks` whose every parameter is trained.
     others : tuple[str, ...]
         Trainable names outside the free blocks.
+    aliases : dict[str, tuple[str, ...]]
+        Name of a tied tensor, as the model lists it, -> its other names.
     """
 
     plan: PlanData
@@ -36,6 +38,12 @@ class ExportNames:
     blocks: tuple[str, ...]
     free_blocks: tuple[str, ...]
     others: tuple[str, ...]
+    aliases: dict[str, tuple[str, ...]]
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`others` under every name, for targets that may name what a model does not list."""
+        return tuple(every for name in self.others for every in (name, *self.aliases.get(name, ())))
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -68,10 +76,21 @@ def export_names(
     absent = names_within(plan, without)
     trained = set(plan.trainable)
     # Full name -> whether it is trained, in the model's order and then those outside.
-    states = {prefix + name: name in trained for name in plan.parameters if name not in absent}
-    if clash := [name for name in outside if name in states]:
+    states: dict[str, bool] = {}
+    aliases: dict[str, tuple[str, ...]] = {}
+    for name in plan.parameters:
+        if name not in absent:
+            listed, *more = _listed_names(prefix + name, plan.tied.get(name, ()))
+            states[listed] = name in trained
+            aliases |= {listed: tuple(more)} if more else {}
+    if clash := [name for name in outside if name in states and name not in aliases]:
         raise PlanError(f"outside: {few(clash)} belongs to the plan itself")
-    states |= {name: state == TRAINABLE for name, state in outside.items()}
+    same = {alias: listed for listed, more in aliases.items() for alias in (listed, *more)}
+    for name, state in outside.items():
+        if states.setdefault(same.get(name, name), state == TRAINABLE) != (state == TRAINABLE):
+            raise PlanError(
+                f"outside: {name} cannot be {state}: it is a tensor of the plan (tied), which says else"
+            )
     trainable = tuple(name for name, is_trained in states.items() if is_trained)
     blocks = tuple(prefix + module for module in block_modules(plan))
     free = tuple(module for module, whole in zip(blocks, plan.blocks, strict=True) if whole)
@@ -83,7 +102,26 @@ def export_names(
         blocks=blocks,
         free_blocks=free,
         others=tuple(name for name in trainable if not name.startswith(starts)),
+        aliases=aliases,
     )
+
+
+def _listed_names(spelled: str, tied: tuple[str, ...]) -> list[str]:
+    """The names of one tensor in the model that is exported to, the one that the model lists first.
+
+    `tied` are its names in the model that the plan was made from, its own first. Either model may be the other's
+    inner part; names that lie outside the inner one are left out.
+    """
+    if not tied:
+        return [spelled]
+    own, *others = tied
+    if f".{spelled}".endswith(f".{own}"):
+        around = spelled[: len(spelled) - len(own)]
+        return [*(around + name for name in others), spelled]
+    if f".{own}".endswith(f".{spelled}"):
+        around = own[: len(own) - len(spelled)]
+        return [*(name[len(around) :] for name in others if name.startswith(around)), spelled]
+    return [spelled]
 
 
 def write_axolotl(names: ExportNames) -> str:
@@ -97,9 +135,9 @@ def write_axolotl(names: ExportNames) -> str:
     beside it (src/axolotl/utils/schemas/validation.py), and an `adapter` would be trained instead of the
     weights.
     """
-    if odd := [name for name in names.all if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name)]:
+    if odd := [name for name in (*names.all, *names.patterns) if not re.fullmatch(r"[A-Za-z0-9_.\-]+", name)]:
         raise PlanError(f"axolotl reads names as patterns and would misread {few(odd)}")
-    patterns = [f"^{block}." for block in names.free_blocks] + [f"^{name}$" for name in names.others]
+    patterns = [f"^{block}." for block in names.free_blocks] + [f"^{name}$" for name in names.patterns]
     compiled = [re.compile(pattern.replace(".", r"\.")) for pattern in patterns]
     names.require_exact((n for n in names.all if any(p.match(n) for p in compiled)), "axolotl")
     hint = "# set no adapter; with gradient_checkpointing, gradient_checkpointing_kwargs: {use_reentrant: false}\n"
@@ -123,15 +161,21 @@ _FREEZE_FUNCTION = '''
 
 def freeze(model):
     """Train exactly TRAINABLE; call before the Trainer is built, and again on resume."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = sorted((TRAINABLE | FROZEN) - parameters.keys())
     if missing:
         raise ValueError(f"this model lacks {len(missing)} parameters of the plan, for example {missing[0]}")
-    unknown = sorted(parameters.keys() - TRAINABLE - FROZEN)
+    # A tied tensor has several names, and one of them is enough.
+    trained = {id(parameters[name]) for name in TRAINABLE}
+    frozen = {id(parameters[name]) for name in FROZEN}
+    split = sorted(name for name in TRAINABLE if id(parameters[name]) in frozen)
+    if split:
+        raise ValueError(f"the plan trains {split[0]}, which in this model is one tensor with what it freezes")
+    unknown = sorted(name for name, parameter in parameters.items() if id(parameter) not in trained | frozen)
     if unknown:
         raise ValueError(f"the plan says nothing about {len(unknown)} parameters, for example {unknown[0]}")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in TRAINABLE)
+    for parameter in parameters.values():
+        parameter.requires_grad_(id(parameter) in trained)
     return model
 '''
 
@@ -159,7 +203,7 @@ def write_regex(names: ExportNames) -> str:
         (re.escape(container) + r"\." if container else "") + f"(?:{'|'.join(chosen)})" + r"\..+"
         for container, chosen in indices.items()
     ]
-    parts += [re.escape(name) for name in names.others]
+    parts += [re.escape(name) for name in names.patterns]
     pattern = "|".join(parts) if parts else r"(?!)"
     names.require_exact((name for name in names.all if re.fullmatch(pattern, name)), "regex")
     return pattern + "\n"

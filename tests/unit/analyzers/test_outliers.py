@@ -211,6 +211,17 @@ def test_heavier_tails_are_found_to_differ_and_equal_ones_are_not(tmp_path: Path
     assert "are not shown to differ" in same.summary()
 
 
+def test_a_finished_report_answers_only_for_what_it_counted(tmp_path: Path) -> None:
+    rules = OutlierRules.sigma_only(sigmas=(2.5, 4.0))
+    folders = [transformer(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    reports = [lp.outlier_report(folder, rules=rules, quiet=True) for folder in folders]
+    with pytest.raises(UsageError, match=r"counted outliers beyond 2\.5, 4 σ, not beyond 3; choose another"):
+        lp.compare_outliers(*reports)
+    found = lp.compare_outliers(*reports, n_sigma=4.0)
+    assert "beyond 4σ" in found.summary()
+    assert not any("3sigma" in row["metric"] for row in found.rows)
+
+
 def test_a_difference_is_placed_at_its_depth(tmp_path: Path) -> None:
     changed = transformer(tmp_path / "a", late=3.0, seed=1)
     plain = transformer(tmp_path / "b", seed=2)

@@ -283,11 +283,13 @@ def test_requests_that_cannot_be_served_say_why(backbone, task):
 
 
 def test_a_vision_models_own_classifier_serves_where_it_fits(tmp_path, task):
-    folder = save("vit", tmp_path, image_size=8, patch_size=2, num_channels=3, num_labels=10)
+    names = dict(enumerate(reversed(task.classes)))
+    folder = save("vit", tmp_path, image_size=8, patch_size=2, num_channels=3, id2label=names)
     vision = load_backbone(str(folder), device="cpu")
     own = make_predictor(vision, task, "own")
     assert isinstance(own, Predictor) and own.facts == {"head": "own"}
     pixels = vision.preprocess(task.train.images(range(8)))
+    assert torch.equal(own(pixels), vision.own_logits(pixels).flip(1))  # as the task's classes stand
     found = trainable_scores(
         own, [(pixels, torch.arange(8)), (pixels.flip(0), torch.arange(8))] * 2, [pixels[:1]] * 2
     )
@@ -295,5 +297,5 @@ def test_a_vision_models_own_classifier_serves_where_it_fits(tmp_path, task):
     wrong = load_backbone(
         str(save("vit", tmp_path / "w", image_size=8, patch_size=2, num_labels=7)), device="cpu"
     )
-    with pytest.raises(UsageError, match="7 outputs, digits has 10"):
+    with pytest.raises(UsageError, match=r"knows 7 classes .* digits has 10 classes"):
         make_predictor(wrong, task, "own")

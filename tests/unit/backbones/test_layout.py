@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import ADDITIVE, FAMILIES, NAMED_FAMILIES, build, save
 
 from layerprobe.backbones import Backbone, load_backbone
-from layerprobe.backbones.layout import find_layout
+from layerprobe.backbones.layout import find_layout, longest_sequence
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.hooks import all_layers, capture
 from layerprobe.layers import SITES, LayerRef
+from layerprobe.training.classifier import Classifier
 
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(5)]
@@ -156,3 +160,94 @@ def test_unknown_block_and_layer_that_never_ran(backbone: Backbone) -> None:
         capture(backbone, [LayerRef(1)]),
     ):
         pass
+
+
+LM = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def loaded(name: str, config: transformers.PretrainedConfig, folder: Path, **options: object) -> Backbone:
+    getattr(transformers, name)(config).eval().save_pretrained(folder)
+    return load_backbone(str(folder), device="cpu", **options)
+
+
+@pytest.mark.parametrize("name", ["XLM", "Flaubert"])
+def test_lists_of_parts_side_by_side_are_no_blocks(name: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{name}Config")(emb_dim=32, n_layers=3, n_heads=4, n_words=99)
+    with pytest.raises(UsageError, match=r"lists side by side .*attentions"):
+        loaded(f"{name}Model", config, tmp_path)
+
+
+def test_the_model_without_its_head_is_found_where_base_model_is_the_head(tmp_path: Path) -> None:
+    config = transformers.Llama4TextConfig(
+        **LM,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=8,
+    )
+    backbone = loaded("Llama4ForCausalLM", config, tmp_path, patch_size=8).prepare(ImagesOf32())
+    assert type(backbone.model).__name__ == "Llama4TextModel"
+    with torch.no_grad():
+        tokens = backbone.stem(backbone.preprocess(IMAGES))
+        own = backbone.model(inputs_embeds=tokens).last_hidden_state
+    assert own.shape == (5, 16, 32)
+    torch.testing.assert_close(backbone(backbone.preprocess(IMAGES)), own)
+
+
+def test_of_a_vision_language_model_the_image_tower_runs(tmp_path: Path) -> None:
+    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **LM},
+        image_token_index=98,
+    )
+    backbone = loaded("LlavaForConditionalGeneration", config, tmp_path).prepare(ImagesOf32())
+    assert (backbone.modality, backbone.hidden_size, backbone.n_prefix(17)) == ("vision", 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "usable"),
+    [
+        ("Roberta", {**LM, "pad_token_id": 1, "max_position_embeddings": 66}, 64),
+        ("Bert", {**LM, "max_position_embeddings": 64}, 64),
+        ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 99, "max_seq_len": 32}, 32),
+        ("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 99}, None),
+    ],
+)
+def test_usable_positions(name: str, arguments: dict[str, int], usable: int | None, tmp_path: Path) -> None:
+    """As many tokens run and one more does not (RoBERTa sets padding's rows aside, XLNet has no limit)."""
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**arguments)).eval()
+    assert longest_sequence(model, model.config) == usable
+    with torch.no_grad():
+        model(inputs_embeds=torch.zeros(1, usable or 100, 32))
+        if usable is not None:
+            with pytest.raises((RuntimeError, IndexError)):
+                model(inputs_embeds=torch.zeros(1, usable + 1, 32))
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_a_mask_that_the_model_does_not_take_is_one_line(family: str, tmp_path: Path) -> None:
+    folder = save(family, tmp_path)
+    with pytest.raises(UsageError, match="'bidirectional' cannot be had from"):
+        load_backbone(str(folder), device="cpu", attention="bidirectional")
+
+
+def test_a_model_that_needs_token_ids_is_one_line(tmp_path: Path) -> None:
+    config = transformers.Gemma4TextConfig(
+        **LM, num_key_value_heads=2, head_dim=8, vocab_size_per_layer_input=99, hidden_size_per_layer_input=8,
+        global_head_dim=8,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="cannot take embeddings of images in place of token ids"):
+        loaded("Gemma4ForCausalLM", config, tmp_path)
+
+
+def test_a_projected_output_has_a_width_of_its_own(tmp_path: Path) -> None:
+    folder = save("opt", tmp_path, word_embed_proj_dim=16, do_layer_norm_before=False)
+    backbone = load_backbone(str(folder), device="cpu", patch_size=8).prepare(ImagesOf32())
+    assert (backbone.hidden_size, backbone.output_width) == (32, 16)
+    assert backbone.features(backbone.preprocess(IMAGES)).shape == (5, 16)
+    assert Classifier(backbone, 10, seed=0)(backbone.preprocess(IMAGES)).shape == (5, 10)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from families import save
 
-from layerprobe.backbones import resolve_model
+from layerprobe.backbones import resolve, resolve_model
 from layerprobe.backbones.catalog import MODELS
 from layerprobe.backbones.resolve import weights_hash
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError
@@ -86,6 +88,58 @@ def test_local_weights_have_a_revision_that_follows_their_bytes(folder: Path) ->
     path.write_bytes(data)
     assert weights_hash(folder) != before
     assert resolve_model(str(folder)).revision == weights_hash(folder)
+
+
+def test_the_name_follows_the_file_that_is_loaded_not_what_lies_beside_it(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"one")
+    first = weights_hash(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"another adapter")
+    assert weights_hash(folder) == first
+    (folder / "pytorch_model.bin").write_bytes(b"two")
+    assert weights_hash(folder) != first
+
+
+@pytest.mark.parametrize("keep_times", [True, False])
+def test_any_byte_of_a_large_file_changes_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_times: bool
+) -> None:
+    monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(resolve, "_REMEMBERED_FROM", 10)
+    monkeypatch.setattr(resolve, "_SETTLED_SECONDS", -1)
+    path = folder / "model.safetensors"
+    before = weights_hash(folder)
+    assert (tmp_path / "cache" / "weight_digests.json").is_file()
+    with monkeypatch.context() as patch:  # the second time no byte is read
+        patch.setattr(resolve.hashlib, "file_digest", None)
+        assert weights_hash(folder) == before
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    if keep_times:  # as rsync and cp -p do
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert weights_hash(folder) != before
+
+
+def test_weights_in_bin_are_fetched_though_an_adapter_is_a_safetensors(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, snapshot = folder, tmp_path / "0123abc"
+    (repository / "model.safetensors").rename(repository / "adapter_model.safetensors")
+    (repository / "pytorch_model.bin").write_bytes(b"weights")
+    snapshot.mkdir()
+
+    def download(_id: str, *, allow_patterns: list[str], **_options: object) -> str:
+        for file in repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert resolve_model("owner/name").folder == snapshot
+    assert (snapshot / "pytorch_model.bin").is_file()
 
 
 def test_the_alias_table_is_well_formed() -> None:

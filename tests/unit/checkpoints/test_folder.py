@@ -277,7 +277,7 @@ def test_odd_tensors_get_the_right_answer_or_a_reason(tmp_path: Path) -> None:
     # Nothing is an unexplained gap, and nothing infinite reaches the table.
     assert rows[rows["value"].isna()]["reason"].notna().all()
     assert np.isfinite(rows["value"].dropna().astype(float)).all()
-    assert "Skipped, being no floating-point weights: 2 of 8" in report.summary()
+    assert "Skipped, the table says why: 2 of 8" in report.summary()
 
 
 def test_a_row_of_twenty_million_entries(tmp_path: Path) -> None:
@@ -308,7 +308,8 @@ def test_packed_and_integer_weights_are_named_and_skipped(tmp_path: Path) -> Non
     assert {row.name for row in report.tensors if row.found is None} == {
         "layers.0.mlp.up_proj.qweight",
         "layers.0.mlp.up_proj.weight",
+        "layers.0.mlp.up_proj.scales",
     }
     reasons = report.to_frame().query("metric == 'count' and value.isna()")["reason"].tolist()
     assert all(reason.startswith("skipped: ") for reason in reasons)
-    assert len(reasons) == 2
+    assert len(reasons) == 3

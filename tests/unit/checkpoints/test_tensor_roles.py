@@ -1,15 +1,12 @@
-"""Names of many families find block, kind and group; fused matrices are cut into their parts."""
+"""Names of many families find block, kind and group, by their place in the module tree."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+import transformers as tf
 
-from layerprobe.checkpoints import StoredTensor, fused_parts, open_checkpoint, tensor_roles
+from layerprobe.checkpoints import tensor_roles
 
 NAMES = {
     "model.layers.7.self_attn.q_proj.weight": (7, "q", "blocks"),
@@ -103,35 +100,109 @@ def test_nested_stages_are_counted_through_and_stacks_are_kept_apart() -> None:
     assert {place.stack for place in found.values()} == {"encoder", "decoder", None}
 
 
-@pytest.mark.parametrize("container", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("layout", ["conv1d", "linear", "grouped", "gate_up"])
-def test_fused_matrices_are_cut_into_their_parts(layout: str, container: str, tmp_path: Path) -> None:
-    d = 6
-    q, k, v = torch.randn(d, d), torch.randn(d, d), torch.randn(d, d)
-    name = {"conv1d": "h.0.attn.c_attn.weight", "gate_up": "layers.0.mlp.gate_up_proj.weight"}.get(
-        layout, "layers.0.self_attn.qkv_proj.weight"
-    )
-    if layout == "grouped":
-        k, v = k[:2], v[:2]
-    expected = {"gate": q, "up": k} if layout == "gate_up" else {"q": q, "k": k, "v": v}
-    fused = torch.cat(list(expected.values()))
-    if layout == "conv1d":
-        fused, expected = fused.T.contiguous(), {kind: part.T for kind, part in expected.items()}
-    weights = {name: fused}
-    save_file(weights, tmp_path / container) if "safe" in container else torch.save(
-        weights, tmp_path / container
-    )
-    tensor = open_checkpoint(tmp_path).tensors[0]
-    parts = dict(fused_parts(tensor, tensor_roles({name: tensor.shape})[name]))
-    assert list(parts) == list(expected)
-    for kind, part in parts.items():
-        assert part.name == f"{name}[{kind}]"
-        for buffer in (40, 200, 4096):
-            entries = np.concatenate([chunk.copy() for chunk in part.chunks(bytearray(buffer))])
-            assert np.array_equal(entries, expected[kind].contiguous().numpy().ravel())
+_C = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GQA = {**_C, "num_key_value_heads": 2}
+# Model → end of a tensor's name in some block → its kind.
+PLACES = {
+    "modernbert": (
+        tf.ModernBertConfig(**_C, cls_token_id=1, sep_token_id=2),
+        {"attn.Wqkv": "qkv", "attn.Wo": "o", "mlp.Wi": "gate_up", "mlp.Wo": "down"},
+    ),
+    "rwkv": (
+        tf.RwkvConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99),
+        {
+            "attention.key": "mixer", "attention.value": "mixer", "attention.output": "mixer",
+            "feed_forward.key": "fc", "feed_forward.value": "down", "feed_forward.receptance": "gate",
+        },
+    ),
+    "mamba": (
+        tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=99),
+        {"mixer.in_proj": "mixer", "mixer.x_proj": "mixer", "mixer.conv1d": "mixer", "mixer.out_proj": "mixer"},
+    ),
+    "mamba2": (
+        tf.Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=99, num_heads=4, head_dim=16, n_groups=1),
+        {"mixer.in_proj": "mixer", "mixer.out_proj": "mixer"},
+    ),
+    "lfm2": (
+        tf.Lfm2Config(**_GQA, layer_types=["conv", "full_attention"]),
+        {
+            "conv.in_proj": "mixer", "conv.out_proj": "mixer", "conv.conv": "mixer",
+            "self_attn.q_proj": "q", "self_attn.out_proj": "o",
+            "feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "down",
+        },
+    ),
+    "recurrent_gemma": (
+        tf.RecurrentGemmaConfig(**_GQA, lru_width=32, attention_window_size=8),
+        {
+            "temporal_block.linear_x": "mixer", "temporal_block.linear_out": "mixer",
+            "mlp_block.gate_proj": "gate", "mlp_block.down_proj": "down",
+        },
+    ),
+    "falcon_h1": (
+        tf.FalconH1Config(**_GQA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
+        {"mamba.in_proj": "mixer", "mamba.out_proj": "mixer", "self_attn.o_proj": "o", "feed_forward.up_proj": "up"},
+    ),
+    "blip": (
+        tf.BlipVisionConfig(**{k: v for k, v in _C.items() if k[-3:] != "_id" and k != "vocab_size"}, image_size=32),
+        {"self_attn.qkv": "qkv", "self_attn.projection": "o", "mlp.fc1": "fc", "mlp.fc2": "down"},
+    ),
+    "granitemoeshared": (
+        tf.GraniteMoeSharedConfig(**_GQA, num_local_experts=4, shared_intermediate_size=48),
+        {"shared_mlp.input_linear": "gate_up", "shared_mlp.output_linear": "down", "self_attn.o_proj": "o"},
+    ),
+    "xlnet": (
+        tf.XLNetConfig(d_model=32, n_layer=2, n_head=4, d_inner=64, vocab_size=99),
+        {"rel_attn.q": "q", "rel_attn.o": "o", "ff.layer_1": "fc", "ff.layer_2": "down"},
+    ),
+    "squeezebert": (
+        tf.SqueezeBertConfig(**_C, embedding_size=32),
+        {"attention.query": "q", "attention.value": "v"},
+    ),
+    "deepseek_v3": (
+        tf.DeepseekV3Config(
+            **{**_GQA, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=8,
+            qk_nope_head_dim=8, n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1,
+        ),
+        {"self_attn.q_b_proj": "q", "self_attn.kv_b_proj": "kv", "self_attn.o_proj": "o", "mlp.gate": "router"},
+    ),
+}  # fmt: skip
 
 
-def test_interleaved_heads_are_left_whole() -> None:
-    name = "gpt_neox.layers.0.attention.query_key_value.weight"
-    tensor = StoredTensor(name=name, dtype="float32", shape=(18, 6), file=Path("x"), offset=0, nbytes=432)
-    assert fused_parts(tensor, tensor_roles({name: (18, 6)})[name]) == []
+@pytest.mark.parametrize("model", PLACES)
+def test_the_kind_is_that_of_the_place_in_the_module_tree(model: str) -> None:
+    config, kinds = PLACES[model]
+    with torch.device("meta"):
+        built = tf.BlipVisionModel(config) if model == "blip" else tf.AutoModel.from_config(config)
+    found = tensor_roles({name: tuple(value.shape) for name, value in built.state_dict().items()})
+    for ending, kind in kinds.items():
+        roles = {role for name, role in found.items() if name.removesuffix(".weight").endswith("." + ending)}
+        assert {role.kind for role in roles} == {kind}, ending
+        assert {role.group for role in roles} == {"blocks"}, ending
+
+
+def test_a_module_called_mixer_is_what_it_holds() -> None:
+    found = tensor_roles(
+        {
+            "backbone.layers.0.mixer.in_proj.weight": (80, 32),
+            "backbone.layers.0.mixer.A_log": (4,),
+            "backbone.layers.1.mixer.q_proj.weight": (32, 32),
+            "backbone.layers.1.mixer.o_proj.weight": (32, 32),
+            "backbone.layers.2.mixer.up_proj.weight": (64, 32),
+            "backbone.layers.2.mixer.down_proj.weight": (32, 64),
+            "backbone.layers.3.linear_attn.in_proj_qkvz.weight": (96, 32),
+            "backbone.layers.3.linear_attn.out_proj.weight": (32, 32),
+            "backbone.layers.3.linear_attn.dt_bias": (4,),
+            "layers.0.self_attn.relative_position_bias.proj.weight": (32, 32),
+            "semantic.layers.0.attn.att_proj.weight": (96, 32),
+            "semantic.layers.0.mlp.in_proj.weight": (128, 32),
+            "semantic.layers.0.mlp.out_proj.weight": (32, 128),
+        }
+    )
+    kinds = [role.kind for role in found.values()]
+    assert kinds[:2] == ["mixer", "mixer"]
+    assert kinds[2:6] == ["q", "o", "up", "down"]
+    assert kinds[6:8] == ["mixer", "mixer"]
+    assert kinds[9:] == ["other", "qkv", "fc", "down"]

@@ -403,3 +403,104 @@ def test_the_two_lines_for_the_hugging_face_trainer(tmp_path: Path) -> None:
         "classifier.bias",
     }
     assert plan.verify(again, plan.fingerprint(model)).changed == ()
+
+
+def flags_of(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def int8_weights(block: nn.Module) -> None:
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            codes = torch.zeros(module.weight.shape, dtype=torch.int8)
+            module.weight = nn.Parameter(codes, requires_grad=False)
+
+
+def offload(block: nn.Module) -> None:
+    block.to("meta")
+
+
+def zero_3(block: nn.Module) -> None:
+    for parameter in block.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+
+
+def nest(block: nn.Module) -> None:
+    weight = next(m for m in block.modules() if isinstance(m, nn.Linear))
+    weight.weight = nn.Parameter(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+
+def under_inference(block: nn.Module) -> None:
+    with torch.inference_mode():
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                module.weight = nn.Parameter(torch.zeros(module.weight.shape), requires_grad=False)
+
+
+@pytest.mark.parametrize("block", [0, 5])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (int8_weights, r"should be trainable hold int8 codes \(quantised\): .*Nothing was changed"),
+        (offload, "meta device"),
+        (zero_3, r"placeholders of DeepSpeed ZeRO-3 .*before deepspeed\.initialize"),
+        (nest, "nested tensors"),
+        (under_inference, "made under torch.inference_mode"),
+    ],
+)
+def test_a_plan_is_applied_whole_or_not_at_all(change: Any, message: str, block: int) -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    change(model.layers[block])
+    before = flags_of(model)
+    if block == 5 and change in (int8_weights, under_inference):  # frozen: nothing has to train there
+        plan.apply(model)
+        assert trained_names(model) == set(plan.trainable)
+        return
+    with pytest.raises(PlanError, match=message):
+        plan.apply(model)
+    assert flags_of(model) == before
+
+
+def test_offloaded_parameters_cannot_train_even_when_nothing_is_remembered() -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    offload(model.layers[10])
+    before = flags_of(model)
+    with pytest.raises(PlanError, match=r"offloaded to disk or CPU: layers.10.*without offloading"):
+        plan.apply(model, remember=False)
+    assert flags_of(model) == before
+    plan.apply(bare_model("llama").to("meta"), remember=False)
+
+
+def test_a_flag_that_torch_refuses_puts_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    last = list(model.parameters())[-1]
+    before = flags_of(model)
+
+    def refuse(flag: bool) -> None:
+        raise RuntimeError("no flags here\nmore")
+
+    monkeypatch.setattr(last, "requires_grad_", refuse)
+    with pytest.raises(PlanError, match=r"cannot be set: no flags here. Nothing was changed"):
+        plan.apply(model)
+    assert flags_of(model) == before
+
+
+def test_a_sparse_tensor_cannot_be_remembered_and_says_so() -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    linear = next(m for m in model.layers[5].modules() if isinstance(m, nn.Linear))
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse())
+    before = flags_of(model)
+    with pytest.raises(PlanError, match=r"sparse_coo, float32\) cannot be read byte by byte"):
+        plan.apply(model)
+    assert flags_of(model) == before
+    plan.apply(model, remember=False)
+    assert trained_names(model) == set(plan.trainable)
+
+
+def test_a_cast_after_apply_is_told_from_training() -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    plan.apply(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(PlanError, match="were float32 when the plan was applied and are bfloat16 now"):
+        plan.verify(model)

@@ -270,6 +270,25 @@ def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
         TrialStore.open(tmp_path / "study.db", {})
 
 
+@pytest.mark.parametrize(
+    "name", ["per%cent", "a%20b", "run?1", "run{1}", "a#b &c=d", "Übung 写", "100%?x={}"]
+)
+def test_a_path_may_hold_what_means_something_in_a_url(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "study.db"
+    path.parent.mkdir()
+    TrialStore.open(path, {"run": name}).close()
+    assert path.read_bytes().startswith(b"SQLite format 3")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert hide_password(storage_url(path)) == str(path)
+    with pytest.raises(UsageError, match="holds another search"):
+        TrialStore.open(storage_url(path), {"run": "another"})
+
+
+def test_a_url_with_braces_is_no_template(tmp_path: Path) -> None:
+    TrialStore.open(f"sqlite:///{tmp_path}/a{{1}}.db", {}).close()
+    assert (tmp_path / "a{1}.db").is_file()
+
+
 def test_urls() -> None:
     assert storage_url("/a/b.db") == "sqlite:////a/b.db"
     assert storage_url("postgresql://u:p@h/d") == "postgresql+psycopg://u:p@h/d"

@@ -10,6 +10,7 @@ import signal
 import pytest
 import torch
 
+from layerprobe.backbones import load_backbone
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import tensor_digest
 from layerprobe.training import BridgeConfig, block_plan, bridge_train, checkpoints
@@ -182,6 +183,15 @@ def test_a_truncated_checkpoint_is_named(unfinished, make_backbone, task, name):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(BrokenFileError, match=r"cannot read the .*step-00000003"):
         bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+
+
+def test_a_run_of_an_encoder_decoder_loads_again_as_its_encoder(task, tmp_path):
+    from families import save
+
+    backbone = load_backbone(str(save("t5", tmp_path / "t5")), device="cpu", patch_size=4).prepare(task)
+    bridge_train(backbone, task, config=SMALL, output=tmp_path / "run")
+    again = load_backbone(str(tmp_path / "run"), device="cpu")
+    assert type(again.model) is type(backbone.model) and digests(again.model) == digests(backbone.model)
 
 
 def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, task):
