@@ -164,7 +164,7 @@ def _find_splits(top: _Folder) -> tuple[list[tuple[str, _Folder]], list[str]]:
         ]
     chosen, remarks = _one_of_each(named, top)
     remarks = [
-        f"{folder.name}/ is no split and was left out"
+        f"{folder.name}/ is no split and was left out{_counted(folder)}"
         for folder in top.folders
         if folder not in named and not split_word(folder.name)
     ] + remarks
@@ -241,6 +241,10 @@ def _left_out(part: _Folder, root: Path, *, top_is_part: bool) -> list[str]:
         listed = ", ".join(f"{name}/" for name in splits)
         remarks.append(f"{listed} within class folders: not read as splits")
     return remarks
+
+
+def _counted(folder: _Folder) -> str:
+    return f" ({folder.n_images:,} images)" if folder.n_images else ""
 
 
 def _listed(folders: Sequence[_Folder]) -> str:

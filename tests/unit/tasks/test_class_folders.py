@@ -85,7 +85,7 @@ def test_images_without_labels_are_counted(tmp_path: Path) -> None:
     task = read(tmp_path)
     assert task.report["official"] == {"train": 24}
     assert task.report["remarks"] == [
-        "seg_pred/ is no split and was left out",
+        "seg_pred/ is no split and was left out (3 images)",
         "5 images of test/ lie in no class folder, so they have no labels and were left out",
         "2 images of train/ lie beside the class folders and were left out",
     ]
