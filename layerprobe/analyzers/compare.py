@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -207,15 +207,7 @@ def compare_outliers(
         elif str(model) not in reports:
             reports[str(model)] = outlier_report(model, rules=rules, **options)
     check_number(len(reports))
-    for report in reports.values():
-        if not report.n_blocks:
-            raise UsageError(f"{report.model} has no blocks that its tensor names reveal; nothing to compare")
-        if n_sigma not in report.rules.all_sigmas:
-            counted = ", ".join(f"{k:g}" for k in report.rules.all_sigmas)
-            raise UsageError(
-                f"the report of {report.model} counted outliers beyond {counted} σ, not beyond {n_sigma:g}; choose "
-                "another n_sigma, or give the model's name instead of its report"
-            )
+    _check_comparable(reports.values(), n_sigma)
     members = {
         name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
         for name, group in named.items()
@@ -245,6 +237,19 @@ def compare_outliers(
         rows=[*maker.models(), *maker.pairs(), *maker.groups(members)],
         provenance=facts,
     )
+
+
+def _check_comparable(reports: Iterable[OutlierReport], n_sigma: float) -> None:
+    """UsageError for a report without blocks, or one that did not count at `n_sigma`."""
+    for report in reports:
+        if not report.n_blocks:
+            raise UsageError(f"{report.model} has no blocks that its tensor names reveal; nothing to compare")
+        if n_sigma not in report.rules.all_sigmas:
+            counted = ", ".join(f"{k:g}" for k in report.rules.all_sigmas)
+            raise UsageError(
+                f"the report of {report.model} counted outliers beyond {counted} σ, not beyond {n_sigma:g}; choose "
+                "another n_sigma, or give the model's name instead of its report"
+            )
 
 
 class _Rows:

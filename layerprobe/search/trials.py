@@ -301,8 +301,7 @@ def storage_url(url: str | os.PathLike[str]) -> str:
     """A SQLAlchemy URL: paths become SQLite files, postgresql:// takes the psycopg 3 driver."""
     text = os.fspath(url)
     if "://" not in text:  # `%` and `?` mean something in a URL, so the path is not pasted into one
-        file = sqlalchemy.URL.create("sqlite", database=str(Path(text).absolute()))
-        return file.render_as_string(hide_password=False)
+        return str(sqlalchemy.URL.create("sqlite", database=str(Path(text).absolute())))
     for prefix in ("postgresql://", "postgres://"):
         if text.startswith(prefix):
             return "postgresql+psycopg://" + text.removeprefix(prefix)
