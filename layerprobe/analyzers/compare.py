@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
@@ -213,10 +213,7 @@ def compare_outliers(
         for name, group in named.items()
     }
     bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
-    counted_by_all = [
-        k for k in rules.sigmas if all(k in report.rules.all_sigmas for report in reports.values())
-    ]
-    maker = _Rows(reports, tuple(dict.fromkeys((n_sigma, *counted_by_all))), bootstrap)
+    maker = _Rows(reports, _counted_by_all(reports.values(), (n_sigma, *rules.sigmas)), bootstrap)
     facts = provenance(
         "compare",
         {"models": list(reports), "groups": members, "n_sigma": n_sigma, **bootstrap},
@@ -237,6 +234,11 @@ def compare_outliers(
         rows=[*maker.models(), *maker.pairs(), *maker.groups(members)],
         provenance=facts,
     )
+
+
+def _counted_by_all(reports: Collection[OutlierReport], sigmas: Iterable[float]) -> tuple[float, ...]:
+    counted = [k for k in sigmas if all(k in report.rules.all_sigmas for report in reports)]
+    return tuple(dict.fromkeys(counted))
 
 
 def _check_comparable(reports: Iterable[OutlierReport], n_sigma: float) -> None:

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from layerprobe.backbones.backbone import POOLINGS, Backbone, evaluating, pool
+from layerprobe.backbones.backbone import Backbone, evaluating, pool
+from layerprobe.backbones.choices import POOLINGS
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.hooks.capture import all_layers, capture, check_layers
 from layerprobe.hooks.feature_store import FeatureStore, encode, features_root

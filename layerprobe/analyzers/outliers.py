@@ -65,7 +65,7 @@ class OutlierReport(Record):
     _frame: pd.DataFrame | None = field(default=None, compare=False)
     _merged: dict[bool, dict[TensorRole, TensorOutliers]] = field(default_factory=dict, compare=False)
 
-    def pool(self, **where: Any) -> TensorOutliers:
+    def pool(self, **where: object) -> TensorOutliers:
         """The roll-up of all tensors whose place has these attributes, for example `block=3, kind="q"`.
 
         Tied weights count once, skipped tensors do not count.
@@ -360,7 +360,7 @@ def _bar(ratio: float | None, greatest: float, width: int = 12) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _rank(part: Any) -> tuple[int, int, str]:
+def _rank(part: int | str | None) -> tuple[int, int, str]:
     if part is None:
         return (2, 0, "")
     if isinstance(part, int):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.attention import attention_mask, choose_attention
-from layerprobe.backbones.controls import CONTROLS
+from layerprobe.backbones.choices import check_choices
 from layerprobe.backbones.image_input import (
-    STEM_KINDS,
     PatchStem,
     Preprocessing,
     count_patches,
@@ -32,14 +31,11 @@ from layerprobe.backbones.layout import (
 from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.resolve import ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
-from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-INITS = ("pretrained", "random", *CONTROLS)
-POOLINGS = ("mean", "last", "cls")
-ATTENTIONS = ("causal", "bidirectional")
 MIXED_SIZE = 224
 """Pixels per side to which a language backbone resizes images of several sizes, unless told otherwise."""
 USUAL_TOKENS = 64
@@ -407,15 +403,3 @@ def pool(hidden: Tensor, pooling: str, *, n_prefix: int = 0) -> Tensor:
     if pooling == "mean":
         return hidden[:, n_prefix:].mean(dim=1)
     return hidden[:, -1] if pooling == "last" else hidden[:, 0]
-
-
-def check_choices(*, init: str, stem: str, attention: str | None, pooling: str | None) -> None:
-    """UnknownNameError for a word that `Backbone` would not take, before anything is loaded."""
-    for what, value, allowed in (
-        ("init", init, INITS),
-        ("stem", stem, STEM_KINDS),
-        ("attention", attention, ATTENTIONS),
-        ("pooling", pooling, POOLINGS),
-    ):
-        if value is not None and value not in allowed:
-            raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from layerprobe.backbones.backbone import Backbone, check_choices
+from layerprobe.backbones.backbone import Backbone
+from layerprobe.backbones.choices import check_choices
 from layerprobe.backbones.controls import CONTROLS, replace_weights
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
@@ -32,7 +30,7 @@ COST_LABELS = {
 
 
 def plot_bridge_curve(
-    frame: pd.DataFrame, *, guess: float | None = None, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, *, guess: float | None = None, ax: Axes | None = None, **style: object
 ) -> Axes:
     """Random-label accuracy against optimizer steps, smoothed by a running mean; the guess is dashed.
 
@@ -51,7 +49,7 @@ def plot_bridge_curve(
     return ax
 
 
-def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
+def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
     """Relative change of each block's weights, input to output; frozen blocks stand at zero.
 
     `frame` is `BridgeRun.to_frame()`.
@@ -68,7 +66,7 @@ def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: A
 
 
 def plot_accuracy_against(
-    frame: pd.DataFrame, x: str = "train_flops", *, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, x: str = "train_flops", *, ax: Axes | None = None, **style: object
 ) -> Axes:
     """Test accuracy of each arm against what it cost, with its interval; seeds as small dots.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +41,7 @@ TITLES = {
 
 
 def plot_transfer(
-    frame: pd.DataFrame, metric: str = "transfer_logme", *, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, metric: str = "transfer_logme", *, ax: Axes | None = None, **style: object
 ) -> Axes:
     """One transfer score from input to output, with its 95 % interval.
 
@@ -83,7 +82,7 @@ def transfer_figure(frame: pd.DataFrame) -> Figure:
 
 
 def plot_attribution(
-    frame: pd.DataFrame, metric: str = "attribution_skip", *, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, metric: str = "attribution_skip", *, ax: Axes | None = None, **style: object
 ) -> Axes:
     """One importance by block, from input to output; bars are ± one standard error over images.
 
@@ -112,7 +111,7 @@ def attribution_figure(frame: pd.DataFrame) -> Figure:
 
 
 def plot_patch_map(
-    frame: pd.DataFrame, *, picture: np.ndarray | None = None, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, *, picture: np.ndarray | None = None, ax: Axes | None = None, **style: object
 ) -> Axes:
     """One patch-level map: red speaks for the predicted class, blue against it, over the picture in grey.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,7 +35,7 @@ def draw_line(
     *,
     bars: bool = False,
     orient: str = "x",
-    **style: Any,
+    **style: object,
 ) -> None:
     """One line along `orient`; where `low` and `high` are given, its interval as a band or as bars.
 
@@ -70,7 +69,7 @@ def draw_line(
     )
 
 
-def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: Any) -> None:
+def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: object) -> None:
     """A thin dashed line across the axes, such as chance or zero."""
     draw = ax.axvline if vertical else ax.axhline
     draw(value, **{"color": LINE_GREY, "linestyle": "--", "linewidth": 1, **style})

@@ -70,10 +70,9 @@ class Finished:
 class TrialStore:
     """The trials of one search in one database.
 
-    Made by `TrialStore.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). Trials are
-    numbered by the database in the order of their creation, and among live trials with one key the lowest
-    number owns it; the others are closed as duplicates. So two processes that enqueue the same trial at the
-    same moment still train it once.
+    Made by `TrialStore.open`. A trial's identity is its key (plan, learning rate, repeat, fidelity). The database
+    numbers trials in the order of their creation; among live trials with one key the lowest number owns it and the
+    others are closed, so two processes that enqueue the same trial at the same moment still train it once.
     """
 
     def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:

@@ -308,7 +308,7 @@ class FrozenPrefix:
         self._n_outputs = 0
         self._kept = torch.empty(0)
 
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             self._n_outputs = len(output) if isinstance(output, tuple) else 0
             hidden = output[0] if isinstance(output, tuple) else output
             if not len(self._kept):
