@@ -49,12 +49,7 @@ def tensor_rows(tensors: Iterable[ScannedTensor], rules: OutlierRules) -> Iterat
         place = row.place
         level = "tensor" if row.part_of is None else "part"
         owner = Owner(
-            level=level,
-            block=place.block,
-            group=place.group,
-            kind=place.kind,
-            stack=place.stack,
-            tensor=row.name,
+            level, block=place.block, group=place.group, kind=place.kind, stack=place.stack, tensor=row.name
         )
         if row.found is None:
             yield owner, [Cell("count", None, reason=f"skipped: {row.skip}")]
@@ -95,12 +90,12 @@ def metric_cells(found: TensorOutliers, rules: OutlierRules, sigmas: Sequence[fl
             cells.append(Cell(f"outlier_ratio_{rule}", count / of, of))
             cells.append(Cell(f"outlier_ppm_{rule}", count / of * 1e6, of))
         else:
-            cells.append(Cell(f"outlier_ratio_{rule}", None, 0, reason="no finite entries"))
+            cells.append(Cell(f"outlier_ratio_{rule}", None, n=0, reason="no finite entries"))
     if found.reasons:
         rule_names = _rule_names(rules)
         for name, reason in found.reasons.items():
             cells.append(
-                Cell(f"outlier_ratio_{name}" if name in rule_names else name, None, n, reason=reason)
+                Cell(f"outlier_ratio_{name}" if name in rule_names else name, None, n=n, reason=reason)
             )
     return cells
 

@@ -153,10 +153,11 @@ class Columns(MutableMapping[str, Any]):
         """Of floats ("d") or whole numbers ("q")."""
         return cls(_positions(tuple(values)), array(kind, values.values()))
 
-    def __getitem__(self, name: str) -> Any:
-        return self._numbers[self._names[name]]
+    def __getitem__(self, name: str) -> int | float:
+        number: int | float = self._numbers[self._names[name]]
+        return number
 
-    def __setitem__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: float) -> None:
         raise TypeError("packed numbers are not changed")
 
     __delitem__ = __setitem__  # type: ignore[assignment]
