@@ -9,11 +9,12 @@ Axis letters: B images, C channels, H × W pixels, T patches, P = p·p·C pixel 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from layerprobe.files import tensor_bytes
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
     from transformers.image_processing_backends import PilBackend
 
 PIXEL_MEAN = 0.5
@@ -34,6 +35,7 @@ PIXEL_STD = 0.25
 """Pixels in [0, 1] are shifted and divided by these, which brings natural images near unit variance."""
 
 STEM_KINDS = ("random", "pca")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,26 @@ def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | None:
         return value, value
     height, width = value
     return int(height), int(width)
+
+
+def run_at_any_size(run: Callable[..., _Out], pixels: Tensor, model: PreTrainedModel, *, name: str) -> _Out:
+    """Run a vision model on pixels of any size; what it cannot take of a size not its own is refused.
+
+    Some stretch their positions over the image when asked to; others, such as DINOv2, always do.
+    """
+    own = _pair(getattr(model.config, "image_size", None)) or tuple(pixels.shape[-2:])
+    if tuple(pixels.shape[-2:]) == own:
+        return run(pixel_values=pixels)
+    stretches = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    try:
+        return run(pixel_values=pixels, **({"interpolate_pos_encoding": True} if stretches else {}))
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (pixels.is_meta and isinstance(error, RuntimeError)):
+            raise  # which says nothing of the size
+        raise UsageError(
+            f"{name} takes images of {own[0]}×{own[1]} only, not of {pixels.shape[-2]}×{pixels.shape[-1]}; "
+            "leave out --image-size"
+        ) from error
 
 
 class PatchStem(nn.Module):
