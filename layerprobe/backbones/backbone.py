@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,18 +15,21 @@ from layerprobe.backbones.attention import attention_mask, choose_attention
 from layerprobe.backbones.controls import CONTROLS
 from layerprobe.backbones.image_input import (
     STEM_KINDS,
+    Out,
     PatchStem,
     Preprocessing,
     count_patches,
     default_patch_size,
     for_language,
     for_vision,
+    run_at_any_size,
 )
 from layerprobe.backbones.layout import (
     find_layout,
     hidden_size,
     image_or_text_tower,
     longest_sequence,
+    sees_pixels,
     tied_names,
 )
 from layerprobe.backbones.own_head import is_image_classifier
@@ -45,7 +48,6 @@ MIXED_SIZE = 224
 USUAL_TOKENS = 64
 """Tokens an image that dry runs assume where they cannot be counted; the default patch size aims at so many."""
 _PCA_IMAGES = 1000
-_Out = TypeVar("_Out")
 
 
 class HasImages(Protocol):
@@ -103,7 +105,7 @@ class Backbone(nn.Module):
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config)
         self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
-        self.modality = "vision" if self._sees_pixels() else "language"
+        self.modality = "vision" if sees_pixels(self.model) else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
         self.patch_size = patch_size
@@ -132,12 +134,6 @@ class Backbone(nn.Module):
                 f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
                 f"use --pooling last, or --attention bidirectional for {self.name}"
             )
-
-    def _sees_pixels(self) -> bool:
-        accepted = self._parameters_accepted
-        return self.model.main_input_name == "pixel_values" or (
-            "pixel_values" in accepted and "inputs_embeds" not in accepted
-        )
 
     @property
     def patch_shape(self) -> tuple[int, int] | None:
@@ -252,7 +248,7 @@ class Backbone(nn.Module):
         """Pixels B×C×H×W → the model's last hidden states B×T×D, after its final norm where it has one."""
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         if self.modality == "vision":
-            return self._run_sized(self._run, pixels)
+            return self._at_any_size(self._run, pixels)
         if self.stem is None:
             raise UsageError("call prepare(task) first: the stem depends on the task's image size")
         return self.forward_tokens(self.stem(pixels))
@@ -269,26 +265,8 @@ class Backbone(nn.Module):
         hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         return hidden
 
-    def _run_sized(self, run: Callable[..., _Out], pixels: Tensor) -> _Out:
-        """Run a vision model on pixels of any size; what it cannot take of a size not its own is refused."""
-        native = getattr(self.config, "image_size", None)
-        own = (native, native) if isinstance(native, int) else tuple(native or pixels.shape[-2:])
-        if tuple(pixels.shape[-2:]) == own:
-            return run(pixel_values=pixels)
-        # Asked to where they can be; others, such as DINOv2, always stretch their positions over the image.
-        asked = "interpolate_pos_encoding" in self._parameters_accepted
-        try:
-            return run(pixel_values=pixels, **({"interpolate_pos_encoding": True} if asked else {}))
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or (
-                pixels.is_meta and isinstance(error, RuntimeError)
-            ):  # which say nothing of the size
-                raise
-            size = "×".join(map(str, own))
-            raise UsageError(
-                f"{self.name} takes images of {size} only, not of {pixels.shape[-2]}×{pixels.shape[-1]}; leave out "
-                "--image-size"
-            ) from error
+    def _at_any_size(self, run: Callable[..., Out], pixels: Tensor) -> Out:
+        return run_at_any_size(run, pixels, self.config, name=self.name, accepted=self._parameters_accepted)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Hidden states B×T×D → features B×D by `pooling`.
@@ -324,7 +302,7 @@ class Backbone(nn.Module):
         if self.with_own_head is None or self.modality == "language":
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
         pixels = pixels.to(self.device, self.dtype)
-        logits: Tensor = self._run_sized(self.with_own_head, pixels).logits
+        logits: Tensor = self._at_any_size(self.with_own_head, pixels).logits
         return logits
 
     def forget_own_head(self) -> None:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ PIXEL_STD = 0.25
 """Pixels in [0, 1] are shifted and divided by these, which brings natural images near unit variance."""
 
 STEM_KINDS = ("random", "pca")
+Out = TypeVar("Out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +186,30 @@ def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | None:
         return value, value
     height, width = value
     return int(height), int(width)
+
+
+def run_at_any_size(
+    run: Callable[..., Out], pixels: Tensor, config: PretrainedConfig, *, name: str, accepted: Collection[str]
+) -> Out:
+    """Run a vision model on pixels of any size; what it cannot take of a size not its own is refused."""
+    native = getattr(config, "image_size", None)
+    own = (native, native) if isinstance(native, int) else tuple(native or pixels.shape[-2:])
+    if tuple(pixels.shape[-2:]) == own:
+        return run(pixel_values=pixels)
+    # Asked to where they can be; others, such as DINOv2, always stretch their positions over the image.
+    asked = "interpolate_pos_encoding" in accepted
+    try:
+        return run(pixel_values=pixels, **({"interpolate_pos_encoding": True} if asked else {}))
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (
+            pixels.is_meta and isinstance(error, RuntimeError)
+        ):  # which say nothing of the size
+            raise
+        size = "×".join(map(str, own))
+        raise UsageError(
+            f"{name} takes images of {size} only, not of {pixels.shape[-2]}×{pixels.shape[-1]}; leave out "
+            "--image-size"
+        ) from error
 
 
 class PatchStem(nn.Module):
