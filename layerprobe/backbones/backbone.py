@@ -27,6 +27,7 @@ from layerprobe.backbones.layout import (
     hidden_size,
     image_or_text_tower,
     longest_sequence,
+    sees_pixels,
     tied_names,
 )
 from layerprobe.backbones.own_head import is_image_classifier
@@ -99,7 +100,7 @@ class Backbone(nn.Module):
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config)
         self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
-        self.modality = "vision" if self._sees_pixels() else "language"
+        self.modality = "vision" if sees_pixels(self.model) else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
         self.patch_size = patch_size
@@ -128,12 +129,6 @@ class Backbone(nn.Module):
                 f"pooling 'cls' reads the first token, which under causal attention sees one patch alone; "
                 f"use --pooling last, or --attention bidirectional for {self.name}"
             )
-
-    def _sees_pixels(self) -> bool:
-        accepted = self._parameters_accepted
-        return self.model.main_input_name == "pixel_values" or (
-            "pixel_values" in accepted and "inputs_embeds" not in accepted
-        )
 
     @property
     def patch_shape(self) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -62,7 +62,7 @@ class BlockRecorder:
             hidden = first_tensor(args, kwargs)
             record.entered, record.size = _rows(hidden), _size(hidden)
 
-        def leave(_module: nn.Module, _args: object, output: Any) -> None:
+        def leave(_module: nn.Module, _args: object, output: object) -> None:
             record.left = _rows(output, record.size)
 
         self._handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
@@ -99,10 +99,10 @@ def _mlp_paths(block: nn.Module) -> frozenset[str]:
     return frozenset(path for path in kinds if any(_is_in(path, outer) for outer in found))
 
 
-def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:
+def _inner(record: BlockRecord, path: str, module: nn.Module) -> Callable[..., None]:
     plain = not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters())
 
-    def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(_module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         written = _rows(output, record.size)
         if written is None:
             return
@@ -114,7 +114,7 @@ def _inner(record: BlockRecord, path: str, module: nn.Module) -> Any:
     return hook
 
 
-def _rows(value: Any, size: tuple[int, int] | None = None) -> Tensor | None:
+def _rows(value: object, size: tuple[int, int] | None = None) -> Tensor | None:
     """Some tokens and channels of a hidden state, float64; None where it is none, or not of that size."""
     value = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(value, Tensor) or value.ndim not in (2, 3) or not value.is_floating_point():

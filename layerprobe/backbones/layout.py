@@ -85,6 +85,14 @@ def takes_images_or_embeddings(module: object) -> bool:
     return any(name in accepted and needed <= {name} for name in ("pixel_values", "inputs_embeds"))
 
 
+def sees_pixels(model: PreTrainedModel) -> bool:
+    """Whether images enter it by its own stem."""
+    accepted = inspect.signature(model.forward).parameters
+    return model.main_input_name == "pixel_values" or (
+        "pixel_values" in accepted and "inputs_embeds" not in accepted
+    )
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states that a block was called on."""
     hidden = args[0] if args else kwargs.get("hidden_states")

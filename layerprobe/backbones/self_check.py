@@ -131,11 +131,11 @@ class _Pass:
     def _enter(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.inputs.append(first_tensor(args, kwargs).clone())
 
-    def _leave(self, _block: nn.Module, _args: object, output: Any) -> None:
+    def _leave(self, _block: nn.Module, _args: object, output: object) -> None:
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         self.outputs.append(hidden.clone() if isinstance(hidden, Tensor) else torch.empty(0))
 
-    def _leave_last(self, block: nn.Module, args: object, output: Any) -> Any:
+    def _leave_last(self, block: nn.Module, args: object, output: object) -> object:
         self._leave(block, args, output)
         if self._instead is None:
             return None
