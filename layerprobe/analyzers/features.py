@@ -210,7 +210,7 @@ def extract_features(
         raise UnknownNameError(f"unknown pooling '{pooling}'; choose one of: {known}")
     described = {**backbone.describe(), "pooling": pooling}
     key = {
-        "schema": "layerprobe.features/v1",
+        "schema": "layerprobe.features/v2",
         "backbone": described,
         "task": task.task_id,
         "task_revision": task.revision,
