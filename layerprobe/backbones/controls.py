@@ -7,11 +7,15 @@ controls tell the two apart: what they share with the pretrained model is not wh
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.layout import find_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTROLS = {
     "shuffled": "the pretrained entries, permuted within each tensor",
@@ -22,7 +26,7 @@ CONTROLS = {
 
 
 @torch.no_grad()
-def replace_weights(model: nn.Module, init: str, *, seed: int, fresh: nn.Module | None = None) -> None:
+def replace_weights(model: PreTrainedModel, init: str, *, seed: int, fresh: nn.Module | None = None) -> None:
     """Turn a pretrained model into one of `CONTROLS`, in place.
 
     Each tensor draws from a generator of its own, seeded by (seed, its name): the result depends neither on
@@ -30,7 +34,7 @@ def replace_weights(model: nn.Module, init: str, *, seed: int, fresh: nn.Module 
 
     Parameters
     ----------
-    model : nn.Module
+    model : PreTrainedModel
         The part that images go through, with its pretrained weights.
     fresh : nn.Module | None
         The same architecture as its constructor makes it; 'matched-reset' takes the norms from it.

@@ -76,7 +76,7 @@ def _inner_model(model: Any) -> PreTrainedModel:
     return model
 
 
-def takes_images_or_embeddings(module: object) -> bool:
+def takes_images_or_embeddings(module: Any) -> bool:
     """Whether it is a model of transformers that runs on `pixel_values` or `inputs_embeds` alone."""
     if not hasattr(module, "main_input_name") or not hasattr(module, "config"):
         return False

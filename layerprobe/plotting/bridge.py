@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
@@ -30,7 +32,7 @@ COST_LABELS = {
 
 
 def plot_bridge_curve(
-    frame: pd.DataFrame, *, guess: float | None = None, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, *, guess: float | None = None, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Random-label accuracy against optimizer steps, smoothed by a running mean; the guess is dashed.
 
@@ -49,7 +51,7 @@ def plot_bridge_curve(
     return ax
 
 
-def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Relative change of each block's weights, input to output; frozen blocks stand at zero.
 
     `frame` is `BridgeRun.to_frame()`.
@@ -66,7 +68,7 @@ def plot_weight_drift(frame: pd.DataFrame, *, ax: Axes | None = None, **style: o
 
 
 def plot_accuracy_against(
-    frame: pd.DataFrame, x: str = "train_flops", *, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, x: str = "train_flops", *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Test accuracy of each arm against what it cost, with its interval; seeds as small dots.
 

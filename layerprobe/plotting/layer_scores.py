@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,7 +42,7 @@ TITLES = {
 
 
 def plot_transfer(
-    frame: pd.DataFrame, metric: str = "transfer_logme", *, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, metric: str = "transfer_logme", *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """One transfer score from input to output, with its 95 % interval.
 
@@ -82,7 +83,7 @@ def transfer_figure(frame: pd.DataFrame) -> Figure:
 
 
 def plot_attribution(
-    frame: pd.DataFrame, metric: str = "attribution_skip", *, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, metric: str = "attribution_skip", *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """One importance by block, from input to output; bars are ± one standard error over images.
 
@@ -111,7 +112,7 @@ def attribution_figure(frame: pd.DataFrame) -> Figure:
 
 
 def plot_patch_map(
-    frame: pd.DataFrame, *, picture: np.ndarray | None = None, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, *, picture: np.ndarray | None = None, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """One patch-level map: red speaks for the predicted class, blue against it, over the picture in grey.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import erfc, sqrt
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -41,7 +42,7 @@ _DEPTHS = ("all", "early", "middle", "late")
 
 
 def plot_outlier_depth(
-    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Outlier ratio of each module kind against the block, input to output, with the Gaussian's share dashed."""
     ax = ax if ax is not None else look.new_axes(8, 4.5)
@@ -62,7 +63,7 @@ def plot_outlier_depth(
 
 
 def plot_outlier_heatmap(
-    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Outlier ratio, module kind × block; `style` is passed on to `seaborn.heatmap`."""
     table = _percent_by_kind(frame, n_sigma).T
@@ -86,7 +87,7 @@ def plot_outlier_heatmap(
     return ax
 
 
-def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Share of entries beyond kσ against k, on a log axis, per group of weights, beside the Gaussian's."""
     ax = ax if ax is not None else look.new_axes(6.5, 4.5)
     rows = frame[(frame["level"] == "group") & frame["metric"].str.fullmatch(r"outlier_ratio_[\d.]+sigma")]
@@ -111,7 +112,7 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
 
 
 def plot_outlier_comparison(
-    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Ratio of outlier ratios with intervals, by part and depth, one colour per pair (or per pair of groups)."""
     rows = frame[(frame["metric"] == f"ratio_of_ratios_{n_sigma:g}sigma") & frame["value"].notna()]

@@ -14,7 +14,7 @@ from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
 
 
-def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Test accuracy by depth, with 95 % Wilson bands, and the controls as lines.
 
     Parameters
@@ -63,7 +63,7 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     return ax
 
 
-def plot_probe_strength(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_probe_strength(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Validation accuracy against C, one line a layer from light (input) to dark (output); rings mark the C taken."""
     own = _with_layers(frame[(frame["metric"] == "probe_accuracy") & frame["control"].isna()])
     validated, tested = own[own["split"] == "validation"], own[own["split"] == "test"]
@@ -80,7 +80,7 @@ def plot_probe_strength(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     return ax
 
 
-def plot_few_shot(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_few_shot(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Test accuracy against training images per class, one line a layer; bars: 95 % t interval over draws."""
     rows = _with_layers(frame[(frame["metric"] == "few_shot_accuracy") & frame["control"].isna()])
     if rows.empty:

@@ -19,7 +19,7 @@ STATE_COLOURS = {"frozen": "#D9DEE4", "partial": "#F0C571", "trainable": look.OR
 """One colour per state of a block; told apart by brightness as well as by hue."""
 
 
-def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw validation accuracy against trainable parameters, with the front that nothing beats.
 
     Parameters
@@ -65,7 +65,7 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object)
 
 
 def plot_ranking(
-    frame: pd.DataFrame, *, ax: Axes | None = None, chance: float | None = None, **style: object
+    frame: pd.DataFrame, *, ax: Axes | None = None, chance: float | None = None, **style: Any
 ) -> Axes:
     """Draw test accuracy of the plan and the baselines, best on top, with 95 % t intervals over seeds.
 
@@ -106,7 +106,7 @@ def plot_ranking(
     return ax
 
 
-def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw plans as strips of blocks, input on the left, with their accuracy beside them.
 
     Parameters
@@ -133,7 +133,7 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object)
     return ax
 
 
-def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw plans as strips of blocks from input to output, coloured by what is trained.
 
     Parameters

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import seaborn
@@ -14,9 +16,7 @@ from layerprobe.plotting import style as look
 SIGNIFICANT = 0.05
 
 
-def plot_cka(
-    frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = False, **style: object
-) -> Axes:
+def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = False, **style: Any) -> Axes:
     """Heat map of debiased CKA: layers of A upwards, layers of B to the right, both from input to output.
 
     One colour scale from 0 to 1, extended downwards only if a value is negative. Cells that are no more than
@@ -98,7 +98,7 @@ def _closest(values: pd.DataFrame) -> list[tuple[int, int]]:
     return [(row, int(np.nanargmax(line))) for row, line in enumerate(cells) if np.isfinite(line).any()]
 
 
-def plot_cka_closest(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_cka_closest(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Largest CKA of each layer of A with any layer of B, with 95 % intervals and the name of that layer.
 
     `frame` is `CKAMatrix.closest()`. Hollow points are no more than chance after correction.

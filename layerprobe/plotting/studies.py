@@ -32,7 +32,7 @@ def plot_lines(
     scale: float = 100.0,
     shift: float = 0.0,
     bars: bool = False,
-    **style: object,
+    **style: Any,
 ) -> Axes:
     """`value` against column `x`, one line per value of column `by`, with `low` to `high` as band or bars.
 
@@ -59,7 +59,7 @@ def plot_lines(
     return ax
 
 
-def plot_claims(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
+def plot_claims(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Claims as points with their intervals; blue above the null value, orange below, grey: not shown.
 
     `frame` is `answers.csv` of a study: `claim`, `value`, `low`, `high`, `null`, `unit`, `verdict`. All rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,7 +36,7 @@ def draw_line(
     *,
     bars: bool = False,
     orient: str = "x",
-    **style: object,
+    **style: Any,
 ) -> None:
     """One line along `orient`; where `low` and `high` are given, its interval as a band or as bars.
 
@@ -69,7 +70,7 @@ def draw_line(
     )
 
 
-def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: object) -> None:
+def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: Any) -> None:
     """A thin dashed line across the axes, such as chance or zero."""
     draw = ax.axvline if vertical else ax.axhline
     draw(value, **{"color": LINE_GREY, "linestyle": "--", "linewidth": 1, **style})

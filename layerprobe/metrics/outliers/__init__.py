@@ -227,7 +227,7 @@ def moment_values(result: TensorOutliers) -> None:
     if not (math.isfinite(moments.mean) and math.isfinite(moments.std)):
         reasons.update(dict.fromkeys(("mean", "std", "kurtosis"), "overflows float64"))
         return
-    values |= {"mean": moments.mean, "std": moments.std}
+    values.update({"mean": moments.mean, "std": moments.std})
     if math.isfinite(moments.kurtosis):
         values["kurtosis"] = moments.kurtosis
     elif values["minimum"] == values["maximum"]:
@@ -262,7 +262,7 @@ def measure(result: TensorOutliers, d: Distribution, rules: OutlierRules) -> Non
 def measure_moments(result: TensorOutliers, least: float, most: float) -> None:
     """Enter the values that need no order statistics but the extremes."""
     values = result.values
-    values |= {"minimum": least, "maximum": most, "zero_ratio": result.zeros / result.n}
+    values.update({"minimum": least, "maximum": most, "zero_ratio": result.zeros / result.n})
     if not math.isnan(result.mean_abs):
         values["mean_abs"] = result.mean_abs
     mean, std = result.moments.mean, result.moments.std
@@ -290,8 +290,8 @@ def _measure_order(result: TensorOutliers, d: Distribution, rules: OutlierRules)
     counts = result.counts
     median = d.median()
     mad = d.median_distance(median)
-    result.values |= {"median": median, "mad": mad}
-    result.values |= {quantile_name(q): d.quantile(q) for q in rules.quantiles}
+    result.values.update({"median": median, "mad": mad})
+    result.values.update({quantile_name(q): d.quantile(q) for q in rules.quantiles})
     for z in rules.mad_z:
         if mad > 0:
             counts[f"madz{z:g}"] = d.count_far(median, z, factor=0.6745, unit=mad)
