@@ -18,6 +18,16 @@ def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> t
     return tqdm(*args, unit=unit, file=sys.stderr, disable=quiet or not sys.stderr.isatty(), **kwargs)
 
 
+_quiet = False
+
+
+def silence_notes(quiet: bool) -> None:
+    """Print no remarks from now on (`--quiet`), or print them again."""
+    global _quiet
+    _quiet = quiet
+
+
 def note(message: str) -> None:
-    """One line for the person who watches; never mixed with results, which go to stdout."""
-    tqdm.write(message, file=sys.stderr)
+    """One remark on stderr; never mixed with results, which go to stdout."""
+    if not _quiet:
+        tqdm.write(message, file=sys.stderr)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from layerprobe import __version__
 from layerprobe.errors import LayerprobeError
+from layerprobe.progress import silence_notes
 
 COMMANDS = (
     "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
@@ -36,6 +37,8 @@ class Program(TyperGroup):
             # The reader of our stdout left (for example `| head`); nobody is there to be told.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        finally:
+            silence_notes(False)
 
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.files import atomic_write, output_folder
-from layerprobe.progress import note
+from layerprobe.progress import note, silence_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +37,7 @@ class Output:
         quiet: bool = False,
         one_file: bool = False,
     ) -> None:
+        silence_notes(quiet)
         self.command = command
         self.as_json = as_json
         self.dry_run = dry_run
