@@ -170,7 +170,9 @@ def accuracy_table(pooled: PooledArms, rates: dict[str, float]) -> list[str]:
         rows.append(row)
     lines = md_table(rows)
     noise = f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed"
-    return [*lines, "", f"{noise} ({pooled.freedom} degrees of freedom, pooled over all arms)."]
+    edges = [arm for arm, lr in rates.items() if lr in (LRS[0], LRS[-1])]
+    edge = f" The rate of {'; '.join(edges)} lies at an edge of the grid." if edges else ""
+    return [*lines, "", f"{noise} ({pooled.freedom} degrees of freedom, pooled over all arms).{edge}"]
 
 
 def headline(pooled: PooledArms, answers: list[Answer], where: str, n: int) -> str:
@@ -183,9 +185,9 @@ def headline(pooled: PooledArms, answers: list[Answer], where: str, n: int) -> s
         ("none", "shuffled"),
     ):
         answer = next(a for a in answers if a.claim == f"language − {words}, trained: {scope}")
-        blocks = "all blocks" if scope == "all" else "no block"
+        blocks = "all blocks train" if scope == "all" else "no block trains"
         interval = f"({answer.low:+.1f} to {answer.high:+.1f})"
-        parts.append(f"{answer.value:+.1f} points {interval} against {words} where {blocks} trains")
+        parts.append(f"{answer.value:+.1f} points {interval} against {words} where {blocks}")
     return f"{where}: language weights have {'; '.join(parts)} (n = {n:,} test images, {answers[0].n_seeds} seeds)."
 
 

@@ -201,7 +201,7 @@ def t_estimate(
         stderr=stderr,
         n=n,
         freedom=freedom,
-        pvalue=2 * min(above, 1 - above),
+        pvalue=2 * float(stats.t.sf(abs(value) / stderr, freedom)),
         probability=above,
     )
 
