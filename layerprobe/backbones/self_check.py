@@ -157,8 +157,8 @@ def _run(backbone: Backbone, pixels: Tensor, *, altered: bool = False) -> Tensor
         if altered:
             tokens[-1, -1] = tokens[-1, -1].flip(0) + tokens.std()
         return backbone.forward_tokens(tokens)
-    except LayerprobeError:
-        raise
+    except (LayerprobeError, torch.OutOfMemoryError, MemoryError):
+        raise  # which say nothing of what the model can take
     except Exception as error:
         raise cannot_run(backbone, error) from error
 
