@@ -149,7 +149,7 @@ def _image_settings(model: nn.Module, source: ModelSource, **asked: Any) -> dict
         return asked
     settings = {key: run.get(key) if value in (None, "random") else value for key, value in asked.items()}
     if image_or_text_tower(model).main_input_name == "pixel_values":
-        return settings | {"attention": None, "stem": "random", "image_size": asked["image_size"]}
+        return settings | {"attention": None, "stem": "random"}
     return settings | {"stem": settings["stem"] or "random"}
 
 

@@ -43,6 +43,27 @@ def architecture_of(config: PretrainedConfig) -> Any:
     return transformers.AutoModel
 
 
+def place_in_whole_model(tower: nn.Module) -> tuple[str, str]:
+    """The class that AutoModel would build for a tower's configuration, and what it puts before the tower's names.
+
+    An encoder (T5, BART) shares its configuration with the whole model. Where AutoModel would build the tower
+    itself, or does not know it, the tower's own class and no prefix.
+    """
+    from transformers import MODEL_MAPPING
+
+    own = type(tower).__name__
+    whole = MODEL_MAPPING.get(type(tower.config), None)
+    if not isinstance(whole, type) or isinstance(tower, whole):
+        return own, ""
+    with torch.device("meta"):
+        skeleton = whole(tower.config)
+    shapes = {name: p.shape for name, p in tower.named_parameters()}
+    for name, module in skeleton.named_modules():
+        if type(module) is type(tower) and {n: p.shape for n, p in module.named_parameters()} == shapes:
+            return whole.__name__, f"{name}."
+    return own, ""
+
+
 def pretrained_model(
     source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[nn.Module, bool]:

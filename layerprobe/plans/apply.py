@@ -215,7 +215,7 @@ def verify_plan(
     prefix: str | None = None,
     without: Iterable[str] = (),
 ) -> Verification:
-    """Compare `model` with its digests from before training.
+    """Compare `model` with its digests from before training; PlanError where all was frozen after `apply`.
 
     Parameters
     ----------
@@ -252,6 +252,8 @@ def verify_plan(
             f"training ({few(moved)}); requires_grad is lost on from_pretrained: apply the plan before the "
             "optimizer is built, and again on resume"
         )
+    if not changed and memory is not None and before is memory.before:
+        _refuse_frozen_later(model, trainable)
     return Verification(
         frozen=n_frozen,
         buffers=len(before.buffers),
@@ -288,9 +290,8 @@ def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> 
         for name, flag in flags.items():
             every[name].requires_grad_(flag)
     except RuntimeError as error:
-        for name, flag in before.items():
-            if every[name].requires_grad != flag:
-                every[name].requires_grad_(flag)
+        for known, flag in before.items():
+            every[known].requires_grad_(flag)
         line = str(error).strip().splitlines()[0]
         raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
 
@@ -307,29 +308,40 @@ def _digest(name: str, tensor: Tensor) -> str:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        raise PlanError(
-            f"{name} ({type(tensor).__name__}, {kind}, {_dtype(tensor)}) cannot be read byte by byte ({line}); "
-            "apply with remember=False"
-        ) from error
+        what = f"{name} ({type(tensor).__name__}, {kind}, {_dtype(tensor)})"
+        raise PlanError(f"{what} cannot be read byte by byte ({line}); apply with remember=False") from error
 
 
 def _refuse_cast(model: nn.Module, dtypes: Mapping[str, str], moved: list[str]) -> None:
     """PlanError where what looks like training is a model that was cast after the plan was applied."""
-    there = _named_parameters(model)
-    suffix = {
-        name: next((p for n, p in there.items() if f".{n}".endswith(f".{name}")), None) for name in moved
-    }
-    cast = [n for n, p in suffix.items() if n in dtypes and p is not None and str(p.dtype) != dtypes[n]]
-    if cast:
-        was, is_now = dtypes[cast[0]].removeprefix("torch."), _dtype(suffix[cast[0]])
+    there = _by_plan_name(model, [name for name in moved if name in dtypes])
+    if cast := [name for name, found in there.items() if str(found[0].dtype) != dtypes[name]]:
+        was, is_now = dtypes[cast[0]].removeprefix("torch."), _dtype(there[cast[0]][0])
         raise PlanError(
             f"{len(cast)} frozen tensors were {was} when the plan was applied and are {is_now} now ({few(cast)}): "
             "the model was cast in between; cast it first, then apply the plan"
         )
 
 
-def _dtype(tensor: Tensor | None) -> str:
-    return str(tensor.dtype).removeprefix("torch.") if tensor is not None else "gone"
+def _refuse_frozen_later(model: nn.Module, trainable: list[str]) -> None:
+    """PlanError where nothing was trained because something froze the model after the plan was applied."""
+    there = _by_plan_name(model, trainable).items()
+    if late := [name for name, found in there if not any(p.requires_grad for p in found)]:
+        raise PlanError(
+            f"none of {len(trainable)} trainable tensors changed, and {len(late)} are frozen by now ({few(late)}): what "
+            "froze them after the plan was applied (peft's prepare_model_for_kbit_training does) goes before it"
+        )
+
+
+def _by_plan_name(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """The parameters whose names end on each of the plan's; without those of the plan that none ends on."""
+    there = _named_parameters(model).items()
+    found = {name: [p for full, p in there if f".{full}".endswith(f".{name}")] for name in names}
+    return {name: fitting for name, fitting in found.items() if fitting}
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _effect(plan: PlanData) -> _Effect:
@@ -338,7 +350,7 @@ def _effect(plan: PlanData) -> _Effect:
 
 
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every name of every parameter, tied ones under each of theirs, without the segments of wrappers."""
+    """Every name of every parameter, also the second ones of tied ones, without the segments of wrappers."""
     return {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 

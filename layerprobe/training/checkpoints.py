@@ -5,8 +5,8 @@
       plan.json  labels.csv   the freeze plan; the random label of every training image
       history.csv             one row per optimizer step
       checkpoints/step-00000400/   (the newest few)
-        backbone/             loads with from_pretrained of the class that its config names (`architectures`):
-                              of an encoder-decoder the encoder alone, which AutoModel would not look for
+        backbone/             loads with from_pretrained of the class that its config names (`architectures`) and
+                              with AutoModel; of an encoder-decoder the encoder alone, under the whole model's names
         stem.safetensors  head.safetensors  optimizer.safetensors  state.json
       final/                  the same at the end of a finished run
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.processor import RECIPE_FILES
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
@@ -94,10 +96,7 @@ def save_checkpoint(
     with _disk_errors(temporary, run_folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        with _no_transformers_bars():
-            backbone.model.save_pretrained(
-                temporary / "backbone", state_dict=_part(weights, "backbone.model.")
-            )
+        _save_backbone(backbone.model, _part(weights, "backbone.model."), temporary / "backbone")
         for name in RECIPE_FILES:  # a vision backbone without its recipe would see other pixels
             if (recipe := backbone.source.folder / name).is_file():
                 shutil.copyfile(recipe, temporary / "backbone" / name)
@@ -132,6 +131,16 @@ def save_checkpoint(
     return folder
 
 
+def _save_backbone(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the model so that AutoModel, too, finds every tensor where it looks for it."""
+    architecture, prefix = place_in_whole_model(model)
+    with _no_transformers_bars():
+        model.save_pretrained(folder, state_dict={f"{prefix}{name}": value for name, value in weights.items()})
+    if prefix:
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "architectures": [architecture]})
+
+
 def find_checkpoint(run_folder: Path) -> Checkpoint | None:
     """The newest good checkpoint of a run, None where there is none yet, BrokenFileError where it is unreadable."""
     run_file = run_folder / RUN_FILE
@@ -153,10 +162,14 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
     """Put a checkpoint's weights into `classifier`, bit for bit; BrokenFileError where they cannot be read."""
     backbone = classifier.backbone
     model: Any = backbone.model
+    _, prefix = place_in_whole_model(model)
     try:
         with _no_transformers_bars():
             saved = type(model).from_pretrained(
-                checkpoint.folder / "backbone", dtype=backbone.dtype, local_files_only=True
+                checkpoint.folder / "backbone",
+                dtype=backbone.dtype,
+                local_files_only=True,
+                key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
             )
         _copy(state_tensors(saved), model)
         if backbone.stem is not None:

@@ -498,6 +498,18 @@ def test_a_sparse_tensor_cannot_be_remembered_and_says_so() -> None:
     assert trained_names(model) == set(plan.trainable)
 
 
+def test_a_model_frozen_after_apply_is_told_from_one_that_trained() -> None:
+    plan, model = example_plan("llama", BLOCKS), bare_model("llama")
+    peft = pytest.importorskip("peft", reason="the extra [dev] is not installed")
+    plan.apply(model)
+    peft.prepare_model_for_kbit_training(model)
+    with pytest.raises(PlanError, match=rf"none of {len(plan.trainable)} trainable tensors changed.*kbit"):
+        plan.verify(model)
+    with torch.no_grad():
+        model.get_parameter(plan.trainable[0]).add_(1)
+    assert plan.verify(model).changed == (plan.trainable[0],)  # frozen once trained: nothing to complain of
+
+
 def test_a_cast_after_apply_is_told_from_training() -> None:
     plan, model = example_plan("llama", BLOCKS), bare_model("llama")
     plan.apply(model)

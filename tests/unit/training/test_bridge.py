@@ -96,6 +96,19 @@ def test_a_vision_run_keeps_the_recipe_of_its_pixels(make_backbone, model_folder
     assert again.describe()["preprocessing"] == backbone.describe()["preprocessing"]
 
 
+def test_a_vision_run_at_another_size_loads_at_that_size(make_backbone, model_folder, task, tmp_path):
+    size = 2 * transformers.AutoConfig.from_pretrained(model_folder("vit")).image_size
+    backbone = load_backbone(str(model_folder("vit")), device="cpu", image_size=size).prepare(task)
+    bridge_train(backbone, task, plan=block_plan(backbone, [2]), config=SMALL, output=tmp_path / "run")
+    again = load_backbone(str(tmp_path / "run"), device="cpu")
+    pixels = again.preprocess(task.train.images()[:3])
+    assert pixels.shape[-2:] == (size, size)
+    assert torch.equal(pixels, backbone.preprocess(task.train.images()[:3]))
+    assert again.describe()["image_size"] == size
+    smaller = load_backbone(str(tmp_path / "run"), device="cpu", image_size=size // 2)
+    assert smaller.preprocess(task.train.images()[:3]).shape[-1] == size // 2
+
+
 def test_labels_do_not_depend_on_order_and_are_kept(make_backbone, task, tmp_path):
     import pandas as pd
 

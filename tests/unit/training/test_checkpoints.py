@@ -9,6 +9,7 @@ import signal
 
 import pytest
 import torch
+import transformers
 
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
@@ -185,13 +186,32 @@ def test_a_truncated_checkpoint_is_named(unfinished, make_backbone, task, name):
         bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
 
 
-def test_a_run_of_an_encoder_decoder_loads_again_as_its_encoder(task, tmp_path):
-    from families import save
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 99,
+    "max_position_embeddings": 40,
+}  # fmt: skip
 
-    backbone = load_backbone(str(save("t5", tmp_path / "t5")), device="cpu", patch_size=4).prepare(task)
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_run_of_an_encoder_decoder_loads_again_as_its_encoder(family, task, tmp_path):
+    """In layerprobe, as a run and as a folder, and in transformers by AutoModel alone."""
+    from families import build
+
+    whole = build("t5") if family == "t5" else transformers.BartModel(transformers.BartConfig(**BART))
+    whole.save_pretrained(tmp_path / family)
+    backbone = load_backbone(str(tmp_path / family), device="cpu", patch_size=4).prepare(task)
     bridge_train(backbone, task, config=SMALL, output=tmp_path / "run")
-    again = load_backbone(str(tmp_path / "run"), device="cpu")
-    assert type(again.model) is type(backbone.model) and digests(again.model) == digests(backbone.model)
+    folder = tmp_path / "run" / "final" / "backbone"
+    for again in (
+        load_backbone(str(tmp_path / "run"), device="cpu").model,
+        load_backbone(str(folder), device="cpu").model,
+        transformers.AutoModel.from_pretrained(folder).get_encoder(),
+    ):
+        assert type(again) is type(backbone.model) and digests(again) == digests(backbone.model)
+    fresh = Classifier(load_backbone(str(tmp_path / family), device="cpu", patch_size=4).prepare(task), 4, seed=0)
+    checkpoints.load_weights(checkpoints.find_checkpoint(tmp_path / "run"), fresh)
+    assert digests(fresh.backbone.model) == digests(backbone.model)
 
 
 def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, task):
