@@ -19,7 +19,7 @@ from layerprobe.files import read_json, unread_weights, weight_files
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _LOADED_BY_NAME = ("model.safetensors", "pytorch_model.bin")
 
@@ -43,7 +43,7 @@ def architecture_of(config: PretrainedConfig) -> Any:
     return transformers.AutoModel
 
 
-def place_in_whole_model(tower: nn.Module) -> tuple[str, str]:
+def place_in_whole_model(tower: PreTrainedModel) -> tuple[str, str]:
     """The class that AutoModel would build for a tower's configuration, and what it puts before the tower's names.
 
     An encoder (T5, BART) shares its configuration with the whole model. Where AutoModel would build the tower

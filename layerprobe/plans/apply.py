@@ -291,7 +291,8 @@ def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> 
             every[name].requires_grad_(flag)
     except RuntimeError as error:
         for known, flag in before.items():
-            every[known].requires_grad_(flag)
+            if every[known].requires_grad != flag:
+                every[known].requires_grad_(flag)
         line = str(error).strip().splitlines()[0]
         raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
 

@@ -45,6 +45,8 @@ from layerprobe.training.classifier import Classifier, state_tensors, whole
 from layerprobe.training.config import text_hash
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.plans import FreezePlan
     from layerprobe.training.config import BridgeConfig
@@ -131,11 +133,13 @@ def save_checkpoint(
     return folder
 
 
-def _save_backbone(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+def _save_backbone(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the model so that AutoModel, too, finds every tensor where it looks for it."""
     architecture, prefix = place_in_whole_model(model)
     with _no_transformers_bars():
-        model.save_pretrained(folder, state_dict={f"{prefix}{name}": value for name, value in weights.items()})
+        model.save_pretrained(
+            folder, state_dict={f"{prefix}{name}": value for name, value in weights.items()}
+        )
     if prefix:
         config = read_json(folder / "config.json")
         write_json(folder / "config.json", {**config, "architectures": [architecture]})

@@ -209,7 +209,9 @@ def test_a_run_of_an_encoder_decoder_loads_again_as_its_encoder(family, task, tm
         transformers.AutoModel.from_pretrained(folder).get_encoder(),
     ):
         assert type(again) is type(backbone.model) and digests(again) == digests(backbone.model)
-    fresh = Classifier(load_backbone(str(tmp_path / family), device="cpu", patch_size=4).prepare(task), 4, seed=0)
+    fresh = Classifier(
+        load_backbone(str(tmp_path / family), device="cpu", patch_size=4).prepare(task), 4, seed=0
+    )
     checkpoints.load_weights(checkpoints.find_checkpoint(tmp_path / "run"), fresh)
     assert digests(fresh.backbone.model) == digests(backbone.model)
 
