@@ -47,7 +47,7 @@ _ABOUT_INPUTS = re.compile(
 _STATE = re.compile(
     r"^weight\.(?:absmax|nested_\w+|quant_\w+)|^qzeros$|^g_idx$|_(?:shape|zero_point|g_idx|scales)$"
 )
-_BIAS = re.compile(r"(?:^|_)bias$")
+_BIAS = re.compile(r"(?:^|(?<!weight)_)bias$")
 _FLOAT8_METHODS = frozenset(("fp8", "fbgemm_fp8", "modelopt", "compressed_tensors"))
 _METHODS = _FLOAT8_METHODS | frozenset(
     ("gptq", "awq", "auto_round", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")
@@ -104,12 +104,16 @@ def dequantised(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> l
     scaled = settings.method in _FLOAT8_METHODS or any(map(_has_scaled_float8, modules.values()))
     changed: dict[str, StoredTensor] = {}
     quantised = settings.method is not None
-    for name, module in modules.items():
-        codes = [leaf for leaf in module if name and _are_codes(leaf, module, scaled)]
+    coded = {
+        name: [leaf for leaf in module if name and _are_codes(leaf, module, scaled)]
+        for name, module in modules.items()
+    }
+    for name, codes in coded.items():
         for leaf in codes:
-            changed[module[leaf].name] = _decoded(name, module, leaf, settings)
-        owner = f"{name}.weight" if codes else _quantised_parent(name, modules, changed)
-        quantised = quantised or bool(codes)
+            changed[modules[name][leaf].name] = _decoded(name, modules[name], leaf, settings)
+    quantised = quantised or any(coded.values())
+    for name, module in modules.items():
+        owner = f"{name}.weight" if coded[name] else _quantised_parent(name, coded)
         for leaf, tensor in module.items() if owner else ():
             if tensor.name not in changed and tensor.skip is None and not _BIAS.search(leaf):
                 changed[tensor.name] = replace(tensor, skip=f"quantisation state of {owner}, no weight")
@@ -147,16 +151,10 @@ def _are_codes(leaf: str, module: Module, scaled: bool) -> bool:
     return module_kind(tensor.name, tensor.shape) != "buffer"
 
 
-def _quantised_parent(
-    name: str, modules: Mapping[str, Module], changed: Mapping[str, StoredTensor]
-) -> str | None:
+def _quantised_parent(name: str, coded: Mapping[str, list[str]]) -> str | None:
     """The weight of the module around this one, where that is quantised (tables that are modules of their own)."""
     parent, _, leaf = name.rpartition(".")
-    if "lora" in leaf.lower() or not any(
-        tensor.name in changed for tensor in modules.get(parent, {}).values()
-    ):
-        return None
-    return f"{parent}.weight"
+    return f"{parent}.weight" if coded.get(parent) and "lora" not in leaf.lower() else None
 
 
 def _decoded(name: str, module: Module, leaf: str, settings: _Settings) -> StoredTensor:

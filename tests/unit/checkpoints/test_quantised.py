@@ -341,6 +341,16 @@ UNDEFINED: dict[str, tuple[Callable[[], Stored], dict[str, Any], str]] = {
         "particular to a GPU",
     ),
     "awq in another order": (lambda: awq()[0], {"quant_method": "awq", "version": "gemv"}, "order 'gemm'"),
+    "vptq, with a table in a module of its own": (
+        lambda: {
+            f"{NAME}.indices": torch.zeros(1, OUT, IN // 8, dtype=torch.int32),
+            f"{NAME}.centroids.weight": torch.randn(1, 256),
+            f"{NAME}.weight_scale": torch.rand(IN),
+            f"{NAME}.weight_bias": torch.rand(IN),
+        },
+        {},
+        "no layout that is known",
+    ),
     "gptq for marlin": (
         lambda: gptq()[0],
         {"quant_method": "gptq", "checkpoint_format": "marlin"},
@@ -357,7 +367,7 @@ def test_codes_that_define_no_matrix_are_one_row_with_the_reason(case: str, tmp_
     assert len(skipped) == 1
     assert skipped[0].found is None
     assert re.search(reason, skipped[0].skip or ""), skipped[0].skip
-    assert all(row.name.endswith(("bias", "norm.weight", "embed_tokens.weight")) for row in report.counted())
+    assert all(row.name.endswith((".bias", "norm.weight", "embed_tokens.weight")) for row in report.counted())
     assert report.pool(group="blocks").n == 0
 
 
