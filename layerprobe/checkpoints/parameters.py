@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _ALWAYS = (
@@ -14,12 +14,13 @@ _TABLES = (
     r"(?:^|\.)(?:rotary|rope)\w*\.(?!weight$|bias$)[^.]+"
     r"|(?:^|\.)(?:\w*freqs(?:_(?:cis|cos|sin|complex))?|(?:cos|sin)(?:_cached?|_table)?|tril|triu|(?:\w+_)?mask"
     r"|slopes|\w*alibi\w*|relative_coords(?:_table)?|rel(?:ative)?_(?:pos(?:ition)?_)?ind(?:ex|ices)|attention_bias_idxs"
-    r"|pe|sinusoid\w*|_float_tensor|(?:pixel|image)_(?:mean|std)|\w+_ema)"
+    r"|pe|queue|sinusoid\w*|_float_tensor|(?:pixel|image)_(?:mean|std)|\w+_ema)"
     r"|(?:attn|attention)\.embed_positions"
 )
 _SURE = re.compile(rf"(?:{_ALWAYS})$")
 _BUFFER = re.compile(rf"(?:{_ALWAYS}|{_TABLES})$")
-_AVERAGE = re.compile(r"(?:^|_)ema(?:_|$)")
+_AVERAGE = re.compile(r"(?:^|_)(?:ema|momentum|target|teacher|shadow)(?:_|$)|_(?:k|m)$")
+"""Modules that follow another one: moving averages, the key encoder of MoCo, `text_encoder_m` of ALBEF."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,22 +93,24 @@ def _key(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in kept)
 
 
-def _averages(names: Iterable[str]) -> dict[str, str]:
-    """Exponential averages of other tensors: `model_ema.…` beside `model.…`."""
-    averages: dict[str, str] = {}
-    others: set[str] = set()
-    for name in names:
+def _averages(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Exponential averages of other tensors: `model_ema.…` beside `model.…`, tensor by tensor of one shape."""
+    followers: dict[str, list[str]] = {}
+    for name in shapes:
         parts = name.split(".")
-        at = next((i for i, part in enumerate(parts[:2]) if _AVERAGE.search(part)), None)
+        at = next((i for i, part in enumerate(parts[:3]) if _AVERAGE.search(part)), None)
         if at is not None:
-            averages[name] = "".join(parts[at + 1 :])
-    if averages:
-        for name in names:
-            if name not in averages:
-                parts = name.split(".")
-                others |= {"".join(parts), "".join(parts[1:]), "".join(parts[2:])}
+            followers.setdefault(".".join(parts[: at + 1]), []).append(name)
+    if not followers:
+        return {}
+    others: set[tuple[str, tuple[int, ...]]] = set()
+    for name, shape in shapes.items():
+        if not any(name.startswith(f"{module}.") for module in followers):
+            parts = name.split(".")
+            others |= {("".join(parts[first:]), shape) for first in range(4)}
     return {
         name: "an average (EMA) of other tensors"
-        for name, tail in averages.items()
-        if tail and tail in others
+        for module, names in followers.items()
+        for name in names
+        if (tail := name.removeprefix(module).replace(".", "")) and (tail, shapes[name]) in others
     }

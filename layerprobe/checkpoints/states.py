@@ -18,7 +18,9 @@ Named = list[tuple[str, "Tensor"]]
 _COPY = re.compile(
     r"(?:^|_)(?:ema|swa|avg|averaged?|best|shadow|teacher|target|old|prev|previous|backup|initial)(?:_|$)"
 )
-_TRAINER = re.compile(r"optim|sched|scaler|(?:^|_)rng|random_state|callbacks|(?:^|_)loops?(?:_|$)")
+_TRAINER = re.compile(
+    r"optim|(?:^|_)opt(?:_|$)|sched|scaler|(?:^|_)rng|random_state|callbacks|(?:^|_)loops?(?:_|$)|loss|criterion"
+)
 _MOMENT = re.compile(r"(?:^|\.)(?:exp_avg(?:_sq)?|max_exp_avg_sq|momentum_buffer|exp_inf)$")
 
 
@@ -51,8 +53,7 @@ def choose_state(loaded: object, wanted: str | None, file: Path) -> State:
     loose = {str(key): value.detach() for key, value in loaded.items() if _is_tensor(value)}
     states: dict[str, Named] = {}
     left: dict[str, str] = {}
-    for key, value in loaded.items():
-        name = str(key)
+    for name, value in _opened(loaded):
         if name in loose:
             continue
         found = list(flatten(value, name))
@@ -90,6 +91,18 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in items:
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _opened(loaded: Mapping[object, object]) -> Iterator[tuple[str, object]]:
+    """The entries by name; one that holds the trainer's state beside the model's (Composer) entry by entry."""
+    for key, value in loaded.items():
+        inner = value if isinstance(value, Mapping) and not _is_optimizer(value) else {}
+        if any(
+            _TRAINER.search(str(name).lower()) and isinstance(v, Mapping | list) for name, v in inner.items()
+        ):
+            yield from ((f"{key}.{name}", v) for name, v in inner.items())
+        else:
+            yield str(key), value
 
 
 def _is_tensor(value: object) -> bool:

@@ -329,7 +329,7 @@ def _refuse_frozen_later(model: nn.Module, trainable: list[str]) -> None:
     there = _by_plan_name(model, trainable).items()
     if late := [name for name, found in there if not any(p.requires_grad for p in found)]:
         raise PlanError(
-            f"none of {len(trainable)} trainable tensors changed, and {len(late)} are frozen by now ({few(late)}): what "
+            f"none of {len(trainable)} trainable tensors changed, and {len(late)} are frozen now ({few(late)}): what "
             "froze them after the plan was applied (peft's prepare_model_for_kbit_training does) goes before it"
         )
 

@@ -67,6 +67,25 @@ def test_averages_beside_the_model_count_once(tmp_path: Path) -> None:
     assert outlier_report(tmp_path, quiet=True).pool().n == 2 * 64
 
 
+@pytest.mark.parametrize(
+    ("own", "follower"),
+    [
+        ("module.encoder_q", "module.encoder_k"),  # MoCo
+        ("online_network", "target_network"),  # BYOL
+        ("student.backbone", "teacher.backbone"),  # DINO
+        ("text_encoder", "text_encoder_m"),  # ALBEF
+    ],
+)
+def test_a_network_that_follows_another_counts_once(own: str, follower: str, tmp_path: Path) -> None:
+    names = [f"layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    state = {f"{module}.{name}": torch.randn(8, 8) for module in (own, follower) for name in names}
+    state[f"{follower}.layers.0.mlp.down_proj.weight"] = torch.randn(8, 8)  # follows nothing
+    torch.save({"state_dict": state}, tmp_path / "checkpoint.pt")
+    report = outlier_report(tmp_path / "checkpoint.pt", quiet=True)
+    assert report.pool().n == 3 * 64
+    assert sum(row.skip == "an average (EMA) of other tensors" for row in report.tensors) == 2
+
+
 def llama(folder: Path) -> int:
     import transformers as tf
 

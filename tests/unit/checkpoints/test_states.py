@@ -85,6 +85,15 @@ CASES: dict[str, tuple[Callable[[State, Any], Any], set[str]]] = {
         lambda m, o: {"model": m, "rng_state": torch.zeros(5056, dtype=torch.uint8)},
         {"rng_state"},
     ),
+    "a state of states": (
+        lambda m, o: {"state": {"model": copy(m), "optimizers": {"AdamW": o}}, "rng": [torch.zeros(16)]},
+        {"state.optimizers", "rng"},
+    ),
+    "moments by the model's names": (lambda m, o: {"net": m, "opt": {"buffer": copy(m)}}, {"opt"}),
+    "a loss with a centre": (
+        lambda m, o: {"student": m, "dino_loss": {"center": torch.rand(1, 9)}},
+        {"dino_loss"},
+    ),
     "only the state": (lambda m, o: m, set()),
     "a list of tensors": (lambda m, o: list(m.values()), set()),
 }
