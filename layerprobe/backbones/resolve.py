@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from layerprobe.backbones.catalog import MODELS, PACKAGES
 from layerprobe.errors import (
@@ -29,6 +29,21 @@ RUN_SCHEMA = "layerprobe.bridge-run/v1"
 _REMEMBERED_FROM = 256 << 20
 _PIECE = 1 << 20
 _SETTLED_SECONDS = 3
+
+
+class ModelIdentity(Protocol):
+    """Which model it is; `ModelSource` is one of files, `own_model.MemorySource` one in memory."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def run(self) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)

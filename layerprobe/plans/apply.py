@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
-from layerprobe.plans.match import block_modules, clean_name, match_parameters
+from layerprobe.plans.match import block_modules, match_parameters
+from layerprobe.plans.names import clean_name
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 
 if TYPE_CHECKING:

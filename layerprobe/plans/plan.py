@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
 from layerprobe.layers import format_blocks
+from layerprobe.plans.names import clean_name, is_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,8 @@ class PlanData:
         Parameters
         ----------
         parameters : ParameterTable
-            Name -> (shape, dtype), see `parameter_table`.
+            Name -> (shape, dtype), see `parameter_table`. What wrappers put into names is taken out, and adapters
+            of PEFT are left out: a plan is for the model under them.
         groups : Mapping[str, str]
             Name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
         trainable_blocks : Iterable[int]
@@ -120,8 +122,9 @@ class PlanData:
             a block that does not exist, a name without a group, an unknown group or state.
         """
         table = {
-            name: Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))
+            clean_name(name): Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))
             for name, (shape, dtype) in parameters.items()
+            if not is_adapter(name)
         }
         if ungrouped := [name for name, p in table.items() if not is_group(p.group)]:
             raise PlanError(f"no known group for {few(ungrouped)}; groups: block.<i>, {', '.join(GROUPS)}")
@@ -133,7 +136,7 @@ class PlanData:
         for word in (*outside.values(), stem, head):
             if word not in (FROZEN, TRAINABLE):
                 raise PlanError(f"'{word}' is no state; choose '{FROZEN}' or '{TRAINABLE}'")
-        also = set(also_trainable)
+        also = {clean_name(name) for name in also_trainable if not is_adapter(name)}
         if unknown := sorted(also - table.keys()):
             raise PlanError(f"{model_id} has no parameter {few(unknown)}")
 
@@ -150,7 +153,7 @@ class PlanData:
             revision=revision,
             parameters=table,
             found=dict(found or {}),
-            tied={name: tuple(others) for name, others in (tied or {}).items()},
+            tied={clean_name(name): tuple(map(clean_name, others)) for name, others in (tied or {}).items()},
             **derived_fields(table, trained, stem=stem, head=head),
         )
 

@@ -11,6 +11,7 @@ import pandas as pd
 
 from layerprobe.analyzers.transfer import transfer_scores
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.plans.names import is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
@@ -82,7 +83,7 @@ def block_params(backbone: Backbone) -> tuple[int, ...]:
     sizes = [0] * backbone.n_blocks
     for name, parameter in backbone.model.named_parameters():
         group = backbone.layout.parameter_groups[name]
-        if group.startswith("block."):
+        if group.startswith("block.") and not is_adapter(name):
             sizes[int(group.removeprefix("block."))] += parameter.numel()
     return tuple(sizes)
 

@@ -29,7 +29,7 @@ from layerprobe.training.classifier import Classifier, Snapshot, autocast, in_ba
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.finetune import run_stage
-from layerprobe.training.freeze_check import FrozenCheck, all_trainable
+from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
 from layerprobe.training.loop import (
     DivergedError,
     FrozenPrefix,
@@ -225,7 +225,7 @@ class _Training:
             return self.prefix
         self.phase = phase
         model, stem = self.backbone.model, self.backbone.stem
-        self.plan.apply(model, remember=False)
+        apply_to_backbone(self.plan, self.backbone)
         if phase == "stem":
             model.requires_grad_(False)
         if stem is not None:

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from layerprobe.backbones.processor import RECIPE_FILES
+from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
 from layerprobe.tables import strict_value
@@ -98,7 +99,10 @@ def save_checkpoint(
             backbone.model.save_pretrained(
                 temporary / "backbone", state_dict=_part(weights, "backbone.model.")
             )
-        for name in RECIPE_FILES:  # a vision backbone without its recipe would see other pixels
+        # A vision backbone without its recipe would see other pixels.
+        if backbone.processor is not None:
+            backbone.processor.save_pretrained(temporary / "backbone")
+        for name in RECIPE_FILES if isinstance(backbone.source, ModelSource) else ():
             if (recipe := backbone.source.folder / name).is_file():
                 shutil.copyfile(recipe, temporary / "backbone" / name)
         stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")

@@ -10,7 +10,8 @@ from torch import Tensor
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import Verification
+from layerprobe.plans.apply import ERROR, Verification
+from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.training.classifier import Classifier
 
@@ -27,7 +28,7 @@ class FrozenCheck:
 
     def __init__(self, plan: FreezePlan, classifier: Classifier) -> None:
         self.plan, self._classifier = plan, classifier
-        plan.apply(classifier.backbone.model, remember=False)
+        apply_to_backbone(plan, classifier.backbone)
         if classifier.backbone.stem is not None:
             classifier.backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
         classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
@@ -59,6 +60,13 @@ class FrozenCheck:
             if module is not None and self.plan.states[part] == FROZEN
             for name, tensor in module.state_dict().items()
         }
+
+
+def apply_to_backbone(plan: FreezePlan, backbone: Backbone) -> None:
+    """Set what trains in a backbone; adapters of PEFT that its owner put there stay as they are."""
+    names = (clean_name(name) for name, _ in backbone.model.named_parameters())
+    there = {name: FROZEN for name in names if is_adapter(name)}
+    plan.apply(backbone.model, remember=False, outside=there or ERROR)
 
 
 def all_trainable(backbone: Backbone) -> FreezePlan:
