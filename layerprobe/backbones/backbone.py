@@ -35,6 +35,7 @@ from layerprobe.backbones.own_model import is_compiled, run_eagerly
 from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.errors import UsageError
+from layerprobe.progress import note
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -188,6 +189,10 @@ class Backbone(nn.Module):
         return self
 
     def _prepare_stem(self, task: HasImages) -> None:
+        if task.image_size is None and self.image_size is None:
+            note(
+                f"images that are no squares of one size are resized to {MIXED_SIZE}×{MIXED_SIZE}; see image_size"
+            )
         stem = self._make_stem(task.image_size)
         token_std = self.token_std()
         if self.stem_kind == "pca":

@@ -98,8 +98,7 @@ class PlanData:
         Parameters
         ----------
         parameters : ParameterTable
-            Name -> (shape, dtype), see `parameter_table`. What wrappers put into names is taken out, and adapters
-            of PEFT are left out: a plan is for the model under them.
+            Name -> (shape, dtype), see `parameter_table`; the model's own, without wrappers and adapters of PEFT.
         groups : Mapping[str, str]
             Name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
         trainable_blocks : Iterable[int]
