@@ -34,3 +34,18 @@ def is_adapter(name: str) -> bool:
     (True, False)
     """
     return _ADAPTERS.search(name) is not None
+
+
+def is_original(name: str) -> bool:
+    """Whether it is what PEFT keeps of a module that it trains a copy of (`modules_to_save`)."""
+    return "original_module" in name.split(".")
+
+
+def adapter_part(name: str) -> tuple[str, str] | None:
+    """Module and part of a weight of LoRA on a linear map, None for any other parameter.
+
+    >>> adapter_part("h.0.attn.c_attn.lora_A.default.weight")
+    ('h.0.attn.c_attn', 'lora_A')
+    """
+    match = re.fullmatch(r"(.+)\.(lora_[AB])\.[^.]+\.weight", name)
+    return (match[1], match[2]) if match else None

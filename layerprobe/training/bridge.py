@@ -18,8 +18,8 @@ from tqdm import tqdm
 from layerprobe.errors import UsageError
 from layerprobe.files import output_folder
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import Verification
 from layerprobe.plans.plan import TRAINABLE
+from layerprobe.plans.verify import Verification
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tables import write_frame

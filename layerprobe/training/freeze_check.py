@@ -10,9 +10,10 @@ from torch import Tensor
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import ERROR, Verification
+from layerprobe.plans.apply import ERROR
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
+from layerprobe.plans.verify import Verification
 from layerprobe.training.classifier import Classifier
 
 if TYPE_CHECKING:

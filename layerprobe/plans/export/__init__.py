@@ -41,6 +41,8 @@ TARGETS: dict[str, Target] = {
 }
 """Target name -> how to write for it."""
 
+_PLACES_ADAPTERS = ("peft",)
+
 _MAY_TRAIN_NOTHING = ("hf-trainer", "regex")
 """The others stop, or train everything, when they are told to train nothing."""
 
@@ -87,7 +89,12 @@ def export_plan(
     if wrong := [name for name, state in chosen.items() if state not in (FROZEN, TRAINABLE)]:
         raise PlanError(f"outside: the state of {wrong[0]} must be '{FROZEN}' or '{TRAINABLE}'")
     names = export_names(plan, prefix=prefix, outside=chosen, without=without)
-    if not names.trainable and target not in _MAY_TRAIN_NOTHING:
+    if plan.adapters and target not in _PLACES_ADAPTERS:
+        raise PlanError(
+            f"{target} trains weights and places no adapters, but {plan.source} has {len(plan.adapters)} of them; "
+            f"export it to {' or '.join(_PLACES_ADAPTERS)}"
+        )
+    if not names.trainable and not plan.adapters and target not in _MAY_TRAIN_NOTHING:
         raise PlanError(
             f"{target} cannot be told to train nothing of the model: name the head with outside, "
             "for example {'score.weight': 'trainable'}"

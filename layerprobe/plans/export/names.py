@@ -30,6 +30,8 @@ class ExportNames:
         Trainable names outside the free blocks.
     aliases : dict[str, tuple[str, ...]]
         Name of a tied tensor, as the model lists it, -> its other names.
+    adapters : dict[str, int]
+        Full name of a module -> rank of the adapter on it.
     """
 
     plan: PlanData
@@ -39,6 +41,7 @@ class ExportNames:
     free_blocks: tuple[str, ...]
     others: tuple[str, ...]
     aliases: dict[str, tuple[str, ...]]
+    adapters: dict[str, int]
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -103,6 +106,7 @@ def export_names(
         free_blocks=free,
         others=tuple(name for name in trainable if not name.startswith(starts)),
         aliases=aliases,
+        adapters={prefix + module: rank for module, rank in plan.adapters.items()},
     )
 
 
