@@ -25,6 +25,7 @@ from layerprobe.backbones.pretrained import (
     remarks_in_one_line,
 )
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
+from layerprobe.backbones.trained_parts import put_into
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.progress import note
 
@@ -230,6 +231,7 @@ def _build(
         if init == "random":
             return random, True
     model, whole = pretrained_model(source, config, dtype, trust_remote_code)
+    put_into(image_or_text_tower(model), source)
     if init in CONTROLS:
         replace_weights(image_or_text_tower(model), init, seed=seed, fresh=image_or_text_tower(random))
     return model, whole

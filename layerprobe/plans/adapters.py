@@ -12,7 +12,7 @@ from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.plans.plan import PlanData, few
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 ADAPTER_NAME = "layerprobe"
 """What PEFT knows the adapters by that a plan has placed."""
@@ -106,6 +106,20 @@ def remove_adapters(model: nn.Module, *, merge: bool = False) -> tuple[str, ...]
         if ADAPTER_NAME in (getattr(module, "peft_config", None) or {}):
             del module.peft_config
     return tuple(clean_name(name) for name, _ in layers)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a plan has placed adapters in it."""
+    return any(ADAPTER_NAME in _adapters_of(module) for module in model.modules())
+
+
+def adapter_updates(model: nn.Module) -> dict[str, Tensor]:
+    """Weight that a plan's adapter is on -> what the adapter adds to it, of the weight's shape."""
+    return {
+        f"{clean_name(name)}.weight": layer.get_delta_weight(ADAPTER_NAME).detach()  # type: ignore[operator]
+        for name, layer in model.named_modules()
+        if ADAPTER_NAME in _adapters_of(layer)
+    }
 
 
 def refuse_other_adapters(plan: PlanData, found: Mapping[str, int]) -> None:

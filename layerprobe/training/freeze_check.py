@@ -10,11 +10,13 @@ from torch import Tensor
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
+from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
 from layerprobe.plans.apply import ERROR
-from layerprobe.plans.names import clean_name, is_adapter
+from layerprobe.plans.names import adapter_part, clean_name, is_adapter
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.plans.verify import Verification
 from layerprobe.training.classifier import Classifier
+from layerprobe.training.config import derive_seed
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -29,7 +31,7 @@ class FrozenCheck:
 
     def __init__(self, plan: FreezePlan, classifier: Classifier) -> None:
         self.plan, self._classifier = plan, classifier
-        apply_to_backbone(plan, classifier.backbone)
+        apply_to_backbone(plan, classifier.backbone, seed=classifier.seed)
         if classifier.backbone.stem is not None:
             classifier.backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
         classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
@@ -63,11 +65,21 @@ class FrozenCheck:
         }
 
 
-def apply_to_backbone(plan: FreezePlan, backbone: Backbone) -> None:
-    """Set what trains in a backbone; adapters of PEFT that its owner put there stay as they are."""
-    names = (clean_name(name) for name, _ in backbone.model.named_parameters())
-    there = {name: FROZEN for name in names if is_adapter(name)}
-    plan.apply(backbone.model, remember=False, outside=there or ERROR)
+def apply_to_backbone(plan: FreezePlan, backbone: Backbone, *, seed: int) -> None:
+    """Set what trains in a backbone, and place the plan's adapters.
+
+    What another plan's adapters have learnt before becomes part of the weights; adapters of PEFT that the model's
+    owner put there stay as they are.
+    """
+    names = {clean_name(name): p for name, p in backbone.model.named_parameters()}
+    if has_adapters(backbone.model) and present_ranks(names) != plan.adapters:
+        remove_adapters(backbone.model, merge=True)
+        names = {clean_name(name): p for name, p in backbone.model.named_parameters()}
+    there = {
+        name: FROZEN for name in names if is_adapter(name) and not (plan.adapters and adapter_part(name))
+    }
+    adapters = derive_seed(seed, "adapters")
+    plan.apply(backbone.model, remember=False, outside=there or ERROR, seed=adapters)
 
 
 def all_trainable(backbone: Backbone) -> FreezePlan:

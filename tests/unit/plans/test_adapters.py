@@ -273,7 +273,7 @@ def test_a_failure_while_placing_leaves_nothing_behind(monkeypatch: pytest.Monke
     plan, model = adapter_plans("gpt2")["ranks"], bare_model("gpt2")
     names, flags = set(model.state_dict()), [p.requires_grad for p in model.parameters()]
     monkeypatch.setattr("layerprobe.plans.adapters.present_ranks", lambda *_: {"h.1.attn.c_attn": 1})
-    with pytest.raises(PlanError, match="PEFT cannot place the plan's adapters: .* differ from the plan"):
+    with pytest.raises(PlanError, match=r"PEFT cannot place the plan's adapters: .* differ from the plan"):
         plan.apply(model)
     assert set(model.state_dict()) == names and [p.requires_grad for p in model.parameters()] == flags
     assert not hasattr(model, "peft_config")
