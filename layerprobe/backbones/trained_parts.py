@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,6 @@ def _add(model: nn.Module, tensors: Mapping[str, Tensor], run: Mapping[str, Any]
         module = model.get_submodule(name.removesuffix(".lora_A"))
         first, second = tensors[name].float(), tensors[name.removesuffix("A") + "B"].float()
         update = scale * (second @ first)
-        weight: Any = module.weight
+        weight = cast(Tensor, module.weight)
         # nn.Linear keeps (out, in); GPT-2's Conv1D keeps (in, out) and says so in `nf`.
         weight.copy_(weight.float() + (update.T if hasattr(module, "nf") else update))

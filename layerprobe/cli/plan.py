@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Exit, Option, Typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import Output, print_body
@@ -32,6 +32,7 @@ def show(
     Example: layerprobe plan show plan.json
     """
     from layerprobe.plans import FreezePlan
+    from layerprobe.plans.plan import ADAPTER
     from layerprobe.plans.table import MARKS, PlanTable, block_strip
     from layerprobe.provenance import provenance
 
@@ -40,7 +41,8 @@ def show(
     record = PlanTable(loaded, provenance("plan show", {"plan": str(plan)}))
     if not as_json:
         sys.stdout.write(block_strip(loaded) + "\n")
-        sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "\n\n")
+        shown = {state: mark for state, mark in MARKS.items() if state != ADAPTER or loaded.adapters}
+        sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in shown.items()) + "\n\n")
 
     def draw() -> Axes:
         from layerprobe.plotting.search import plot_plan
@@ -88,11 +90,52 @@ def check(
     sys.stdout.write(loaded.summary() + "\n")
 
 
+@app.command("lint")
+def lint(
+    config: Annotated[Path, Argument(metavar="CONFIG", help="YAML or JSON file of another trainer.")],
+    model: options.Model,
+    plan: Annotated[Path | None, Option(help="Freeze plan to compare with.")] = None,
+    trainer: Annotated[
+        str | None,
+        Option(
+            help="axolotl, llama-factory, ms-swift, peft or finetuning-scheduler; default: told by the keys."
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say exactly which parameters another trainer's configuration trains. Weights are not loaded.
+
+    Leaves with exit code 1 when it trains nothing or everything, when a pattern matches nothing, when a setting does
+    nothing, or when it differs from the plan.
+
+    Example: layerprobe plan lint train.yaml --model gpt2 --plan plan.json
+    """
+    from dataclasses import asdict
+
+    from layerprobe.backbones.skeleton import model_names
+    from layerprobe.plans import FreezePlan
+    from layerprobe.plans.lint import lint_config, read_config
+    from layerprobe.plans.lint.rules import ModelNames
+
+    names = ModelNames(**model_names(model, revision=revision, offline=offline))
+    loaded = FreezePlan.load(plan) if plan is not None else None
+    verdict = lint_config(read_config(config), names, trainer=trainer, plan=loaded)
+    if as_json:
+        body = {"holds": verdict.holds, **asdict(verdict)}
+        print_body("plan lint", {"config": str(config), "model": model}, body)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in verdict.lines()))
+    if not verdict.holds:
+        raise Exit(1)
+
+
 @app.command("export")
 def export(
     plan: PlanFile,
     to: Annotated[
-        str, Option(help="axolotl, llama-factory, peft, finetuning-scheduler, hf-trainer or regex.")
+        str, Option(help="axolotl, llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer or regex.")
     ],
     prefix: Annotated[
         str,

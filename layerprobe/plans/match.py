@@ -50,7 +50,7 @@ def match_parameters(
     optional = names_within(plan, without)
     wanted = plan.parameters.keys() - optional
     if prefix is None:
-        prefix = _find_prefix(wanted, present)
+        prefix = find_prefix(wanted, present)
     absent = frozenset(n for n in optional if prefix + n not in present)
     missing = [n for n in plan.parameters if n not in absent and prefix + n not in present]
     theirs = {prefix + n for n in plan.parameters}
@@ -157,7 +157,7 @@ def _block_patterns(plan: PlanData) -> list[re.Pattern[str]]:
     return [re.compile((re.escape(c) + r"\." if c else "") + r"(\d+)\.") for c in containers]
 
 
-def _find_prefix(wanted: Collection[str], present: Iterable[str]) -> str:
+def find_prefix(wanted: Collection[str], present: Iterable[str]) -> str:
     """The prefix under which all of `wanted` stand, else the one under which most of them do."""
     counts: Counter[str] = Counter()
     for candidate in present:

@@ -13,6 +13,7 @@ from layerprobe.plans.export.names import (
     write_axolotl,
     write_finetuning_scheduler,
     write_hf_trainer,
+    write_ms_swift,
     write_regex,
 )
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData
@@ -30,6 +31,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     "axolotl": Target(write_axolotl, ".yaml", "merge into the axolotl config; no adapter may be set"),
     "llama-factory": Target(write_llama_factory, ".yaml", "merge into the LLaMA-Factory training config"),
+    "ms-swift": Target(write_ms_swift, ".yaml", "merge into the ms-swift config; tuner_type must stay full"),
     "peft": Target(write_peft, ".json", "get_peft_model(model, LoraConfig(**json.load(file)))"),
     "finetuning-scheduler": Target(
         write_finetuning_scheduler, ".yaml", "FinetuningScheduler(ft_schedule='schedule.yaml')"
@@ -63,7 +65,7 @@ def export_plan(
     Parameters
     ----------
     target : str
-        `axolotl`, `llama-factory`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
+        `axolotl`, `llama-factory`, `ms-swift`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
     prefix : str
         What the other trainer's model puts before the names: `model.` for LlamaForCausalLM, `transformer.`
         for GPT2LMHeadModel, `bert.`, `vit.`; nothing for the bare model.

@@ -14,7 +14,7 @@ from layerprobe.plans.plan import few
 
 
 def write_llama_factory(names: ExportNames) -> str:
-    """A YAML fragment with `finetuning_type: freeze`, which knows the first or the last N layers and nothing between.
+    """A YAML fragment with `finetuning_type: freeze`: the first or the last N layers, or every k-th (`use_llama_pro`).
 
     Its rule (hiyouga/LLaMA-Factory, src/llamafactory/model/adapter.py, `_setup_freeze_tuning`): with
     `freeze_trainable_layers` N > 0 the last N layers are chosen, with N < 0 the first |N|; a name is trained when
@@ -25,23 +25,27 @@ def write_llama_factory(names: ExportNames) -> str:
     n_blocks = names.plan.n_blocks
     inside = {block: [n for n in names.trainable if n.startswith(block + ".")] for block in names.blocks}
     touched = [index for index, block in enumerate(names.blocks) if inside[block]]
-    count = _signed_count(touched, n_blocks)
+    count, spread = _signed_count(touched, n_blocks), False
     if count is None:
-        raise PlanError(
-            "LLaMA-Factory knows only the first or the last N layers, and this plan trains blocks "
-            f"{format_blocks(touched)} of {n_blocks}"
-        )
+        stride = n_blocks // len(touched)
+        spread = n_blocks % len(touched) == 0 and touched == list(range(stride - 1, n_blocks, stride))
+        if not spread:
+            raise PlanError(
+                "LLaMA-Factory knows only the first or the last N layers, or every k-th up to the last, and this plan "
+                f"trains blocks {format_blocks(touched)} of {n_blocks}"
+            )
+        count = len(touched)
     # In a layer trained in part, the module that follows the layer's index is all that can be named.
     parts = {n[len(block) + 1 :].split(".")[0] for block, members in inside.items() for n in members}
     modules = ["all"] if len(names.free_blocks) == len(touched) else sorted(parts)
     in_blocks = set().union(*inside.values())
     extra = sorted({_module(name) for name in names.others if name not in in_blocks})
-    layers = range(n_blocks - count, n_blocks) if count > 0 else range(-count)
+    layers = touched if spread else range(n_blocks - count, n_blocks) if count > 0 else range(-count)
     wanted = [f".{i}.{'' if m == 'all' else m}" for i in layers for m in modules] + extra
     names.require_exact((n for n in names.all if any(part in n for part in wanted)), "llama-factory")
     _require_known(names, extra)
     text = names.comment("llama-factory") + "finetuning_type: freeze\n"
-    text += f"freeze_trainable_layers: {count}\n"
+    text += f"freeze_trainable_layers: {count}\n" + ("use_llama_pro: true\n" if spread else "")
     text += f'freeze_trainable_modules: "{",".join(modules)}"\n'
     return text + (f'freeze_extra_modules: "{",".join(extra)}"\n' if extra else "")
 

@@ -148,6 +148,20 @@ def write_axolotl(names: ExportNames) -> str:
     return names.comment("axolotl") + hint + "unfrozen_parameters:\n" + _yaml_list(patterns)
 
 
+def write_ms_swift(names: ExportNames) -> str:
+    """A YAML fragment that freezes everything and opens what one regular expression finds.
+
+    Its rule (modelscope/ms-swift 4.x at 006938b, swift/utils/transformers_utils.py, `freeze_parameters` and
+    `activate_parameters`): with `tuner_type: full` the first parameters are frozen until their entries are
+    `freeze_parameters_ratio` of all, 1 being every one; then each name in which `trainable_parameters_regex` is found
+    anywhere is trained. With any other tuner these settings do nothing.
+    """
+    pattern = f"^(?:{write_regex(names).strip()})$"
+    names.require_exact((name for name in names.all if re.search(pattern, name)), "ms-swift")
+    text = names.comment("ms-swift") + "tuner_type: full\nfreeze_parameters_ratio: 1.0\n"
+    return text + f"trainable_parameters_regex: {json.dumps(pattern)}\n"
+
+
 def write_finetuning_scheduler(names: ExportNames) -> str:
     """A YAML schedule of one phase for Lightning's finetuning-scheduler.
 
