@@ -1,4 +1,4 @@
-"""`layerprobe plan show|check|export`: look at a freeze plan, test it against a model, take it elsewhere."""
+"""`layerprobe plan`: look at a freeze plan, test it against a model or a configuration, take it elsewhere, share it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = Typer(
     no_args_is_help=True,
-    help="Show a freeze plan, check it against a model, or export it to another trainer.",
+    help="Show a freeze plan, check it, export it to another trainer, lint a trainer's configuration, or share it.",
 )
 
 PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan.json, or a run folder that holds one.")]
@@ -188,3 +188,56 @@ def export(
         sys.stdout.write(text)
     if not quiet:
         note(f"{to}: {target.use}" + (f"; saved: {written}" if written is not None else ""))
+
+
+Repository = Annotated[str, Argument(metavar="OWNER/NAME", help="Repository of the Hugging Face hub.")]
+
+
+@app.command("push")
+def push(
+    plan: PlanFile,
+    repository: Repository,
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Share a plan on the Hugging Face hub, with a card made from its evidence. Log in first: hf auth login.
+
+    Everything in the file is shared, the names of folders in it included.
+
+    Example: layerprobe plan push plan.json me/minilm-digits-plan
+    """
+    from layerprobe.plans import FreezePlan
+
+    address = FreezePlan.load(plan).push(repository, private=private)
+    if as_json:
+        arguments = {"plan": str(plan), "repository": repository}
+        print_body("plan push", arguments, {"commit": address})
+        return
+    sys.stdout.write(f"{address}\n")
+
+
+@app.command("pull")
+def pull(
+    repository: Repository,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+    output: Annotated[Path, Option("--output", "-o", help="File, or folder for a plan.json.")] = Path(
+        "plan.json"
+    ),
+) -> None:
+    """Fetch a plan from the Hugging Face hub and write it to a file.
+
+    Example: layerprobe plan pull me/minilm-digits-plan -o plan.json
+    """
+    from layerprobe.plans import FreezePlan
+    from layerprobe.plans.freeze_plan import PLAN_FILE
+
+    found = FreezePlan.pull(repository, revision=revision, offline=offline)
+    written = found.save(output if output.suffix == ".json" else output / PLAN_FILE)
+    if as_json:
+        print_body(
+            "plan pull", {"repository": repository}, {"file": str(written), "summary": found.summary()}
+        )
+        return
+    sys.stdout.write(f"{found.summary()}\nsaved: {written}\n")

@@ -11,6 +11,7 @@ from layerprobe.errors import BrokenFileError, UnknownNameError
 from layerprobe.files import read_json, write_text
 from layerprobe.plans.apply import apply_plan
 from layerprobe.plans.export import export_plan
+from layerprobe.plans.hub import pull_plan, push_plan
 from layerprobe.plans.match import check_table
 from layerprobe.plans.plan import (
     ADAPTER,
@@ -144,6 +145,18 @@ class FreezePlan(PlanData):
             what = f"no plan in {path}" if file != Path(path) else f"there is no plan {path}"
             raise UnknownNameError(f"{what}: name a plan file, or a run folder of freeze-search")
         return cls.from_dict(read_json(file, what="freeze plan", max_bytes=MAX_BYTES), source=file.name)
+
+    def push(self, repository: str, *, private: bool = False) -> str:
+        """Write the plan and a card about it to the Hugging Face hub (OWNER/NAME); the commit's address.
+
+        See `layerprobe.plans.hub.push_plan` for the errors.
+        """
+        return push_plan(self, repository, private=private, text=_pretty(strict_value(self.to_dict())))
+
+    @classmethod
+    def pull(cls, repository: str, *, revision: str | None = None, offline: bool = False) -> Self:
+        """Read a plan from the Hugging Face hub (OWNER/NAME); see `layerprobe.plans.hub.pull_plan` for the errors."""
+        return cls.load(pull_plan(repository, revision=revision, offline=offline))
 
     def _repr_html_(self) -> str:
         text = self.summary().replace("&", "&amp;").replace("<", "&lt;")

@@ -130,8 +130,8 @@ def test_export_to_stdout_and_to_files(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "llama-factory"], "error: LLaMA-Factory knows only the first or the last N layers, or every k-th up to "
-         "the last, and this plan trains blocks 1,10:12 of 12\n"),
+        (["--to", "llama-factory"], "error: LLaMA-Factory knows only the first or the last N layers, or every k-th "
+         "up to the last, and this plan trains blocks 1,10:12 of 12\n"),
         (["--to", "axolot"], "error: unknown target 'axolot'. Did you mean 'axolotl'? Targets: axolotl, "
          "llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer, regex\n"),
         (["--to", "regex", "--train", "a", "--freeze", "a"],
