@@ -209,6 +209,11 @@ class PlanData:
         return replace(self, adapters=sorted_ranks, adapter_scale=float(scale), counts=counts)
 
     @property
+    def chosen_blocks(self) -> tuple[bool, ...]:
+        """Per block, whether it is trained as a whole or has adapters."""
+        return tuple(state in (TRAINABLE, ADAPTER) for state in self.block_states)
+
+    @property
     def trained_parameters(self) -> int:
         """Entries that an optimizer changes: of the model's own tensors, and of adapters."""
         return self.counts["trainable_parameters"] + self.counts.get("adapter_parameters", 0)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from layerprobe.errors import PlanError
+from layerprobe.backbones.units import UNITS, linear_modules, parameter_units
+from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
@@ -87,8 +88,37 @@ def all_trainable(backbone: Backbone) -> FreezePlan:
     return block_plan(backbone, range(backbone.n_blocks), outside=TRAINABLE)
 
 
+def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = None) -> FreezePlan:
+    """The plan that trains these units, or, with a `rank`, places adapters on all their linear maps.
+
+    `units` are names of `layerprobe.backbones.units.parameter_units`: `3`, `3.attention`, `3.mlp`.
+
+    Raises
+    ------
+    UnknownNameError
+        A unit that does not exist.
+    PlanError
+        A rank larger than one of the matrices.
+    """
+    known = {unit: names for by in UNITS for unit, names in parameter_units(backbone, by).items()}
+    chosen = list(units)
+    if missing := [unit for unit in chosen if unit not in known]:
+        raise UnknownNameError(
+            f"{backbone.name} has no unit '{missing[0]}'.{did_you_mean(missing[0], known)}"
+        )
+    names = [name for unit in chosen for name in known[unit]]
+    if rank is None:
+        return block_plan(backbone, (), also_trainable=names)
+    return block_plan(backbone, ()).with_adapters(dict.fromkeys(linear_modules(backbone, names), rank))
+
+
 def block_plan(
-    backbone: Backbone, trainable_blocks: Iterable[int], *, outside: str = FROZEN, stem: str = TRAINABLE
+    backbone: Backbone,
+    trainable_blocks: Iterable[int],
+    *,
+    outside: str = FROZEN,
+    stem: str = TRAINABLE,
+    also_trainable: Iterable[str] = (),
 ) -> FreezePlan:
     """The plan that trains these blocks; `outside` is the state of embeddings, positions and outer norms."""
     return FreezePlan.from_blocks(
@@ -102,5 +132,6 @@ def block_plan(
         embeddings=outside,
         other=outside,
         stem=stem,
+        also_trainable=also_trainable,
         tied=backbone.tied_names,
     )
