@@ -56,7 +56,7 @@ class Reading:
 
 
 def axolotl(config: Config, model: ModelNames) -> Reading:
-    """axolotl 0.13 (src/axolotl/utils/freeze.py `freeze_layers_except`, src/axolotl/utils/schemas/validation.py)."""
+    """axolotl at 107c67a (src/axolotl/utils/freeze.py `freeze_layers_except`; schemas/validation.py)."""
     patterns = _texts(config.get("unfrozen_parameters"))
     if config.get("adapter"):
         found = _lora(
