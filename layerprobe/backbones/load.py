@@ -95,7 +95,7 @@ def load_backbone(
         See the messages.
     """
     check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
-    images = {"stem": stem, "patch_size": patch_size, "image_size": image_size}
+    images: dict[str, Any] = {"stem": stem, "patch_size": patch_size, "image_size": image_size}
     images |= {"attention": attention, "pooling": pooling, "self_check": self_check}
     if isinstance(name, nn.Module):
         _refuse_loading(revision=revision, device=device, dtype=dtype, init=init)

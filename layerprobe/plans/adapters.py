@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from layerprobe.errors import NotAvailableError, PlanError
 from layerprobe.plans.names import adapter_part, clean_name
@@ -60,7 +60,7 @@ def add_adapters(plan: PlanData, model: nn.Module, prefix: str, *, seed: int) ->
     other = {re.escape(name): rank for name, rank in ranks.items() if rank != largest}
     config = peft.LoraConfig(
         r=largest,
-        lora_alpha=plan.adapter_scale * largest,
+        lora_alpha=cast(int, plan.adapter_scale * largest),  # PEFT divides by it, fractions too
         target_modules="|".join(map(re.escape, ranks)),
         rank_pattern=other,
         alpha_pattern={name: plan.adapter_scale * rank for name, rank in other.items()},
@@ -99,7 +99,7 @@ def remove_adapters(model: nn.Module, *, merge: bool = False) -> tuple[str, ...]
     layers = [(name, m) for name, m in model.named_modules() if ADAPTER_NAME in _adapters_of(m)]
     for name, layer in layers:
         if merge:
-            layer.merge(adapter_names=[ADAPTER_NAME])  # type: ignore[operator]
+            layer.merge(adapter_names=[ADAPTER_NAME])
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, layer.base_layer)
     for module in model.modules() if layers else ():
@@ -116,7 +116,7 @@ def has_adapters(model: nn.Module) -> bool:
 def adapter_updates(model: nn.Module) -> dict[str, Tensor]:
     """Weight that a plan's adapter is on -> what the adapter adds to it, of the weight's shape."""
     return {
-        f"{clean_name(name)}.weight": layer.get_delta_weight(ADAPTER_NAME).detach()  # type: ignore[operator]
+        f"{clean_name(name)}.weight": layer.get_delta_weight(ADAPTER_NAME).detach()
         for name, layer in model.named_modules()
         if ADAPTER_NAME in _adapters_of(layer)
     }

@@ -180,7 +180,7 @@ def _refuse_streams(images: object) -> None:
 
 
 def _read(
-    found: object, labels: object, place: str, *, keys: tuple[str | None, str | None]
+    found: object, labels: Iterable[object] | None, place: str, *, keys: tuple[str | None, str | None]
 ) -> tuple[ImageStore, list[object]]:
     """The images of one split, and one label each."""
     if isinstance(found, np.ndarray) and found.dtype == np.uint8 and _is_stack(found):
@@ -192,12 +192,12 @@ def _read(
     if not len(items):
         raise UsageError(f"{place} holds no images")
     first = items[0]
+    label_key: str | int = 1
     if isinstance(first, Mapping):
         image_key = _key(keys[0], _IMAGE_KEYS, first, place)
         label_key = _key(keys[1], _LABEL_KEYS, first, place) if labels is None else ""
         store = OwnImages(lambda row: items[row][image_key], len(items), place)  # type: ignore[index]
     elif isinstance(first, (tuple, list)) and len(first) >= 2 and labels is None:
-        label_key = 1
         store = OwnImages(lambda row: items[row][0], len(items), place)  # type: ignore[index]
     elif labels is None:
         raise UsageError(f"{place} has no labels: make_task(images, labels), or items of image and label")
@@ -229,7 +229,7 @@ def _key(wanted: str | None, usual: tuple[str, ...], item: Mapping[str, object],
     return found
 
 
-def _listed(labels: object, n_images: int, place: str) -> list[object]:
+def _listed(labels: Iterable[object], n_images: int, place: str) -> list[object]:
     """Labels as a list of Python's own values, one an image."""
     if not isinstance(labels, (list, tuple)):
         labels = np.asarray(labels).tolist()

@@ -146,9 +146,11 @@ def _save_model(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) ->
         backbone.model.save_pretrained(folder, state_dict=tensors)
     if backbone.processor is not None:
         backbone.processor.save_pretrained(folder)
-    for name in RECIPE_FILES if isinstance(backbone.source, ModelSource) else ():
-        if (recipe := backbone.source.folder / name).is_file():
-            shutil.copyfile(recipe, folder / name)
+    source = backbone.source
+    if isinstance(source, ModelSource):
+        for name in RECIPE_FILES:
+            if (recipe := source.folder / name).is_file():
+                shutil.copyfile(recipe, folder / name)
 
 
 def find_checkpoint(run_folder: Path) -> Checkpoint | None:

@@ -26,16 +26,16 @@ class PeftPlaces:
     @classmethod
     def of(cls, config: Mapping[str, object]) -> PeftPlaces:
         """From the fields as JSON has them."""
-        layers = config.get("layers_to_transform")
-        indices = [layers] if isinstance(layers, int) else layers
+        layers, rank, ranks = (config.get(key) for key in ("layers_to_transform", "r", "rank_pattern"))
+        indices = [layers] if isinstance(layers, int) else layers if isinstance(layers, (list, tuple)) else []
         return cls(
             target_modules=_texts(config.get("target_modules")),
             exclude_modules=_texts(config.get("exclude_modules")),
-            modules_to_save=tuple(config.get("modules_to_save") or ()),  # type: ignore[arg-type]
-            layers_to_transform=frozenset(indices) if indices else None,  # type: ignore[arg-type]
+            modules_to_save=_listed(config.get("modules_to_save")),
+            layers_to_transform=frozenset(indices) if indices else None,
             layers_pattern=_listed(config.get("layers_pattern")),
-            r=config.get("r", 8),  # type: ignore[arg-type]
-            rank_pattern=config.get("rank_pattern") or {},  # type: ignore[arg-type]
+            r=rank if isinstance(rank, int) else 8,
+            rank_pattern=dict(ranks) if isinstance(ranks, dict) else {},
         )
 
     def takes(self, module: str) -> bool:
