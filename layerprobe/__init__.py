@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_backbone": "layerprobe.backbones",
     "load_task": "layerprobe.tasks",
+    "make_task": "layerprobe.tasks",
     "extract_features": "layerprobe.analyzers.features",
     "outlier_report": "layerprobe.analyzers.outliers",
     "compare_outliers": "layerprobe.analyzers.compare",

@@ -31,12 +31,15 @@ from layerprobe.backbones.layout import (
     tied_names,
 )
 from layerprobe.backbones.own_head import is_image_classifier
-from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.own_model import is_compiled, run_eagerly
+from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.errors import UsageError
+from layerprobe.progress import note
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.image_processing_backends import PilBackend
 
 MIXED_SIZE = 224
 """Pixels per side to which a language backbone resizes images of several sizes, unless told otherwise."""
@@ -70,8 +73,9 @@ class Backbone(nn.Module):
     def __init__(
         self,
         full: nn.Module,
-        source: ModelSource,
+        source: ModelIdentity,
         *,
+        processor: PilBackend | None = None,
         init: str = "pretrained",
         seed: int = 0,
         stem: str = "random",
@@ -93,6 +97,8 @@ class Backbone(nn.Module):
         self.n_parameters = sum(parameter.numel() for parameter in full.parameters())
         self.tied_names = tied_names(full, self.model)
         self.source = source
+        self.processor = processor
+        self._compiled = is_compiled(full)
         self.name = source.name
         self.run_device = self.device
         self.init = init
@@ -120,7 +126,8 @@ class Backbone(nn.Module):
             if attention is not None:
                 raise UsageError(f"--attention is for language backbones; {self.name} is a vision model")
             self.attention = "bidirectional"
-            self.preprocessing = for_vision(source.folder, self.config, image_size)
+            recipe = source.folder if isinstance(source, ModelSource) else processor
+            self.preprocessing = for_vision(recipe, self.config, image_size, name=self.name)
             self.patch_size = getattr(self.config, "patch_size", None)
         else:
             choose_attention(self, attention)
@@ -182,6 +189,10 @@ class Backbone(nn.Module):
         return self
 
     def _prepare_stem(self, task: HasImages) -> None:
+        if task.image_size is None and self.image_size is None:
+            note(
+                f"images that are no squares of one size are resized to {MIXED_SIZE}×{MIXED_SIZE}; see image_size"
+            )
         stem = self._make_stem(task.image_size)
         token_std = self.token_std()
         if self.stem_kind == "pca":
@@ -230,6 +241,7 @@ class Backbone(nn.Module):
     def _embedding(self) -> nn.Embedding:
         try:
             table = self.model.get_input_embeddings()
+            table = getattr(table, "base_layer", table)  # under an adapter
         except (AttributeError, NotImplementedError):
             table = None
         if not hasattr(table, "embedding_dim"):
@@ -256,7 +268,8 @@ class Backbone(nn.Module):
         return self._run(inputs_embeds=tokens, **extra)
 
     def _run(self, **inputs: Any) -> Tensor:
-        output = self.model(**inputs)
+        with run_eagerly(self._compiled):
+            output = self.model(**inputs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
         return hidden
 
@@ -294,7 +307,8 @@ class Backbone(nn.Module):
         if self.with_own_head is None or self.modality == "language":
             raise UsageError(f"{self.name} brings no image classifier of its own; fine-tune or probe it")
         pixels = pixels.to(self.device, self.dtype)
-        logits: Tensor = run_at_any_size(self.with_own_head, pixels, self.model, name=self.name).logits
+        with run_eagerly(self._compiled):
+            logits: Tensor = run_at_any_size(self.with_own_head, pixels, self.model, name=self.name).logits
         return logits
 
     def forget_own_head(self) -> None:

@@ -130,22 +130,39 @@ def for_language(image_size: int | None, channels: int) -> Preprocessing:
     return Preprocessing(channels=channels, size=_pair(image_size or None))
 
 
-def for_vision(folder: Path, config: PretrainedConfig, image_size: int | None) -> Preprocessing:
+def for_vision(
+    recipe: Path | PilBackend | None,
+    config: PretrainedConfig,
+    image_size: int | None,
+    *,
+    name: str = "the model",
+) -> Preprocessing:
     """What a vision checkpoint's own processor does; without a recipe, resize to the model's size, pixels to ±1.
 
     An `image_size` given by the user replaces the recipe's size and crop.
+
+    Parameters
+    ----------
+    recipe : Path | PilBackend | None
+        The checkpoint's folder, or a processor of transformers, which is followed as it is.
+    name : str
+        What the model is called in a remark.
     """
     channels = int(getattr(config, "num_channels", 3))
     wanted = _pair(image_size or None)
-    if read_recipe(folder) is None:
-        native = _pair(getattr(config, "image_size", None)) or (224, 224)
-        half, size = (0.5,) * channels, wanted or native
-        note(
-            f"{folder.name} holds no preprocessing recipe; its images are resized to {size[0]}×{size[1]}, "
-            "their pixels mapped to ±1"
-        )
-        return Preprocessing(channels=channels, size=size, mean=half, std=half)
-    return _of_processor(load_processor(folder, config, wanted), channels)
+    if isinstance(recipe, Path) and read_recipe(recipe) is not None:
+        return _of_processor(load_processor(recipe, config, wanted), channels)
+    if recipe is not None and not isinstance(recipe, Path):
+        if wanted is not None:
+            raise UsageError("image_size and an image processor say two sizes; set the size in the processor")
+        return _of_processor(recipe, channels)
+    native = _pair(getattr(config, "image_size", None)) or (224, 224)
+    half, size = (0.5,) * channels, wanted or native
+    note(
+        f"{name} holds no preprocessing recipe; its images are resized to {size[0]}×{size[1]}, "
+        "their pixels mapped to ±1"
+    )
+    return Preprocessing(channels=channels, size=size, mean=half, std=half)
 
 
 def _of_processor(processor: PilBackend, channels: int) -> ProcessorPreprocessing:

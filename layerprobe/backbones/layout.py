@@ -213,7 +213,13 @@ def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]
     """Paths of the last linear maps that write `width` features, in the block's attention and outside it."""
     attention = attention_path(block)
     inside = outside = None
+    adapted: list[str] = []
     for path, module in block.named_modules():
+        if path.startswith(tuple(adapted)):
+            continue
+        if hasattr(module, "base_layer"):  # a layer of PEFT writes the sum of its own layer and its adapters
+            adapted.append(f"{path}.")
+            module = module.base_layer
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
             continue
@@ -251,6 +257,7 @@ def _group_parameters(
     """The group of every parameter, and the names of those that belong to norms."""
     try:
         token_embedding = model.get_input_embeddings()  # type: ignore[operator]
+        token_embedding = getattr(token_embedding, "base_layer", token_embedding)  # under an adapter
     except (AttributeError, NotImplementedError):
         token_embedding = None
     groups: dict[str, str] = {}

@@ -17,6 +17,7 @@ from layerprobe.backbones.controls import CONTROLS, replace_weights
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.own_head import is_image_classifier
+from layerprobe.backbones.own_model import memory_source, unwrap
 from layerprobe.backbones.pretrained import (
     architecture_of,
     first_line,
@@ -24,18 +25,22 @@ from layerprobe.backbones.pretrained import (
     remarks_in_one_line,
 )
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
+from layerprobe.backbones.trained_parts import put_into
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+    from transformers.image_processing_backends import PilBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_backbone(
-    name: str,
+    name: str | nn.Module,
     *,
+    tower: str | None = None,
+    processor: PilBackend | None = None,
     revision: str | None = None,
     init: str = "pretrained",
     seed: int = 0,
@@ -50,12 +55,19 @@ def load_backbone(
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Backbone:
-    """Load any Hugging Face transformer as a backbone for images.
+    """Load any Hugging Face transformer as a backbone for images, or take one that is in memory.
 
     Parameters
     ----------
-    name : str
-        Alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run.
+    name : str | nn.Module
+        Alias (see `layerprobe ls models`), hub id, local folder, or the folder of a bridge run. Or a model of
+        transformers: bare, with a head, compiled, or in a PEFT wrapper, whose adapters are then part of it. It is
+        used where it is, not copied; only `bridge_train` changes it.
+    tower : str | None
+        Of a model in memory: the dotted name of the part that images go through, where it has several.
+    processor : PilBackend | None
+        Of a vision model in memory: its image processor; without one, images are resized to the model's size and
+        their pixels mapped to ±1.
     revision : str | None
         Branch, tag or commit on the hub.
     init : str
@@ -83,30 +95,53 @@ def load_backbone(
         See the messages.
     """
     check_choices(init=init, stem=stem, attention=attention, pooling=pooling)
+    images: dict[str, Any] = {"stem": stem, "patch_size": patch_size, "image_size": image_size}
+    images |= {"attention": attention, "pooling": pooling, "self_check": self_check}
+    if isinstance(name, nn.Module):
+        _refuse_loading(revision=revision, device=device, dtype=dtype, init=init)
+        model = unwrap(name, tower)
+        return Backbone(model, memory_source(model), processor=processor, seed=seed, **images)
+    if tower is not None or processor is not None:
+        raise UsageError("tower and processor are for a model in memory; a checkpoint brings its own")
     target = choose_device(device)
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
+    kind = DTYPES[dtype or "float32"]
+    return _load(source, images, init, seed, target=target, dtype=kind, trust_remote_code=trust_remote_code)
+
+
+def _load(
+    source: ModelSource,
+    images: dict[str, Any],
+    init: str,
+    seed: int,
+    *,
+    target: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Backbone:
+    """The backbone of files; `images` says how images enter it."""
     with remarks_in_one_line(source):
-        full, whole = _build(source, init, seed, target, DTYPES[dtype or "float32"], trust_remote_code)
+        full, whole = _build(source, init, seed, target, dtype, trust_remote_code)
         full.eval()
         # Without a classifier of its own, nothing beside the tower is used again.
         (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
-        settings = _image_settings(
-            full,
-            source,
-            stem=stem,
-            patch_size=patch_size,
-            image_size=image_size,
-            attention=attention,
-            pooling=pooling,
-        )
-        backbone = Backbone(full, source, init=init, seed=seed, self_check=self_check, **settings)
+        settings = _image_settings(full, source, **images)
+        backbone = Backbone(full, source, init=init, seed=seed, **settings)
     if not whole:
         backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source.run)
     return backbone.eval()
+
+
+def _refuse_loading(**given: str | None) -> None:
+    """UsageError for options that say how a model is loaded, beside one that is loaded already."""
+    if said := [option for option, value in given.items() if value not in (None, "pretrained")]:
+        raise UsageError(
+            f"{said[0]} says how a model is loaded, but this one is in memory already: it is taken as it is"
+        )
 
 
 def load_for_dry_run(
@@ -196,6 +231,7 @@ def _build(
         if init == "random":
             return random, True
     model, whole = pretrained_model(source, config, dtype, trust_remote_code)
+    put_into(image_or_text_tower(model), source)
     if init in CONTROLS:
         replace_weights(image_or_text_tower(model), init, seed=seed, fresh=image_or_text_tower(random))
     return model, whole

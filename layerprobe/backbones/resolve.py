@@ -9,7 +9,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from layerprobe.backbones.catalog import MODELS, PACKAGES
 from layerprobe.errors import (
@@ -29,6 +29,21 @@ RUN_SCHEMA = "layerprobe.bridge-run/v1"
 _REMEMBERED_FROM = 256 << 20
 _PIECE = 1 << 20
 _SETTLED_SECONDS = 3
+
+
+class ModelIdentity(Protocol):
+    """Which model it is; `ModelSource` is one of files, `own_model.MemorySource` one in memory."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+    @property
+    def origin(self) -> str: ...
+    @property
+    def run(self) -> dict[str, Any] | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +79,7 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
     """
     as_path = Path(name).expanduser()
     if as_path.is_dir():
-        return _local(name, as_path)
+        return _local(name, as_path, offline=offline)
     if name in MODELS:
         hub_id = MODELS[name].hub_id
         if name in PACKAGES and revision is None and (packaged := _package_folder(*PACKAGES[name])):
@@ -82,16 +97,43 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
     return _from_hub(name, name, revision, offline)
 
 
-def _local(name: str, folder: Path) -> ModelSource:
+def _local(name: str, folder: Path, *, offline: bool) -> ModelSource:
     run_file = folder / RUN_FILE
     if run_file.is_file():
         run = read_json(run_file, what="bridge run")
         if not isinstance(run, dict) or run.get("schema") != RUN_SCHEMA:
             found = run.get("schema") if isinstance(run, dict) else type(run).__name__
             raise BrokenFileError(f"{run_file} is no bridge run that this version reads: schema {found!r}")
+        if run.get("base"):
+            return _on_base(name, run, folder, offline=offline)
         backbone = inside(folder, str(run.get("backbone", "backbone")), run_file)
         return _on_disk(name, str(run.get("model_id", folder.name)), backbone, "bridge", run)
     return _on_disk(name, folder.resolve().name, folder, "local")
+
+
+def _on_base(name: str, run: dict[str, Any], folder: Path, *, offline: bool) -> ModelSource:
+    """A bridge run that keeps only what was trained: the files of its base model, which must be those it had."""
+    wanted = run["base"]
+    try:
+        revision = str(wanted["revision"]) if wanted["origin"] == "hub" else None
+        base = resolve_model(str(wanted["name"]), revision=revision, offline=offline)
+    except LayerprobeError as error:
+        raise NotAvailableError(
+            f"{folder} keeps only what was trained of {wanted['name']}: {error}"
+        ) from error
+    if base.revision != wanted["revision"]:
+        raise BrokenFileError(
+            f"{folder} was trained on {wanted['name']} at {wanted['revision']}, and that is {base.revision} now; only "
+            "the model it was trained on goes with what it keeps"
+        )
+    digest = hashlib.sha256(base.revision.encode())
+    for key in ("trained_file", "adapters_file"):
+        if run.get(key):
+            digest.update(inside(folder, str(run[key]), folder / RUN_FILE).read_bytes())
+    revision = f"local-{digest.hexdigest()[:12]}"
+    return ModelSource(
+        name=name, model_id=base.model_id, revision=revision, folder=base.folder, origin="bridge", run=run
+    )
 
 
 def _on_disk(
@@ -99,9 +141,11 @@ def _on_disk(
 ) -> ModelSource:
     """A folder that is no snapshot of the hub, named by a hash of its weights."""
     _check_weights(folder)
-    return ModelSource(
-        name=name, model_id=model_id, revision=weights_hash(folder), folder=folder, origin=origin, run=run
-    )
+    revision = weights_hash(folder)
+    if run is not None and run.get("adapters_file"):
+        path = inside(Path(name).expanduser(), str(run["adapters_file"]), Path(name) / RUN_FILE)
+        revision = f"local-{hashlib.sha256(revision.encode() + path.read_bytes()).hexdigest()[:12]}"
+    return ModelSource(name=name, model_id=model_id, revision=revision, folder=folder, origin=origin, run=run)
 
 
 def _package_folder(package: str, inner: str) -> Path | None:

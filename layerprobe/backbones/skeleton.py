@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from layerprobe.backbones.load import random_model
 from layerprobe.backbones.pretrained import architecture_of
+from layerprobe.backbones.resolve import resolve_model
+from layerprobe.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def class_skeleton(folder: Path) -> tuple[nn.Module, bool] | None:
@@ -31,3 +37,32 @@ def class_skeleton(folder: Path) -> tuple[nn.Module, bool] | None:
         return None
     finally:
         hf_logging.set_verbosity(verbosity)
+
+
+def model_names(name: str, *, revision: str | None, offline: bool) -> dict[str, Any]:
+    """What a trainer's configuration sees of a model: `sizes`, `linear`, `n_layers`, `head`, without its weights.
+
+    The class is the one that the checkpoint was saved from, head included, whose names other trainers use.
+
+    Raises
+    ------
+    UsageError
+        transformers cannot build it from its configuration alone.
+    """
+    source = resolve_model(name, revision=revision, offline=offline)
+    found = class_skeleton(source.folder)
+    if found is None:
+        raise UsageError(f"'{name}' cannot be built from its configuration alone, so its names are not known")
+    model = cast("PreTrainedModel", found[0])
+    head = model.get_output_embeddings()
+    return {
+        "sizes": {key: p.numel() for key, p in model.named_parameters()},
+        # nn.Linear, and the transposed Conv1D of GPT-2
+        "linear": frozenset(
+            key for key, m in model.named_modules() if isinstance(m, nn.Linear) or hasattr(m, "nf")
+        ),
+        "n_layers": int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0),
+        "head": next((key for key, m in model.named_modules() if m is head), None)
+        if head is not None
+        else None,
+    }

@@ -35,6 +35,9 @@ class BridgeOptions(options.TrainingOptions):
     compile: bool = option(False, "Run through torch.compile.", "--compile")
     checkpoint_every: int | None = option(None, "Steps; default: ten checkpoints a run.")
     keep: int = option(2, "Checkpoints kept.")
+    save: str = option(
+        "full", "full keeps whole models; trained only what was trained, beside the base's name."
+    )
     shard: bool = option(
         False, "Spread the model over the processes (FSDP); a copy on each otherwise.", "--shard"
     )

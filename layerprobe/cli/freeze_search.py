@@ -63,6 +63,7 @@ class SearchOptions:
     keep_bridge: bool = option(
         False, "Bridge-train the chosen plan into OUTPUT/bridge.", "--keep-bridge", panel="Search"
     )
+    train: str | None = _training("weights, or lora[:RANK] to search where adapters go", default="weights")
     lrs: str | None = _training("Learning rates to choose from, per plan", default=defaults.DEFAULT_LRS)
     bridge_steps: int | None = _training(
         "Random-label steps; 0: none", min=0, default=defaults.DEFAULT_BRIDGE_STEPS

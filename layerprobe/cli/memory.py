@@ -60,7 +60,7 @@ def training_facts(seen: Backbone, plan: FreezePlan | None, *, images: int) -> d
     """Model, plan, and an estimate of the memory for weights, gradients, AdamW's moments and activations."""
     from layerprobe.tables import bytes_text
 
-    trained = seen.n_parameters if plan is None else plan.counts["trainable_parameters"]
+    trained = seen.n_parameters if plan is None else plan.trained_parameters
     needed = memory_needed(seen, images=images, trained=trained)
     return {
         "model": f"{seen.source.model_id} @ {seen.source.revision}",

@@ -1,4 +1,4 @@
-"""`layerprobe plan show|check|export`: look at a freeze plan, test it against a model, take it elsewhere."""
+"""`layerprobe plan`: look at a freeze plan, test it against a model or a configuration, take it elsewhere, share it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Exit, Option, Typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import Output, print_body
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = Typer(
     no_args_is_help=True,
-    help="Show a freeze plan, check it against a model, or export it to another trainer.",
+    help="Show a freeze plan, check it, export it to another trainer, lint a trainer's configuration, or share it.",
 )
 
 PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan.json, or a run folder that holds one.")]
@@ -32,6 +32,7 @@ def show(
     Example: layerprobe plan show plan.json
     """
     from layerprobe.plans import FreezePlan
+    from layerprobe.plans.plan import ADAPTER
     from layerprobe.plans.table import MARKS, PlanTable, block_strip
     from layerprobe.provenance import provenance
 
@@ -40,7 +41,8 @@ def show(
     record = PlanTable(loaded, provenance("plan show", {"plan": str(plan)}))
     if not as_json:
         sys.stdout.write(block_strip(loaded) + "\n")
-        sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in MARKS.items()) + "\n\n")
+        shown = {state: mark for state, mark in MARKS.items() if state != ADAPTER or loaded.adapters}
+        sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in shown.items()) + "\n\n")
 
     def draw() -> Axes:
         from layerprobe.plotting.search import plot_plan
@@ -88,11 +90,52 @@ def check(
     sys.stdout.write(loaded.summary() + "\n")
 
 
+@app.command("lint")
+def lint(
+    config: Annotated[Path, Argument(metavar="CONFIG", help="YAML or JSON file of another trainer.")],
+    model: options.Model,
+    plan: Annotated[Path | None, Option(help="Freeze plan to compare with.")] = None,
+    trainer: Annotated[
+        str | None,
+        Option(
+            help="axolotl, llama-factory, ms-swift, peft or finetuning-scheduler; default: told by the keys."
+        ),
+    ] = None,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say exactly which parameters another trainer's configuration trains. Weights are not loaded.
+
+    Leaves with exit code 1 when it trains nothing or everything, when a pattern matches nothing, when a setting does
+    nothing, or when it differs from the plan.
+
+    Example: layerprobe plan lint train.yaml --model gpt2 --plan plan.json
+    """
+    from dataclasses import asdict
+
+    from layerprobe.backbones.skeleton import model_names
+    from layerprobe.plans import FreezePlan
+    from layerprobe.plans.lint import lint_config, read_config
+    from layerprobe.plans.lint.rules import ModelNames
+
+    names = ModelNames(**model_names(model, revision=revision, offline=offline))
+    loaded = FreezePlan.load(plan) if plan is not None else None
+    verdict = lint_config(read_config(config), names, trainer=trainer, plan=loaded)
+    if as_json:
+        body = {"holds": verdict.holds, **asdict(verdict)}
+        print_body("plan lint", {"config": str(config), "model": model}, body)
+    else:
+        sys.stdout.write("".join(f"{line}\n" for line in verdict.lines()))
+    if not verdict.holds:
+        raise Exit(1)
+
+
 @app.command("export")
 def export(
     plan: PlanFile,
     to: Annotated[
-        str, Option(help="axolotl, llama-factory, peft, finetuning-scheduler, hf-trainer or regex.")
+        str, Option(help="axolotl, llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer or regex.")
     ],
     prefix: Annotated[
         str,
@@ -145,3 +188,56 @@ def export(
         sys.stdout.write(text)
     if not quiet:
         note(f"{to}: {target.use}" + (f"; saved: {written}" if written is not None else ""))
+
+
+Repository = Annotated[str, Argument(metavar="OWNER/NAME", help="Repository of the Hugging Face hub.")]
+
+
+@app.command("push")
+def push(
+    plan: PlanFile,
+    repository: Repository,
+    private: Annotated[bool, Option("--private", help="Make a new repository private.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Share a plan on the Hugging Face hub, with a card made from its evidence. Log in first: hf auth login.
+
+    Everything in the file is shared, the names of folders in it included.
+
+    Example: layerprobe plan push plan.json me/minilm-digits-plan
+    """
+    from layerprobe.plans import FreezePlan
+
+    address = FreezePlan.load(plan).push(repository, private=private)
+    if as_json:
+        arguments = {"plan": str(plan), "repository": repository}
+        print_body("plan push", arguments, {"commit": address})
+        return
+    sys.stdout.write(f"{address}\n")
+
+
+@app.command("pull")
+def pull(
+    repository: Repository,
+    revision: options.Revision = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+    output: Annotated[Path, Option("--output", "-o", help="File, or folder for a plan.json.")] = Path(
+        "plan.json"
+    ),
+) -> None:
+    """Fetch a plan from the Hugging Face hub and write it to a file.
+
+    Example: layerprobe plan pull me/minilm-digits-plan -o plan.json
+    """
+    from layerprobe.plans import FreezePlan
+    from layerprobe.plans.freeze_plan import PLAN_FILE
+
+    found = FreezePlan.pull(repository, revision=revision, offline=offline)
+    written = found.save(output if output.suffix == ".json" else output / PLAN_FILE)
+    if as_json:
+        print_body(
+            "plan pull", {"repository": repository}, {"file": str(written), "summary": found.summary()}
+        )
+        return
+    sys.stdout.write(f"{found.summary()}\nsaved: {written}\n")

@@ -1,19 +1,28 @@
-"""A plan on a live model: set `requires_grad`, take digests, and prove that frozen tensors did not move."""
+"""A plan on a live model: what trains is set, adapters are placed, and everything or nothing is done."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerprobe.errors import PlanError
-from layerprobe.files import tensor_digest
-from layerprobe.plans.match import block_modules, clean_name, match_parameters
+from layerprobe.plans.adapters import add_adapters, present_ranks, refuse_other_adapters
+from layerprobe.plans.match import match_parameters
+from layerprobe.plans.names import adapter_part, is_original
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
+from layerprobe.plans.verify import (
+    Memory,
+    adapter_digests,
+    dtype_in_words,
+    effect_of,
+    named_parameters,
+    remembered,
+    take_fingerprint,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 ERROR = "error"
 
@@ -44,67 +53,6 @@ class Applied:
     absent: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """sha256 of every tensor of the plan, and of every buffer in the frozen blocks, at one moment."""
-
-    parameters: dict[str, str]
-    buffers: dict[str, str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, to keep beside a checkpoint."""
-        return {"parameters": dict(self.parameters), "buffers": dict(self.buffers)}
-
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Fingerprint:
-        """Read what `to_dict` made."""
-        return cls(dict(raw["parameters"]), dict(raw["buffers"]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """The proof that a training run kept to the plan.
-
-    Attributes
-    ----------
-    frozen, buffers : int
-        How many frozen tensors, and buffers of frozen blocks, were found bit-identical.
-    changed : tuple[str, ...]
-        Trainable parameters that did move.
-    unchanged : tuple[str, ...]
-        Trainable parameters that did not, for example because no gradient ever reached them.
-    """
-
-    frozen: int
-    buffers: int
-    changed: tuple[str, ...]
-    unchanged: tuple[str, ...]
-
-    def summary(self) -> str:
-        """One sentence."""
-        text = (
-            f"{self.frozen} frozen tensors and {self.buffers} buffers are bit-identical; "
-            f"{len(self.changed)} of {len(self.changed) + len(self.unchanged)} trainable tensors changed"
-        )
-        return text + (f" (not: {few(self.unchanged)})" if self.unchanged else "")
-
-
-_Effect = tuple[str, frozenset[str]]
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """The effect of the plan applied last, and the model's digests and dtypes at that moment."""
-
-    effect: _Effect
-    before: Fingerprint
-    dtypes: dict[str, str]
-
-
-_remembered: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
-"""Model -> what `apply` keeps of it; gone when the model is."""
-
-
 def apply_plan(
     plan: PlanData,
     model: nn.Module,
@@ -113,13 +61,14 @@ def apply_plan(
     without: Iterable[str] = (),
     prefix: str | None = None,
     remember: bool = True,
+    seed: int = 0,
 ) -> Applied:
     """Set `requires_grad` of every parameter of `model` to what the plan says, or change nothing at all.
 
-    The model may be the base model itself or hold it: with a task head, in DistributedDataParallel, compiled.
-    `from_pretrained` makes every parameter trainable, so apply before the optimizer is built, and again when
-    training is resumed. DistributedDataParallel and FSDP look at `requires_grad` when they wrap a model: apply
-    before them (the Trainer wraps late enough).
+    Adapters of the plan are placed into the model, unless it carries exactly them. The model may be the base model
+    itself or hold it: with a task head, in DistributedDataParallel, compiled. `from_pretrained` makes every parameter
+    trainable, so apply before the optimizer is built, and again when training is resumed. DistributedDataParallel and
+    FSDP look at `requires_grad` when they wrap a model: apply before them (the Trainer wraps late enough).
 
     Parameters
     ----------
@@ -133,6 +82,8 @@ def apply_plan(
         Where the base model stands, when it cannot be found by its names alone.
     remember : bool
         Take digests now, so that `verify` needs no other argument. Reads every weight once (about 1 GB/s).
+    seed : int
+        Of the first factors of adapters.
 
     Returns
     -------
@@ -144,7 +95,7 @@ def apply_plan(
         Names or shapes do not fit; what should train cannot (integer codes); or a tensor has no values here to be
         remembered (offloaded, on the meta device). The first few are listed.
     """
-    every = _named_parameters(model)
+    every = named_parameters(model)
     match = match_parameters(plan, every, prefix=prefix, without=without)
     ours = {match.prefix + name: name for name in plan.parameters if name not in match.absent}
     trained = frozenset(plan.trainable)
@@ -155,21 +106,25 @@ def apply_plan(
             raise PlanError(
                 f"{name} and {other} are one tensor in this model (tied), but the plan freezes only one"
             )
+    placed = present_ranks(every, match.prefix)
+    refuse_other_adapters(plan, placed)
     tied = {name: wanted[id(every[name])][0] for name in match.outside if id(every[name]) in wanted}
-    first: dict[int, str] = {}
-    first_names = {
-        name: first.setdefault(id(every[name]), name) for name in match.outside if name not in tied
-    }
-    states = _outside_states(outside, first_names, tied, trained)
-    flags = {full: name in trained for full, name in ours.items()}
-    flags |= {name: word == TRAINABLE for name, word in states.items()}
+    around = [name for name in match.outside if name not in tied and not _decided(plan, name)]
+    states = _outside_states(outside, _first_names(around, every), tied, trained)
+    flags = {name: word == TRAINABLE for name, word in states.items()}
+    flags |= {full: name in trained for full, name in ours.items()}
     _check_trainable({name: every[name] for name, flag in flags.items() if flag}, every)
     # Everything that can fail comes before the first flag.
     before = take_fingerprint(plan, model, prefix=match.prefix, without=without) if remember else None
+    if plan.adapters and not placed:
+        add_adapters(plan, model, match.prefix, seed=seed)
+        every = named_parameters(model)
+    flags |= {name: adapter_part(name) is not None for name in every if _decided(plan, name)}
     _set_flags(every, flags)
     if before is not None:
         dtypes = {name: str(every[full].dtype) for full, name in ours.items()}
-        _remembered[model] = _Memory(_effect(plan), before, dtypes)
+        before.parameters.update(adapter_digests(plan, every, match.prefix))
+        remembered[model] = Memory(effect_of(plan), before, dtypes)
     return Applied(
         prefix=match.prefix,
         trainable=sum(name in trained for name in ours.values()),
@@ -180,86 +135,15 @@ def apply_plan(
     )
 
 
-def take_fingerprint(
-    plan: PlanData, model: nn.Module, *, prefix: str | None = None, without: Iterable[str] = ()
-) -> Fingerprint:
-    """Digests of every tensor of the plan, and of the buffers in the blocks that are frozen as a whole.
-
-    Costs one read of the weights and 64 hex digits a tensor; no copy of the model is kept.
-    """
-    every = _named_parameters(model)
-    match = match_parameters(plan, every, prefix=prefix, without=without)
-    parameters = {
-        name: _digest(name, every[match.prefix + name])
-        for name in plan.parameters
-        if name not in match.absent
-    }
-    inside = tuple(
-        f"{match.prefix}{module}."
-        for module, state in zip(block_modules(plan), plan.block_states, strict=True)
-        if state == FROZEN
-    )
-    buffers = {
-        name[len(match.prefix) :]: _digest(name, buffer)
-        for name, buffer in ((clean_name(n), b) for n, b in model.named_buffers(remove_duplicate=False))
-        if name.startswith(inside)
-    }
-    return Fingerprint(parameters, buffers)
+def _first_names(names: Iterable[str], every: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Name -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(every[name]), name) for name in names}
 
 
-def verify_plan(
-    plan: PlanData,
-    model: nn.Module,
-    before: Fingerprint | None = None,
-    *,
-    prefix: str | None = None,
-    without: Iterable[str] = (),
-) -> Verification:
-    """Compare `model` with its digests from before training; PlanError where all was frozen after `apply`.
-
-    Parameters
-    ----------
-    before : Fingerprint | None
-        From `fingerprint`; by default the digests that `apply` took of this very object.
-
-    Raises
-    ------
-    PlanError
-        a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
-    """
-    memory = _remembered.get(model)
-    if before is None:
-        if memory is None or memory.effect != _effect(plan):
-            raise PlanError(
-                "nothing to compare with: this plan was not applied to this model object; "
-                "keep before = plan.fingerprint(model) and call plan.verify(model, before)"
-            )
-        before = memory.before
-    # What the model lacked when the digests were taken, it may lack now.
-    absent = [name for name in plan.parameters if name not in before.parameters]
-    now = take_fingerprint(plan, model, prefix=prefix, without=[*without, *absent])
-    differ = [name for name, digest in before.parameters.items() if now.parameters.get(name) != digest]
-    trainable = [name for name in plan.trainable if name in before.parameters]
-    n_frozen = len(before.parameters) - len(trainable)
-    changed = set(trainable).intersection(differ)
-    moved = [name for name in differ if name not in changed]
-    moved += [name for name, digest in before.buffers.items() if now.buffers.get(name) != digest]
-    if moved:
-        if memory is not None and before is memory.before:
-            _refuse_cast(model, memory.dtypes, moved)
-        raise PlanError(
-            f"{len(moved)} of {n_frozen + len(before.buffers)} frozen tensors are not what they were before "
-            f"training ({few(moved)}); requires_grad is lost on from_pretrained: apply the plan before the "
-            "optimizer is built, and again on resume"
-        )
-    if not changed and memory is not None and before is memory.before:
-        _refuse_frozen_later(model, trainable)
-    return Verification(
-        frozen=n_frozen,
-        buffers=len(before.buffers),
-        changed=tuple(name for name in trainable if name in changed),
-        unchanged=tuple(name for name in trainable if name not in changed),
-    )
+def _decided(plan: PlanData, name: str) -> bool:
+    """Whether the plan decides on a parameter beside the model's own: of its adapters, or under a copy of PEFT's."""
+    return is_original(name) or bool(plan.adapters and adapter_part(name))
 
 
 def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str, nn.Parameter]) -> None:
@@ -273,8 +157,9 @@ def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str,
     codes = [n for n, p in parameters.items() if not (p.dtype.is_floating_point or p.dtype.is_complex)]
     if codes:
         raise PlanError(
-            f"{len(codes)} parameters that should be trainable hold {_dtype(parameters[codes[0]])} codes (quantised): "
-            f"{few(codes)}; load the model without quantisation, or freeze their blocks. Nothing was changed"
+            f"{len(codes)} parameters that should be trainable hold {dtype_in_words(parameters[codes[0]])} codes "
+            f"(quantised): {few(codes)}; load the model without quantisation, or freeze their blocks. Nothing was "
+            "changed"
         )
     if bound := [name for name, p in parameters.items() if p.is_inference()]:
         raise PlanError(
@@ -295,64 +180,6 @@ def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> 
                 every[known].requires_grad_(flag)
         line = str(error).strip().splitlines()[0]
         raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
-
-
-def _digest(name: str, tensor: Tensor) -> str:
-    """The tensor's digest; PlanError where it has no bytes here that could be compared later."""
-    if tensor.is_meta:
-        raise PlanError(
-            f"{name} is on the meta device: offloaded by accelerate, or not loaded, so there is nothing to compare "
-            "after training; load the model without offloading, or apply with remember=False"
-        )
-    try:
-        return tensor_digest(tensor)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        what = f"{name} ({type(tensor).__name__}, {kind}, {_dtype(tensor)})"
-        raise PlanError(f"{what} cannot be read byte by byte ({line}); apply with remember=False") from error
-
-
-def _refuse_cast(model: nn.Module, dtypes: Mapping[str, str], moved: list[str]) -> None:
-    """PlanError where what looks like training is a model that was cast after the plan was applied."""
-    there = _by_plan_name(model, [name for name in moved if name in dtypes])
-    if cast := [name for name, found in there.items() if str(found[0].dtype) != dtypes[name]]:
-        was, is_now = dtypes[cast[0]].removeprefix("torch."), _dtype(there[cast[0]][0])
-        raise PlanError(
-            f"{len(cast)} frozen tensors were {was} when the plan was applied and are {is_now} now ({few(cast)}): "
-            "the model was cast in between; cast it first, then apply the plan"
-        )
-
-
-def _refuse_frozen_later(model: nn.Module, trainable: list[str]) -> None:
-    """PlanError where nothing was trained because something froze the model after the plan was applied."""
-    there = _by_plan_name(model, trainable).items()
-    if late := [name for name, found in there if not any(p.requires_grad for p in found)]:
-        raise PlanError(
-            f"none of {len(trainable)} trainable tensors changed, and {len(late)} are frozen now ({few(late)}): what "
-            "froze them after the plan was applied (peft's prepare_model_for_kbit_training does) goes before it"
-        )
-
-
-def _by_plan_name(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.Parameter]]:
-    """The parameters whose names end on each of the plan's; without those of the plan that none ends on."""
-    there = _named_parameters(model).items()
-    found = {name: [p for full, p in there if f".{full}".endswith(f".{name}")] for name in names}
-    return {name: fitting for name, fitting in found.items() if fitting}
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _effect(plan: PlanData) -> _Effect:
-    """Equal for plans that set the same model alike, whatever else they say."""
-    return plan.weights_hash, frozenset(plan.trainable)
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every name of every parameter, also the second ones of tied ones, without the segments of wrappers."""
-    return {clean_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _outside_states(

@@ -9,12 +9,22 @@ from typing import Any, Self
 
 from layerprobe.errors import BrokenFileError, UnknownNameError
 from layerprobe.files import read_json, write_text
-from layerprobe.plans.apply import apply_plan, take_fingerprint, verify_plan
+from layerprobe.plans.apply import apply_plan
 from layerprobe.plans.export import export_plan
+from layerprobe.plans.hub import pull_plan, push_plan
 from layerprobe.plans.match import check_table
-from layerprobe.plans.plan import FROZEN, PARTIAL, SCHEMA, TRAINABLE, Parameter, PlanData, derived_fields
+from layerprobe.plans.plan import (
+    ADAPTER,
+    FROZEN,
+    PARTIAL,
+    TRAINABLE,
+    Parameter,
+    PlanData,
+    derived_fields,
+)
 from layerprobe.plans.table import plan_frame
-from layerprobe.plans.validate import find_mistakes
+from layerprobe.plans.validate import claimed_schema, find_mistakes
+from layerprobe.plans.verify import take_fingerprint, verify_plan
 from layerprobe.tables import strict_value
 
 PLAN_FILE = "plan.json"
@@ -53,6 +63,8 @@ class FreezePlan(PlanData):
     tied
         Name -> the tensor's names in the model around the base model, where that lists it under another name
         (`shared.weight` of T5); exports need them.
+    adapters, adapter_scale
+        Module -> rank of the low-rank adapter (LoRA) on it, and what their products are multiplied by.
     source
         File the plan was read from, for error messages.
 
@@ -92,12 +104,13 @@ class FreezePlan(PlanData):
             shown = "; ".join(mistakes[:20]) + (
                 f"; and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
             )
-            raise BrokenFileError(f"{source} is no valid {SCHEMA}: {shown}")
+            raise BrokenFileError(f"{source} is no valid {claimed_schema(raw)}: {shown}")
         table = {
             name: Parameter(entry["group"], tuple(entry["shape"]), entry["dtype"])
             for name, entry in raw["parameters"].items()
         }
-        states = raw["states"]
+        states, adapters = raw["states"], raw.get("adapters", {})
+        ranks = dict(adapters.get("ranks", {}))
         return cls(
             model_id=raw["model_id"],
             revision=raw["revision"],
@@ -105,7 +118,11 @@ class FreezePlan(PlanData):
             found=raw["found"],
             tied={name: tuple(others) for name, others in raw.get("tied", {}).items()},
             source=source,
-            **derived_fields(table, set(raw["trainable"]), stem=states["stem"], head=states["head"]),
+            adapters=ranks,
+            adapter_scale=float(adapters.get("scale", 1.0)),
+            **derived_fields(
+                table, set(raw["trainable"]), stem=states["stem"], head=states["head"], adapters=ranks
+            ),
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -129,9 +146,21 @@ class FreezePlan(PlanData):
             raise UnknownNameError(f"{what}: name a plan file, or a run folder of freeze-search")
         return cls.from_dict(read_json(file, what="freeze plan", max_bytes=MAX_BYTES), source=file.name)
 
+    def push(self, repository: str, *, private: bool = False) -> str:
+        """Write the plan and a card about it to the Hugging Face hub (OWNER/NAME); the commit's address.
+
+        See `layerprobe.plans.hub.push_plan` for the errors.
+        """
+        return push_plan(self, repository, private=private, text=_pretty(strict_value(self.to_dict())))
+
+    @classmethod
+    def pull(cls, repository: str, *, revision: str | None = None, offline: bool = False) -> Self:
+        """Read a plan from the Hugging Face hub (OWNER/NAME); see `layerprobe.plans.hub.pull_plan` for the errors."""
+        return cls.load(pull_plan(repository, revision=revision, offline=offline))
+
     def _repr_html_(self) -> str:
         text = self.summary().replace("&", "&amp;").replace("<", "&lt;")
-        marks = {FROZEN: "□", PARTIAL: "▪", TRAINABLE: "■"}
+        marks = {FROZEN: "□", ADAPTER: "◇", PARTIAL: "▪", TRAINABLE: "■"}
         return f"<p>{text}</p><code>{''.join(marks[state] for state in self.block_states)}</code>"
 
 

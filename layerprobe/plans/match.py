@@ -9,22 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerprobe.errors import PlanError, did_you_mean
+from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.plans.plan import ParameterTable, PlanData, few
 
 if TYPE_CHECKING:
     from torch import nn
-
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Segments that torch.compile, FSDP and activation checkpointing put anywhere into a name."""
-
-
-def clean_name(name: str) -> str:
-    """`name` without what torch's wrappers put between its segments.
-
-    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.mlp.weight")
-    'layers.0.mlp.weight'
-    """
-    return _WRAPPERS.sub("", name)
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ def match_parameters(
     optional = names_within(plan, without)
     wanted = plan.parameters.keys() - optional
     if prefix is None:
-        prefix = _find_prefix(wanted, present)
+        prefix = find_prefix(wanted, present)
     absent = frozenset(n for n in optional if prefix + n not in present)
     missing = [n for n in plan.parameters if n not in absent and prefix + n not in present]
     theirs = {prefix + n for n in plan.parameters}
@@ -103,7 +92,8 @@ def _check_whole(parameters: Mapping[str, nn.Parameter]) -> None:
 def _unplanned_blocks(plan: PlanData, prefix: str, outside: Iterable[str]) -> list[str]:
     """Names that lie in a numbered block beside those of the plan, and are not the plan's."""
     patterns = _block_patterns(plan)
-    behind_prefix = [(name, name[len(prefix) :]) for name in outside if name.startswith(prefix)]
+    inside = [name for name in outside if name.startswith(prefix) and not is_adapter(name)]
+    behind_prefix = [(name, name[len(prefix) :]) for name in inside]
     return [name for name, bare in behind_prefix if any(pattern.match(bare) for pattern in patterns)]
 
 
@@ -112,6 +102,7 @@ def check_table(plan: PlanData, parameters: ParameterTable, *, name: str = "this
 
     Names and shapes must agree. The dtype may differ: a plan found in float32 holds in bfloat16.
     """
+    parameters = {clean_name(n): entry for n, entry in parameters.items() if not is_adapter(n)}
     missing = [n for n in plan.parameters if n not in parameters]
     extra = [n for n in parameters if n not in plan.parameters]
     if missing or extra:
@@ -166,7 +157,7 @@ def _block_patterns(plan: PlanData) -> list[re.Pattern[str]]:
     return [re.compile((re.escape(c) + r"\." if c else "") + r"(\d+)\.") for c in containers]
 
 
-def _find_prefix(wanted: Collection[str], present: Iterable[str]) -> str:
+def find_prefix(wanted: Collection[str], present: Iterable[str]) -> str:
     """The prefix under which all of `wanted` stand, else the one under which most of them do."""
     counts: Counter[str] = Counter()
     for candidate in present:

@@ -17,15 +17,19 @@ from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
 from layerprobe.layers import format_blocks
+from layerprobe.plans.names import clean_name, is_adapter
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 SCHEMA = "freeze-plan/v1"
+SCHEMA_WITH_ADAPTERS = "freeze-plan/v2"
+"""Written only where a plan places adapters: any other is the plan that version 1 could say."""
 FROZEN = "frozen"
 TRAINABLE = "trainable"
 PARTIAL = "partial"
+ADAPTER = "adapter"
 ABSENT = "absent"
 
 GROUPS = ("embeddings", "positions", "norm", "other")
@@ -71,6 +75,8 @@ class PlanData:
     parameters: dict[str, Parameter]
     found: dict[str, Any] = field(default_factory=dict)
     tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    adapters: dict[str, int] = field(default_factory=dict)
+    adapter_scale: float = 1.0
     source: str = field(default="the plan", compare=False)
 
     @classmethod
@@ -97,7 +103,7 @@ class PlanData:
         Parameters
         ----------
         parameters : ParameterTable
-            Name -> (shape, dtype), see `parameter_table`.
+            Name -> (shape, dtype), see `parameter_table`; the model's own, without wrappers and adapters of PEFT.
         groups : Mapping[str, str]
             Name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
         trainable_blocks : Iterable[int]
@@ -120,8 +126,9 @@ class PlanData:
             a block that does not exist, a name without a group, an unknown group or state.
         """
         table = {
-            name: Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))
+            clean_name(name): Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))
             for name, (shape, dtype) in parameters.items()
+            if not is_adapter(name)
         }
         if ungrouped := [name for name, p in table.items() if not is_group(p.group)]:
             raise PlanError(f"no known group for {few(ungrouped)}; groups: block.<i>, {', '.join(GROUPS)}")
@@ -133,7 +140,7 @@ class PlanData:
         for word in (*outside.values(), stem, head):
             if word not in (FROZEN, TRAINABLE):
                 raise PlanError(f"'{word}' is no state; choose '{FROZEN}' or '{TRAINABLE}'")
-        also = set(also_trainable)
+        also = {clean_name(name) for name in also_trainable if not is_adapter(name)}
         if unknown := sorted(also - table.keys()):
             raise PlanError(f"{model_id} has no parameter {few(unknown)}")
 
@@ -150,7 +157,7 @@ class PlanData:
             revision=revision,
             parameters=table,
             found=dict(found or {}),
-            tied={name: tuple(others) for name, others in (tied or {}).items()},
+            tied={clean_name(name): tuple(map(clean_name, others)) for name, others in (tied or {}).items()},
             **derived_fields(table, trained, stem=stem, head=head),
         )
 
@@ -165,9 +172,51 @@ class PlanData:
 
     @property
     def block_states(self) -> tuple[str, ...]:
-        """One of `frozen`, `partial`, `trainable` per block."""
+        """One of `frozen`, `adapter`, `partial`, `trainable` per block; weights beside an adapter make it `partial`."""
         states = group_states(self.parameters, set(self.trainable))
-        return tuple(states[f"block.{index}"] for index in range(self.n_blocks))
+        adapted = {self.parameters[f"{module}.weight"].group for module in self.adapters}
+        words = {FROZEN: ADAPTER}
+        return tuple(
+            words.get(state, state) if group in adapted else state
+            for index in range(self.n_blocks)
+            for group, state in [(f"block.{index}", states[f"block.{index}"])]
+        )
+
+    def with_adapters(self, ranks: Mapping[str, int], *, scale: float = 1.0) -> Self:
+        """The same plan with low-rank adapters (LoRA) on linear maps that stay frozen, instead of those it had.
+
+        Parameters
+        ----------
+        ranks : Mapping[str, int]
+            Module (`h.3.attn.c_attn`) -> rank, at least 1.
+        scale : float
+            What the product of the factors is multiplied by: alpha / rank of PEFT, the same for all.
+
+        Raises
+        ------
+        PlanError
+            A module that is no linear map of the model or is trained itself, a rank above its matrix.
+        """
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        mistakes = [
+            f"rank {rank} on {module} is no whole number from 1" for module, rank in ranks.items() if rank < 1
+        ]
+        if mistakes := mistakes + wrong_adapters(ranks, shapes, self.trainable):
+            raise PlanError(f"{self.model_id}: {mistakes[0]}" + _others(mistakes))
+        order = {name: place for place, name in enumerate(self.parameters)}
+        sorted_ranks = dict(sorted(ranks.items(), key=lambda item: order[f"{item[0]}.weight"]))
+        counts = derived_counts(self.parameters, set(self.trainable), sorted_ranks)
+        return replace(self, adapters=sorted_ranks, adapter_scale=float(scale), counts=counts)
+
+    @property
+    def chosen_blocks(self) -> tuple[bool, ...]:
+        """Per block, whether it is trained as a whole or has adapters."""
+        return tuple(state in (TRAINABLE, ADAPTER) for state in self.block_states)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Entries that an optimizer changes: of the model's own tensors, and of adapters."""
+        return self.counts["trainable_parameters"] + self.counts.get("adapter_parameters", 0)
 
     def with_found(self, **found: Any) -> Self:
         """The same plan with more about how it was found; later keys win."""
@@ -186,18 +235,26 @@ class PlanData:
         outside = [name for name in _STATE_NAMES.values() if self.states[name] in (TRAINABLE, PARTIAL)]
         if outside:
             text += f", with {', '.join(outside)}"
-        share = trained / (trained + frozen) if trained + frozen else 0.0
-        return f"{text}; {trained:,} of {trained + frozen:,} parameters ({share:.1%})"
+        if self.adapters:
+            ranks = sorted(set(self.adapters.values()))
+            named = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
+            blocks = [index for index, state in enumerate(states) if state == ADAPTER]
+            text += f", adapters of {named} on {len(self.adapters)} modules"
+            text += f" (blocks {format_blocks(blocks)})" if blocks else ""
+        share = self.trained_parameters / (trained + frozen) if trained + frozen else 0.0
+        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({share:.1%})"
 
     def content_hash(self) -> str:
         """32 hexadecimal digits over the states and the trainable names: what the plan does, not how it was found."""
         states = json.dumps(self.states, sort_keys=True)
+        if self.adapters:
+            states += json.dumps([self.adapter_scale, self.adapters], sort_keys=True)
         return hashlib.blake2b("\n".join([states, *self.trainable]).encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
         return {
-            "schema": SCHEMA,
+            "schema": SCHEMA_WITH_ADAPTERS if self.adapters else SCHEMA,
             "model_id": self.model_id,
             "revision": self.revision,
             "weights_hash": self.weights_hash,
@@ -212,13 +269,23 @@ class PlanData:
                 for name, p in self.parameters.items()
             },
             **({"tied": {name: list(others) for name, others in self.tied.items()}} if self.tied else {}),
+            **(
+                {"adapters": {"kind": "lora", "scale": self.adapter_scale, "ranks": dict(self.adapters)}}
+                if self.adapters
+                else {}
+            ),
         }
 
 
 def derived_fields(
-    table: Mapping[str, Parameter], trained: set[str], *, stem: str, head: str
+    table: Mapping[str, Parameter],
+    trained: set[str],
+    *,
+    stem: str,
+    head: str,
+    adapters: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The fields of a plan that follow from its parameters and the names trained."""
+    """The fields of a plan that follow from its parameters, the names trained and the adapters."""
     frozen = tuple(name for name in table if name not in trained)
     trainable = tuple(name for name in table if name in trained)
     states = group_states(table, trained)
@@ -234,14 +301,25 @@ def derived_fields(
             **{_STATE_NAMES[group]: states.get(group, ABSENT) for group in GROUPS},
             "head": head,
         },
-        "counts": {
-            "trainable_parameters": sum(table[name].size for name in trainable),
-            "frozen_parameters": sum(table[name].size for name in frozen),
-            "trainable_tensors": len(trainable),
-            "frozen_tensors": len(frozen),
-            "trainable_blocks": sum(blocks),
-            "blocks": n_blocks,
-        },
+        "counts": derived_counts(table, trained, adapters or {}),
+    }
+
+
+def derived_counts(
+    table: Mapping[str, Parameter], trained: set[str], adapters: Mapping[str, int]
+) -> dict[str, int]:
+    """The counts of a plan; those of adapters only where it has some."""
+    states = group_states(table, trained)
+    blocks = [state for group, state in states.items() if group.startswith("block.")]
+    shapes = [(table[f"{module}.weight"].shape, rank) for module, rank in adapters.items()]
+    return {
+        "trainable_parameters": sum(p.size for name, p in table.items() if name in trained),
+        "frozen_parameters": sum(p.size for name, p in table.items() if name not in trained),
+        "trainable_tensors": sum(name in trained for name in table),
+        "frozen_tensors": sum(name not in trained for name in table),
+        "trainable_blocks": blocks.count(TRAINABLE),
+        "blocks": len(blocks),
+        **({"adapter_parameters": sum(rank * sum(shape) for shape, rank in shapes)} if adapters else {}),
     }
 
 
@@ -273,6 +351,28 @@ def group_states(table: Mapping[str, Parameter], trained: set[str]) -> dict[str,
         seen.setdefault(parameter.group, set()).add(name in trained)
     words = {frozenset({True}): TRAINABLE, frozenset({False}): FROZEN}
     return {group: words.get(frozenset(flags), PARTIAL) for group, flags in seen.items()}
+
+
+def wrong_adapters(
+    ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], trainable: Iterable[str]
+) -> list[str]:
+    """What is wrong with adapters of `ranks` on modules whose parameters have `shapes`."""
+    trained = set(trainable)
+    mistakes = []
+    for module, rank in ranks.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape is None or len(shape) != 2:
+            what = "no parameter" if shape is None else "no matrix"
+            mistakes.append(f"{module} takes no adapter: the model has {what} {module}.weight")
+        elif rank > min(shape):
+            mistakes.append(f"rank {rank} on {module} is larger than its matrix of {shape[0]}×{shape[1]}")
+        elif f"{module}.weight" in trained:
+            mistakes.append(f"{module} has an adapter and is trained itself; choose one")
+    return mistakes
+
+
+def _others(mistakes: list[str]) -> str:
+    return f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
 
 
 def is_group(group: str) -> bool:

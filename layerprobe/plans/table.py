@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from layerprobe.layers import format_blocks
-from layerprobe.plans.plan import FROZEN, GROUPS, PARTIAL, TRAINABLE, PlanData, group_states
+from layerprobe.plans.plan import ADAPTER, FROZEN, GROUPS, PARTIAL, TRAINABLE, PlanData, group_states
 from layerprobe.records import Record
 from layerprobe.tables import tidy
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MARKS = {FROZEN: "·", PARTIAL: "▪", TRAINABLE: "■"}
+MARKS = {FROZEN: "·", ADAPTER: "◇", PARTIAL: "▪", TRAINABLE: "■"}
 """How a block looks in a line of text."""
 
 

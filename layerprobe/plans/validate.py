@@ -7,7 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from layerprobe.plans.plan import FROZEN, GROUPS, SCHEMA, TRAINABLE, Parameter, derived_fields, few, is_group
+from layerprobe.plans.plan import (
+    FROZEN,
+    GROUPS,
+    SCHEMA,
+    SCHEMA_WITH_ADAPTERS,
+    TRAINABLE,
+    Parameter,
+    derived_fields,
+    few,
+    is_group,
+    wrong_adapters,
+)
 
 MAX_NAMES = 500_000
 MAX_NAME_LENGTH = 512
@@ -22,16 +33,24 @@ def find_mistakes(raw: object) -> list[str]:
         return [f"it holds a JSON {_kind(raw)}, not an object"]
     if "schema" not in raw:
         return [f'it has no \'schema\'; a plan says "schema": "{SCHEMA}"']
-    if raw["schema"] != SCHEMA:
-        return [f"its schema is {_show(raw['schema'])}; this version of layerprobe reads '{SCHEMA}'"]
+    if raw["schema"] not in (SCHEMA, SCHEMA_WITH_ADAPTERS):
+        known = f"'{SCHEMA}' and '{SCHEMA_WITH_ADAPTERS}'"
+        return [f"its schema is {_show(raw['schema'])}; this version of layerprobe reads {known}"]
     mistakes = _wrong_fields(raw)
     mistakes += _wrong_parameters(raw["parameters"]) if isinstance(raw.get("parameters"), dict) else []
     mistakes += _wrong_ties(raw["tied"]) if "tied" in raw else []
+    mistakes += _wrong_adapters(raw)
     for side in (FROZEN, TRAINABLE):
         if isinstance(raw.get(side), list):
             mistakes += _wrong_names(side, raw[side])
     # The parts can only be compared with one another once each is what it should be.
     return mistakes or _contradictions(raw)
+
+
+def claimed_schema(raw: object) -> str:
+    """The version that `raw` says it is of; the first where it says none that is known."""
+    said = raw.get("schema") if isinstance(raw, dict) else None
+    return SCHEMA_WITH_ADAPTERS if said == SCHEMA_WITH_ADAPTERS else SCHEMA
 
 
 _FIELDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -55,7 +74,7 @@ def _wrong_fields(raw: dict[str, Any]) -> list[str]:
             mistakes.append(f"'{key}' is missing")
         elif not isinstance(raw[key], kind):
             mistakes.append(f"'{key}' must be {words}, not {_show(raw[key])}")
-    if unknown := sorted(set(raw) - set(_FIELDS) - {"schema", "tied"}):
+    if unknown := sorted(set(raw) - set(_FIELDS) - {"schema", "tied", "adapters"}):
         mistakes.append(f"unknown keys: {few(map(_show, unknown))}")
     typed = {k: v for k, v in raw.items() if k in _FIELDS and isinstance(v, _FIELDS[k][0])}
     return mistakes + _wrong_contents(typed)
@@ -130,6 +149,26 @@ def _wrong_ties(tied: object) -> list[str]:
     return [f"'tied' needs at least two names for {few(map(_show, wrong))}"] if wrong else []
 
 
+def _wrong_adapters(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with the field that version 2 has and version 1 has not."""
+    adapters = raw.get("adapters")
+    if raw["schema"] == SCHEMA:
+        return [f"'adapters' is no field of {SCHEMA}"] if "adapters" in raw else []
+    if not isinstance(adapters, dict) or adapters.keys() != {"kind", "scale", "ranks"}:
+        return ["'adapters' needs exactly kind, scale and ranks"]
+    mistakes = []
+    if adapters["kind"] != "lora":
+        mistakes.append(f"adapters of kind {_show(adapters['kind'])} are not known here, only 'lora'")
+    scale, ranks = adapters["scale"], adapters["ranks"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        mistakes.append(f"the scale of adapters must be a number, not {_show(scale)}")
+    if not isinstance(ranks, dict) or not ranks:
+        return [*mistakes, "the ranks of adapters must be an object of modules, not empty"]
+    if wrong := [module for module, rank in ranks.items() if not _is_count(rank) or rank < 1]:
+        mistakes.append(f"a rank must be a whole number from 1: {few(map(_show, wrong))}")
+    return mistakes
+
+
 def _contradictions(raw: dict[str, Any]) -> list[str]:
     """What the fields say against one another; each is valid in itself."""
     mistakes = []
@@ -145,6 +184,8 @@ def _contradictions(raw: dict[str, Any]) -> list[str]:
         name: Parameter(entry["group"], tuple(entry["shape"]), entry["dtype"])
         for name, entry in raw["parameters"].items()
     }
+    ranks = raw.get("adapters", {}).get("ranks", {})
+    mistakes += wrong_adapters(ranks, {name: p.shape for name, p in table.items()}, trainable)
     present = {p.block for p in table.values() if p.block is not None}
     if len(raw["blocks"]) != len(present) or present != set(range(len(present))):
         return mistakes + [
@@ -157,7 +198,10 @@ def _contradictions(raw: dict[str, Any]) -> list[str]:
 def _wrong_sums(raw: dict[str, Any], table: dict[str, Parameter]) -> list[str]:
     """Where blocks, states, counts and hash are not what the parameters and the names make them."""
     states = raw["states"]
-    truth = derived_fields(table, set(raw[TRAINABLE]), stem=states["stem"], head=states["head"])
+    ranks = raw.get("adapters", {}).get("ranks", {})
+    truth = derived_fields(
+        table, set(raw[TRAINABLE]), stem=states["stem"], head=states["head"], adapters=ranks
+    )
     mistakes = []
     if wrong := [i for i, flag in enumerate(raw["blocks"]) if flag != truth["blocks"][i]]:
         mistakes.append(f"'blocks' and the names disagree about block {few(map(str, wrong))}")

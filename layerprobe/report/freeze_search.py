@@ -57,7 +57,7 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
         sections = [
             f"<h1>Which blocks of {html.text(found['model'])} to train for {html.text(found['task'])}</h1>",
             f'<p class="answer">{html.text(found["answer"])}</p>',
-            html.strip(plan.blocks),
+            html.strip(plan.chosen_blocks),
             _facts(found, plan),
             "<h2>Against the baselines, on unseen seeds</h2>",
             _baselines(baselines, found),
@@ -84,12 +84,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
-    trainable, frozen = (plan.counts[f"{state}_parameters"] for state in ("trainable", "frozen"))
-    share = trainable / max(1, trainable + frozen)
+    trainable = plan.trained_parameters
+    share = trainable / max(1, plan.counts["trainable_parameters"] + plan.counts["frozen_parameters"])
+    chosen = plan.chosen_blocks
+    does = "places adapters on" if plan.adapters else "trains"
     frugal = "fewest trainable parameters within one standard error of the best"
     rule = frugal if found["objective"] == "frugal" else "highest validation accuracy"
     return (
-        f"<p>The plan trains {sum(plan.blocks)} of {len(plan.blocks)} blocks, {cell_text(trainable)} parameters of the "
+        f"<p>The plan {does} {sum(chosen)} of {len(chosen)} blocks, {cell_text(trainable)} parameters of the "
         f"backbone ({html.percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
         f"after a random-label bridge and fine-tuning under each plan "
         f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "

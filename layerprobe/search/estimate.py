@@ -15,7 +15,7 @@ from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
 from layerprobe.search.budget import TrainBatch, TrialBudget
-from layerprobe.search.evaluator import block_params
+from layerprobe.search.evaluator import block_params, trained_sizes
 from layerprobe.search.settings import Settings, make_settings
 from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy
@@ -53,7 +53,7 @@ def search_facts(
         What `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
-    space = Space(block_params(seen), settings.constraints)
+    space = Space(trained_sizes(seen, settings), settings.constraints)
     check_search(settings, space, output)
     baselines = chosen_baselines(settings.baselines, space, seed=settings.seed)
     report = baselines_cost(baselines, space, settings) + settings.seeds
@@ -78,7 +78,7 @@ def search_facts(
     if settings.budget is None:
         return facts | {"time": f"{settings.time:g} s for search and report"}
     images = batch_size * (bridge_steps + finetune_steps) * (settings.budget + report)
-    operations = 6.0 * sum(space.block_params) * seen.tokens * images
+    operations = 6.0 * sum(block_params(seen)) * seen.tokens * images
     minutes = operations / _speed(str(seen.run_device)) / workers / 60
     return facts | {
         "budget": f"{settings.budget:g} full trainings",

@@ -11,10 +11,11 @@ import pandas as pd
 
 from layerprobe.analyzers.transfer import transfer_scores
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.plans.names import is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
-from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score
+from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score, unit_plan
 from layerprobe.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class Evaluator:
         """The freeze plan of a mask: whole blocks; all blocks means everything, outer norms included."""
         if norms:
             return self.plans["norms"]
+        if (rank := self.settings.adapter_rank) is not None:
+            return unit_plan(self.backbone, map(str, blocks_of(mask)), rank=rank)
         return self.plans["all"] if all(mask) else block_plan(self.backbone, blocks_of(mask))
 
     def __call__(self, trial: Trial) -> Outcome:
@@ -77,12 +80,21 @@ class Evaluator:
         )
 
 
+def trained_sizes(backbone: Backbone, settings: Settings) -> tuple[int, ...]:
+    """Number of parameters that train where a block is chosen: its own, or those of its adapters."""
+    rank = settings.adapter_rank
+    if rank is None:
+        return block_params(backbone)
+    plans = (unit_plan(backbone, [str(index)], rank=rank) for index in range(backbone.n_blocks))
+    return tuple(plan.counts["adapter_parameters"] for plan in plans)
+
+
 def block_params(backbone: Backbone) -> tuple[int, ...]:
     """Number of parameters of each block."""
     sizes = [0] * backbone.n_blocks
     for name, parameter in backbone.model.named_parameters():
         group = backbone.layout.parameter_groups[name]
-        if group.startswith("block."):
+        if group.startswith("block.") and not is_adapter(name):
             sizes[int(group.removeprefix("block."))] += parameter.numel()
     return tuple(sizes)
 

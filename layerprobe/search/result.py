@@ -81,7 +81,7 @@ class SearchResult(Record):
     folder: Path | None = None
 
     def summary(self) -> str:
-        marks = "".join("■" if trained else "□" for trained in self.plan.blocks)
+        marks = "".join("■" if trained else "□" for trained in self.plan.chosen_blocks)
         return f"{self.answer}\nPlan: {marks}  (input to output; ■ trained, □ frozen)"
 
     def to_frame(self) -> pd.DataFrame:
@@ -203,6 +203,7 @@ def make_result(
         objective=settings.objective,
         test_mean=own.accuracy.value,
         n_finalists=sum(bool(np.isfinite(f.mean)) for f in finalists),
+        adapter_rank=settings.adapter_rank,
     )
     kind = verdict_kind(winner.mask, own.against_all)
     facts = _facts(evaluator, budget, finalists, winner, own, records)

@@ -23,7 +23,7 @@ from layerprobe.provenance import provenance
 from layerprobe.search.baselines import GREEDY, Baseline, chosen_baselines, report_baselines
 from layerprobe.search.budget import Scores, TrialBudget
 from layerprobe.search.estimate import budget_of_time, check_search, pilot
-from layerprobe.search.evaluator import Evaluator, block_params, layer_scores, proposals
+from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, identify, make_settings
 from layerprobe.search.space import Space, Trial, describe_mask
@@ -163,7 +163,7 @@ def prepare(
     evaluator = Evaluator(backbone, task, settings)
     return TrialRunner(
         evaluator=evaluator,
-        space=Space(block_params(backbone), settings.constraints),
+        space=Space(trained_sizes(backbone, settings), settings.constraints),
         url=storage_url(storage),
         identity={**identify(backbone, task, settings), **also},
     )

@@ -6,6 +6,7 @@ The command line reads the defaults for its help, so nothing heavy is imported w
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ DEFAULT_BRIDGE_STEPS = 30
 DEFAULT_FINETUNE_STEPS = 120
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_RANDOM_CLASSES = 10
+DEFAULT_RANK = 8
 DEFAULT_PRECISION = "float32"
 DEFAULT_BASELINES = (
     "all",
@@ -169,6 +171,9 @@ class Settings:
         Names of the baselines to report; default all of `standard_baselines`. Beyond those there are
         `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the
         search.
+    train
+        'weights' trains the blocks of a plan; 'lora' or 'lora:RANK' places adapters (rank 8 by default) on all linear
+        maps of its blocks, whose weights stay frozen.
     min_frozen, max_trainable_params, must_freeze, must_train
         Constraints on the plan.
     keep_bridge
@@ -190,6 +195,7 @@ class Settings:
     baselines: tuple[str, ...] | None = None
     constraints: Constraints = field(default_factory=Constraints)
     keep_bridge: bool = False
+    train: str = "weights"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -206,8 +212,17 @@ class Settings:
             raise UsageError(f"the shortest runs are a share of the steps in (0, 1], got {self.fidelity}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
+        if re.fullmatch(r"weights|lora(:[1-9]\d{0,4})?", self.train) is None:
+            raise UsageError(f"train is weights, lora or lora:RANK, not '{self.train}'")
         if self.baselines is not None and "all" not in self.baselines:
             raise UsageError("baselines must contain 'all': every report compares with training everything")
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Rank of the adapters that a plan places; None where it trains weights."""
+        if self.train == "weights":
+            return None
+        return int(self.train.partition(":")[2] or DEFAULT_RANK)
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -285,7 +300,8 @@ def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, An
         "backbone": {key: about[key] for key in sorted(about) if key not in left_out},
         "task": Path(task.task_id).name,
         "split_hash": task.split_hash,
-        **{key: value for key, value in settings.to_dict().items() if key != "keep_bridge"},
+        **{key: value for key, value in settings.to_dict().items() if key not in ("keep_bridge", "train")},
+        **({} if settings.train == "weights" else {"train": f"lora:{settings.adapter_rank}"}),
     }
 
 

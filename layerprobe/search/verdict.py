@@ -171,10 +171,12 @@ def verdict_sentence(
     objective: str = "frugal",
     test_mean: float | None = None,
     n_finalists: int = 2,
+    adapter_rank: int | None = None,
 ) -> str:
     """The answer in plain words, also when it is "train everything" or "no difference found".
 
-    `n_finalists` is the number of plans that the choice was among; with one, nothing could be compared.
+    `n_finalists` is the number of plans that the choice was among; with one, nothing could be compared. `adapter_rank`
+    is that of adapters, where these are placed instead of training weights.
     """
     accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
     if all(mask):
@@ -187,11 +189,18 @@ def verdict_sentence(
             why = "no smaller plan among the finalists came within one standard error of the best"
         else:
             why = "no smaller plan among the finalists reached a higher validation accuracy"
-        return f"Train everything: {why}.{accuracy}"
+        everything = (
+            "Train everything"
+            if adapter_rank is None
+            else f"Place adapters of rank {adapter_rank} everywhere"
+        )
+        return f"{everything}: {why}.{accuracy}"
     share = space.params(mask) / max(1, sum(space.block_params))
     what = (
         f"Train {describe_mask(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
     )
+    if adapter_rank is not None:
+        what = f"Place adapters of rank {adapter_rank} on {describe_mask(mask)} ({100 * share:.0f} % of all of them)."
     if not any(mask):
         what = "Train the stem and head alone and freeze all blocks."
     if against_all is None:

@@ -67,10 +67,7 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise BrokenFileError(_too_large(place, f"{width}×{height} pixels"))
-            image.load()
-            _refuse_wide_pixels(image, place)
-            upright = ImageOps.exif_transpose(image) if _may_be_turned(image) else image
-            pixels = _plain(upright, place)
+            pixels = image_pixels(image, place)
     except Image.DecompressionBombError as error:
         raise BrokenFileError(_too_large(place, str(error))) from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
@@ -80,6 +77,13 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
         raise BrokenFileError(f"cannot read the image {place}: {reason}") from error
     pixels.flags.writeable = False
     return pixels
+
+
+def image_pixels(image: Image.Image, place: str) -> np.ndarray:
+    """What `decode_image` makes of an opened image."""
+    image.load()
+    _refuse_wide_pixels(image, place)
+    return _plain(ImageOps.exif_transpose(image) if _may_be_turned(image) else image, place)
 
 
 def _may_be_turned(image: Image.Image) -> bool:
@@ -258,6 +262,29 @@ class ArrowImages(ImageStore):
 
     def stored_size(self) -> int:
         return sum(files.nbytes for files, _ in self._chunks)
+
+
+class ChosenImages(ImageStore):
+    """Rows of another store, in another order."""
+
+    def __init__(self, store: ImageStore, rows: np.ndarray) -> None:
+        self._store = store
+        self._rows = rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def stored(self, row: int) -> bytes | pa.Buffer:
+        return self._store.stored(self._rows[row])
+
+    def place(self, row: int) -> str:
+        return self._store.place(self._rows[row])
+
+    def name(self, row: int) -> str:
+        return self._store.name(self._rows[row])
+
+    def stored_size(self) -> int:
+        return self._store.stored_size() * len(self) // max(1, len(self._store))
 
 
 class JoinedImages(ImageStore):

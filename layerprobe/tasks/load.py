@@ -17,7 +17,7 @@ from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.folder import peek_folder, read_folder, refuse_column
 from layerprobe.tasks.images import ArrayImages
 from layerprobe.tasks.parquet import ColumnChoice, from_datasets
-from layerprobe.tasks.task import Source, SourceSplit, Task, make_task
+from layerprobe.tasks.task import Source, SourceSplit, Task, cut_task
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
@@ -98,7 +98,7 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    return make_task(name, source, task_id=task_id, commit=commit, limit=limit, seed=seed)
+    return cut_task(name, source, task_id=task_id, commit=commit, limit=limit, seed=seed)
 
 
 def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[int | None, bool]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
-from layerprobe.tasks.images import ArrowImages
+from layerprobe.tasks.images import ArrowImages, ChosenImages, ImageStore
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
 from layerprobe.tasks.task import NO_LABEL, Source, SourceSplit, fingerprint, labelled
 
@@ -30,11 +30,13 @@ _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 
 @dataclass(frozen=True)
 class ColumnChoice:
-    """What the caller knows beforehand: names to try, and the label column the user insists on."""
+    """What the caller knows beforehand: names to try, and what the user insists on."""
 
     image: tuple[str, ...] = ()
     label: tuple[str, ...] = ()
     wanted_label: str | None = None
+    wanted_image: str | None = None
+    class_names: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,18 @@ def choose_columns(schema: pa.Schema, choice: ColumnChoice, place: str) -> Colum
     features = _hub_features(schema)
     image = _choose_image(schema, features, choice, place)
     label = _choose_label(schema, features, choice, image, place)
-    return Columns(image, label, _class_names(features.get(label)))
+    return Columns(image, label, choice.class_names or _class_names(features.get(label)))
 
 
 def _choose_image(schema: pa.Schema, features: Mapping[str, object], choice: ColumnChoice, place: str) -> str:
     fits = [name for name in schema.names if _is_image(schema, name, features.get(name))]
+    if choice.wanted_image is not None:
+        if choice.wanted_image not in fits:
+            raise UnknownNameError(
+                f"{place} has no image column '{choice.wanted_image}'.{did_you_mean(choice.wanted_image, fits)} "
+                f"Image columns: {', '.join(fits) or 'none'}"
+            )
+        return choice.wanted_image
     for name in (*choice.image, *_IMAGE_NAMES):
         if name in fits:
             return name
@@ -311,23 +320,29 @@ def _check_shards(files: Sequence[Path]) -> None:
 def from_datasets(
     splits: Mapping[str, datasets.Dataset], choice: ColumnChoice, place: str, *, follow_paths: bool = False
 ) -> Source:
-    """Take over what `datasets` loaded, without selections; its Arrow tables stay memory-mapped where they are."""
+    """Take over what `datasets` loaded, with its selections; its Arrow tables stay memory-mapped where they are."""
     first = next(iter(splits.values()))
     columns = choose_columns(first.features.arrow_schema, choice, place)
     known = [name for name in splits if name.lower() in SPLIT_WORDS]
     remarks = [f"split {name} was left out" for name in splits if known and name not in known]
     parts, values = [], []
     for name in known or splits:
-        table = splits[name].data.table
-        store = ArrowImages(
+        table, chosen = splits[name].data.table, splits[name]._indices
+        store: ImageStore = ArrowImages(
             table.column(columns.image), [(f"{place} {name}", table.num_rows)], follow_paths=follow_paths
         )
+        labels = column_values(table.column(columns.label))
+        if chosen is not None:  # of `select`, `shuffle` and `train_test_split`
+            rows = chosen.column(0).to_numpy()
+            store, labels = ChosenImages(store, rows), labels[rows]
         parts.append(SourceSplit(SPLIT_WORDS.get(name.lower(), "all"), store))
-        values.append(column_values(table.column(columns.label)))
+        values.append(labels)
     source = labelled(parts, values, columns.class_names, place)
     source.remarks += remarks
     source.label_column = columns.label
     files = {name: [Path(file["filename"]) for file in splits[name].cache_files] for name in known or splits}
     if all(files.values()):
-        source.fingerprint = fingerprint(files, columns.image)
+        # The same files may be behind several selections of their rows.
+        states = [splits[name]._fingerprint for name in files]
+        source.fingerprint = fingerprint(files, " ".join([columns.image, *states]))
     return source

@@ -180,6 +180,8 @@ class Source:
     remarks: list[str] = field(default_factory=list)
     fingerprint: str | None = None
     label_column: str | None = None
+    ids: np.ndarray | None = None
+    """Ids that the caller has for the images, in their order; None: hashes of their content."""
 
 
 def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
@@ -250,7 +252,7 @@ def labelled(
     return Source(splits=kept, classes=classes, remarks=remarks)
 
 
-def make_task(
+def cut_task(
     name: str, source: Source, *, task_id: str, commit: str | None, limit: int | None, seed: int
 ) -> Task:
     """Scan the images of a source, cut them into splits, apply the limit, and report."""
@@ -260,7 +262,8 @@ def make_task(
     images = JoinedImages([part.images for part in source.splits])
     scan = scan_images(images, official, name=name, fingerprint=source.fingerprint)
     shared = {row: images.name(row) for rows in repeated(scan.digests) for row in rows}
-    ids = sample_ids(scan.digests, official, labels, shared)
+    content = sample_ids(scan.digests, official, labels, shared)
+    ids = content if source.ids is None else source.ids
     side, rule = assign(official, labels, scan.groups, ids, seed)
     rows = _rows_in_order(name, side, labels, ids, seed)
     sizes = {split: len(order) for split, order in rows.items()}
@@ -297,7 +300,7 @@ def make_task(
     return Task(
         name=name,
         task_id=task_id,
-        revision=commit or f"content-{_content_hash(ids, labels)}",
+        revision=commit or f"content-{_content_hash(content, labels)}",
         classes=source.classes,
         splits=splits,
         report=report,

@@ -7,7 +7,7 @@ from layerprobe.training.config import BridgeConfig, FineTuneConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.evaluate import evaluate, evaluate_arms
 from layerprobe.training.finetune import Outcome, train_and_score
-from layerprobe.training.freeze_check import all_trainable, block_plan
+from layerprobe.training.freeze_check import all_trainable, block_plan, unit_plan
 
 __all__ = [
     "ARMS",
@@ -24,4 +24,5 @@ __all__ = [
     "evaluate",
     "evaluate_arms",
     "train_and_score",
+    "unit_plan",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,18 +17,26 @@ from tqdm import tqdm
 from layerprobe.errors import UsageError
 from layerprobe.files import output_folder
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import Verification
 from layerprobe.plans.plan import TRAINABLE
+from layerprobe.plans.verify import Verification
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tables import write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
-from layerprobe.training.classifier import Classifier, Snapshot, autocast, in_batches, predict, set_training
+from layerprobe.training.classifier import (
+    Classifier,
+    Snapshot,
+    autocast,
+    gradient_checkpointing,
+    in_batches,
+    predict,
+    set_training,
+)
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.finetune import run_stage
-from layerprobe.training.freeze_check import FrozenCheck, all_trainable
+from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
 from layerprobe.training.loop import (
     DivergedError,
     FrozenPrefix,
@@ -42,6 +49,7 @@ from layerprobe.training.loop import (
     tracker_options,
     training_steps,
 )
+from layerprobe.training.parts import check_save
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -101,8 +109,9 @@ def bridge_train(
     backbone.prepare(task)
     if folder is not None:
         checkpoints.refuse_used_folder(folder, resume=resume)
+        check_save(backbone, config.save)
     plan = plan or all_trainable(backbone)
-    if not plan.trainable and plan.states["stem"] != TRAINABLE and plan.states["head"] != TRAINABLE:
+    if not plan.trained_parameters and TRAINABLE not in (plan.states["stem"], plan.states["head"]):
         raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
     if n_images < 2:
         raise UsageError(f"{n_images} training images are too few for random labels")
@@ -145,7 +154,7 @@ class _Training:
         if found is not None:
             checkpoints.refuse_other_run(found, folder, config, self.identity)
             self._note_other_machine(found)
-            checkpoints.load_weights(found, self.classifier)
+            checkpoints.load_weights(found, self.classifier, plan)
             self.start = found.step
         if config.shard:
             checkpoints.shard(self.classifier, self.accelerator.device)
@@ -170,7 +179,7 @@ class _Training:
     def run(self) -> BridgeRun:
         config = self.config.replace(lr=self.lr)
         every = config.checkpoint_every or max(1, math.ceil(self.n_steps / 10))
-        with _gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
+        with gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
             self._enter_phase(self.start)
             optimizer = self.accelerator.prepare(self.optimizer)
             model: Any = self.classifier if config.shard else self.accelerator.prepare(self.classifier)
@@ -225,7 +234,7 @@ class _Training:
             return self.prefix
         self.phase = phase
         model, stem = self.backbone.model, self.backbone.stem
-        self.plan.apply(model, remember=False)
+        apply_to_backbone(self.plan, self.backbone, seed=self.classifier.seed)
         if phase == "stem":
             model.requires_grad_(False)
         if stem is not None:
@@ -260,7 +269,7 @@ class _Training:
         last = self.history.frame().tail(max(1, self.n_steps // 10))
         right = predict(self.classifier, self.pixels, precision=self.config.precision) == self.labels
         self.classifier.eval()
-        n_frozen = verified.frozen + verified.buffers
+        n_frozen, n_trained = verified.frozen + verified.buffers, len(verified.changed + verified.unchanged)
         figures: list[tuple[str, float, int | None]] = [
             ("random_label_accuracy", float(right.mean()), len(right)),
             ("random_label_guess", 1 / self.config.random_classes, len(right)),
@@ -268,7 +277,7 @@ class _Training:
             ("learning_rate", self.lr, None),
             ("images_per_second", float(last["images_per_second"].median()), len(last)),
             ("frozen_tensors_verified", float(n_frozen), n_frozen),
-            ("trained_tensors_changed", float(len(verified.changed)), len(self.plan.trainable)),
+            ("trained_tensors_changed", float(len(verified.changed)), n_trained),
         ]
         rows = [{"block": None, "metric": metric, "value": value, "n": n} for metric, value, n in figures]
         run = BridgeRun(
@@ -320,6 +329,7 @@ class _Training:
                     moments,
                     state,
                     about={**self.about, "config": self.config.to_dict(), "plan": "plan.json"},
+                    plan=self.plan,
                     keep=self.config.keep,
                     final=final,
                 )
@@ -383,18 +393,3 @@ def choose_rate(
         shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
         note(f"learning rate {best:g}, by random-label loss on plain views after {steps} steps ({shown})")
     return best
-
-
-@contextlib.contextmanager
-def _gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
-    if not on:
-        yield
-        return
-    # Newer transformers have another name for it, which the oldest supported ones lack.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            model.gradient_checkpointing_disable()

@@ -15,6 +15,8 @@ from torch import Tensor
 from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.outliers.summary import outlier_ratio
 from layerprobe.plans import FreezePlan
+from layerprobe.plans.adapters import adapter_updates
+from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.records import Record
 from layerprobe.tables import tidy, write_frame
 from layerprobe.training.classifier import whole
@@ -136,7 +138,11 @@ class History:
 
 def initial_weights(backbone: Backbone) -> dict[str, Tensor]:
     """Copies, on the CPU, of the parameters that training may change, by name within the model."""
-    return {n: p.detach().cpu().clone() for n, p in backbone.model.named_parameters() if p.requires_grad}
+    return {
+        clean_name(n): p.detach().cpu().clone()
+        for n, p in backbone.model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def drift_rows(backbone: Backbone, before: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -149,10 +155,18 @@ def drift_rows(backbone: Backbone, before: Mapping[str, Tensor]) -> list[dict[st
     - `outlier_ratio_6sigma_before`, `…_after`: entries beyond 6 deviations of their matrix, pooled.
     """
     groups: dict[int | None, list[tuple[Tensor, Tensor]]] = {}
-    for name, parameter in backbone.model.named_parameters():
-        group = backbone.layout.parameter_groups.get(name, "other")
+    names = {clean_name(name): group for name, group in backbone.layout.parameter_groups.items()}
+    updates = adapter_updates(backbone.model)
+    for full, parameter in backbone.model.named_parameters():
+        if is_adapter(full):
+            continue
+        name = clean_name(full)
+        group = names.get(name, "other")
         block = int(group[6:]) if group.startswith("block.") else None
         after = whole(parameter.detach()).cpu()
+        if name in updates:  # the weight itself stays as it was
+            before = {**before, name: after}
+            after = after + updates[name].cpu()
         groups.setdefault(block, []).append((before.get(name, after), after))
     place = {"site": None, "split": None}
     return [

@@ -7,6 +7,8 @@
       checkpoints/step-00000400/   (the newest few)
         backbone/             loads with from_pretrained of the class that its config names (`architectures`) and
                               with AutoModel; of an encoder-decoder the encoder alone, under the whole model's names
+        trained.safetensors   instead of backbone/ with save="trained": what was trained of the base model
+        adapters.safetensors  where the plan places adapters; backbone/ is then the model without them
         stem.safetensors  head.safetensors  optimizer.safetensors  state.json
       final/                  the same at the end of a finished run
 
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,15 +39,16 @@ from torch.optim import Optimizer
 
 from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.processor import RECIPE_FILES
+from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import cannot_write, read_json, write_json
 from layerprobe.tables import strict_value
 from layerprobe.training.classifier import Classifier, state_tensors, whole
 from layerprobe.training.config import text_hash
+from layerprobe.training.parts import base_of, put_back, split_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.plans import FreezePlan
     from layerprobe.training.config import BridgeConfig
@@ -84,6 +86,7 @@ def save_checkpoint(
     state: dict[str, Any],
     *,
     about: dict[str, Any],
+    plan: FreezePlan,
     keep: int,
     final: bool = False,
 ) -> Path:
@@ -93,18 +96,20 @@ def save_checkpoint(
     values for `state.json` (with "step") and for the run file. LayerprobeError where the disk is full or cannot
     be written; the checkpoint before is untouched then.
     """
+    base = base_of(backbone) if about["config"]["save"] == "trained" else None
     folder = run_folder / FINAL if final else run_folder / "checkpoints" / f"step-{state['step']:08d}"
     temporary = folder.with_name(f".{folder.name}.part")
     with _disk_errors(temporary, run_folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _save_backbone(backbone.model, _part(weights, "backbone.model."), temporary / "backbone")
-        for name in RECIPE_FILES:  # a vision backbone without its recipe would see other pixels
-            if (recipe := backbone.source.folder / name).is_file():
-                shutil.copyfile(recipe, temporary / "backbone" / name)
-        stem, head = _part(weights, "backbone.stem."), _part(weights, "head.")
-        for name, tensors in (("stem", stem), ("head", head), ("optimizer", moments)):
-            if tensors is not None and (tensors or name == "optimizer"):
+        parts = split_weights(weights)
+        model = parts.pop("model")
+        if base is None:
+            _save_model(backbone, model, temporary / "backbone")
+        else:
+            parts["trained"] = {name: model[name] for name in plan.trainable}
+        for name, tensors in {**parts, "optimizer": moments}.items():
+            if tensors is not None and (tensors or name in ("optimizer", "trained")):
                 plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
                 save_file(plain, temporary / f"{name}.safetensors")
         write_json(temporary / "state.json", {"schema": STATE_SCHEMA, **state})
@@ -118,7 +123,10 @@ def save_checkpoint(
     run = {
         "schema": RUN_SCHEMA,
         **about,
-        "backbone": str(where / "backbone"),
+        **({"backbone": str(where / "backbone")} if base is None else {"base": base}),
+        "trained_file": None if base is None else str(where / TRAINED_FILE),
+        "adapters_file": str(where / ADAPTERS_FILE) if plan.adapters else None,
+        "adapter_scale": plan.adapter_scale,
         "stem_file": str(where / "stem.safetensors") if backbone.stem is not None else None,
         "checkpoint": str(where),
         "step": state["step"],
@@ -133,16 +141,24 @@ def save_checkpoint(
     return folder
 
 
-def _save_backbone(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write the model so that AutoModel, too, finds every tensor where it looks for it."""
-    architecture, prefix = place_in_whole_model(model)
+def _save_model(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
+    """The model in its own class's format, with its preprocessing: without that it would see other pixels."""
+    # AutoModel, too, must find every tensor where it looks for it.
+    architecture, prefix = place_in_whole_model(backbone.model)
     with _no_transformers_bars():
-        model.save_pretrained(
-            folder, state_dict={f"{prefix}{name}": value for name, value in weights.items()}
+        backbone.model.save_pretrained(
+            folder, state_dict={f"{prefix}{name}": value for name, value in tensors.items()}
         )
     if prefix:
         config = read_json(folder / "config.json")
         write_json(folder / "config.json", {**config, "architectures": [architecture]})
+    if backbone.processor is not None:
+        backbone.processor.save_pretrained(folder)
+    source = backbone.source
+    if isinstance(source, ModelSource):
+        for name in RECIPE_FILES:
+            if (recipe := source.folder / name).is_file():
+                shutil.copyfile(recipe, folder / name)
 
 
 def find_checkpoint(run_folder: Path) -> Checkpoint | None:
@@ -162,26 +178,33 @@ def find_checkpoint(run_folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, {**state, "finished": bool(run.get("finished"))})
 
 
-def load_weights(checkpoint: Checkpoint, classifier: Classifier) -> None:
-    """Put a checkpoint's weights into `classifier`, bit for bit; BrokenFileError where they cannot be read."""
-    backbone = classifier.backbone
+def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePlan) -> None:
+    """Put a checkpoint's weights into `classifier`, bit for bit; BrokenFileError where they cannot be read.
+
+    Where it holds trained tensors alone, the others are those that the classifier has: the base model's.
+    """
+    backbone, folder = classifier.backbone, checkpoint.folder
     model: Any = backbone.model
     _, prefix = place_in_whole_model(model)
     try:
-        with _no_transformers_bars():
-            saved = type(model).from_pretrained(
-                checkpoint.folder / "backbone",
-                dtype=backbone.dtype,
-                local_files_only=True,
-                key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
-            )
-        _copy(state_tensors(saved), model)
+        only, saved = None, {}
+        if (folder / TRAINED_FILE).is_file():
+            only, saved = plan.trainable, load_file(folder / TRAINED_FILE)
+        else:
+            with _no_transformers_bars():
+                kept = type(model).from_pretrained(
+                    folder / "backbone", dtype=backbone.dtype, local_files_only=True
+                )
+            saved = state_tensors(kept)
+        if plan.adapters:
+            saved = {**saved, **load_file(folder / ADAPTERS_FILE)}
+        put_back(saved, backbone, only=only)
         if backbone.stem is not None:
-            _copy(load_file(checkpoint.folder / "stem.safetensors"), backbone.stem)
-        _copy(load_file(checkpoint.folder / "head.safetensors"), classifier.head)
+            _copy(load_file(folder / "stem.safetensors"), backbone.stem)
+        _copy(load_file(folder / "head.safetensors"), classifier.head)
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BrokenFileError(f"cannot read the checkpoint {checkpoint.folder}: {line}") from error
+        raise BrokenFileError(f"cannot read the checkpoint {folder}: {line}") from error
 
 
 @torch.no_grad()
@@ -271,8 +294,12 @@ def identity(
         },
         "backbone": {key: about[key] for key in BACKBONE},
         "origin": check.before.to_dict(),
-        "trainable_digest": text_hash("\n".join(plan.trainable)),
+        "trainable_digest": text_hash("\n".join([*plan.trainable, *_adapter_lines(plan)])),
     }
+
+
+def _adapter_lines(plan: FreezePlan) -> list[str]:
+    return [f"{module} {rank} {plan.adapter_scale}" for module, rank in plan.adapters.items()]
 
 
 def refuse_other_run(
@@ -300,10 +327,6 @@ def refuse_other_run(
         raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
     if state["origin"] != now["origin"]:
         raise UsageError(f"the run in {run_folder} started from other weights than these")
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _flush(path: Path) -> None:

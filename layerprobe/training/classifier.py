@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import NotAvailableError, PlanError
+from layerprobe.plans.adapters import has_adapters, remove_adapters
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
 
@@ -31,6 +33,7 @@ class Classifier(nn.Module):
     def __init__(self, backbone: Backbone, n_classes: int, *, seed: int) -> None:
         super().__init__()
         self.backbone = backbone
+        self.seed = seed
         self.head = nn.Linear(backbone.output_width, n_classes)
         draw = torch.Generator().manual_seed(derive_seed(seed, "head"))
         with torch.no_grad():
@@ -93,12 +96,15 @@ class Snapshot:
 
     def __init__(self, backbone: nn.Module) -> None:
         self._backbone = backbone
+        self._adapted = has_adapters(backbone)
         self._tensors = {name: tensor.detach().clone() for name, tensor in state_tensors(backbone).items()}
         self._trainable = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._modes = {name: module.training for name, module in backbone.named_modules()}
 
     def restore(self) -> None:
-        """Put everything back and check every bit; PlanError where that fails."""
+        """Put everything back and check every bit; PlanError where that fails. Adapters of a plan are taken away."""
+        if not self._adapted:
+            remove_adapters(self._backbone)
         state = state_tensors(self._backbone)
         if odd := sorted(state.keys() ^ self._tensors.keys()):
             raise PlanError(
@@ -189,3 +195,19 @@ def training_flops(
         total += tokens * 2.0 * (entries * (1 + inputs[index]) + trained)
         total += attention * (1 + 2 * outputs[index])
     return total * batch_size
+
+
+@contextlib.contextmanager
+def gradient_checkpointing(model: Any, on: bool) -> Iterator[None]:
+    """Within: activations inside the blocks are computed again instead of kept, where `on`."""
+    if not on:
+        yield
+        return
+    # Newer transformers have another name for it, which the oldest supported ones lack.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            model.gradient_checkpointing_disable()

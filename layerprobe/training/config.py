@@ -16,6 +16,8 @@ from layerprobe.errors import UsageError
 
 AUGMENTATIONS = ("weak", "none")
 RANDOM_LABELS = ("hash", "complementary")
+SAVES = ("full", "trained")
+"""What a bridge run keeps: the whole model, or what was trained and the name of its base."""
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -161,6 +163,8 @@ class BridgeConfig(TrainConfig):
         Optimizer steps between checkpoints; None makes ten over the run.
     keep : int
         Checkpoints kept, the newest.
+    save : str
+        "full" keeps whole models; "trained" what was trained, and the name and revision of the base model.
     shard : bool
         Spread the parameters over the processes (FSDP) instead of copying them to each (DDP).
     trackers : tuple[str, ...]
@@ -175,6 +179,7 @@ class BridgeConfig(TrainConfig):
     stem_steps: int = 0
     checkpoint_every: int | None = None
     keep: int = 2
+    save: str = "full"
     shard: bool = False
     trackers: tuple[str, ...] = ()
 
@@ -196,6 +201,7 @@ class BridgeConfig(TrainConfig):
             ),
             (self.shard and choosing, "lrs cannot go with shard: choose the rate with one process first"),
             (self.keep < 1, f"keep must be at least 1, not {self.keep}"),
+            (self.save not in SAVES, f"save is one of {', '.join(SAVES)}, not '{self.save}'"),
         ]
 
 

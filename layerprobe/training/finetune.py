@@ -161,7 +161,7 @@ def train_and_score(
         call_seconds=time.perf_counter() - began,
         train_flops=flops,
         steps=steps,
-        trainable_parameters=finetune_plan.counts["trainable_parameters"],
+        trainable_parameters=finetune_plan.trained_parameters,
         n_validation=len(tensors.labels["validation"]),
         n_test=len(tensors.labels["test"]) if test else None,
         lr=finetune.lr,

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from layerprobe.errors import PlanError
+from layerprobe.backbones.units import UNITS, linear_modules, parameter_units
+from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan
-from layerprobe.plans.apply import Verification
+from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
+from layerprobe.plans.apply import ERROR
+from layerprobe.plans.names import adapter_part, clean_name, is_adapter
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
+from layerprobe.plans.verify import Verification
 from layerprobe.training.classifier import Classifier
+from layerprobe.training.config import derive_seed
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -27,7 +32,7 @@ class FrozenCheck:
 
     def __init__(self, plan: FreezePlan, classifier: Classifier) -> None:
         self.plan, self._classifier = plan, classifier
-        plan.apply(classifier.backbone.model, remember=False)
+        apply_to_backbone(plan, classifier.backbone, seed=classifier.seed)
         if classifier.backbone.stem is not None:
             classifier.backbone.stem.requires_grad_(plan.states["stem"] == TRAINABLE)
         classifier.head.requires_grad_(plan.states["head"] == TRAINABLE)
@@ -61,13 +66,59 @@ class FrozenCheck:
         }
 
 
+def apply_to_backbone(plan: FreezePlan, backbone: Backbone, *, seed: int) -> None:
+    """Set what trains in a backbone, and place the plan's adapters.
+
+    What another plan's adapters have learnt before becomes part of the weights; adapters of PEFT that the model's
+    owner put there stay as they are.
+    """
+    names = {clean_name(name): p for name, p in backbone.model.named_parameters()}
+    if has_adapters(backbone.model) and present_ranks(names) != plan.adapters:
+        remove_adapters(backbone.model, merge=True)
+        names = {clean_name(name): p for name, p in backbone.model.named_parameters()}
+    there = {
+        name: FROZEN for name in names if is_adapter(name) and not (plan.adapters and adapter_part(name))
+    }
+    adapters = derive_seed(seed, "adapters")
+    plan.apply(backbone.model, remember=False, outside=there or ERROR, seed=adapters)
+
+
 def all_trainable(backbone: Backbone) -> FreezePlan:
     """The plan that freezes nothing."""
     return block_plan(backbone, range(backbone.n_blocks), outside=TRAINABLE)
 
 
+def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = None) -> FreezePlan:
+    """The plan that trains these units, or, with a `rank`, places adapters on all their linear maps.
+
+    `units` are names of `layerprobe.backbones.units.parameter_units`: `3`, `3.attention`, `3.mlp`.
+
+    Raises
+    ------
+    UnknownNameError
+        A unit that does not exist.
+    PlanError
+        A rank larger than one of the matrices.
+    """
+    known = {unit: names for by in UNITS for unit, names in parameter_units(backbone, by).items()}
+    chosen = list(units)
+    if missing := [unit for unit in chosen if unit not in known]:
+        raise UnknownNameError(
+            f"{backbone.name} has no unit '{missing[0]}'.{did_you_mean(missing[0], known)}"
+        )
+    names = [name for unit in chosen for name in known[unit]]
+    if rank is None:
+        return block_plan(backbone, (), also_trainable=names)
+    return block_plan(backbone, ()).with_adapters(dict.fromkeys(linear_modules(backbone, names), rank))
+
+
 def block_plan(
-    backbone: Backbone, trainable_blocks: Iterable[int], *, outside: str = FROZEN, stem: str = TRAINABLE
+    backbone: Backbone,
+    trainable_blocks: Iterable[int],
+    *,
+    outside: str = FROZEN,
+    stem: str = TRAINABLE,
+    also_trainable: Iterable[str] = (),
 ) -> FreezePlan:
     """The plan that trains these blocks; `outside` is the state of embeddings, positions and outer norms."""
     return FreezePlan.from_blocks(
@@ -81,5 +132,6 @@ def block_plan(
         embeddings=outside,
         other=outside,
         stem=stem,
+        also_trainable=also_trainable,
         tied=backbone.tied_names,
     )

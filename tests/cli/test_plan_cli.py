@@ -130,10 +130,10 @@ def test_export_to_stdout_and_to_files(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--to", "llama-factory"], "error: LLaMA-Factory knows only the first or the last N layers, and this plan "
-         "trains blocks 1,10:12 of 12\n"),
+        (["--to", "llama-factory"], "error: LLaMA-Factory knows only the first or the last N layers, or every k-th "
+         "up to the last, and this plan trains blocks 1,10:12 of 12\n"),
         (["--to", "axolot"], "error: unknown target 'axolot'. Did you mean 'axolotl'? Targets: axolotl, "
-         "llama-factory, peft, finetuning-scheduler, hf-trainer, regex\n"),
+         "llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer, regex\n"),
         (["--to", "regex", "--train", "a", "--freeze", "a"],
          "error: a is named with --train and with --freeze; choose one\n"),
         (["--to", "regex", "--without", "pooler"], "error: without='pooler': the plan has no such module\n"),
@@ -149,12 +149,12 @@ def test_what_cannot_be_exported_is_one_line_and_exit_two(
 def test_a_plan_of_another_schema_and_a_missing_one(folder: Path, tmp_path: Path) -> None:
     later = tmp_path / "plan.json"
     raw = json.loads((folder / "run" / "plan.json").read_text())
-    later.write_text(json.dumps({**raw, "schema": "freeze-plan/v2"}))
+    later.write_text(json.dumps({**raw, "schema": "freeze-plan/v3"}))
     result = run("show", later)
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: plan.json is no valid freeze-plan/v1: its schema is 'freeze-plan/v2'; this version of layerprobe "
-        "reads 'freeze-plan/v1'\n"
+        "error: plan.json is no valid freeze-plan/v1: its schema is 'freeze-plan/v3'; this version of layerprobe "
+        "reads 'freeze-plan/v1' and 'freeze-plan/v2'\n"
     )
 
 
@@ -175,3 +175,28 @@ def test_a_misspelt_module_is_answered_with_the_nearest(folder: Path) -> None:
     assert result.stderr == (
         "error: without='embed_token': the plan has no such module. Did you mean 'embed_tokens'?\n"
     )
+
+
+def test_lint_follows_the_trainers_rule(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        'unfrozen_parameters:\n  - "^model.layers.1."\n  - "^model.layers.10."\n  - "^model.layers.11."\n'
+    )
+    result = run("lint", config, "--model", folder / "model", "--plan", folder / "run")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "axolotl: trains 27 tensors, 7,776 of 32,400 parameters (24.0%)",
+        "layers whose weights train: 1,10:12",
+        "trains exactly the plan",
+    ]
+    config.write_text('unfrozen_parameters: ["^model.layers.1", "^model.layer.10."]\n')
+    result = run("lint", config, "--model", folder / "model", "--plan", folder / "run", "--json")
+    body = json.loads(result.stdout)
+    assert result.exit_code == 1 and body["holds"] is False and body["schema"] == "layerprobe.plan-lint/v1"
+    assert body["problems"] == [
+        "'^model.layers.1' takes layer 10, 11 along; end it with a dot: '^model.layers.1.'",
+        "'^model.layer.10.' matches nothing",
+    ]
+    assert body["differences"] == []
+    result = run("lint", tmp_path / "none.yaml", "--model", folder / "model")
+    assert result.exit_code == 2 and result.stderr.startswith("error: there is no configuration")

@@ -136,7 +136,22 @@ def own_training() -> dict[str, Any]:
         "own", max_steps=1, per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True
     )
     data = [{"input_ids": torch.arange(1000, 1008) + label, "labels": label} for label in (0, 1)]
-    return {"torch": torch, "Trainer": Trainer, "model": model, "args": args, "data": data}
+    images, labels = own_images()
+    return {
+        "torch": torch, "Trainer": Trainer, "model": model, "args": args, "data": data, "images": images,
+        "labels": labels,
+    }  # fmt: skip
+
+
+def own_images() -> tuple[list[Any], list[int]]:
+    """What the block on one's own model takes for granted: Pillow images with labels."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return [
+        Image.fromarray((16 * d.clip(0, 15)).astype("uint8")) for d in digits.images[:120]
+    ], digits.target[:120].tolist()
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -13,6 +13,7 @@ from layerprobe.plans.export.names import (
     write_axolotl,
     write_finetuning_scheduler,
     write_hf_trainer,
+    write_ms_swift,
     write_regex,
 )
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData
@@ -30,6 +31,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     "axolotl": Target(write_axolotl, ".yaml", "merge into the axolotl config; no adapter may be set"),
     "llama-factory": Target(write_llama_factory, ".yaml", "merge into the LLaMA-Factory training config"),
+    "ms-swift": Target(write_ms_swift, ".yaml", "merge into the ms-swift config; tuner_type must stay full"),
     "peft": Target(write_peft, ".json", "get_peft_model(model, LoraConfig(**json.load(file)))"),
     "finetuning-scheduler": Target(
         write_finetuning_scheduler, ".yaml", "FinetuningScheduler(ft_schedule='schedule.yaml')"
@@ -40,6 +42,8 @@ TARGETS: dict[str, Target] = {
     "regex": Target(write_regex, ".txt", "re.fullmatch(pattern, name) is true for what is trained"),
 }
 """Target name -> how to write for it."""
+
+_PLACES_ADAPTERS = ("peft",)
 
 _MAY_TRAIN_NOTHING = ("hf-trainer", "regex")
 """The others stop, or train everything, when they are told to train nothing."""
@@ -61,7 +65,7 @@ def export_plan(
     Parameters
     ----------
     target : str
-        `axolotl`, `llama-factory`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
+        `axolotl`, `llama-factory`, `ms-swift`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
     prefix : str
         What the other trainer's model puts before the names: `model.` for LlamaForCausalLM, `transformer.`
         for GPT2LMHeadModel, `bert.`, `vit.`; nothing for the bare model.
@@ -87,7 +91,12 @@ def export_plan(
     if wrong := [name for name, state in chosen.items() if state not in (FROZEN, TRAINABLE)]:
         raise PlanError(f"outside: the state of {wrong[0]} must be '{FROZEN}' or '{TRAINABLE}'")
     names = export_names(plan, prefix=prefix, outside=chosen, without=without)
-    if not names.trainable and target not in _MAY_TRAIN_NOTHING:
+    if plan.adapters and target not in _PLACES_ADAPTERS:
+        raise PlanError(
+            f"{target} trains weights and places no adapters, but {plan.source} has {len(plan.adapters)} of them; "
+            f"export it to {' or '.join(_PLACES_ADAPTERS)}"
+        )
+    if not names.trainable and not plan.adapters and target not in _MAY_TRAIN_NOTHING:
         raise PlanError(
             f"{target} cannot be told to train nothing of the model: name the head with outside, "
             "for example {'score.weight': 'trainable'}"

@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from layerprobe.errors import PlanError
 from layerprobe.layers import format_blocks
 from layerprobe.plans.export.names import ExportNames
+from layerprobe.plans.export.peft_rule import PeftPlaces
 from layerprobe.plans.plan import few
 
 
 def write_llama_factory(names: ExportNames) -> str:
-    """A YAML fragment with `finetuning_type: freeze`, which knows the first or the last N layers and nothing between.
+    """A YAML fragment with `finetuning_type: freeze`: the first or the last N layers, or every k-th (`use_llama_pro`).
 
     Its rule (hiyouga/LLaMA-Factory, src/llamafactory/model/adapter.py, `_setup_freeze_tuning`): with
     `freeze_trainable_layers` N > 0 the last N layers are chosen, with N < 0 the first |N|; a name is trained when
@@ -24,23 +25,27 @@ def write_llama_factory(names: ExportNames) -> str:
     n_blocks = names.plan.n_blocks
     inside = {block: [n for n in names.trainable if n.startswith(block + ".")] for block in names.blocks}
     touched = [index for index, block in enumerate(names.blocks) if inside[block]]
-    count = _signed_count(touched, n_blocks)
+    count, spread = _signed_count(touched, n_blocks), False
     if count is None:
-        raise PlanError(
-            "LLaMA-Factory knows only the first or the last N layers, and this plan trains blocks "
-            f"{format_blocks(touched)} of {n_blocks}"
-        )
+        stride = n_blocks // len(touched)
+        spread = n_blocks % len(touched) == 0 and touched == list(range(stride - 1, n_blocks, stride))
+        if not spread:
+            raise PlanError(
+                "LLaMA-Factory knows only the first or the last N layers, or every k-th up to the last, and this plan "
+                f"trains blocks {format_blocks(touched)} of {n_blocks}"
+            )
+        count = len(touched)
     # In a layer trained in part, the module that follows the layer's index is all that can be named.
     parts = {n[len(block) + 1 :].split(".")[0] for block, members in inside.items() for n in members}
     modules = ["all"] if len(names.free_blocks) == len(touched) else sorted(parts)
     in_blocks = set().union(*inside.values())
     extra = sorted({_module(name) for name in names.others if name not in in_blocks})
-    layers = range(n_blocks - count, n_blocks) if count > 0 else range(-count)
+    layers = touched if spread else range(n_blocks - count, n_blocks) if count > 0 else range(-count)
     wanted = [f".{i}.{'' if m == 'all' else m}" for i in layers for m in modules] + extra
     names.require_exact((n for n in names.all if any(part in n for part in wanted)), "llama-factory")
     _require_known(names, extra)
     text = names.comment("llama-factory") + "finetuning_type: freeze\n"
-    text += f"freeze_trainable_layers: {count}\n"
+    text += f"freeze_trainable_layers: {count}\n" + ("use_llama_pro: true\n" if spread else "")
     text += f'freeze_trainable_modules: "{",".join(modules)}"\n'
     return text + (f'freeze_extra_modules: "{",".join(extra)}"\n' if extra else "")
 
@@ -108,8 +113,53 @@ def write_peft(names: ExportNames) -> str:
         "peft",
         ", because it compares the ends of module names; give the prefix of the model it will train",
     )
-    body = {"target_modules": "dummy-target-modules", "modules_to_save": chosen}
-    return json.dumps(body, indent=1) + "\n"
+    body = lora_places(names) if names.adapters else {"target_modules": "dummy-target-modules"}
+    return json.dumps({**body, **({"modules_to_save": chosen} if chosen else {})}, indent=1) + "\n"
+
+
+def lora_places(names: ExportNames) -> dict[str, object]:
+    """The arguments of LoraConfig that say where adapters go, and of which rank.
+
+    The same modules of some blocks are said by `target_modules` and `layers_to_transform`, whatever cannot be said so
+    by the modules' full names. Its rule (peft 0.21.2, src/peft/tuners/tuners_utils.py, `check_target_module_exists`,
+    and src/peft/utils/other.py, `get_pattern_key`): a module is taken when its name is an entry or ends with a dot and
+    an entry, and the first number behind `layers_pattern` is one of `layers_to_transform`; its rank is that of the
+    first key of `rank_pattern` which, as a regular expression, matches the end of its name.
+    """
+    ranks = names.adapters
+    largest = max(ranks.values())
+    other = {re.escape(module): rank for module, rank in ranks.items() if rank != largest}
+    scale = names.plan.adapter_scale
+    body: dict[str, object] = {"r": largest, "lora_alpha": scale * largest, **_targets(names)}
+    if other:
+        body |= {"rank_pattern": other, "alpha_pattern": {module: scale * r for module, r in other.items()}}
+    config = PeftPlaces.of(body)
+    taken = {module: config.rank(module) for module in _modules(names.all) if config.takes(module)}
+    if taken != ranks:
+        differ = [module for module in {**taken, **ranks} if taken.get(module) != ranks.get(module)]
+        raise PlanError(f"peft cannot say this plan exactly: it would place other adapters at {few(differ)}")
+    return body
+
+
+def _targets(names: ExportNames) -> dict[str, object]:
+    """`target_modules`, with `layers_to_transform` where every adapted block has the same modules."""
+    by_block = {
+        index: {m.removeprefix(f"{block}.") for m in names.adapters if m.startswith(f"{block}.")}
+        for index, block in enumerate(names.blocks)
+    }
+    adapted = {index: modules for index, modules in by_block.items() if modules}
+    containers = {block.rpartition(".")[0] for block in names.blocks}
+    same = len({frozenset(modules) for modules in adapted.values()}) == 1
+    if same and len(containers) == 1 and sum(map(len, adapted.values())) == len(names.adapters):
+        body: dict[str, object] = {
+            "target_modules": sorted(adapted[min(adapted)]),
+            "layers_to_transform": sorted(adapted),
+            "layers_pattern": re.escape(containers.pop().rpartition(".")[2]),
+        }
+        config = PeftPlaces.of(body)
+        if {m for m in _modules(names.all) if config.takes(m)} == names.adapters.keys():
+            return body
+    return {"target_modules": list(names.adapters)}
 
 
 def _modules(names: Iterable[str]) -> list[str]:

@@ -30,6 +30,8 @@ class ExportNames:
         Trainable names outside the free blocks.
     aliases : dict[str, tuple[str, ...]]
         Name of a tied tensor, as the model lists it, -> its other names.
+    adapters : dict[str, int]
+        Full name of a module -> rank of the adapter on it.
     """
 
     plan: PlanData
@@ -39,6 +41,7 @@ class ExportNames:
     free_blocks: tuple[str, ...]
     others: tuple[str, ...]
     aliases: dict[str, tuple[str, ...]]
+    adapters: dict[str, int]
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -103,6 +106,7 @@ def export_names(
         free_blocks=free,
         others=tuple(name for name in trainable if not name.startswith(starts)),
         aliases=aliases,
+        adapters={prefix + module: rank for module, rank in plan.adapters.items()},
     )
 
 
@@ -142,6 +146,20 @@ def write_axolotl(names: ExportNames) -> str:
     names.require_exact((n for n in names.all if any(p.match(n) for p in compiled)), "axolotl")
     hint = "# set no adapter; with gradient_checkpointing, gradient_checkpointing_kwargs: {use_reentrant: false}\n"
     return names.comment("axolotl") + hint + "unfrozen_parameters:\n" + _yaml_list(patterns)
+
+
+def write_ms_swift(names: ExportNames) -> str:
+    """A YAML fragment that freezes everything and opens what one regular expression finds.
+
+    Its rule (modelscope/ms-swift 4.x at 006938b, swift/utils/transformers_utils.py, `freeze_parameters` and
+    `activate_parameters`): with `tuner_type: full` the first parameters are frozen until their entries are
+    `freeze_parameters_ratio` of all, 1 being every one; then each name in which `trainable_parameters_regex` is found
+    anywhere is trained. With any other tuner these settings do nothing.
+    """
+    pattern = f"^(?:{write_regex(names).strip()})$"
+    names.require_exact((name for name in names.all if re.search(pattern, name)), "ms-swift")
+    text = names.comment("ms-swift") + "tuner_type: full\nfreeze_parameters_ratio: 1.0\n"
+    return text + f"trainable_parameters_regex: {json.dumps(pattern)}\n"
 
 
 def write_finetuning_scheduler(names: ExportNames) -> str:

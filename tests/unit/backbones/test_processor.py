@@ -302,11 +302,8 @@ def test_a_size_that_a_model_does_not_take_is_refused(tmp_path: Path) -> None:
 def test_a_model_without_a_recipe_says_what_is_done_instead(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = for_vision(tmp_path, transformers.ViTConfig(image_size=32), None)
-    assert (
-        f"{tmp_path.name} holds no preprocessing recipe; its images are resized to 32×32"
-        in capsys.readouterr().err
-    )
+    recipe = for_vision(tmp_path, transformers.ViTConfig(image_size=32), None, name="my/vit")
+    assert "my/vit holds no preprocessing recipe; its images are resized to 32×32" in capsys.readouterr().err
     expected = _by_hand(_waves(50, 60), (32, 32), None, [0.5] * 3, [0.5] * 3, 3)
     assert np.abs(recipe([_waves(50, 60)])[0].double().numpy() - expected).max() < 1e-5
 

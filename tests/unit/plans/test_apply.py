@@ -29,7 +29,7 @@ from torch import nn
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan, parameter_table
-from layerprobe.plans.apply import Fingerprint, _remembered
+from layerprobe.plans.verify import Fingerprint, remembered
 
 BLOCKS = [0, 1, 10]
 
@@ -343,10 +343,10 @@ def test_remembering_does_not_keep_the_model_alive() -> None:
     model = bare_model("gpt2")
     example_plan("gpt2", BLOCKS).apply(model)
     gc.collect()
-    count = len(_remembered)
+    count = len(remembered)
     del model
     gc.collect()
-    assert len(_remembered) == count - 1
+    assert len(remembered) == count - 1
 
 
 def test_a_fingerprint_survives_json_and_a_wrapper() -> None:
@@ -462,7 +462,7 @@ def test_a_plan_is_applied_whole_or_not_at_all(change: Any, message: str, block:
     assert flags_of(model) == before
 
 
-def test_offloaded_parameters_cannot_train_even_when_nothing_is_remembered() -> None:
+def test_offloaded_parameters_cannot_train_even_when_nothing_isremembered() -> None:
     plan, model = example_plan("llama", BLOCKS), bare_model("llama")
     offload(model.layers[10])
     before = flags_of(model)
@@ -486,7 +486,7 @@ def test_a_flag_that_torch_refuses_puts_the_others_back(monkeypatch: pytest.Monk
     assert flags_of(model) == before
 
 
-def test_a_sparse_tensor_cannot_be_remembered_and_says_so() -> None:
+def test_a_sparse_tensor_cannot_beremembered_and_says_so() -> None:
     plan, model = example_plan("llama", BLOCKS), bare_model("llama")
     linear = next(m for m in model.layers[5].modules() if isinstance(m, nn.Linear))
     linear.weight = nn.Parameter(linear.weight.detach().to_sparse())

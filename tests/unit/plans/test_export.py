@@ -108,6 +108,10 @@ def llama_factory_trains(text: str, model: nn.Module) -> set[str]:
     depth = settings.num_hidden_layers
     count = options["freeze_trainable_layers"]
     layers = range(max(0, depth - count), depth) if count > 0 else range(min(-count, depth))
+    if options.get("use_llama_pro"):
+        assert depth % count == 0, "`num_layers` should be divisible by `num_layer_trainable`"
+        stride = depth // count
+        layers = range(stride - 1, depth + stride - 1, stride)
     names = [n for n, _ in model.named_parameters()]
     inside = set()
     for name in names:
@@ -144,6 +148,30 @@ def finetuning_scheduler_trains(text: str, model: nn.Module) -> set[str]:
     return set(thawed)
 
 
+def ms_swift_trains(text: str, model: nn.Module) -> set[str]:
+    """modelscope/ms-swift, swift/utils/transformers_utils.py (freeze_parameters, activate_parameters) and
+    swift/pipelines/train/tuner.py (prepare_model: everything trains, then these two), at 006938b."""
+    options = yaml.safe_load(text)
+    assert options["tuner_type"] == "full"
+    parameters = dict(model.named_parameters())
+    total = sum(p.numel() for p in parameters.values())
+    budget, used, trains = int(total * options.get("freeze_parameters_ratio", 0.0)), 0, {}
+    for name, parameter in parameters.items():
+        used += parameter.numel()
+        trains[name] = used > budget
+    for name in parameters:
+        if any(name.startswith(start) for start in options.get("freeze_parameters", [])):
+            trains[name] = False
+        if (found := options.get("freeze_parameters_regex")) and re.search(found, name):
+            trains[name] = False
+    for name in parameters:
+        if any(name.startswith(start) for start in options.get("trainable_parameters", [])):
+            trains[name] = True
+        if (found := options.get("trainable_parameters_regex")) and re.search(found, name):
+            trains[name] = True
+    return {name for name, flag in trains.items() if flag}
+
+
 def hf_trainer_trains(text: str, model: nn.Module) -> set[str]:
     """transformers.Trainer builds its optimizer from what requires a gradient: run the exported file."""
     namespace: dict[str, Any] = {}
@@ -171,6 +199,7 @@ RULES: dict[str, Callable[[str, nn.Module], set[str]]] = {
     "axolotl": axolotl_trains,
     "llama-factory": llama_factory_trains,
     "finetuning-scheduler": finetuning_scheduler_trains,
+    "ms-swift": ms_swift_trains,
     "hf-trainer": hf_trainer_trains,
     "regex": regex_trains,
     "peft": peft_trains,
@@ -184,14 +213,14 @@ def test_every_target_has_its_rule_here() -> None:
     assert RULES.keys() == TARGETS.keys()
 
 
-@pytest.mark.parametrize("target", ["axolotl", "finetuning-scheduler", "hf-trainer", "regex"])
+@pytest.mark.parametrize("target", ["axolotl", "finetuning-scheduler", "hf-trainer", "ms-swift", "regex"])
 @pytest.mark.parametrize("name", MODELS)
 def test_targets_that_take_names_say_every_plan_exactly(name: str, target: str) -> None:
     model, prefix = model_and_prefix(name)
     outside = around(model)
     for kind, plan in plans_for(name).items():
         wanted = wanted_names(plan, prefix, outside)
-        if not wanted and target in ("axolotl", "finetuning-scheduler"):
+        if not wanted and target in ("axolotl", "finetuning-scheduler", "ms-swift"):
             with pytest.raises(PlanError, match="cannot be told to train nothing"):
                 plan.export(target, prefix=prefix, outside=outside)
             continue
@@ -203,7 +232,7 @@ def test_targets_that_take_names_say_every_plan_exactly(name: str, target: str) 
 def test_a_frozen_head_stays_frozen(name: str) -> None:
     plan = plans_for(name)["scattered"]
     model, prefix = model_and_prefix(name)
-    for target in ("axolotl", "finetuning-scheduler", "hf-trainer", "regex"):
+    for target in ("axolotl", "finetuning-scheduler", "hf-trainer", "ms-swift", "regex"):
         text = plan.export(target, prefix=prefix, outside=around(model, "frozen"))
         assert RULES[target](text, model) == {prefix + n for n in plan.trainable}
 
@@ -231,8 +260,23 @@ def test_llama_factory_refuses_the_middle_in_one_sentence() -> None:
     with pytest.raises(PlanError) as caught:
         plans_for("llama")["only 1"].export("llama-factory", prefix="model.")
     assert str(caught.value) == (
-        "LLaMA-Factory knows only the first or the last N layers, and this plan trains blocks 1 of 12"
+        "LLaMA-Factory knows only the first or the last N layers, or every k-th up to the last, and this plan trains "
+        "blocks 1 of 12"
     )
+
+
+@pytest.mark.parametrize("blocks", [[5, 11], [3, 7, 11], [1, 3, 5, 7, 9, 11]])
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
+def test_llama_factory_says_every_kth_layer(name: str, blocks: list[int]) -> None:
+    model, prefix = wrapped_model(name)
+    plan = example_plan(name.split("-")[0], blocks)
+    text = plan.export("llama-factory", prefix=prefix)
+    assert "use_llama_pro: true" in text
+    assert llama_factory_trains(text, model) == {prefix + n for n in plan.trainable}
+    with pytest.raises(PlanError, match="every k-th up to the last"):
+        example_plan(name.split("-")[0], [index - 1 for index in blocks]).export(
+            "llama-factory", prefix=prefix
+        )
 
 
 def test_llama_factory_and_a_name_that_others_contain() -> None:

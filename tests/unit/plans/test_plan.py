@@ -138,7 +138,7 @@ def test_the_content_hash_tells_what_a_plan_does_and_not_how_it_was_found() -> N
 
 def test_methods_show_their_parameters() -> None:
     for method, parameters in {
-        "apply": ["plan", "model", "outside", "without", "prefix", "remember"],
+        "apply": ["plan", "model", "outside", "without", "prefix", "remember", "seed"],
         "verify": ["plan", "model", "before", "prefix", "without"],
         "fingerprint": ["plan", "model", "prefix", "without"],
         "export": ["plan", "target", "prefix", "outside", "without"],

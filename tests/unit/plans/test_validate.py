@@ -40,9 +40,9 @@ NAME = "h.1.ln_1.weight"
 
 MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another schema": (
-        lambda r: r.update(schema="freeze-plan/v2"),
-        "plan.json is no valid freeze-plan/v1: its schema is 'freeze-plan/v2'; "
-        "this version of layerprobe reads 'freeze-plan/v1'",
+        lambda r: r.update(schema="freeze-plan/v3"),
+        "plan.json is no valid freeze-plan/v1: its schema is 'freeze-plan/v3'; "
+        "this version of layerprobe reads 'freeze-plan/v1' and 'freeze-plan/v2'",
     ),
     "no schema": (lambda r: r.pop("schema"), "it has no 'schema'"),
     "missing key": (lambda r: r.pop("frozen"), "'frozen' is missing"),

@@ -1,0 +1,88 @@
+"""The parts of a classifier as a checkpoint keeps them: the base model's own tensors, adapters, stem and head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layerprobe.errors import UsageError
+from layerprobe.plans.names import adapter_part, clean_name, is_adapter
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
+
+
+def split_weights(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of a classifier -> `model` (under the model's own names), `adapters`, `stem` and `head`."""
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "adapters": {}, "stem": {}, "head": {}}
+    for full, tensor in weights.items():
+        place, _, name = full.removeprefix("backbone.").partition(".")
+        if place != "model":
+            parts[place][name] = tensor
+        elif part := adapter_part(name):
+            parts["adapters"][f"{clean_name(part[0])}.{part[1]}"] = tensor
+        else:
+            parts["model"][clean_name(name)] = tensor
+    return parts
+
+
+@torch.no_grad()
+def put_back(saved: Mapping[str, Tensor], backbone: Backbone, *, only: Iterable[str] | None = None) -> None:
+    """Copy tensors of `split_weights` (model and adapters) into a backbone with the same adapters, bit for bit.
+
+    `only` are the names of the model that must be there; None: all, buffers that are not saved aside.
+
+    Raises
+    ------
+    KeyError, ValueError
+        One is missing, or has another shape.
+    """
+    wanted = None if only is None else set(only)
+    own = {**dict(backbone.model.named_parameters()), **dict(backbone.model.named_buffers())}
+    for full, tensor in own.items():
+        part = adapter_part(full)
+        name = f"{clean_name(part[0])}.{part[1]}" if part else clean_name(full)
+        if part is None and wanted is not None and name not in wanted:
+            continue
+        if saved[name].shape != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}")
+        tensor.copy_(saved[name])
+
+
+def base_of(backbone: Backbone) -> dict[str, str]:
+    """How the model that was trained is found again.
+
+    Raises
+    ------
+    UsageError
+        It cannot be: it was handed over in memory, is a control, or is itself a run that keeps trained tensors alone.
+    """
+    source = backbone.source
+    why = None
+    if source.origin == "memory":
+        why = "this one was handed over in memory"
+    elif backbone.init != "pretrained":
+        why = f"this one is a control (init '{backbone.init}')"
+    elif source.run is not None:
+        why = "this one is a bridge run itself"
+    if why:
+        raise UsageError(
+            f"saving only what was trained needs a base model that is found by name, but {why}; save 'full'"
+        )
+    name = str(Path(source.name).expanduser().resolve()) if source.origin == "local" else source.name
+    return {"name": name, "model_id": source.model_id, "revision": source.revision, "origin": source.origin}
+
+
+def check_save(backbone: Backbone, save: str) -> None:
+    """UsageError where a run folder cannot hold this backbone."""
+    if save == "trained":
+        base_of(backbone)
+    if foreign := [name for name, _ in backbone.model.named_parameters() if is_adapter(name)]:
+        raise UsageError(
+            f"a run folder holds plain models, and this one carries adapters already ({foreign[0]}); merge them first: "
+            "model.merge_and_unload()"
+        )
