@@ -7,6 +7,7 @@ every other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -52,3 +53,32 @@ def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
     if not close:
         return ""
     return " Did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
+
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters, invisible marks and halves of letters written out.
+
+    Names of files and tensors come from elsewhere; in a terminal they would move the cursor or hide other text.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in _INVISIBLE
+        else letter
+        for letter in text
+    )
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """The beginning and the end of a long text; what to do about an error stands at its end."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail - 3]} … {text[-tail:]}"

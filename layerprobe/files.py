@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
+from layerprobe.reading import is_shallow, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,16 +44,31 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask := os.umask(0))  # it can only be read by setting it
         aside.chmod(0o666 & ~umask)
         aside.replace(target)
+        sync(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become unwritable
+            aside.unlink(missing_ok=True)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders of some network file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half of it."""
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        # Names of files may hold bytes that are no UTF-8, which Python keeps as halves of letters.
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
@@ -61,17 +77,29 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: int = 256 << 20) -> Any:
-    """Read JSON; BrokenFileError for a file that is not there, larger than `max_bytes`, or not JSON."""
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    what: str = "file",
+    max_bytes: int = 256 << 20,
+    inside: Path | None = None,
+) -> Any:
+    """Read JSON; BrokenFileError for what is no plain file (`open_file`), larger than `max_bytes`, or not JSON."""
     source = Path(path)
     try:
-        size = source.stat().st_size
-        if size > max_bytes:
-            raise BrokenFileError(f"{what} {source} has {size:,} bytes; more than {max_bytes:,} are not read")
-        return json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise BrokenFileError(f"cannot read {what} {source}: {reason}") from error
+        text = read_file(source, what=what, max_bytes=max_bytes, inside=inside)
+        value = json.loads(text.decode())
+        if not is_shallow(value):
+            raise ValueError("nested too deep")
+        if (
+            b"\\ud" in text or b"\\uD" in text
+        ):  # halves of letters cannot be printed, hashed or written to a file
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BrokenFileError(
+            f"cannot read {what} {source}: not valid JSON ({shortened(str(error), 120)})"
+        ) from error
+    return value
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:

@@ -13,7 +13,7 @@ import layerprobe
 
 PACKAGE = Path(layerprobe.__file__).parent
 
-GROUND = {"errors", "layers", "files", "progress", "records", "tables", "provenance"}
+GROUND = {"errors", "layers", "files", "locks", "reading", "progress", "records", "tables", "provenance"}
 SIBLINGS = {"metrics", "checkpoints", "backbones", "hooks", "tasks", "plans"}
 LEVELS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),
