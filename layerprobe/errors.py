@@ -7,6 +7,7 @@ every other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import signal
 import unicodedata
 from collections.abc import Iterable
 
@@ -41,6 +42,15 @@ class BrokenFileError(LayerprobeError):
 
 class PlanError(UsageError):
     """A freeze plan that does not fit the model, or a guarantee of a plan that does not hold."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it before they kill: handled like Ctrl-C, and left with exit code 143."""
+
+
+def stopped_by(signum: int) -> KeyboardInterrupt:
+    """The exception that a signal becomes."""
+    return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
 
 
 def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:

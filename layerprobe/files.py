@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -32,17 +34,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
+        handle, aside = _part_beside(target)
     except OSError as error:
         raise cannot_write(target, error) from error
-    aside = Path(name)
     try:
         yield aside
-        with aside.open("rb+") as stream:
-            os.fsync(stream.fileno())
         os.umask(umask := os.umask(0))  # it can only be read by setting it
         aside.chmod(0o666 & ~umask)
+        sync(aside)
         aside.replace(target)
         sync(target.parent)
     except OSError as error:
@@ -50,6 +49,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a disk that has become unwritable
             aside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _part_beside(target: Path) -> tuple[int, Path]:
+    """A new file beside `target`, open and locked; those that dead processes left behind are deleted.
+
+    A living process keeps its own locked, so nobody else takes it for one of them.
+    """
+    prefix, suffix = f".{target.name}.", ".part"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:  # else it was taken for a dead one's before it was locked
+            return handle, Path(name)
+        os.close(handle)
 
 
 def sync(path: str | os.PathLike[str]) -> None:

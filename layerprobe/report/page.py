@@ -10,6 +10,7 @@ from typing import Any
 
 from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.intervals import interval_in_words
+from layerprobe.provenance import without_secrets
 from layerprobe.tables import render_table
 
 MAX_FIGURE_BYTES = 20 << 20
@@ -103,6 +104,8 @@ def folded(title: str, inner: str) -> str:
 
 def repeat_section(provenance: Mapping[str, Any]) -> str:
     """The command that repeats a result, and the versions and machine it was made with."""
+    # Records of earlier versions may hold a password.
+    provenance = without_secrets(provenance)
     given = (provenance.get("arguments") or {}).items()
     arguments = "\n".join(f"#   {key} = {value}" for key, value in given)
     line = provenance.get("command_line") or f"# from Python: {provenance.get('command')} with\n{arguments}"

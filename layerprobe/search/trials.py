@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.provenance import without_secrets
 from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
@@ -311,11 +312,8 @@ def hide_password(url: str) -> str:
     """The URL as it may be shown: an SQLite file's path, anything else without its password."""
     if url.startswith("sqlite:///"):
         return sqlalchemy.make_url(url).database or ":memory:"
-    head, _, tail = url.partition("://")
-    user, at, rest = tail.rpartition("@")
-    host, _, query = rest.partition("?")
-    shown = "&".join(part for part in query.split("&") if not part.lower().startswith("password="))
-    return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
+    shown: str = without_secrets(url)
+    return shown
 
 
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:

@@ -294,6 +294,6 @@ def test_urls() -> None:
     assert storage_url("postgresql://u:p@h/d") == "postgresql+psycopg://u:p@h/d"
     assert hide_password("postgresql+psycopg://u:p@h/d") == "postgresql+psycopg://u@h/d"
     assert hide_password("postgresql://u:a?b@h/d") == "postgresql://u@h/d"
-    assert hide_password("postgresql://h/d?user=u&password=p") == "postgresql://h/d?user=u"
-    assert hide_password("postgresql://h/d?Password=p") == "postgresql://h/d"
+    assert hide_password("postgresql://h/d?user=u&password=p") == "postgresql://h/d?user=u&password=***"
+    assert hide_password("postgresql://h/d?Password=p") == "postgresql://h/d?Password=***"
     assert hide_password("sqlite:////a/b.db") == "/a/b.db"
