@@ -38,5 +38,5 @@ def note(message: str) -> None:
 
 def line_for_people(message: str, limit: int = 2000) -> str:
     """A message as it may reach a terminal: without secrets, without control characters, of bounded length."""
-    shown: str = without_secrets(message)
-    return shortened("\n".join(map(printable, shown.splitlines())), limit)
+    lines = without_secrets(message).splitlines()
+    return shortened("\n".join(map(printable, lines)), limit)

@@ -11,7 +11,9 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 PACKAGES = (
     "layerprobe", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "datasets", "accelerate",
@@ -54,7 +56,7 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
 
     `facts` are what only the caller knows: model revision, split hash, definitions used.
     """
-    found: dict[str, Any] = without_secrets(
+    return without_secrets(
         {
             "command": command,
             "arguments": dict(arguments),
@@ -65,7 +67,6 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
             **facts,
         }
     )
-    return found
 
 
 def command_line() -> str | None:
@@ -90,7 +91,7 @@ _SETTING = re.compile(
 _TOKEN = re.compile(r"\b(hf|api_org|ghp|sk|wandb)_[A-Za-z0-9]{16,}")
 
 
-def without_secrets(value: Any) -> Any:
+def without_secrets(value: T) -> T:
     """`value` (text, or lists and dicts of it) as it may be kept and shown.
 
     URLs lose their password, `password=…` and the like their value; so do tokens of the hub, and what the environment
@@ -100,13 +101,14 @@ def without_secrets(value: Any) -> Any:
     >>> without_secrets("postgresql://me:secret@host/db?password=x")
     'postgresql://me@host/db?password=***'
     """
+    shown: object = value
     if isinstance(value, str):
-        return _hide(value)
-    if isinstance(value, Mapping):
-        return {key: without_secrets(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(item) for item in value]
-    return value
+        shown = _hide(value)
+    elif isinstance(value, Mapping):
+        shown = {key: without_secrets(item) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        shown = [without_secrets(item) for item in value]
+    return cast(T, shown)
 
 
 def _hide(text: str) -> str:

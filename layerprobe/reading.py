@@ -7,13 +7,14 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from layerprobe.errors import BrokenFileError, printable
 
 T = TypeVar("T")
-Schema: TypeAlias = "type | tuple[type, ...] | list[Schema] | Mapping[str, Schema]"
+Schema: TypeAlias = "type | tuple[type | Mapping[str, Schema], ...] | list[Schema] | Mapping[str, Schema]"
 
 MAX_DEPTH = 100
 """Levels of nested lists and objects; deeper ones are no file of ours, and overflow the stack elsewhere."""
@@ -34,7 +35,7 @@ def open_file(
     what: str = "file",
     inside: Path | None = None,
     max_bytes: int | None = None,
-) -> Iterator[IO[bytes]]:
+) -> Iterator[BufferedReader]:
     """A file that came from elsewhere, opened for reading; neither a pipe nor a device is ever waited for.
 
     Parameters
@@ -115,8 +116,9 @@ def read_file(
 def check_fields(value: T, schema: Schema, place: object) -> T:
     """`value`, where it is what `schema` says; BrokenFileError names the first field that is not.
 
-    A schema is a type, a tuple of types, a list with the schema of its items, or an object's: field → schema, where
-    the name of a field that may be missing ends with "?". `float` takes whole numbers too, `int` those of 64 bits.
+    A schema is a type, a tuple of types (or of objects' schemas) one of which it must be, a list with the schema of its
+    items, or an object's: field → schema, where the name of a field that may be missing ends with "?". `float` takes
+    whole numbers too, `int` those of 64 bits.
 
     >>> check_fields({"n": 3, "names": ["a"]}, {"n": int, "names": [str], "more?": dict}, "x.json")["n"]
     3
@@ -145,9 +147,16 @@ def _mistake(value: object, schema: Schema, name: str) -> str | None:
             (m for i, one in enumerate(value) if (m := _mistake(one, schema[0], f"{name}{i}."))), None
         )
     kinds = schema if isinstance(schema, tuple) else (schema,)
-    if any(_is_a(value, kind) for kind in kinds):
+    mistakes = [
+        _mistake(value, kind, name) if isinstance(kind, Mapping) else _is_a(value, kind) for kind in kinds
+    ]
+    if None in mistakes or True in mistakes:
         return None
-    return _other(name, " or ".join(_WORDS[kind] for kind in kinds), value)
+    if within := next((m for m in mistakes if isinstance(m, str) and isinstance(value, dict)), None):
+        return within
+    return _other(
+        name, " or ".join(_WORDS[dict if isinstance(kind, Mapping) else kind] for kind in kinds), value
+    )
 
 
 _WORDS = {

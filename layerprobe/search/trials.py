@@ -312,8 +312,7 @@ def hide_password(url: str) -> str:
     """The URL as it may be shown: an SQLite file's path, anything else without its password."""
     if url.startswith("sqlite:///"):
         return sqlalchemy.make_url(url).database or ":memory:"
-    shown: str = without_secrets(url)
-    return shown
+    return without_secrets(url)
 
 
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:

@@ -1,4 +1,4 @@
-"""A bridge that is killed, or meets a full disk, at every write, rename and sync: resumed, it ends as an undisturbed one."""
+"""A bridge that is killed, or meets a full disk, at every write, rename and sync: resumed, it ends as a whole one."""
 
 from __future__ import annotations
 
