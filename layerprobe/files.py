@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
-from layerprobe.reading import is_shallow, read_file
+from layerprobe.reading import check_plain, is_folder, is_shallow, is_there, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,7 @@ def read_json(
 def output_folder(path: str | os.PathLike[str]) -> Path:
     """Create `path` if need be; UsageError where it is a file, or cannot be created or written."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if is_there(folder) and not is_folder(folder):
         raise UsageError(f"output folder {folder} is a file; name a folder with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,12 +190,14 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     Raises
     ------
     NotAvailableError : no weights that can be read, but something else that is known; the message says what to do.
-    BrokenFileError : an index that is none, leaves its folder, or names a missing shard.
+    BrokenFileError : an index that is none, leaves its folder, or names a missing shard; weights that are no plain
+    file of this folder.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).is_file():
+        if is_there(folder / single):
+            check_plain(folder / single, what="weights", inside=folder)
             return [folder / single], {}
-        if (index := folder / f"{single}.index.json").is_file():
+        if is_there(index := folder / f"{single}.index.json"):
             return _shards(index)
     if indices := sorted(folder.glob("*.safetensors.index.json"), key=lambda index: len(index.name)):
         return _shards(indices[0])
@@ -209,6 +211,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
                 "convert_…_weights_to_hf.py), or take the repository that has model.safetensors"
             )
         if found:
+            for file in found:
+                check_plain(file, what="weights", inside=folder)
             _check_complete(folder, found)
             return found, {}
     for pattern, answer in _ELSEWHERE.items():
@@ -255,7 +259,7 @@ def _plain_variants(files: list[Path]) -> list[Path]:
 
 
 def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
-    content = read_json(index, what="shard index")
+    content = read_json(index, what="shard index", inside=index.parent)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise BrokenFileError(f"cannot read shard index {index}: it has no weight_map")
@@ -266,12 +270,14 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
                 f"shard index {index} places tensor '{name}' in '{shard}', which is not a file of its folder"
             )
         file = index.parent / shard
-        if not file.is_file():
+        if not is_there(file):
             raise BrokenFileError(
                 f"shard index {index} names {shard} for tensor '{name}', and that file is missing; "
                 "finish the download"
             )
         placed[name] = file
+    for file in set(placed.values()):
+        check_plain(file, what="weights", inside=index.parent)
     return sorted(set(placed.values())), placed
 
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar
 from layerprobe.errors import BrokenFileError, printable
 
 T = TypeVar("T")
-Schema: TypeAlias = "type | tuple[type | Mapping[str, Schema], ...] | list[Schema] | Mapping[str, Schema]"
+Schema: TypeAlias = "type | tuple[Schema, ...] | list[Schema] | Mapping[str, Schema]"
 
 MAX_DEPTH = 100
 """Levels of nested lists and objects; deeper ones are no file of ours, and overflow the stack elsewhere."""
@@ -85,11 +85,28 @@ def check_plain(path: Path, *, what: str = "file", inside: Path | None = None) -
     except OSError as error:
         why = "its links lead in a circle" if error.errno == errno.ELOOP else error.strerror
         if error.errno == errno.ENOENT and path.is_symlink():
-            why = "it is a link that leads nowhere"
+            why = "its link leads nowhere"
         raise BrokenFileError(f"cannot read {what} {path}: {why}") from error
     except ValueError as error:  # a name with a null byte
         raise BrokenFileError(f"cannot read {what} {printable(str(path))}: {error}") from error
     return facts
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has this name; a name that nothing can have (too long, in a circle of links) has none."""
+    return _mode(path, stat.S_ISDIR)
+
+
+def is_plain(path: str | os.PathLike[str]) -> bool:
+    """Whether a plain file has this name."""
+    return _mode(path, stat.S_ISREG)
+
+
+def _mode(path: str | os.PathLike[str], test: Callable[[int], bool]) -> bool:
+    try:
+        return test(Path(path).stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def is_there(path: Path) -> bool:
@@ -116,8 +133,8 @@ def read_file(
 def check_fields(value: T, schema: Schema, place: object) -> T:
     """`value`, where it is what `schema` says; BrokenFileError names the first field that is not.
 
-    A schema is a type, a tuple of types (or of objects' schemas) one of which it must be, a list with the schema of its
-    items, or an object's: field → schema, where the name of a field that may be missing ends with "?". `float` takes
+    A schema is a type, a tuple of schemas one of which it must fit, a list with the schema of its items,
+    or an object's: field → schema, where the name of a field that may be missing ends with "?". `float` takes
     whole numbers too, `int` those of 64 bits.
 
     >>> check_fields({"n": 3, "names": ["a"]}, {"n": int, "names": [str], "more?": dict}, "x.json")["n"]
@@ -146,17 +163,22 @@ def _mistake(value: object, schema: Schema, name: str) -> str | None:
         return next(
             (m for i, one in enumerate(value) if (m := _mistake(one, schema[0], f"{name}{i}."))), None
         )
-    kinds = schema if isinstance(schema, tuple) else (schema,)
-    mistakes = [
-        _mistake(value, kind, name) if isinstance(kind, Mapping) else _is_a(value, kind) for kind in kinds
-    ]
-    if None in mistakes or True in mistakes:
-        return None
-    if within := next((m for m in mistakes if isinstance(m, str) and isinstance(value, dict)), None):
-        return within
-    return _other(
-        name, " or ".join(_WORDS[dict if isinstance(kind, Mapping) else kind] for kind in kinds), value
-    )
+    if isinstance(schema, tuple):
+        mistakes = [_mistake(value, kind, name) for kind in schema]
+        if None in mistakes:
+            return None
+        fitting = [m for m, kind in zip(mistakes, schema, strict=True) if isinstance(value, _outer(kind))]
+        return (
+            fitting[0]
+            if fitting
+            else _other(name, " or ".join(_WORDS[_outer(kind)] for kind in schema), value)
+        )
+    return None if _is_a(value, _outer(schema)) else _other(name, _WORDS[_outer(schema)], value)
+
+
+def _outer(schema: Schema) -> type:
+    """The type that a value of this schema has."""
+    return schema if isinstance(schema, type) else dict if isinstance(schema, Mapping) else type(schema)
 
 
 _WORDS = {

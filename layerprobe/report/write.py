@@ -7,7 +7,7 @@ from pathlib import Path
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json, write_text
-from layerprobe.reading import check_fields, is_there
+from layerprobe.reading import check_fields, is_folder, is_there
 from layerprobe.report.freeze_search import search_sections
 from layerprobe.report.page import PROVENANCE_FIELDS, figure, page, repeat_section, text
 from layerprobe.tables import render_table
@@ -38,7 +38,7 @@ def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[st
         It holds no run, or a damaged one.
     """
     source = Path(folder)
-    if not source.is_dir():
+    if not is_folder(source):
         raise UsageError(f"there is no run folder {source}")
     make = search_sections if is_there(source / "search.json") else record_sections
     title, sections = make(source)

@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
+from layerprobe.reading import is_folder, is_plain, is_there
 from layerprobe.tasks.class_folders import read_class_folders
 from layerprobe.tasks.images import ArrayImages
 from layerprobe.tasks.parquet import ColumnChoice, first_parquet_image, read_parquet
@@ -59,11 +60,11 @@ def peek_folder(name: str, folder: Path, choice: ColumnChoice) -> tuple[int | No
 
 def _list_folder(folder: Path, choice: ColumnChoice) -> tuple[str, list[Path]]:
     """What a folder seems to hold, "parquet", "idx" or "classes", and the files of the first two."""
-    if folder.is_file() and folder.suffix == ".parquet":
+    if is_plain(folder) and folder.suffix == ".parquet":
         return "parquet", [folder]
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UnknownNameError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
-    tables = (path for path in folder.rglob("*.parquet") if path.is_file())
+    tables = (path for path in folder.rglob("*.parquet") if not is_folder(path))
     if parquet := sorted(path for path in tables if not _is_hidden(path.relative_to(folder))):
         return "parquet", parquet
     refuse_column(str(folder), choice)
@@ -110,7 +111,7 @@ def _labels_beside(path: Path) -> Path:
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", path.name)
     plain = name.removesuffix(".gz")
     for candidate in (name, plain, f"{plain}.gz"):
-        if (labels := path.with_name(candidate)).is_file():
+        if is_there(labels := path.with_name(candidate)):
             return labels
     raise UsageError(f"{path} has no labels beside it; {name} was looked for")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.reading import check_plain
 from layerprobe.tasks.images import ArrowImages
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
 from layerprobe.tasks.task import NO_LABEL, Source, SourceSplit, fingerprint, labelled
@@ -180,7 +181,7 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
     by_split, remarks = _files_by_split(paths, root)
     used = [path for files in by_split.values() for path in files]
     columns = choose_columns(_read_schema(used[0]), choice, str(root))
-    in_memory = sum(path.stat().st_size for path in used) <= IN_MEMORY_BYTES
+    in_memory = sum(check_plain(path, what="table").st_size for path in used) <= IN_MEMORY_BYTES
     splits, values = [], []
     for word, files in by_split.items():
         tables = [_read_columns(path, columns, in_memory=in_memory) for path in files]
