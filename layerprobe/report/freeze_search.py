@@ -42,7 +42,7 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         "high": _NUMBER, "p_better_than_plan?": _NUMBER, "minus_plan?": _NUMBER, "minus_plan_low?": _NUMBER,
         "minus_plan_high?": _NUMBER,
     },
-    "layers": {"block": int, "in_plan": bool, "train_gain": _NUMBER, "train_gain_stderr": _NUMBER},
+    "layers": {"block": int, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER},
     "trials": {"validation_accuracy": _NUMBER},
 }  # fmt: skip
 """What is read of `search.json` and of the tables beside it."""
