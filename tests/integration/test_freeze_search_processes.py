@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from optuna.trial import TrialState
@@ -149,9 +150,22 @@ def server_programs() -> Path | None:
     return Path(found).parent if found else None
 
 
+class Server(NamedTuple):
+    """A PostgreSQL server of a test: its URL, and how it is stopped and started."""
+
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
+
 @pytest.fixture
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of its own: a URL, and stopped again in the end."""
+def postgres(postgres_server: Server) -> str:
+    return postgres_server.url
+
+
+@pytest.fixture
+def postgres_server() -> Iterator[Server]:
+    """A PostgreSQL server of its own, stopped again in the end."""
     pytest.importorskip("psycopg", reason="needs psycopg (pip install 'layerprobe[postgres]')")
     programs = server_programs()
     if programs is None:
@@ -178,14 +192,21 @@ def postgres() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
+    def start_server() -> None:
+        run("pg_ctl", "-w", "-t", "120", "-l", str(folder / "server.log"), "-o", options, "start")
+
+    def stop_server() -> None:
+        run("pg_ctl", "-w", "-m", "immediate", "stop")
+
     options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
     try:
         run("initdb", "-U", "search", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
-        run("pg_ctl", "-w", "-t", "120", "-l", str(folder / "server.log"), "-o", options, "start")
+        start_server()
         try:
-            yield f"postgresql://search@127.0.0.1:{port}/postgres"
+            yield Server(f"postgresql://search@127.0.0.1:{port}/postgres", stop_server, start_server)
         finally:
-            run("pg_ctl", "-w", "-m", "immediate", "stop")
+            stop_server()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -200,6 +221,24 @@ def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: st
     assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
     counts = Counter(key for log in logs for key, _ in started(log))
     assert set(counts.values()) == {1} and all(started(log) for log in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_outlives_a_restart_of_its_database(tmp_path: Path, postgres_server: Server) -> None:
+    """Stopped for twenty seconds while two workers train; nothing is lost, and the answer is the same."""
+    expected = undisturbed(tmp_path / "undisturbed")
+    log = tmp_path / "log"
+    process = start(postgres_server.url, 2, log, tmp_path / "answer.json", pause=0.5)
+    while len(started(log)) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    postgres_server.stop()
+    time.sleep(20)
+    assert process.poll() is None
+    postgres_server.start()
+    assert process.wait(300) == 0
+    assert json.loads((tmp_path / "answer.json").read_text()) == expected
 
 
 @pytest.mark.slow
