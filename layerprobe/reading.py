@@ -11,9 +11,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from layerprobe.errors import BrokenFileError, printable
+from layerprobe.errors import BrokenFileError, UsageError, printable
 
 T = TypeVar("T")
+
+SIZE_LIMIT = 768 << 20
+"""Bytes that one file may unpack to in memory, unless $LAYERPROBE_SIZE_LIMIT says otherwise."""
 Schema: TypeAlias = "type | tuple[Schema, ...] | list[Schema] | Mapping[str, Schema]"
 
 MAX_DEPTH = 100
@@ -201,6 +204,18 @@ def _other(name: str, words: str, value: object) -> str:
         text = hex(value) if type(value) is int and abs(value) >= 2**63 else repr(value)
         shown = printable(text if len(text) <= 40 else text[:37] + "…")
     return f"'{name.rstrip('.')}' must be {words}, not {shown}" if name else f"it holds {shown}, not {words}"
+
+
+def check_unpacked(n_bytes: int, path: Path) -> None:
+    """BrokenFileError for a file that unpacks to more than the limit, by what it announces or what has come so far."""
+    text = os.environ.get("LAYERPROBE_SIZE_LIMIT", str(SIZE_LIMIT))
+    if not text.isdecimal():
+        raise UsageError(f"LAYERPROBE_SIZE_LIMIT is a number of bytes, not {text!r}")
+    if n_bytes > int(text):
+        raise BrokenFileError(
+            f"{path} unpacks to {n_bytes:,} bytes or more; over {int(text):,} are not read into memory; where that is "
+            "meant, raise $LAYERPROBE_SIZE_LIMIT"
+        )
 
 
 def is_shallow(value: object) -> bool:
