@@ -98,7 +98,7 @@ def _change_bytes(path: Path, draw: random.Random) -> str:
 def _change_json(path: Path, draw: random.Random) -> str:
     try:
         value = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return _change_bytes(path, draw)
     value, done = change_value(value, draw)
     text = json.dumps(value)
@@ -180,7 +180,7 @@ def _change_header(path: Path, draw: random.Random) -> str:
     try:
         header, done = change_value(json.loads(data[8 : 8 + length]), draw)
         text = json.dumps(header).encode()
-    except ValueError:
+    except (ValueError, RecursionError):
         return _change_bytes(path, draw)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     return f"header: {done}"
