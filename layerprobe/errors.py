@@ -7,6 +7,8 @@ every other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import signal
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -42,6 +44,15 @@ class PlanError(UsageError):
     """A freeze plan that does not fit the model, or a guarantee of a plan that does not hold."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it before they kill: handled like Ctrl-C, and left with exit code 143."""
+
+
+def stopped_by(signum: int) -> KeyboardInterrupt:
+    """The exception that a signal becomes."""
+    return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+
+
 def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
     """The tail of an error message: the nearest of `choices`, or nothing when none is near.
 
@@ -52,3 +63,32 @@ def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
     if not close:
         return ""
     return " Did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
+
+
+_INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters, invisible marks and halves of letters written out.
+
+    Names of files and tensors come from elsewhere; in a terminal they would move the cursor or hide other text.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in _INVISIBLE
+        else letter
+        for letter in text
+    )
+
+
+def shortened(text: str, limit: int = 300) -> str:
+    """The beginning and the end of a long text; what to do about an error stands at its end."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 3
+    return f"{text[: limit - tail - 3]} … {text[-tail:]}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
+from layerprobe.reading import check_plain, is_folder, is_shallow, is_there, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,28 +34,64 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-        os.close(handle)
+        handle, aside = _part_beside(target)
     except OSError as error:
         raise cannot_write(target, error) from error
-    aside = Path(name)
     try:
         yield aside
-        with aside.open("rb+") as stream:
-            os.fsync(stream.fileno())
         os.umask(umask := os.umask(0))  # it can only be read by setting it
         aside.chmod(0o666 & ~umask)
+        sync(aside)
         aside.replace(target)
+        sync(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that has become unwritable
+            aside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _part_beside(target: Path) -> tuple[int, Path]:
+    """A new file beside `target`, open and locked; those that dead processes left behind are deleted.
+
+    A living process keeps its own locked, so nobody else takes it for one of them.
+    """
+    prefix, suffix = f".{target.name}.", ".part"
+    for left in target.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle).st_nlink:  # else it was taken for a dead one's before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders of some network file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write `text` (UTF-8) so that a reader sees the old file or the new one, never half of it."""
     with atomic_write(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        # Names of files may hold bytes that are no UTF-8, which Python keeps as halves of letters.
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
@@ -61,23 +100,35 @@ def write_json(path: str | os.PathLike[str], value: Any, *, indent: int | None =
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], *, what: str = "file", max_bytes: int = 256 << 20) -> Any:
-    """Read JSON; BrokenFileError for a file that is not there, larger than `max_bytes`, or not JSON."""
+def read_json(
+    path: str | os.PathLike[str],
+    *,
+    what: str = "file",
+    max_bytes: int = 256 << 20,
+    inside: Path | None = None,
+) -> Any:
+    """Read JSON; BrokenFileError for what is no plain file (`open_file`), larger than `max_bytes`, or not JSON."""
     source = Path(path)
     try:
-        size = source.stat().st_size
-        if size > max_bytes:
-            raise BrokenFileError(f"{what} {source} has {size:,} bytes; more than {max_bytes:,} are not read")
-        return json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not valid JSON ({error})"
-        raise BrokenFileError(f"cannot read {what} {source}: {reason}") from error
+        text = read_file(source, what=what, max_bytes=max_bytes, inside=inside)
+        value = json.loads(text.decode())
+        if not is_shallow(value):
+            raise ValueError("nested too deep")
+        if (
+            b"\\ud" in text or b"\\uD" in text
+        ):  # halves of letters cannot be printed, hashed or written to a file
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BrokenFileError(
+            f"cannot read {what} {source}: not valid JSON ({shortened(str(error), 120)})"
+        ) from error
+    return value
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
     """Create `path` if need be; UsageError where it is a file, or cannot be created or written."""
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
+    if is_there(folder) and not is_folder(folder):
         raise UsageError(f"output folder {folder} is a file; name a folder with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,12 +190,14 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     Raises
     ------
     NotAvailableError : no weights that can be read, but something else that is known; the message says what to do.
-    BrokenFileError : an index that is none, leaves its folder, or names a missing shard.
+    BrokenFileError : an index that is none, leaves its folder, or names a missing shard; weights that are no plain
+    file of this folder.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / single).is_file():
+        if is_there(folder / single):
+            check_plain(folder / single, what="weights", inside=folder)
             return [folder / single], {}
-        if (index := folder / f"{single}.index.json").is_file():
+        if is_there(index := folder / f"{single}.index.json"):
             return _shards(index)
     if indices := sorted(folder.glob("*.safetensors.index.json"), key=lambda index: len(index.name)):
         return _shards(indices[0])
@@ -158,6 +211,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
                 "convert_…_weights_to_hf.py), or take the repository that has model.safetensors"
             )
         if found:
+            for file in found:
+                check_plain(file, what="weights", inside=folder)
             _check_complete(folder, found)
             return found, {}
     for pattern, answer in _ELSEWHERE.items():
@@ -204,7 +259,7 @@ def _plain_variants(files: list[Path]) -> list[Path]:
 
 
 def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
-    content = read_json(index, what="shard index")
+    content = read_json(index, what="shard index", inside=index.parent)
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise BrokenFileError(f"cannot read shard index {index}: it has no weight_map")
@@ -215,12 +270,14 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
                 f"shard index {index} places tensor '{name}' in '{shard}', which is not a file of its folder"
             )
         file = index.parent / shard
-        if not file.is_file():
+        if not is_there(file):
             raise BrokenFileError(
                 f"shard index {index} names {shard} for tensor '{name}', and that file is missing; "
                 "finish the download"
             )
         placed[name] = file
+    for file in set(placed.values()):
+        check_plain(file, what="weights", inside=index.parent)
     return sorted(set(placed.values())), placed
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from layerprobe.errors import printable, shortened
+from layerprobe.provenance import without_secrets
+
 
 def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> tqdm[Any]:
     """A tqdm bar on stderr, silent when stderr is no terminal or `quiet` is set.
@@ -30,4 +33,10 @@ def silence_notes(quiet: bool) -> None:
 def note(message: str) -> None:
     """One remark on stderr; never mixed with results, which go to stdout."""
     if not _quiet:
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(line_for_people(message), file=sys.stderr)
+
+
+def line_for_people(message: str, limit: int = 2000) -> str:
+    """A message as it may reach a terminal: without secrets, without control characters, of bounded length."""
+    lines = without_secrets(message).splitlines()
+    return shortened("\n".join(map(printable, lines)), limit)

@@ -6,11 +6,14 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
 
 PACKAGES = (
     "layerprobe", "torch", "transformers", "numpy", "scipy", "scikit-learn", "pandas", "datasets", "accelerate",
@@ -53,15 +56,17 @@ def provenance(command: str, arguments: Mapping[str, Any], **facts: Any) -> dict
 
     `facts` are what only the caller knows: model revision, split hash, definitions used.
     """
-    return {
-        "command": command,
-        "arguments": dict(arguments),
-        "command_line": command_line(),
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "machine": machine(),
-        **facts,
-    }
+    return without_secrets(
+        {
+            "command": command,
+            "arguments": dict(arguments),
+            "command_line": command_line(),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "machine": machine(),
+            **facts,
+        }
+    )
 
 
 def command_line() -> str | None:
@@ -70,7 +75,57 @@ def command_line() -> str | None:
     as_module = (program.parent.name, program.name) == ("layerprobe", "__main__.py")
     if not as_module and program.name != "layerprobe":
         return None
-    return shlex.join(["layerprobe", *sys.argv[1:]])
+    return shlex.join(["layerprobe", *without_secrets(sys.argv[1:])])
+
+
+HIDDEN = "***"
+_SECRET_VARIABLES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY)$")
+_LONG_ENOUGH = 6
+"""Characters from which on the value of such a variable is a secret, and not a word that stands everywhere."""
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)(.*)@", re.IGNORECASE)
+"""Up to the last @ of the line: a password may hold any character, and better too much is hidden than too little."""
+_SETTING = re.compile(
+    r"\b((?:[\w-]*(?:password|passwd|secret|token|api_?key)|pwd)\s*=\s*)([^\s&;,'\"]+|'[^']*'|\"[^\"]*\")",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(r"\b(hf|api_org|ghp|sk|wandb)_[A-Za-z0-9]{16,}")
+
+
+def without_secrets(value: T) -> T:
+    """`value` (text, or lists and dicts of it) as it may be kept and shown.
+
+    URLs lose their password, `password=…` and the like their value; so do tokens of the hub, and what the environment
+    calls a token, a password or a secret. What is recorded of a command's arguments, printed or logged goes through
+    here.
+
+    >>> without_secrets("postgresql://me:secret@host/db?password=x")
+    'postgresql://me@host/db?password=***'
+    """
+    shown: object = value
+    if isinstance(value, str):
+        shown = _hide(value)
+    elif isinstance(value, Mapping):
+        shown = {key: without_secrets(item) for key, item in value.items()}
+    elif isinstance(value, (list, tuple)):
+        shown = [without_secrets(item) for item in value]
+    return cast(T, shown)
+
+
+def _hide(text: str) -> str:
+    for name, secret in os.environ.items():
+        if len(secret) >= _LONG_ENOUGH and secret in text and _SECRET_VARIABLES.search(name):
+            text = text.replace(secret, HIDDEN)
+    if "://" in text:
+        text = _USER.sub(_without_password, text)
+    if "=" in text:
+        text = _SETTING.sub(rf"\1{HIDDEN}", text)
+    return _TOKEN.sub(rf"\1_{HIDDEN}", text)
+
+
+def _without_password(match: re.Match[str]) -> str:
+    scheme, user = match[1], match[2].partition(":")[0]
+    # Of web addresses, a token may stand where the user does.
+    return f"{scheme}{HIDDEN}@" if scheme.lower().startswith("http") else f"{scheme}{user}@"
 
 
 def _processor() -> str:

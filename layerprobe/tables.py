@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layerprobe.errors import UsageError
+from layerprobe.errors import BrokenFileError, UsageError, shortened
 from layerprobe.files import atomic_write
+from layerprobe.reading import open_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -179,9 +180,16 @@ def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def read_frame(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read a table that `write_frame` wrote."""
+MAX_TABLE_BYTES = 256 << 20
+
+
+def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> pd.DataFrame:
+    """Read a table that `write_frame` wrote; BrokenFileError for anything else, see `layerprobe.reading.open_file`."""
     import pandas as pd
 
     source = Path(path)
-    return pd.read_parquet(source) if source.suffix == ".parquet" else pd.read_csv(source)
+    with open_file(source, what="table", inside=inside, max_bytes=MAX_TABLE_BYTES) as stream:
+        try:
+            return pd.read_parquet(stream) if source.suffix == ".parquet" else pd.read_csv(stream)
+        except (ValueError, ArithmeticError, pd.errors.ParserError) as error:
+            raise BrokenFileError(f"cannot read table {source}: {shortened(str(error), 120)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,10 @@ from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy
 from layerprobe.tasks import ImageSplit, Task
+
+PIECE_BYTES = 4 << 20
+DECODED_BYTES = 64 << 20
+"""Decoded images of a batch are preprocessed when they take this much memory: a photograph may have 200 MiB."""
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
@@ -121,15 +127,35 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
 
 
 def _column_statistics(array: np.ndarray) -> dict[str, float | None]:
-    values = np.asarray(array, dtype=np.float64).reshape(len(array), -1)
-    deviation = values.std(axis=0)
+    """In two passes over pieces, so that no more than a piece is in memory."""
+    width, n = math.prod(array.shape[1:]), len(array)
+    sums, norms = np.zeros(width), 0.0
+    for piece in _row_pieces(array):
+        sums += piece.sum(axis=0)
+        norms += float(np.linalg.norm(piece, axis=1).sum())
+    mean, squares = sums / n, np.zeros(width)
+    for piece in _row_pieces(array):
+        squares += np.square(piece - mean).sum(axis=0)
+    deviation = np.sqrt(squares / n)
     varies = deviation > 0
-    offset = np.abs(values.mean(axis=0))[varies] / deviation[varies]
+    offset = np.abs(mean[varies]) / deviation[varies]
     return {
-        "mean_norm": float(np.linalg.norm(values, axis=1).mean()),
+        "mean_norm": norms / n,
         "mean_column_std": float(deviation.mean()),
         "max_offset_sigma": float(offset.max()) if varies.any() else None,
     }
+
+
+def _row_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows as float64 matrices of about 4 MiB; pages of a memory map are given back."""
+    step = max(1, PIECE_BYTES // max(1, 8 * math.prod(array.shape[1:])))
+    mapped = getattr(array, "_mmap", None)
+    for start in range(0, len(array), step):
+        yield np.asarray(array[start : start + step], dtype=np.float64).reshape(
+            -1, math.prod(array.shape[1:])
+        )
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(eq=False, repr=False)
@@ -288,7 +314,15 @@ def pixel_batches(
     """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
     for first in range(start, len(split), batch_size):
         rows = slice(first, min(first + batch_size, len(split)))
-        yield rows, backbone.preprocess(split.images(range(rows.start, rows.stop))).to(backbone.device)
+        ready, waiting = [], []
+        for row in range(rows.start, rows.stop):
+            waiting += split.images([row])
+            if sum(image.nbytes for image in waiting) >= DECODED_BYTES:
+                ready.append(backbone.preprocess(waiting))
+                waiting = []
+        if waiting:
+            ready.append(backbone.preprocess(waiting))
+        yield rows, (ready[0] if len(ready) == 1 else torch.cat(ready)).to(backbone.device)
 
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:

@@ -33,6 +33,7 @@ from layerprobe.metrics.outliers.codes import decoded
 from layerprobe.metrics.outliers.counting import make_engine
 from layerprobe.metrics.outliers.summary import needs_engine, summarize
 from layerprobe.progress import progress_bar
+from layerprobe.reading import is_folder, is_plain, is_there
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,11 +61,11 @@ def open_model(
 ) -> tuple[str, str, Checkpoint, str]:
     """Name, model id, checkpoint and revision; of a training checkpoint the model's state, or the one named."""
     path = Path(model).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / RUN_FILE).is_file()):
+    if is_plain(path) or (is_folder(path) and not is_there(path / RUN_FILE)):
         # Weights without a configuration are enough here, unlike for everything that builds a model; and
         # the checkpoint's own check of a broken folder names the tensor.
         checkpoint = open_checkpoint(path, state=state)
-        found = weights_hash(path) if (path / "config.json").is_file() else "local"
+        found = weights_hash(path) if is_there(path / "config.json") else "local"
         return str(model), path.resolve().name, checkpoint, found
     source = resolve_model(str(model), revision=revision, offline=offline)
     return source.name, source.model_id, open_checkpoint(source.folder, state=state), source.revision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from layerprobe.backbones.pretrained import (
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.backbones.trained_parts import put_into
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
@@ -192,11 +192,14 @@ def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConf
     """The model's configuration; remote code runs only when the user said so."""
     from transformers import AutoConfig
 
+    read_model_config(source.folder, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # classes check their own fields, each with errors of its own
         if "trust_remote_code" in str(error):
             raise UsageError(
                 f"'{source.name}' wants to run its own Python code; look at it, then pass --trust-remote-code"
@@ -242,10 +245,16 @@ def random_model(config: PretrainedConfig, trust_remote_code: bool) -> nn.Module
     from transformers import AutoModel
 
     architecture = architecture_of(config)
-    if architecture is AutoModel:
-        made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-        return made
-    return architecture(config)
+    try:
+        if architecture is AutoModel:
+            made: nn.Module = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            return made
+        return architecture(config)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # as many kinds as there are models
+        kind = type(config).__name__
+        raise BrokenFileError(f"no model can be built from the {kind}: {first_line(error)}") from error
 
 
 def _restore_stem(backbone: Backbone, run: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import BrokenFileError, NotAvailableError
 from layerprobe.files import read_json, unread_weights, weight_files
 from layerprobe.progress import note
+from layerprobe.reading import check_fields, is_there
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -104,8 +105,10 @@ def pretrained_model(
             f"cannot load the weights of '{source.name}' from {source.folder}: {first_line(error)}"
         ) from error
     except Exception as error:
-        if quantised is None:
-            raise
+        if quantised is None:  # damaged pickles among them, and weights that do not fit the configuration
+            raise BrokenFileError(
+                f"cannot load the weights of '{source.name}' from {source.folder}: {first_line(error)}"
+            ) from error
         raise NotAvailableError(
             f"the weights of '{source.name}' are quantised ({quantised}) and transformers cannot load them: "
             f"{first_line(error)}"
@@ -170,9 +173,11 @@ def _quantisation(folder: Path, config: PretrainedConfig) -> str | None:
     if raw.get("load_in_4bit") or raw.get("load_in_8bit") or method == "bitsandbytes":
         return "bitsandbytes"  # which the table has by the number of bits
     beside = folder / "hf_quant_config.json"
-    if method is None and beside.is_file():
-        said = read_json(beside, what="quantisation")
-        algorithm = said.get("quantization", {}).get("quant_algo") if isinstance(said, dict) else None
+    if method is None and is_there(beside):
+        said = check_fields(
+            read_json(beside, what="quantisation", inside=folder), {"quantization?": dict}, beside
+        )
+        algorithm = said.get("quantization", {}).get("quant_algo")
         method = f"{algorithm or 'unnamed'}, says {beside.name}"
     method = None if method is None and not raw else str(getattr(method, "value", method))
     if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:

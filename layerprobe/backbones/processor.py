@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json
+from layerprobe.reading import is_there
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,9 +38,9 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     """The preprocessing recipe of a checkpoint, as it is written; None where there is none."""
     for name in RECIPE_FILES:
         path = folder / name
-        if not path.is_file():
+        if not is_there(path):
             continue
-        recipe = read_json(path, what="preprocessor configuration")
+        recipe = read_json(path, what="preprocessor configuration", inside=folder)
         if name == RECIPE_FILES[0] and isinstance(recipe, dict):
             if "image_processor" not in recipe:
                 continue

@@ -20,11 +20,19 @@ from layerprobe.errors import (
     did_you_mean,
 )
 from layerprobe.files import cache_root, read_json, weight_files, write_json
+from layerprobe.model_config import read_model_config
+from layerprobe.reading import Schema, check_fields, check_plain, is_folder, is_there, open_file, read_file
 
 RUN_FILE = "layerprobe_run.json"
 """A folder with this file is a bridge run: it names the folder of the backbone and the file of the stem."""
 
 RUN_SCHEMA = "layerprobe.bridge-run/v1"
+_TEXT, _PIXELS = (str, type(None)), (int, type(None))
+RUN_FIELDS: dict[str, Schema] = {
+    "backbone?": str, "model_id?": str, "stem_file?": _TEXT, "stem?": _TEXT, "attention?": _TEXT, "pooling?": _TEXT,
+    "patch_size?": _PIXELS, "image_size?": _PIXELS, "config?": dict, "plan?": _TEXT,
+}  # fmt: skip
+"""What is read of a bridge run, beside its schema."""
 
 _REMEMBERED_FROM = 256 << 20
 _PIECE = 1 << 20
@@ -78,14 +86,14 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
         a folder without configuration or weights, or an index that points outside it.
     """
     as_path = Path(name).expanduser()
-    if as_path.is_dir():
+    if is_folder(as_path):
         return _local(name, as_path, offline=offline)
     if name in MODELS:
         hub_id = MODELS[name].hub_id
         if name in PACKAGES and revision is None and (packaged := _package_folder(*PACKAGES[name])):
             return _on_disk(name, hub_id, packaged, "package")
         return _from_hub(name, hub_id, revision, offline)
-    if as_path.exists():
+    if is_there(as_path):
         raise UnknownNameError(f"{name} is a file; name the folder that holds config.json and the weights")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownNameError(f"there is no folder {name}")
@@ -99,15 +107,16 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
 
 def _local(name: str, folder: Path, *, offline: bool) -> ModelSource:
     run_file = folder / RUN_FILE
-    if run_file.is_file():
-        run = read_json(run_file, what="bridge run")
+    if is_there(run_file):
+        run = read_json(run_file, what="bridge run", inside=folder)
         if not isinstance(run, dict) or run.get("schema") != RUN_SCHEMA:
             found = run.get("schema") if isinstance(run, dict) else type(run).__name__
             raise BrokenFileError(f"{run_file} is no bridge run that this version reads: schema {found!r}")
+        check_fields(run, RUN_FIELDS, run_file)
         if run.get("base"):
             return _on_base(name, run, folder, offline=offline)
-        backbone = inside(folder, str(run.get("backbone", "backbone")), run_file)
-        return _on_disk(name, str(run.get("model_id", folder.name)), backbone, "bridge", run)
+        backbone = inside(folder, run.get("backbone", "backbone"), run_file)
+        return _on_disk(name, run.get("model_id", folder.name), backbone, "bridge", run)
     return _on_disk(name, folder.resolve().name, folder, "local")
 
 
@@ -217,10 +226,11 @@ def _first_line(error: Exception) -> str:
 
 def _check_weights(folder: Path) -> None:
     """Refuse a folder that cannot be a model: no configuration, no weights, an index that leaves it."""
-    if not (folder / "config.json").is_file():
+    if not is_there(folder / "config.json"):
         raise BrokenFileError(
             f"{folder} holds no config.json, so it is no model folder (nor a bridge run: no {RUN_FILE})"
         )
+    read_model_config(folder)
     if not weight_files(folder)[0]:
         raise BrokenFileError(f"{folder} holds no weights: looked for *.safetensors, *.bin, *.pth, *.pt")
 
@@ -237,14 +247,14 @@ def weights_hash(folder: Path) -> str:
 
     The digest of a file above 256 MiB is remembered in the cache until the file changes.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_file(folder / "config.json", what="model configuration", inside=folder))
     for path in weight_files(folder)[0]:
-        size = path.stat().st_size
+        size = check_plain(path, what="weights", inside=folder).st_size
         digest.update(f"{path.name}:{size}".encode())
         if size > _REMEMBERED_FROM:
             digest.update(_remembered_digest(path).encode())
             continue
-        with path.open("rb") as stream:
+        with open_file(path, what="weights") as stream:
             for piece in iter(lambda: stream.read(_PIECE), b""):
                 digest.update(piece)
     return f"local-{digest.hexdigest()[:12]}"
@@ -261,7 +271,7 @@ def _remembered_digest(path: Path) -> str:
         known = read_json(memory, what="digests") if memory.is_file() else {}
     if known.get(key, [None])[0] == facts:
         return str(known[key][1])
-    with path.open("rb") as stream:
+    with open_file(path, what="weights") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     # A file written to within the clock's grain would keep its times.
     if time.time() - max(state.st_mtime, state.st_ctime) > _SETTLED_SECONDS:

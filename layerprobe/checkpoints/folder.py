@@ -10,8 +10,10 @@ from typing import Any
 from layerprobe.checkpoints.quantised import dequantised
 from layerprobe.checkpoints.safetensors import StoredTensor, read_safetensors
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
-from layerprobe.files import TORCH_ENDINGS, read_json, unread_weights, weight_files
+from layerprobe.files import TORCH_ENDINGS, unread_weights, weight_files
+from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
+from layerprobe.reading import is_folder, is_plain, is_there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +70,11 @@ def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint
         a file, index or shard that cannot be what it says it is.
     """
     given = Path(path)
-    folder = given if given.is_dir() else given.parent
+    folder = given if is_folder(given) else given.parent
     placed: dict[str, Path] = {}
-    if given.is_file():
+    if is_plain(given):
         files = [given]
-    elif given.is_dir():
+    elif is_folder(given):
         files, placed = weight_files(given)
         if not files:
             endings = ", ".join(f"*{ending}" for ending in TORCH_ENDINGS)
@@ -103,12 +105,9 @@ def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint
         note(
             f"{given}: {misplaced} tensors in the shards are not placed there by the index; they are left out"
         )
-    if given.is_dir() and (unread := unread_weights(given, files)):
+    if is_folder(given) and (unread := unread_weights(given, files)):
         note(unread)
-    config = folder / "config.json"
-    settings = read_json(config, what="model configuration") if config.is_file() else {}
-    if not isinstance(settings, dict):
-        raise BrokenFileError(f"cannot read model configuration {config}: it is no JSON object")
+    settings = read_model_config(folder) if is_there(folder / "config.json") else {}
     tensors = dequantised(tensors, settings)
     return Checkpoint(
         folder=folder, files=tuple(files), tensors=tuple(tensors), config=settings, left_out=left_out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import numpy as np
 
 from layerprobe.checkpoints.view import View
 from layerprobe.errors import BrokenFileError
+from layerprobe.reading import open_file
 
 RAW_DTYPES: dict[str, str] = {
     "float64": "<f8",
@@ -162,8 +164,8 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_file(file, what="weights") as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if len(prefix) < 8:
                 raise _broken(file, f"it has {size} bytes, not even a header length")

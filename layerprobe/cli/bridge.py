@@ -14,6 +14,7 @@ from layerprobe.cli.output import Output
 from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
+    from layerprobe.training.bridge_run import BridgeRun
     from layerprobe.training.config import BridgeConfig
 
 
@@ -91,6 +92,15 @@ def bridge(
     from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
     from layerprobe.training import bridge_train
 
+    def draw(run: BridgeRun) -> None:
+        frame = run.to_frame()
+        out.draw(
+            {
+                "curve": lambda: plot_bridge_curve(run.history, guess=1 / config.random_classes),
+                "drift": lambda: plot_weight_drift(frame),
+            }
+        )
+
     images = task.load(out)
     run = bridge_train(
         backbone.load(),
@@ -100,17 +110,10 @@ def bridge(
         output=out.folder,
         resume=resume,
         quiet=out.quiet,
+        finish=draw,
     )
-    if not run.is_main:
-        return
-    frame = run.to_frame()
-    out.finish(
-        run,
-        figures={
-            "curve": lambda: plot_bridge_curve(run.history, guess=1 / config.random_classes),
-            "drift": lambda: plot_weight_drift(frame),
-        },
-    )
+    if run.is_main:
+        out.finish(run)
 
 
 def own_device(device: str | None) -> str | None:

@@ -11,6 +11,7 @@ from layerprobe.cli.memory import check_plan, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.errors import UsageError
+from layerprobe.locks import folder_lock
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -108,28 +109,29 @@ def evaluate(
 
     from layerprobe.plotting.bridge import plot_accuracy_against
 
-    shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
-    images = task.load(out)
-    if not arms:
-        network = backbone.load()
-        plan = plan or run_plan(network, scope)
-        out.finish(evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared))
-        return
+    with folder_lock(out.folder, "layerprobe evaluate"):
+        shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
+        images = task.load(out)
+        if not arms:
+            network = backbone.load()
+            plan = plan or run_plan(network, scope)
+            out.finish(evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared))
+            return
 
-    def load(init: str, seed: int) -> Backbone:
-        return replace(backbone, init=init, seed=seed).load()
+        def load(init: str, seed: int) -> Backbone:
+            return replace(backbone, init=init, seed=seed).load()
 
-    record = evaluate_arms(
-        load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
-    )
-    frame = record.to_frame()
-    out.finish(
-        record,
-        figures={
-            "accuracy_cost": lambda: plot_accuracy_against(frame, "train_flops"),
-            "accuracy_parameters": lambda: plot_accuracy_against(frame, "trainable_parameters"),
-        },
-    )
+        record = evaluate_arms(
+            load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
+        )
+        frame = record.to_frame()
+        out.finish(
+            record,
+            figures={
+                "accuracy_cost": lambda: plot_accuracy_against(frame, "train_flops"),
+                "accuracy_parameters": lambda: plot_accuracy_against(frame, "trainable_parameters"),
+            },
+        )
 
 
 def run_plan(backbone: Backbone, scope: str) -> FreezePlan | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layerprobe.cli import options
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.locks import folder_lock
 from layerprobe.search import settings as defaults
 
 if TYPE_CHECKING:
@@ -148,9 +149,10 @@ def freeze_search(
         quiet=out.quiet,
         **given | settings.blocks(network.n_blocks, model=network.name),
     )
-    out.finish(result, table=result.arm_rows(), figures=figures(result))
-    if out.folder is not None:
-        finish_folder(out.folder, out)
+    with folder_lock(out.folder, "layerprobe freeze-search", wait=True):
+        out.finish(result, table=result.arm_rows(), figures=figures(result))
+        if out.folder is not None:
+            finish_folder(out.folder, out)
 
 
 def figures(result: SearchResult) -> dict[str, Any]:

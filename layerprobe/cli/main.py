@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from layerprobe import __version__
-from layerprobe.errors import LayerprobeError
-from layerprobe.progress import silence_notes
+from layerprobe.errors import BrokenFileError, LayerprobeError, Terminated, stopped_by
+from layerprobe.progress import line_for_people, silence_notes
 
 COMMANDS = (
     "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
@@ -26,19 +31,39 @@ class Program(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _sigterm_like_ctrl_c():
+                return super().invoke(ctx)
         except LayerprobeError as error:
-            sys.stderr.write(f"error: {error}\n")
+            foreign = isinstance(error, BrokenFileError)
+            sys.stderr.write(f"error: {line_for_people(str(error), 300 if foreign else 2000)}\n")
             sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            sys.stderr.write("interrupted; finished work is kept\n")
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            terminated = isinstance(stop, Terminated)
+            sys.stderr.write(f"{'terminated' if terminated else 'interrupted'}; finished work is kept\n")
+            sys.exit(143 if terminated else 130)
         except BrokenPipeError:
             # The reader of our stdout left (for example `| head`); nobody is there to be told.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         finally:
             silence_notes(False)
+
+
+@contextlib.contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Slurm and Kubernetes send SIGTERM some seconds before they kill; what can be saved is saved."""
+
+    def stop(signum: int, _frame: object) -> None:
+        raise stopped_by(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 app = typer.Typer(
@@ -88,5 +113,8 @@ def _root(
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold bytes that no encoding can print
+            stream.reconfigure(errors="backslashreplace")
     _register()
     app()

@@ -70,8 +70,7 @@ class Output:
             self.say(f"saved: {self.file}")
         if self.folder is not None:
             record.save(self.folder)
-            for name, draw in (figures or {}).items():
-                save_figure(draw, self.folder / f"{name}.png")
+            self.draw(figures or {})
             self.say(f"saved: {self.folder}")
         if self.as_json:
             record.write_json(sys.stdout)
@@ -80,6 +79,12 @@ class Output:
 
         rows = record.table() if table is None else table
         sys.stdout.write(f"{render_table(rows)}\n{record.summary()}\n" if rows else f"{record.summary()}\n")
+
+    def draw(self, figures: Mapping[str, Draw]) -> None:
+        """Save figures (file stem → function that draws) where there is a folder."""
+        if self.folder is not None:
+            for name, draw in figures.items():
+                save_figure(draw, self.folder / f"{name}.png")
 
     def say(self, message: str) -> None:
         """A remark on stderr, unless --quiet."""
@@ -108,8 +113,10 @@ def save_figure(draw: Draw, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn = draw()
-    figure: Any = drawn if hasattr(drawn, "savefig") else drawn.get_figure()
-    with atomic_write(path) as aside:
-        figure.savefig(aside, dpi=150, bbox_inches="tight", format="png")
+    # Names of models and tasks may hold dollars, which are no formulas.
+    with plt.rc_context({"text.parse_math": False}):
+        drawn = draw()
+        figure: Any = drawn if hasattr(drawn, "savefig") else drawn.get_figure()
+        with atomic_write(path) as aside:
+            figure.savefig(aside, dpi=150, bbox_inches="tight", format="png")
     plt.close(figure)

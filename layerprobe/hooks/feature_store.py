@@ -1,28 +1,48 @@
-"""Features on disk: one memory-mapped .npy file a layer, filled batch by batch, found again by key.
+"""Features on disk: one .npy file a layer, filled batch by batch, found again by key.
 
-A folder holds `key.json` (what the features are), `<layer>.npy` for finished layers, and, while a run is under
-way, `<layer>.npy.part` with `progress.json` (how many rows are on disk). A killed run continues at its last
-finished batch. bfloat16 is stored as its 16-bit codes and read back as float32, which is exact.
+A folder holds `key.json` (what the features are), `<layer>.npy` with an entry in `checksums.json` for finished
+layers, and, while a run is under way, `<layer>.npy.part` with `progress.json` (how many rows are on disk, and their
+checksums). A killed run continues at its last record. Rows that were never written cannot be read: a part gets its
+name only when all its rows are on disk, and a file is read only where it fits its checksum. bfloat16 is stored as its
+16-bit codes and read back as float32, which is exact.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
+import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
-from layerprobe.files import cache_root, cannot_write, read_json, write_json
+from layerprobe.files import cache_root, cannot_write, read_json, sync, write_json
+from layerprobe.hooks.store_records import (
+    CHECKSUMS,
+    PROGRESS,
+    SCHEMA,
+    FileSum,
+    Progress,
+    crc32_of,
+    read_progress,
+    read_sums,
+)
 from layerprobe.layers import LayerRef
+from layerprobe.reading import check_fields, check_plain
 
+RECORD_SECONDS = 1.0
+"""A kill loses no more than the batches of this time; each record waits for the disk."""
 FEATURE_DTYPES = ("float32", "float16", "bfloat16")
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -67,27 +87,43 @@ class FeatureStore:
 
     def has(self, layer: LayerRef) -> bool:
         """Whether the layer is there, whole."""
-        return self._path(layer).is_file()
+        return self._path(layer).is_file() and str(layer) in self.finished()
+
+    def finished(self) -> dict[str, FileSum]:
+        """What the finished files hold, by layer; a file without an entry here is not read."""
+        return read_sums(self.folder)
 
     def read(self, layer: LayerRef) -> np.ndarray:
         """Rows × features (or rows × tokens × features), memory-mapped; bfloat16 comes as float32 in memory.
 
+        The whole file is held against its checksum first.
+
         Raises
         ------
         BrokenFileError
-            The file is not what the key says.
+            The file is not what was written.
         """
         path = self._path(layer)
+        noted = self.finished().get(str(layer))
+        if noted is None:
+            raise BrokenFileError(f"features {path} were never finished; run again")
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            size = check_plain(path, what="features", inside=self.folder).st_size
+            damaged = size != noted.size or crc32_of(path, size) != noted.crc32
+            array = None if damaged else np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise BrokenFileError(
                 f"cannot read features {path}: {error}; delete that file and run again"
             ) from error
-        if array.shape[0] != self.n_rows or array.dtype != _STORED[self.dtype]:
+        if array is None:
             raise BrokenFileError(
-                f"features {path} are {array.shape} {array.dtype}, expected {self.n_rows} rows of {self.dtype}; "
-                "delete that file and run again"
+                f"features {path} are damaged: {size:,} bytes that do not fit the checksum of the {noted.size:,} "
+                "written; delete that file and run again"
+            )
+        if array.shape != (self.n_rows, *noted.row) or array.dtype != _STORED[self.dtype]:
+            raise BrokenFileError(
+                f"features {path} are {array.shape} {array.dtype}, expected {(self.n_rows, *noted.row)} "
+                f"{self.dtype}; delete that file and run again"
             )
         if self.dtype == "bfloat16":
             return (np.asarray(array).astype(np.uint32) << 16).view(np.float32)
@@ -95,26 +131,52 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def writer(self, layers: Sequence[LayerRef], *, batch_size: int) -> Iterator[StoreWriter]:
-        """Append batches to `layers`, where an earlier run stopped; other processes that want the store wait."""
+        """Append batches to `layers`, where an earlier run stopped; other processes that want the store wait.
+
+        An earlier run that was stopped between its last batch and its end is brought to its end first.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / "lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             write_json(self.folder / "key.json", {"key": self.key, "rows": self.n_rows, "dtype": self.dtype})
+            self.finish()
             writer = StoreWriter(self, [layer for layer in layers if not self.has(layer)], batch_size)
             try:
                 yield writer
             finally:
                 writer.close()
 
+    def finish(self) -> None:
+        """Turn parts whose rows are all there into finished layers; may be stopped anywhere, and done again.
+
+        The checksums are noted before the files get their names, and the record of progress goes last.
+        """
+        progress = self.progress()
+        if progress is None or progress.rows != self.n_rows:
+            return
+        try:
+            sums = {**self.finished(), **progress.sums}
+            layers = {name: one._asdict() for name, one in sums.items()}
+            write_json(self.folder / CHECKSUMS, {"schema": SCHEMA, "layers": layers})
+            for name in progress.sums:
+                part = self.folder / f"{name}.npy.part"
+                if part.is_file():
+                    part.replace(self.folder / f"{name}.npy")
+            sync(self.folder)
+            (self.folder / PROGRESS).unlink()
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+
+    def progress(self) -> Progress | None:
+        """The unfinished work on disk; None where there is none, or where its record cannot be read."""
+        return read_progress(self.folder)
+
     def _path(self, layer: LayerRef) -> Path:
         return self.folder / f"{layer}.npy"
-
-    def _part(self, layer: LayerRef) -> Path:
-        return self.folder / f"{layer}.npy.part"
 
 
 class StoreWriter:
@@ -123,81 +185,121 @@ class StoreWriter:
     def __init__(self, store: FeatureStore, layers: list[LayerRef], batch_size: int) -> None:
         self.store = store
         self.layers = layers
-        self._request = {"layers": [str(layer) for layer in layers], "batch_size": batch_size}
-        self._files: dict[LayerRef, Any] = {}
-        self.rows = self._resume()
-
-    def _resume(self) -> int:
-        path = self.store.folder / "progress.json"
-        if not path.is_file() or not self.layers:
-            return 0
+        self.rows = 0
+        self._batch_size = batch_size
+        self._files: dict[LayerRef, IO[bytes]] = {}
+        self._sums: dict[LayerRef, FileSum] = {}
+        self._recorded = 0, time.monotonic()
         try:
-            progress = read_json(path, what="progress")
-            rows = progress.pop("rows")
-        except (BrokenFileError, AttributeError, KeyError, TypeError):
-            return 0
-        if progress != self._request or not isinstance(rows, int) or not 0 < rows <= self.store.n_rows:
-            return 0
-        parts = {layer: self.store._part(layer) for layer in self.layers}
-        if not all(part.is_file() for part in parts.values()):
-            return 0
-        for layer, part in parts.items():
-            self._files[layer] = np.lib.format.open_memmap(part, mode="r+")
-        return rows
+            self._resume()
+        except OSError as error:
+            raise cannot_write(store.folder, error) from error
+
+    def _resume(self) -> None:
+        """Open the parts of an earlier run behind their last recorded row, or clear them away."""
+        found = self.store.progress()
+        same = found is not None and (found.batch_size, [*found.sums]) == (
+            self._batch_size,
+            [str(layer) for layer in self.layers],
+        )
+        if self.layers and found is not None and same and 0 < found.rows < self.store.n_rows:
+            self._sums = {layer: found.sums[str(layer)] for layer in self.layers}
+            parts = {layer: self._part(layer) for layer in self.layers}
+            # Whatever came between, a kill or a loss of power: these are the bytes that were written, or none.
+            if all(
+                part.is_file() and crc32_of(part, self._sums[layer].size) == self._sums[layer].crc32
+                for layer, part in parts.items()
+            ):
+                self.rows = found.rows
+                self._recorded = self.rows, time.monotonic()
+                for layer, part in parts.items():
+                    self._files[layer] = part.open("rb+", buffering=0)
+                    self._files[layer].seek(self._sums[layer].size)
+                return
+            self._sums = {}
+        # The record goes before the parts that it speaks of.
+        (self.store.folder / PROGRESS).unlink(missing_ok=True)
+        for part in self.store.folder.glob("*.npy.part"):
+            part.unlink()
 
     def append(self, batch: Mapping[LayerRef, np.ndarray]) -> None:
-        """Write the next rows of every layer, then record that they are there.
+        """Write the next rows of every layer; that they are there is recorded at least once a second.
 
         Raises
         ------
         LayerprobeError
-            The disk is full or cannot be written; finished batches stay.
+            The disk is full or cannot be written; recorded batches stay.
         """
         count = len(next(iter(batch.values())))
+        sums = dict(self._sums)
         try:
             for layer in self.layers:
-                rows = batch[layer]
-                if layer not in self._files:
-                    self._files[layer] = self._create(layer, rows.shape[1:])
-                self._files[layer][self.rows : self.rows + count] = rows
+                rows = np.ascontiguousarray(batch[layer], dtype=_STORED[self.store.dtype])
+                if layer not in sums:
+                    sums[layer] = self._create(layer, rows.shape[1:])
+                if rows.shape != (count, *sums[layer].row):
+                    raise ValueError(f"{layer}: {rows.shape} does not continue rows of {sums[layer].row}")
+                sums[layer] = self._write(layer, rows.reshape(-1).view(np.uint8).data, sums[layer])
+            self._sums = sums
             self.rows += count
-            self._record()
+            if self.rows == self.store.n_rows or time.monotonic() - self._recorded[1] >= RECORD_SECONDS:
+                self._record()
             if self.rows == self.store.n_rows:
-                self._finish()
+                self._close_files()
+                self.store.finish()
         except OSError as error:
             raise cannot_write(self.store.folder, error) from error
 
-    def _create(self, layer: LayerRef, shape: tuple[int, ...]) -> np.memmap:
-        part = self.store._part(layer)
+    def _create(self, layer: LayerRef, row: tuple[int, ...]) -> FileSum:
+        """Begin a part with its header; what it holds then."""
         dtype = _STORED[self.store.dtype]
-        needed = int(np.prod((self.store.n_rows, *shape))) * dtype.itemsize
-        # A memory map on a full disk dies by a signal; taking the space first makes it an error instead.
-        with part.open("wb") as stream:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, needed + 4096)
-        made: np.memmap = np.lib.format.open_memmap(
-            part, mode="w+", dtype=dtype, shape=(self.store.n_rows, *shape)
-        )
-        return made
+        header = io.BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": (self.store.n_rows, *row),
+        }
+        np.lib.format.write_array_header_1_0(header, described)
+        stream = self._files[layer] = self._part(layer).open("wb", buffering=0)
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a disk too small for all rows is found before the first is computed
+            needed = len(header.getvalue()) + self.store.n_rows * math.prod(row) * dtype.itemsize
+            try:
+                os.posix_fallocate(stream.fileno(), 0, needed)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        return self._write(layer, header.getbuffer(), FileSum(row, 0, 0))
+
+    def _write(self, layer: LayerRef, content: memoryview, before: FileSum) -> FileSum:
+        done = 0
+        while done < len(content):
+            done += self._files[layer].write(content[done:])
+        return FileSum(before.row, before.size + len(content), zlib.crc32(content, before.crc32))
 
     def _record(self) -> None:
-        path = self.store.folder / "progress.json"
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps({**self._request, "rows": self.rows}), encoding="utf-8")
-        aside.replace(path)
+        for stream in self._files.values():
+            os.fsync(stream.fileno())
+        layers = {str(layer): one._asdict() for layer, one in self._sums.items()}
+        record = {"batch_size": self._batch_size, "rows": self.rows, "layers": layers}
+        write_json(self.store.folder / PROGRESS, record, indent=None)
+        self._recorded = self.rows, time.monotonic()
 
-    def _finish(self) -> None:
-        for layer, array in self._files.items():
-            array.flush()
-            self.store._part(layer).replace(self.store._path(layer))
+    def _part(self, layer: LayerRef) -> Path:
+        return self.store.folder / f"{layer}.npy.part"
+
+    def _close_files(self) -> None:
+        for stream in self._files.values():
+            stream.close()
         self._files.clear()
-        (self.store.folder / "progress.json").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Flush what is there; unfinished parts stay for the next run."""
-        for array in self._files.values():
-            array.flush()
-        self._files.clear()
+        """Record what is there, where that can be written; unfinished parts stay for the next run."""
+        if self._files and self.rows > self._recorded[0]:
+            with contextlib.suppress(OSError, LayerprobeError):
+                self._record()
+        self._close_files()
 
 
 def encode(values: Any, dtype: str) -> np.ndarray:
@@ -213,26 +315,31 @@ def encode(values: Any, dtype: str) -> np.ndarray:
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
     """One row a store: folder, model, task, split, finished layers, bytes, whether unfinished work is there."""
-    rows = []
-    for path in sorted(root.glob("*/key.json")):
-        entry = read_json(path, what="feature key")
-        key = entry.get("key", {}) if isinstance(entry, dict) else {}
-        backbone = key.get("backbone", {})
-        rows.append(
-            {
-                "folder": path.parent.name,
-                "model": backbone.get("model"),
-                "init": backbone.get("init"),
-                "task": key.get("task"),
-                "split": key.get("split"),
-                "rows": entry.get("rows"),
-                "dtype": entry.get("dtype"),
-                "layers": len(list(path.parent.glob("*.npy"))),
-                "bytes": sum(item.stat().st_size for item in path.parent.iterdir() if item.is_file()),
-                "unfinished": (path.parent / "progress.json").is_file(),
-            }
-        )
-    return rows
+    return [_store_row(path.parent) for path in sorted(root.glob("*/key.json"))]
+
+
+def _store_row(folder: Path) -> dict[str, Any]:
+    entry = check_fields(
+        read_json(folder / "key.json", what="feature key"),
+        {"key": dict, "rows": int, "dtype": str},
+        folder / "key.json",
+    )
+    key = entry["key"]
+    backbone = key.get("backbone")
+    described = backbone if isinstance(backbone, dict) else {}
+    sums = read_sums(folder)
+    return {
+        "folder": folder.name,
+        "model": described.get("model"),
+        "init": described.get("init"),
+        "task": key.get("task"),
+        "split": key.get("split"),
+        "rows": entry["rows"],
+        "dtype": entry["dtype"],
+        "layers": sum((folder / f"{name}.npy").is_file() for name in sums),
+        "bytes": sum(item.stat().st_size for item in folder.iterdir() if item.is_file()),
+        "unfinished": (folder / PROGRESS).is_file(),
+    }
 
 
 def prune_stores(root: Path, folders: Sequence[str]) -> int:

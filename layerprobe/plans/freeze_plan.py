@@ -25,6 +25,7 @@ from layerprobe.plans.plan import (
 from layerprobe.plans.table import plan_frame
 from layerprobe.plans.validate import claimed_schema, find_mistakes
 from layerprobe.plans.verify import take_fingerprint, verify_plan
+from layerprobe.reading import is_folder, is_there
 from layerprobe.tables import strict_value
 
 PLAN_FILE = "plan.json"
@@ -140,8 +141,8 @@ class FreezePlan(PlanData):
         BrokenFileError
             Too large, not JSON, another schema, or inconsistent.
         """
-        file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
-        if not file.exists():
+        file = Path(path) / PLAN_FILE if is_folder(path) else Path(path)
+        if not is_there(file):
             what = f"no plan in {path}" if file != Path(path) else f"there is no plan {path}"
             raise UnknownNameError(f"{what}: name a plan file, or a run folder of freeze-search")
         return cls.from_dict(read_json(file, what="freeze plan", max_bytes=MAX_BYTES), source=file.name)

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from layerprobe.errors import BrokenFileError
 from layerprobe.files import read_json
 from layerprobe.plans import FreezePlan
+from layerprobe.reading import Schema, check_fields, check_plain
 from layerprobe.report import page as html
+from layerprobe.report.page import PROVENANCE_FIELDS
 from layerprobe.tables import cell_text, read_frame, render_table, strict_rows
 
 SCHEMA = "layerprobe.search/v1"
@@ -30,6 +30,23 @@ ARM_NAMES = {
     "greedy": "greedy forward selection, same budget",
 }
 
+_NUMBER = (float, type(None))
+SEARCH_FIELDS: dict[str, Schema] = {
+    "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
+    "budget": float, "chance": float, "seeds": int, "train_seconds": float,
+    "provenance?": ({"backbone?": (dict, type(None)), **PROVENANCE_FIELDS}, type(None)),
+}  # fmt: skip
+ROW_FIELDS: dict[str, dict[str, Schema]] = {
+    "baselines": {
+        "arm": str, "trainable_parameters": _NUMBER, "lr": _NUMBER, "test_accuracy": _NUMBER, "low": _NUMBER,
+        "high": _NUMBER, "p_better_than_plan?": _NUMBER, "minus_plan?": _NUMBER, "minus_plan_low?": _NUMBER,
+        "minus_plan_high?": _NUMBER,
+    },
+    "layers": {"block": int, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER},
+    "trials": {"validation_accuracy": _NUMBER},
+}  # fmt: skip
+"""What is read of `search.json` and of the tables beside it."""
+
 FIGURE_CAPTIONS = {
     "pareto": "Validation accuracy against trainable parameters, every plan that was trained in full. "
     "Selection looked at these numbers, so they flatter; the test table above does not.",
@@ -46,14 +63,15 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
     BrokenFileError
         a file of the run is missing or of another schema.
     """
-    found = read_json(folder / "search.json", what="search")
+    file = folder / "search.json"
+    found = read_json(file, what="search", inside=folder)
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BrokenFileError(f"{folder / 'search.json'} is not of the schema {SCHEMA}")
+        raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+    check_fields(found, SEARCH_FIELDS, file)
+    check_plain(folder / "plan.json", what="freeze plan", inside=folder)
     plan = FreezePlan.load(folder / "plan.json")
     try:
-        baselines, layers, trials = (
-            _rows(folder / f"{name}.csv") for name in ("baselines", "layers", "trials")
-        )
+        baselines, layers, trials = (_rows(folder, name) for name in ROW_FIELDS)
         sections = [
             f"<h1>Which blocks of {html.text(found['model'])} to train for {html.text(found['task'])}</h1>",
             f'<p class="answer">{html.text(found["answer"])}</p>',
@@ -76,11 +94,9 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
     return f"layerprobe: {found['model']} on {found['task']}", sections
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return strict_rows(read_frame(path))
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise BrokenFileError(f"cannot read {path}: {error}") from error
+def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = folder / f"{name}.csv"
+    return check_fields(strict_rows(read_frame(path, inside=folder)), [ROW_FIELDS[name]], path)
 
 
 def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
@@ -168,7 +184,9 @@ def _layers(rows: list[dict[str, Any]]) -> str:
 
 def _figures(folder: Path) -> list[str]:
     figures = [
-        html.figure(path, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " ")))
+        html.figure(
+            path, folder, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " "))
+        )
         for path in [*sorted(folder.glob("*.png")), *sorted((folder / "bridge").glob("*.png"))]
     ]
     return figures or ['<p class="soft">none were drawn</p>']

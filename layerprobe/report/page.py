@@ -10,9 +10,16 @@ from typing import Any
 
 from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.intervals import interval_in_words
+from layerprobe.provenance import without_secrets
+from layerprobe.reading import Schema, read_file
 from layerprobe.tables import render_table
 
 MAX_FIGURE_BYTES = 20 << 20
+PROVENANCE_FIELDS: dict[str, Schema] = {
+    "command?": (str, type(None)),
+    "command_line?": (str, type(None)),
+    "arguments?": (dict, type(None)),
+}
 
 STYLE = """
 :root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
@@ -68,19 +75,15 @@ def interval(low: float | None, high: float | None, *, sign: bool = False) -> st
     return "–" if low is None or high is None else interval_in_words(low, high, sign=sign)
 
 
-def figure(path: Path, caption: str) -> str:
-    """A PNG file, embedded.
+def figure(path: Path, folder: Path, caption: str) -> str:
+    """A PNG file of a run folder, embedded.
 
     Raises
     ------
     BrokenFileError
-        Larger than 20 MiB, or no PNG.
+        No plain file, outside the folder, larger than 20 MiB, or no PNG.
     """
-    size = path.stat().st_size
-    if size > MAX_FIGURE_BYTES:
-        most = f"{MAX_FIGURE_BYTES:,}"
-        raise BrokenFileError(f"figure {path} has {size:,} bytes; more than {most} are not embedded")
-    data = path.read_bytes()
+    data = read_file(path, what="figure", inside=folder, max_bytes=MAX_FIGURE_BYTES)
     if not data.startswith(b"\x89PNG"):
         raise BrokenFileError(f"{path} is no PNG file")
     code = base64.b64encode(data).decode("ascii")
@@ -103,6 +106,8 @@ def folded(title: str, inner: str) -> str:
 
 def repeat_section(provenance: Mapping[str, Any]) -> str:
     """The command that repeats a result, and the versions and machine it was made with."""
+    # Records of earlier versions may hold a password.
+    provenance = without_secrets(provenance)
     given = (provenance.get("arguments") or {}).items()
     arguments = "\n".join(f"#   {key} = {value}" for key, value in given)
     line = provenance.get("command_line") or f"# from Python: {provenance.get('command')} with\n{arguments}"

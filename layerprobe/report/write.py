@@ -7,8 +7,9 @@ from pathlib import Path
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json, write_text
+from layerprobe.reading import check_fields, is_folder, is_there
 from layerprobe.report.freeze_search import search_sections
-from layerprobe.report.page import figure, page, repeat_section, text
+from layerprobe.report.page import PROVENANCE_FIELDS, figure, page, repeat_section, text
 from layerprobe.tables import render_table
 
 SHOWN_ROWS = 200
@@ -37,9 +38,9 @@ def write_report(folder: str | os.PathLike[str], *, output: str | os.PathLike[st
         It holds no run, or a damaged one.
     """
     source = Path(folder)
-    if not source.is_dir():
+    if not is_folder(source):
         raise UsageError(f"there is no run folder {source}")
-    make = search_sections if (source / "search.json").is_file() else record_sections
+    make = search_sections if is_there(source / "search.json") else record_sections
     title, sections = make(source)
     return write_text(output if output is not None else source / "report.html", page(title, sections))
 
@@ -52,7 +53,8 @@ def record_sections(folder: Path) -> tuple[str, list[str]]:
     BrokenFileError
         No record is there.
     """
-    files = {path.stem: read_json(path, what="record") for path in sorted(folder.glob("*.json"))}
+    found = sorted(folder.glob("*.json"))
+    files = {path.stem: read_json(path, what="record", inside=folder) for path in found}
     records = {name: content for name, content in files.items() if _is_record(content)}
     if not records:
         raise BrokenFileError(
@@ -61,12 +63,13 @@ def record_sections(folder: Path) -> tuple[str, list[str]]:
         )
     sections = [f"<h1>{text(folder.resolve().name)}</h1>"]
     for name, content in records.items():
+        check_fields(content, {"provenance?": (PROVENANCE_FIELDS, type(None))}, folder / f"{name}.json")
         rows = [row for row in content["rows"] if isinstance(row, dict)]
         known = [c for c in (rows[0] if rows else {}) if any(row.get(c) is not None for row in rows)]
         more = f'<p class="soft">{len(rows) - SHOWN_ROWS:,} more rows in {text(name)}.csv</p>'
         sections += [f"<h2>{text(name)}</h2>", render_table(rows[:SHOWN_ROWS], "html", columns=known)]
         sections.append(more if len(rows) > SHOWN_ROWS else "")
-    figures = [figure(path, path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
+    figures = [figure(path, folder, path.stem.replace("_", " ")) for path in sorted(folder.glob("*.png"))]
     sections += ["<h2>Figures</h2>", *figures] if figures else []
     sections.append(repeat_section(next(iter(records.values())).get("provenance") or {}))
     return f"layerprobe: {folder.resolve().name}", sections

@@ -17,6 +17,7 @@ import pandas as pd
 
 from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import output_folder
+from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
@@ -108,7 +109,10 @@ def freeze_search(
     )
     if folder is not None:
         found.folder = folder
-        found.save(folder)
+        with folder_lock(
+            folder, "layerprobe freeze-search", wait=True
+        ):  # others of this search save the same
+            found.save(folder)
         if chosen.keep_bridge:
             keep_bridge(backbone, task, found, chosen, folder, quiet=quiet)
     return found
@@ -335,7 +339,14 @@ def keep_bridge(
     """
     if settings.bridge is None:
         return
-    target = folder / "bridge"
+    with folder_lock(folder / "bridge", "layerprobe freeze-search", wait=True):
+        _train_bridge(backbone, task, found, settings, folder / "bridge", quiet=quiet)
+
+
+def _train_bridge(
+    backbone: Backbone, task: Task, found: SearchResult, settings: Settings, target: Path, *, quiet: bool
+) -> None:
+    assert settings.bridge is not None, "keep_bridge"
     checkpoint = find_checkpoint(target) if target.is_dir() else None
     config = settings.bridge.replace(lr=found.facts["plan"]["lr"], seed=settings.seed)
     if checkpoint is not None and checkpoint.state["finished"]:
@@ -348,7 +359,7 @@ def keep_bridge(
         return
     if not quiet:
         note(f"bridge training under the chosen plan, {config.steps} steps")
-    run = bridge_train(
+    bridge_train(
         backbone,
         task,
         plan=found.plan,
@@ -357,7 +368,6 @@ def keep_bridge(
         resume=checkpoint is not None,
         quiet=quiet,
     )
-    run.save(target)
 
 
 @contextmanager

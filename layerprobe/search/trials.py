@@ -7,44 +7,43 @@ one whose process died goes back into the queue.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import optuna
-import sqlalchemy
-from alembic.util import CommandError
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import OptunaError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.search.database import (
+    HEARTBEAT_SECONDS,
+    STORAGE_ERRORS,
+    be_patient,
+    connect,
+    first_line,
+    hasty,
+    heartbeats,
+    hide_password,
+    patient,
+    storage_url,
+)
 from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
 from layerprobe.training.finetune import Outcome
 
-STUDY = "layerprobe freeze-search"
-HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25
 QUEUE = 32
 """How many trials wait at a time: enough for the workers of several machines, few enough that reading all
 trials that have not ended, as every look into the database does, stays far below the time of a training."""
-
-STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError)
-"""What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
-for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-9, 1e3, log=True),
@@ -77,6 +76,9 @@ class TrialStore:
 
     def __init__(self, storage: optuna.storages.RDBStorage, study: optuna.Study) -> None:
         self._storage, self._study = storage, study
+        self._beats: dict[
+            int, tuple[object, float]
+        ] = {}  # of a running trial: its heartbeat, and since when we saw it
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
@@ -95,7 +97,8 @@ class TrialStore:
         shown = hide_password(target)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            storage, study = _connect(target)
+            storage, study = connect(target)
+            be_patient(storage, shown)
         except ImportError as error:
             raise NotAvailableError(
                 f"storage {shown} needs a driver that is not installed ({error.name}); "
@@ -104,7 +107,7 @@ class TrialStore:
         except LayerprobeError:
             raise
         except STORAGE_ERRORS as error:
-            raise NotAvailableError(f"storage {shown} cannot be used: {_first_line(error)}") from error
+            raise NotAvailableError(f"storage {shown} cannot be used: {first_line(error)}") from error
         wanted = json.loads(json.dumps(dict(arguments)))
         known = study.user_attrs.get("arguments")
         if known is None and study.trials:
@@ -176,12 +179,18 @@ class TrialStore:
     def revive(self) -> None:
         """Set trials of dead processes free: stale heartbeats, and dead processes on this host.
 
-        They end as failed without an outcome, and whoever wants one enqueues it anew.
+        A heartbeat is stale when it has stayed the same for so long by this process's own steady clock: clocks of
+        machines differ and jump. Such trials end as failed without an outcome, and whoever wants one enqueues it anew.
         """
-        with _quiet():
-            optuna.storages.fail_stale_trials(self._study)
-        for frozen in self._trials():
-            if frozen.state == TrialState.RUNNING and is_dead(frozen.user_attrs.get("worker", "")):
+        now, beats = time.monotonic(), heartbeats(self._storage)
+        running = [frozen for frozen in self._trials() if frozen.state == TrialState.RUNNING]
+        before, self._beats = self._beats, {}
+        for frozen in running:
+            beat = beats.get(frozen._trial_id)
+            same, since = before.get(frozen._trial_id, (beat, now))
+            self._beats[frozen._trial_id] = beat, since if same == beat else now
+            stale = beat is not None and now - self._beats[frozen._trial_id][1] > GRACE_SECONDS
+            if stale or is_dead(frozen.user_attrs.get("worker", "")):
                 self._close(frozen, TrialState.FAIL)
 
     def get(self, name: str) -> Any:
@@ -238,7 +247,7 @@ class TrialStore:
             trial_id = frozen._trial_id
             # The heartbeat goes in first: a process that dies right after claiming must be found out. The
             # name follows the claim, for only who has the trial may say whose death sets it free.
-            self._storage.record_heartbeat(trial_id)
+            patient(self._storage.record_heartbeat, "the storage")(trial_id)
             try:
                 if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
                     self._set_attr(trial_id, "worker", this_worker())
@@ -252,7 +261,8 @@ class TrialStore:
             with self._heartbeat(frozen._trial_id):
                 outcome = evaluate(trial)
         except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
-            self._close(frozen, TrialState.FAIL)
+            with suppress(*STORAGE_ERRORS), hasty():  # else it is found out by its heartbeat
+                self._close(frozen, TrialState.FAIL)
             raise
         self._set_attr(frozen._trial_id, "outcome", outcome.to_dict())
         value = outcome.validation_accuracy
@@ -296,104 +306,9 @@ class TrialStore:
             thread.join()
 
 
-def storage_url(url: str | os.PathLike[str]) -> str:
-    """A SQLAlchemy URL: paths become SQLite files, postgresql:// takes the psycopg 3 driver."""
-    text = os.fspath(url)
-    if "://" not in text:  # `%` and `?` mean something in a URL, so the path is not pasted into one
-        return str(sqlalchemy.URL.create("sqlite", database=str(Path(text).absolute())))
-    for prefix in ("postgresql://", "postgres://"):
-        if text.startswith(prefix):
-            return "postgresql+psycopg://" + text.removeprefix(prefix)
-    return text
-
-
-def hide_password(url: str) -> str:
-    """The URL as it may be shown: an SQLite file's path, anything else without its password."""
-    if url.startswith("sqlite:///"):
-        return sqlalchemy.make_url(url).database or ":memory:"
-    head, _, tail = url.partition("://")
-    user, at, rest = tail.rpartition("@")
-    host, _, query = rest.partition("?")
-    shown = "&".join(part for part in query.split("&") if not part.lower().startswith("password="))
-    return f"{head}://{user.partition(':')[0]}{at}{host}" + (f"?{shown}" if shown else "")
-
-
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:
     """The outcome of a trial that ended with one: complete, or failed for a stated reason."""
     if frozen is None or frozen.state not in (TrialState.COMPLETE, TrialState.FAIL):
         return None
     stored = frozen.user_attrs.get("outcome")
     return None if stored is None else Outcome.from_dict(stored)
-
-
-def _connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    for attempt in itertools.count():
-        try:
-            with _quiet():
-                storage = optuna.storages.RDBStorage(
-                    url.replace("{", "{{").replace("}", "}}"),  # optuna takes the URL for a template
-                    engine_kwargs=engine,
-                    heartbeat_interval=HEARTBEAT_SECONDS,
-                    grace_period=GRACE_SECONDS,
-                )
-                if url.startswith("sqlite"):
-                    _one_writer(storage.engine)
-                study = optuna.create_study(
-                    study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True
-                )
-            others = [name for name in optuna.get_all_study_names(storage) if name != STUDY]
-            if others:
-                raise UsageError(
-                    f"storage {hide_password(url)} already holds another optuna study ('{others[0]}'); "
-                    "give each search its own database"
-                )
-            return storage, study
-        except LayerprobeError:
-            raise
-        except STORAGE_ERRORS:
-            # Two processes that create the tables of a new database at once get in each other's way once.
-            if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
-                raise
-            time.sleep(0.2 * (attempt + 1))
-    raise AssertionError  # not reached: the loop has no end
-
-
-def _one_writer(engine: sqlalchemy.Engine) -> None:
-    """Let every transaction on an SQLite file lock it from its start.
-
-    By default Python's driver begins a transaction at the first write, so that two processes may both read
-    that a trial waits before either marks it as running. PostgreSQL locks the row that is read for update.
-    """
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def leave_transactions_to_us(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-
-    @sqlalchemy.event.listens_for(engine, "begin")
-    def begin(connection: sqlalchemy.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    engine.dispose()  # connections from before have not heard of it
-
-
-def _unreachable(url: str) -> bool:
-    try:
-        with sqlalchemy.create_engine(url).connect():
-            return False
-    except STORAGE_ERRORS:
-        return True
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield

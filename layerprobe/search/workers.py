@@ -7,12 +7,17 @@ import os
 import pickle
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
+
+ORPHAN_SECONDS = 2.0
+"""How often a helper process looks for the process that started it."""
 
 Serve = Callable[[Callable[[], bool]], None]
 """Works while the given function says so; must survive pickling."""
@@ -51,12 +56,15 @@ def helpers(count: int, serve: Serve) -> Iterator[None]:
                 if process.is_alive():
                     # Everything asked for is answered; what a helper still trains, nobody waits for.
                     process.terminate()
+                    process.join(timeout=10)
+                    process.kill()
                     process.join()
 
 
 def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:
     # Being told to end is like Ctrl-C: the running trial goes back into the queue.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         # Packed by the parent process itself and handed over in memory: nothing that came from outside.
         serve: Serve = pickle.loads(packed)
@@ -64,6 +72,13 @@ def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:
             serve(lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return
+
+
+def _end_with(parent: int) -> None:
+    """Leave when the parent is gone, in the middle of a training as well: nobody waits for it."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_SECONDS)
+    os._exit(1)
 
 
 def _threads(processes: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.reading import check_plain, is_folder
 from layerprobe.tasks.images import FileImages, image_suffixes
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
 from layerprobe.tasks.task import Source, SourceSplit, fingerprint, labelled
@@ -100,7 +101,11 @@ def _survey(path: Path, within: tuple[Path, ...]) -> _Folder:
         raise BrokenFileError(f"cannot look into {path}: {error.strerror}") from error
     for entry in entries:
         inside = path / entry.name
-        if entry.is_dir():
+        if not _is_text(entry.name):
+            raise BrokenFileError(
+                f"{path} holds a name that is no UTF-8 ({ascii(entry.name)[:80]}); rename it"
+            )
+        if is_folder(inside):
             if entry.name.startswith("."):
                 found.hidden += sum(
                     Path(name).suffix.lower() in image_suffixes()
@@ -117,10 +122,15 @@ def _survey(path: Path, within: tuple[Path, ...]) -> _Folder:
                 found.folders.append(_survey(inside, (*within, target)))
         elif not entry.name.startswith("."):
             is_image = inside.suffix.lower() in image_suffixes()
-            if is_image and not inside.is_file():
-                raise BrokenFileError(f"cannot read the image {inside}: its link leads nowhere")
+            if is_image:
+                check_plain(inside, what="the image")
             (found.images if is_image else found.others).append(inside)
     return found
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be printed and hashed: the system's names are bytes, of which some are no letters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _descend(whole: _Folder, root: Path) -> tuple[_Folder, list[str]]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 IDENTITIES = ("pixels", "files", "names")
 
-KEEP_BYTES = 512 << 20
-"""Decoded images are kept in memory when all of them together need less than this."""
+KEEP_BYTES = 32 << 20
+"""Decoded images are kept in memory when all together need less than this; others are decoded as they are used."""
 
 DECODE_BYTES = 2 << 30
 """Up to this decoded size all images are decoded and compared by their pixels, beyond by their files."""

@@ -15,13 +15,14 @@ from typing import IO
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
+from layerprobe.reading import check_unpacked, is_folder, is_plain, is_there, open_file
 from layerprobe.tasks.class_folders import read_class_folders
 from layerprobe.tasks.images import ArrayImages
 from layerprobe.tasks.parquet import ColumnChoice, first_parquet_image, read_parquet
 from layerprobe.tasks.split import split_word
 from layerprobe.tasks.task import Source, SourceSplit, labelled, refuse_one_class
 
-MAX_BYTES = 8 << 30
+_PIECE = 1 << 20
 _UINT8 = 0x08
 # Deflate cannot pack more than about 1032 bytes into one, which bounds what a gzip file may hold.
 _MAX_DEFLATE_RATIO = 1040
@@ -59,11 +60,11 @@ def peek_folder(name: str, folder: Path, choice: ColumnChoice) -> tuple[int | No
 
 def _list_folder(folder: Path, choice: ColumnChoice) -> tuple[str, list[Path]]:
     """What a folder seems to hold, "parquet", "idx" or "classes", and the files of the first two."""
-    if folder.is_file() and folder.suffix == ".parquet":
+    if is_plain(folder) and folder.suffix == ".parquet":
         return "parquet", [folder]
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UnknownNameError(f"no folder {folder}; check the path, or see: layerprobe ls tasks")
-    tables = (path for path in folder.rglob("*.parquet") if path.is_file())
+    tables = (path for path in folder.rglob("*.parquet") if not is_folder(path))
     if parquet := sorted(path for path in tables if not _is_hidden(path.relative_to(folder))):
         return "parquet", parquet
     refuse_column(str(folder), choice)
@@ -110,7 +111,7 @@ def _labels_beside(path: Path) -> Path:
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", path.name)
     plain = name.removesuffix(".gz")
     for candidate in (name, plain, f"{plain}.gz"):
-        if (labels := path.with_name(candidate)).is_file():
+        if is_there(labels := path.with_name(candidate)):
             return labels
     raise UsageError(f"{path} has no labels beside it; {name} was looked for")
 
@@ -142,21 +143,25 @@ def read_idx(path: Path, *, ndim: int) -> np.ndarray:
         announced = f"{path} announces {'×'.join(f'{extent:,}' for extent in shape)} = {expected:,} bytes"
         zipped = isinstance(stream, gzip.GzipFile)
         available = size * _MAX_DEFLATE_RATIO if zipped else size - 4 - 4 * ndim
-        if expected > min(available, MAX_BYTES) or (not zipped and expected != available):
+        if expected > available or (not zipped and expected != available):
             raise BrokenFileError(f"{announced}, but the file has {size:,}; it is truncated or damaged")
-        content = stream.read(expected)
+        check_unpacked(expected, path)
+        content, done = np.empty(expected, np.uint8), 0
+        while done < expected and (piece := stream.read(min(expected - done, _PIECE))):
+            content[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
         surplus = stream.read(1)
-    if len(content) != expected or surplus:
-        held = f"{len(content):,}" if len(content) < expected else "more"
+    if done != expected or surplus:
+        held = f"{done:,}" if done < expected else "more"
         raise BrokenFileError(f"{announced} but holds {held}; it is truncated or damaged")
-    return np.frombuffer(content, np.uint8).reshape(shape)
+    return content.reshape(shape)
 
 
 @contextlib.contextmanager
 def _open_idx(path: Path, ndim: int) -> Iterator[tuple[IO[bytes] | gzip.GzipFile, tuple[int, ...]]]:
     """The file behind its header, and the shape in the header."""
     try:
-        with path.open("rb") as raw:
+        with open_file(path, what="IDX file") as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream = gzip.GzipFile(fileobj=raw) if zipped else raw

@@ -9,9 +9,7 @@ import bisect
 import functools
 import io
 import itertools
-import struct
 import warnings
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
@@ -22,12 +20,16 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
 
 from layerprobe.errors import BrokenFileError
+from layerprobe.reading import check_plain, read_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 MAX_PIXELS = 1 << 26
 """Images of more pixels are refused unread: a few bytes of PNG can claim gigabytes."""
+
+MAX_FILE_BYTES = 512 << 20
+"""Image files of more bytes are refused; an uncompressed image of `MAX_PIXELS` has fewer."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """What may be opened. Other formats Pillow knows start external programs or hold no photographs."""
@@ -70,7 +72,9 @@ def decode_image(data: bytes | pa.Buffer, place: str) -> np.ndarray:
             pixels = image_pixels(image, place)
     except Image.DecompressionBombError as error:
         raise BrokenFileError(_too_large(place, str(error))) from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+    except BrokenFileError:
+        raise
+    except Exception as error:  # the decoders of seven formats, each with errors of its own
         reason = (
             "not an image in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
         )
@@ -198,7 +202,7 @@ class FileImages(ImageStore):
         return self._names[row]
 
     def stored_size(self) -> int:
-        return sum(path.stat().st_size for path in self._paths)
+        return sum(check_plain(path, what="the image").st_size for path in self._paths)
 
 
 class ArrowImages(ImageStore):
@@ -341,7 +345,4 @@ def decode_all(store: ImageStore, rows: Iterable[int]) -> list[np.ndarray]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BrokenFileError(f"cannot read the image {path}: {error.strerror}") from error
+    return read_file(path, what="the image", max_bytes=MAX_FILE_BYTES)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.reading import is_there
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.folder import peek_folder, read_folder, refuse_column
 from layerprobe.tasks.images import ArrayImages
@@ -136,7 +137,7 @@ def _parse_name(name: str, label: str | None) -> tuple[str, TaskEntry | None, Co
     """Take "cifar100:coarse_label" apart; a folder of that very name comes first."""
     match = re.fullmatch(r"(.+):(\w+)", name)
     base = name
-    if match is not None and not Path(name).exists():
+    if match is not None and not is_there(Path(name)):
         base, label = match[1], label or match[2]
     entry = TASKS.get(base)
     return base, entry, ColumnChoice(entry.image if entry else (), entry.label if entry else (), label)
@@ -149,7 +150,7 @@ def _local_folder(base: str, data_dir: str | Path | None) -> Path | None:
     if base in TASKS:
         return None
     path = Path(base).expanduser()
-    if path.exists() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+    if is_there(path) or base.startswith((".", "/", "~")) or base.count("/") > 1:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
         raise UnknownNameError(f"unknown task '{base}'.{did_you_mean(base, TASKS)} See: layerprobe ls tasks")

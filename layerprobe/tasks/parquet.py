@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.errors import BrokenFileError, LayerprobeError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.reading import check_plain, check_unpacked
 from layerprobe.tasks.images import ArrowImages, ChosenImages, ImageStore
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
 from layerprobe.tasks.task import NO_LABEL, Source, SourceSplit, fingerprint, labelled
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-IN_MEMORY_BYTES = 1 << 30
+_ROWS_AT_ONCE = 64
+IN_MEMORY_BYTES = 512 << 20
 """Parquet files up to this size together are read into memory; larger ones are memory-mapped as Arrow."""
 
 
@@ -189,7 +191,7 @@ def read_parquet(paths: Sequence[Path], root: Path, choice: ColumnChoice) -> Sou
     by_split, remarks = _files_by_split(paths, root)
     used = [path for files in by_split.values() for path in files]
     columns = choose_columns(_read_schema(used[0]), choice, str(root))
-    in_memory = sum(path.stat().st_size for path in used) <= IN_MEMORY_BYTES
+    in_memory = sum(check_plain(path, what="table").st_size for path in used) <= IN_MEMORY_BYTES
     splits, values = [], []
     for word, files in by_split.items():
         tables = [_read_columns(path, columns, in_memory=in_memory) for path in files]
@@ -249,6 +251,7 @@ def _read_schema(path: Path) -> pa.Schema:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_plain(path, what="table")
     try:
         return pq.read_schema(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -274,8 +277,18 @@ def _read_columns(path: Path, columns: Columns, *, in_memory: bool) -> pa.Table:
     if not in_memory:
         return _map_columns(path, wanted)
     try:
-        # One file at a time: the data-set reader would take folder names for columns.
-        return pq.ParquetFile(path).read(columns=wanted).select(wanted).replace_schema_metadata(None)
+        # One file at a time: the data-set reader would take folder names for columns. And in pieces: a page may unpack
+        # to thousands of times its size, and one value may stand in many rows.
+        batches, unpacked = [], 0
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted):
+            batches.append(batch.select(wanted).replace_schema_metadata(None))
+            unpacked += batch.nbytes
+            check_unpacked(unpacked, path)
+        if not batches:
+            return pq.ParquetFile(path).read(columns=wanted).select(wanted).replace_schema_metadata(None)
+        return pa.Table.from_batches(batches)
+    except LayerprobeError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _broken_parquet(path, error) from error
 

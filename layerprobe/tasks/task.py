@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.reading import check_plain
 from layerprobe.tasks.duplicates import (
     KEEP_BYTES,
     Scan,
@@ -189,9 +191,9 @@ def fingerprint(parts: Mapping[str, Sequence[Path]], what: str = "") -> str:
     digest = hashlib.blake2b(f"{FINGERPRINT_VERSION} {what}".encode(), digest_size=16)
     for name, paths in parts.items():
         for path in paths:
-            facts = path.stat()
+            facts = check_plain(path)
             stamp = f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
-            digest.update(f"{name} {path.resolve()} {stamp}\n".encode())
+            digest.update(os.fsencode(f"{name} {path.resolve()} {stamp}\n"))
     return digest.hexdigest()
 
 

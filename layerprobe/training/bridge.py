@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from layerprobe.errors import UsageError
+from layerprobe.errors import UsageError, stopped_by
 from layerprobe.files import output_folder
+from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.plan import TRAINABLE
 from layerprobe.plans.verify import Verification
@@ -24,18 +23,10 @@ from layerprobe.provenance import provenance
 from layerprobe.tables import write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
-from layerprobe.training.classifier import (
-    Classifier,
-    Snapshot,
-    autocast,
-    gradient_checkpointing,
-    in_batches,
-    predict,
-    set_training,
-)
+from layerprobe.training.choose_rate import choose_rate
+from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
-from layerprobe.training.finetune import run_stage
 from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
 from layerprobe.training.loop import (
     DivergedError,
@@ -65,6 +56,7 @@ def bridge_train(
     output: str | Path | None = None,
     resume: bool = False,
     quiet: bool = True,
+    finish: Callable[[BridgeRun], None] | None = None,
 ) -> BridgeRun:
     """Teach `backbone` random labels of the task's training images, under a freeze plan. Trains in place.
 
@@ -85,6 +77,8 @@ def bridge_train(
         Continue the unfinished run in `output`, if there is one.
     quiet : bool
         No bar and no remarks.
+    finish : Callable[[BridgeRun], None] | None
+        What else belongs to a finished run, figures say. A run that was stopped in it does it again.
 
     Raises
     ------
@@ -96,7 +90,7 @@ def bridge_train(
     DivergedError
         The loss left the finite numbers or stays far above a guess's.
     KeyboardInterrupt
-        Ctrl-C, after a checkpoint was saved.
+        Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     config = config or BridgeConfig()
     n_images = len(task.train)
@@ -106,18 +100,20 @@ def bridge_train(
             "choose fewer with --random-classes"
         )
     folder = output_folder(output) if output is not None else None
-    backbone.prepare(task)
-    if folder is not None:
-        checkpoints.refuse_used_folder(folder, resume=resume)
-        check_save(backbone, config.save)
-    plan = plan or all_trainable(backbone)
-    if not plan.trained_parameters and TRAINABLE not in (plan.states["stem"], plan.states["head"]):
-        raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
-    if n_images < 2:
-        raise UsageError(f"{n_images} training images are too few for random labels")
-    tensors = TaskTensors.of(backbone, task, ("train",))
-    with preserved_rng():
-        return _Training(backbone, tensors, plan, config, folder, resume=resume, quiet=quiet).run()
+    with folder_lock(folder, "layerprobe bridge"):
+        backbone.prepare(task)
+        if folder is not None:
+            checkpoints.refuse_used_folder(folder, resume=resume)
+            check_save(backbone, config.save)
+        plan = plan or all_trainable(backbone)
+        if not plan.trained_parameters and TRAINABLE not in (plan.states["stem"], plan.states["head"]):
+            raise UsageError(f"nothing to train: {plan.source} freezes the blocks, the stem and the head")
+        if n_images < 2:
+            raise UsageError(f"{n_images} training images are too few for random labels")
+        tensors = TaskTensors.of(backbone, task, ("train",))
+        with preserved_rng():
+            training = _Training(backbone, tensors, plan, config, folder, resume=resume, quiet=quiet)
+            return training.run(finish)
 
 
 class _Training:
@@ -143,7 +139,9 @@ class _Training:
             backbone.to(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.about = {**backbone.describe(), **tensors.facts}
-        found = checkpoints.find_checkpoint(folder) if folder is not None and resume else None
+        found = None
+        if folder is not None and resume:
+            found = checkpoints.find_checkpoint(folder, check_bytes=True)
         self.config, self.lr = config, self._rate(config, found)
         self.classifier = Classifier(backbone, config.random_classes, seed=config.seed)
         # Digests before any training: a continued run is held to these too.
@@ -160,7 +158,7 @@ class _Training:
             checkpoints.shard(self.classifier, self.accelerator.device)
             self.check.take_digests()
         self.optimizer = make_optimizer(self.classifier, config)
-        if found is not None:
+        if found is not None and found.step < self.n_steps:
             checkpoints.load_optimizer(found, self.optimizer, self.classifier)
         self.history = History(folder if self.is_main else None, keep=self.start)
         self.phase: str | None = None
@@ -176,7 +174,7 @@ class _Training:
             raise UsageError("choose the learning rate with one process first, then pass one --lr")
         return choose_rate(self.backbone, self.tensors, self.labels, self.plan, config, quiet=self.quiet)
 
-    def run(self) -> BridgeRun:
+    def run(self, finish: Callable[[BridgeRun], None] | None) -> BridgeRun:
         config = self.config.replace(lr=self.lr)
         every = config.checkpoint_every or max(1, math.ceil(self.n_steps / 10))
         with gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
@@ -223,8 +221,8 @@ class _Training:
                     if stop or (done % every == 0 and done < self.n_steps):
                         self._save(done)
                     if stop:
-                        raise KeyboardInterrupt
-            return self._finish(done)
+                        raise stopped_by(interrupted[0]) if interrupted else KeyboardInterrupt
+            return self._finish(done, finish)
 
     def _enter_phase(self, step: int) -> FrozenPrefix | None:
         """Set what trains at `step`: all of the plan, or stem first and then the plan without the stem."""
@@ -261,9 +259,13 @@ class _Training:
         flag = torch.tensor([float(interrupted)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def _finish(self, done: int) -> BridgeRun:
+    def _finish(self, done: int, finish: Callable[[BridgeRun], None] | None) -> BridgeRun:
+        """Save the model, unless that was done before; then the tables and what `finish` makes; then say so."""
         self.classifier.zero_grad()
-        verified = self._save(done, final=True)
+        if self.start < self.n_steps:
+            verified = self._save(done, final=True)
+        else:
+            verified = self.check.verify(after=f"{done} steps")
         if self.config.trackers:
             self.accelerator.end_training()
         last = self.history.frame().tail(max(1, self.n_steps // 10))
@@ -301,6 +303,10 @@ class _Training:
         )
         if self.folder is not None and self.is_main:
             run.save(self.folder)
+            if finish is not None:
+                finish(run)
+            checkpoints.remove_others(self.folder, self.folder / checkpoints.FINAL, keep=1)
+            checkpoints.mark_finished(self.folder)
         return run
 
     def _save(self, done: int, *, final: bool = False) -> Verification:
@@ -355,41 +361,3 @@ class _Training:
             good = checkpoints.find_checkpoint(self.folder) if self.folder is not None else None
             left = f"; the last good checkpoint is {good.folder}" if good else ""
             raise DivergedError(f"{error}{left}") from error
-
-
-def choose_rate(
-    backbone: Backbone,
-    tensors: TaskTensors,
-    labels: np.ndarray,
-    plan: FreezePlan,
-    config: BridgeConfig,
-    *,
-    quiet: bool,
-) -> float:
-    """The rate of `config.lrs` with the lowest loss after `config.lr_steps` steps, each annealed to its end.
-
-    The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
-    training with weak augmentation shows one time in eighteen.
-    """
-    steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
-    rows = np.arange(min(len(labels), 2048))
-    plain, targets = tensors.pixels["train"].subset(rows), torch.from_numpy(labels[rows])
-    losses: dict[float, float] = {}
-    for lr in config.lrs:
-        trial = config.replace(lr=lr, steps=steps, lrs=())
-        with Snapshot(backbone):
-            try:
-                stage = run_stage(backbone, tensors, trial, plan=plan)
-                model = stage.classifier.eval()
-                with autocast(model.device, config.precision):
-                    logits = in_batches(model, plain, device=model.device)
-                losses[lr] = float(cross_entropy(logits.float(), targets))
-            except DivergedError:
-                losses[lr] = math.inf
-    best = min(losses, key=lambda lr: losses[lr])
-    if not math.isfinite(losses[best]):
-        raise DivergedError(f"all learning rates diverged: {', '.join(map(str, config.lrs))}; try lower ones")
-    if not quiet:
-        shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
-        note(f"learning rate {best:g}, by random-label loss on plain views after {steps} steps ({shown})")
-    return best

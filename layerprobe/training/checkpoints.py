@@ -13,13 +13,16 @@
       final/                  the same at the end of a finished run
 
 A checkpoint folder is written under another name and renamed, and only then does `layerprobe_run.json` name
-it: whenever a run is killed, the run file points to a whole checkpoint or to none.
+it: whenever a run is killed, the run file points to a whole checkpoint or to none. `state.json` holds a digest of every
+file beside it; a checkpoint that was damaged later gives way to the one before. The run file says that the run is
+finished only when its tables and figures are there; until then finishing is done again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,15 +41,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from layerprobe.backbones.pretrained import place_in_whole_model
-from layerprobe.backbones.processor import RECIPE_FILES
-from layerprobe.backbones.resolve import ModelSource
 from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
-from layerprobe.files import cannot_write, read_json, write_json
+from layerprobe.files import cannot_write, read_json, sync, write_json
+from layerprobe.progress import note
+from layerprobe.reading import Schema, check_fields, is_there, open_file
 from layerprobe.tables import strict_value
 from layerprobe.training.classifier import Classifier, state_tensors, whole
 from layerprobe.training.config import text_hash
-from layerprobe.training.parts import base_of, put_back, split_weights
+from layerprobe.training.parts import base_of, no_transformers_bars, put_back, save_model, split_weights
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -61,6 +64,10 @@ STATE_SCHEMA = "layerprobe.bridge-state/v1"
 FINAL = "final"
 BACKBONE = ("model_id", "revision", "init", "n_blocks", "patch_size", "image_size", "attention", "pooling")
 """What of `Backbone.describe()` must be the same when a run is continued."""
+STATE_FIELDS: dict[str, Schema] = {
+    "step": int, "n_steps": int, "lr": float, "config": dict, "data": dict, "backbone": dict, "origin": dict,
+    "trainable_digest": str, "processes": int, "threads": int, "files?": dict,
+}  # fmt: skip
 MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
 """Settings that a continued run may have otherwise than it began with."""
 
@@ -105,20 +112,22 @@ def save_checkpoint(
         parts = split_weights(weights)
         model = parts.pop("model")
         if base is None:
-            _save_model(backbone, model, temporary / "backbone")
+            save_model(backbone, model, temporary / "backbone")
         else:
             parts["trained"] = {name: model[name] for name in plan.trainable}
         for name, tensors in {**parts, "optimizer": moments}.items():
             if tensors is not None and (tensors or name in ("optimizer", "trained")):
                 plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
                 save_file(plain, temporary / f"{name}.safetensors")
-        write_json(temporary / "state.json", {"schema": STATE_SCHEMA, **state})
+        written = sorted(path for path in temporary.rglob("*") if path.is_file())
+        digests = {path.relative_to(temporary).as_posix(): _digest(path) for path in written}
+        write_json(temporary / "state.json", {"schema": STATE_SCHEMA, **state, "files": digests})
         for path in temporary.rglob("*"):
-            _flush(path)
+            sync(path)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.replace(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     where = folder.relative_to(run_folder)
     run = {
         "schema": RUN_SCHEMA,
@@ -130,52 +139,86 @@ def save_checkpoint(
         "stem_file": str(where / "stem.safetensors") if backbone.stem is not None else None,
         "checkpoint": str(where),
         "step": state["step"],
-        "finished": final,
+        "finished": False,
     }
     write_json(run_folder / RUN_FILE, run)
-    # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
-    others = set((run_folder / "checkpoints").glob("step-*")) - {folder}
-    earlier = sorted(p for p in others if final or p.name < folder.name)
-    for old in others.difference(earlier[1 - keep :] if keep > 1 else []):
-        shutil.rmtree(old, ignore_errors=True)
+    remove_others(run_folder, folder, keep=keep)
     return folder
 
 
-def _save_model(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
-    """The model in its own class's format, with its preprocessing: without that it would see other pixels."""
-    # AutoModel, too, must find every tensor where it looks for it.
-    architecture, prefix = place_in_whole_model(backbone.model)
-    with _no_transformers_bars():
-        backbone.model.save_pretrained(
-            folder, state_dict={f"{prefix}{name}": value for name, value in tensors.items()}
-        )
-    if prefix:
-        config = read_json(folder / "config.json")
-        write_json(folder / "config.json", {**config, "architectures": [architecture]})
-    if backbone.processor is not None:
-        backbone.processor.save_pretrained(folder)
-    source = backbone.source
-    if isinstance(source, ModelSource):
-        for name in RECIPE_FILES:
-            if (recipe := source.folder / name).is_file():
-                shutil.copyfile(recipe, folder / name)
+def remove_others(run_folder: Path, folder: Path, *, keep: int) -> None:
+    """Delete all checkpoints but `folder` and, unless that is the final one, the newest before it up to `keep` in all.
+
+    What killed processes left behind goes as well.
+    """
+    final = folder.name == FINAL
+    # A later step can lie there if a kill fell between its renaming and the run file: this run goes over it again.
+    others = set((run_folder / "checkpoints").glob("step-*")) - {folder}
+    earlier = sorted(p for p in others if final or p.name < folder.name)
+    kept = [] if final or keep <= 1 else earlier[1 - keep :]
+    halves = {*run_folder.glob(f".{FINAL}.part"), *(run_folder / "checkpoints").glob(".step-*.part")}
+    for old in halves | others.difference(kept):
+        shutil.rmtree(old, ignore_errors=True)
+    if final:
+        with contextlib.suppress(OSError):  # not empty: somebody else's
+            (run_folder / "checkpoints").rmdir()
 
 
-def find_checkpoint(run_folder: Path) -> Checkpoint | None:
-    """The newest good checkpoint of a run, None where there is none yet, BrokenFileError where it is unreadable."""
+def mark_finished(run_folder: Path) -> None:
+    """Say in the run file that tables and figures are there too."""
+    write_json(run_folder / RUN_FILE, {**_read_run(run_folder), "finished": True})
+
+
+def _read_run(run_folder: Path) -> dict[str, Any]:
     run_file = run_folder / RUN_FILE
-    if not run_file.exists():
-        return None
     run = read_json(run_file, what="bridge run")
     if not isinstance(run, dict) or run.get("schema") != RUN_SCHEMA:
         raise BrokenFileError(f"{run_file} is no bridge run that this version reads")
-    folder = (run_folder / str(run.get("checkpoint", ""))).resolve()
-    if not folder.is_relative_to(run_folder.resolve()):
-        raise BrokenFileError(f"{run_file} points outside its folder: {run.get('checkpoint')!r}")
-    state = read_json(folder / "state.json", what="state of the checkpoint")
-    if not isinstance(state, dict) or state.get("schema") != STATE_SCHEMA or "step" not in state:
-        raise BrokenFileError(f"{folder / 'state.json'} is no state that this version reads")
-    return Checkpoint(folder, {**state, "finished": bool(run.get("finished"))})
+    return check_fields(run, {"checkpoint": str, "step": int, "finished": bool}, run_file)
+
+
+def find_checkpoint(run_folder: Path, *, check_bytes: bool = False) -> Checkpoint | None:
+    """The newest good checkpoint of a run, None where there is none yet.
+
+    One whose state cannot be read, or (with `check_bytes`) whose files are not those that were written, gives way to
+    the one before, and that is said. BrokenFileError where none is left.
+    """
+    if not is_there(run_folder / RUN_FILE):
+        return None
+    run = _read_run(run_folder)
+    named = (run_folder / run["checkpoint"]).resolve()
+    if not named.is_relative_to(run_folder.resolve()):
+        raise BrokenFileError(f"{run_folder / RUN_FILE} points outside its folder: {run['checkpoint']!r}")
+    earlier = sorted((path.resolve() for path in (run_folder / "checkpoints").glob("step-*")), reverse=True)
+    broken: BrokenFileError | None = None
+    for folder in [named, *(path for path in earlier if path != named)]:
+        try:
+            state = _read_state(folder, check_bytes=check_bytes)
+        except BrokenFileError as error:
+            broken = broken or error
+            continue
+        if broken is not None:
+            note(f"{broken}; the checkpoint at step {state['step']} is taken instead")
+        return Checkpoint(folder, {**state, "finished": run["finished"] and broken is None})
+    assert broken is not None
+    raise broken
+
+
+def _read_state(folder: Path, *, check_bytes: bool) -> dict[str, Any]:
+    file = folder / "state.json"
+    state = read_json(file, what="state of the checkpoint", inside=folder)
+    if not isinstance(state, dict) or state.get("schema") != STATE_SCHEMA:
+        raise BrokenFileError(f"{file} is no state that this version reads")
+    check_fields(state, STATE_FIELDS, file)
+    for name, digest in state.get("files", {}).items() if check_bytes else ():
+        if _digest(folder / name, inside=folder) != digest:
+            raise BrokenFileError(f"the checkpoint {folder} is damaged: {name} is not what was written")
+    return state
+
+
+def _digest(path: Path, *, inside: Path | None = None) -> str:
+    with open_file(path, what="file of the checkpoint", inside=inside) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePlan) -> None:
@@ -191,9 +234,12 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePla
         if (folder / TRAINED_FILE).is_file():
             only, saved = plan.trainable, load_file(folder / TRAINED_FILE)
         else:
-            with _no_transformers_bars():
+            with no_transformers_bars():
                 kept = type(model).from_pretrained(
-                    folder / "backbone", dtype=backbone.dtype, local_files_only=True
+                    folder / "backbone",
+                    dtype=backbone.dtype,
+                    local_files_only=True,
+                    key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
                 )
             saved = state_tensors(kept)
         if plan.adapters:
@@ -319,36 +365,14 @@ def refuse_other_run(
         if key not in MAY_CHANGE and settings.get(key) != value:
             raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {settings.get(key)}")
     for key, value in state["backbone"].items():
-        if now["backbone"][key] != value:
+        if now["backbone"].get(key) != value:
             raise UsageError(
-                f"the run in {run_folder} trains a backbone with {key}={value}, not {now['backbone'][key]}"
+                f"the run in {run_folder} trains a backbone with {key}={value}, not {now['backbone'].get(key)}"
             )
     if state["trainable_digest"] != now["trainable_digest"]:
         raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
     if state["origin"] != now["origin"]:
         raise UsageError(f"the run in {run_folder} started from other weights than these")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _no_transformers_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break the run's."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

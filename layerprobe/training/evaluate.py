@@ -17,10 +17,12 @@ from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.own_head import own_head
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import output_folder, read_json, write_json
+from layerprobe.locks import folder_lock
 from layerprobe.metrics.probing.logistic import select_probe
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
+from layerprobe.reading import Schema, check_fields
 from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.classifier import in_batches
@@ -67,6 +69,20 @@ def evaluate(
         a head of its own that does not fit the task.
     """
     check_mode(mode)
+    with folder_lock(None if output is None else output_folder(output), "layerprobe evaluate"):
+        return _evaluate(run_or_backbone, task, mode, plan, config, seeds, output, quiet)
+
+
+def _evaluate(
+    run_or_backbone: BridgeRun | Backbone,
+    task: Task,
+    mode: str,
+    plan: FreezePlan | None,
+    config: FineTuneConfig | None,
+    seeds: Sequence[int],
+    output: str | Path | None,
+    quiet: bool,
+) -> Evaluation:
     if isinstance(run_or_backbone, BridgeRun):
         backbone, plan = run_or_backbone.backbone, plan or run_or_backbone.plan
     else:
@@ -149,10 +165,11 @@ def evaluate_arms(
         "plan": None if plan is None else plan.content_hash(),
     }
     mode = "finetune" if finetune.shots is None else "fewshot"
-    store = _TrialStore(output, settings)
-    result = _compare(trainer, arms, mode, finetune.lrs, seeds, about, store, quiet)
-    arguments = {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings}
-    return _with_provenance(result, arguments, sample, plan, output)
+    with folder_lock(None if output is None else output_folder(output), "layerprobe evaluate"):
+        store = _TrialStore(output, settings)
+        result = _compare(trainer, arms, mode, finetune.lrs, seeds, about, store, quiet)
+        arguments = {"arms": {name: asdict(ARMS[name]) for name in arms}, "seeds": list(seeds), **settings}
+        return _with_provenance(result, arguments, sample, plan, output)
 
 
 @dataclass(kw_only=True)
@@ -259,6 +276,15 @@ def _with_provenance(
     return result
 
 
+_NUMBER = (float, type(None))
+TRIAL_FIELDS: dict[str, Schema] = {
+    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)), "train_seconds?": float,
+    "call_seconds?": float, "train_flops?": float, "steps?": int,
+    **dict.fromkeys(("validation_accuracy?", "test_accuracy?", "bridge_accuracy?"), _NUMBER),
+    **dict.fromkeys(("trainable_parameters?", "n_validation?", "n_test?"), (int, type(None))),
+}  # fmt: skip
+
+
 class _TrialStore:
     """Finished trainings of one evaluation on disk, reused for exactly the same settings."""
 
@@ -267,9 +293,10 @@ class _TrialStore:
         self._path = output_folder(output) / "trials.json" if output is not None else None
         self._found: dict[str, dict[str, Any]] = {}
         if self._path is not None and self._path.exists():
-            kept = read_json(self._path, what="trials")
-            if not isinstance(kept, dict) or not isinstance(kept.get("trials"), dict):
-                raise BrokenFileError(f"{self._path} holds no trials of an evaluation")
+            kept = read_json(self._path, what="trials", inside=self._path.parent)
+            check_fields(kept, {"settings": str, "trials": dict}, self._path)
+            for name, entry in kept["trials"].items():
+                check_fields(entry, TRIAL_FIELDS, f"{self._path}, trial {name}")
             if kept.get("settings") != self._key:
                 raise UsageError(
                     f"{self._path.parent} holds an evaluation with other settings; choose another folder"

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError, stopped_by
 from layerprobe.training.classifier import Classifier, autocast, gradient_flow, set_training, whole
 from layerprobe.training.config import TrainConfig, derive_seed
 from layerprobe.training.data import Batch, BatchSampler, ImageTensors, augmented, row_batches
@@ -366,7 +366,7 @@ def preserved_rng() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Within: the first Ctrl-C is noted and acted on between two steps, the second is immediate."""
+    """Within: the first Ctrl-C or SIGTERM is noted and acted on between two steps, a second is immediate."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen
@@ -374,11 +374,12 @@ def interrupts() -> Iterator[list[int]]:
 
     def remember(signum: int, _frame: object) -> None:
         if seen:
-            raise KeyboardInterrupt
+            raise stopped_by(signum)
         seen.append(signum)
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from layerprobe.backbones.pretrained import place_in_whole_model
+from layerprobe.backbones.processor import RECIPE_FILES
+from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import UsageError
+from layerprobe.files import read_json, write_json
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter
 
 if TYPE_CHECKING:
@@ -86,3 +92,37 @@ def check_save(backbone: Backbone, save: str) -> None:
             f"a run folder holds plain models, and this one carries adapters already ({foreign[0]}); merge them first: "
             "model.merge_and_unload()"
         )
+
+
+def save_model(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
+    """The model in its own class's format, with its preprocessing: without that it would see other pixels."""
+    # AutoModel, too, must find every tensor where it looks for it.
+    architecture, prefix = place_in_whole_model(backbone.model)
+    with no_transformers_bars():
+        backbone.model.save_pretrained(
+            folder, state_dict={f"{prefix}{name}": value for name, value in tensors.items()}
+        )
+    if prefix:
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "architectures": [architecture]})
+    if backbone.processor is not None:
+        backbone.processor.save_pretrained(folder)
+    source = backbone.source
+    if isinstance(source, ModelSource):
+        for name in RECIPE_FILES:
+            if (recipe := source.folder / name).is_file():
+                shutil.copyfile(recipe, folder / name)
+
+
+@contextlib.contextmanager
+def no_transformers_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break the run's."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -13,7 +13,9 @@ import layerprobe
 
 PACKAGE = Path(layerprobe.__file__).parent
 
-GROUND = {"errors", "layers", "files", "progress", "records", "tables", "provenance"}
+GROUND = {
+    "errors", "layers", "files", "locks", "model_config", "reading", "progress", "records", "tables", "provenance",
+}  # fmt: skip
 SIBLINGS = {"metrics", "checkpoints", "backbones", "hooks", "tasks", "plans"}
 LEVELS: dict[str, int] = {
     **dict.fromkeys(GROUND, 0),

@@ -125,6 +125,8 @@ def test_trained_vits_reach_their_published_accuracy(
 
 EXTRACT = """
 import sys, layerprobe as lp
+from layerprobe.hooks import feature_store
+feature_store.RECORD_SECONDS = 0
 backbone = lp.load_backbone(sys.argv[1], patch_size=2, device="cpu")
 lp.extract_features(backbone, lp.load_task("digits"), "train", batch_size=2, cache_dir=sys.argv[2], quiet=True)
 """

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from postgres_server import Server
 
 from layerprobe.search.trials import TrialStore
 
@@ -140,56 +137,6 @@ def test_two_searches_started_at_the_same_moment_share_the_work(tmp_path: Path) 
     assert all(started(log) for log in logs), "both took part"
 
 
-def server_programs() -> Path | None:
-    """The folder of initdb and pg_ctl: the newest of Debian's, which are not on the path, or the path's."""
-    debian = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")]
-    if debian:
-        return max(debian, key=lambda folder: float(folder.parent.name))
-    found = shutil.which("initdb")
-    return Path(found).parent if found else None
-
-
-@pytest.fixture
-def postgres() -> Iterator[str]:
-    """A PostgreSQL server of its own: a URL, and stopped again in the end."""
-    pytest.importorskip("psycopg", reason="needs psycopg (pip install 'layerprobe[postgres]')")
-    programs = server_programs()
-    if programs is None:
-        pytest.skip("needs a PostgreSQL server (package postgresql)")
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        # The server refuses to run as root.
-        if not shutil.which("runuser") or subprocess.run(["id", "postgres"], capture_output=True).returncode:
-            pytest.skip("runs as root and there is no user postgres to run the server as")
-        as_user = ["runuser", "-u", "postgres", "--"]
-    # Not under tmp_path: pytest keeps its folders closed to other users, and the server may be one.
-    folder = Path(tempfile.mkdtemp(prefix="layerprobe-postgres-"))
-    if as_user:
-        shutil.chown(folder, "postgres", "postgres")
-
-    def run(program: str, *arguments: str) -> None:
-        # Into a file: a pipe would stay open as long as the server that pg_ctl starts.
-        with (folder / "output").open("w+") as output:
-            command = [*as_user, str(programs / program), "-D", str(folder / "data"), *arguments]
-            code = subprocess.run(command, stdout=output, stderr=output, cwd=folder).returncode
-            output.seek(0)
-            assert code == 0, f"{program} failed: {output.read()}"
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    try:
-        run("initdb", "-U", "search", "--auth=trust", "--no-sync", "--locale=C", "--encoding=UTF8")
-        run("pg_ctl", "-w", "-t", "120", "-l", str(folder / "server.log"), "-o", options, "start")
-        try:
-            yield f"postgresql://search@127.0.0.1:{port}/postgres"
-        finally:
-            run("pg_ctl", "-w", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 @pytest.mark.timeout(600)
 def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: str) -> None:
     expected = undisturbed(tmp_path / "undisturbed")
@@ -200,6 +147,24 @@ def test_two_machines_share_one_postgresql_database(tmp_path: Path, postgres: st
     assert [json.loads(answer.read_text()) for answer in answers] == [expected, expected]
     counts = Counter(key for log in logs for key, _ in started(log))
     assert set(counts.values()) == {1} and all(started(log) for log in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_search_outlives_a_restart_of_its_database(tmp_path: Path, postgres_server: Server) -> None:
+    """Stopped for twenty seconds while two workers train; nothing is lost, and the answer is the same."""
+    expected = undisturbed(tmp_path / "undisturbed")
+    log = tmp_path / "log"
+    process = start(postgres_server.url, 2, log, tmp_path / "answer.json", pause=0.5)
+    while len(started(log)) < 4:
+        assert process.poll() is None
+        time.sleep(0.05)
+    postgres_server.stop()
+    time.sleep(20)
+    assert process.poll() is None
+    postgres_server.start()
+    assert process.wait(300) == 0
+    assert json.loads((tmp_path / "answer.json").read_text()) == expected
 
 
 @pytest.mark.slow

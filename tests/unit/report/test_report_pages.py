@@ -86,7 +86,7 @@ def test_figures_that_are_no_pictures(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(b"GIF89a")
     with pytest.raises(BrokenFileError, match="is no PNG file"):
-        figure(path, "x")
+        figure(path, path.parent, "x")
 
 
 def test_pieces() -> None:

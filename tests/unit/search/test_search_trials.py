@@ -14,10 +14,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
-from layerprobe.errors import NotAvailableError, UsageError
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search import trials as trials_module
+from layerprobe.search.database import patient
 from layerprobe.search.space import Trial
 from layerprobe.search.trials import TrialStore, hide_password, storage_url
 from layerprobe.search.workers import is_dead, this_worker
@@ -154,9 +156,9 @@ def test_a_stale_heartbeat_from_another_machine_goes_back_into_the_queue(tmp_pat
     monkeypatch.setattr(trials_module, "GRACE_SECONDS", 1)
     store = TrialStore.open(tmp_path / "study.db", {})
     store._enqueue(TRIALS[0])
-    monkeypatch.setattr(trials_module, "this_worker", lambda: "elsewhere:1:1")
-    assert store._claim(store._owners(), [TRIALS[0].key]) is not None
-    monkeypatch.undo()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(trials_module, "this_worker", lambda: "elsewhere:1:1")
+        assert store._claim(store._owners(), [TRIALS[0].key]) is not None
     assert running(store) == 1
     work = Counting()
     began = time.time()
@@ -294,6 +296,86 @@ def test_urls() -> None:
     assert storage_url("postgresql://u:p@h/d") == "postgresql+psycopg://u:p@h/d"
     assert hide_password("postgresql+psycopg://u:p@h/d") == "postgresql+psycopg://u@h/d"
     assert hide_password("postgresql://u:a?b@h/d") == "postgresql://u@h/d"
-    assert hide_password("postgresql://h/d?user=u&password=p") == "postgresql://h/d?user=u"
-    assert hide_password("postgresql://h/d?Password=p") == "postgresql://h/d"
+    assert hide_password("postgresql://h/d?user=u&password=p") == "postgresql://h/d?user=u&password=***"
+    assert hide_password("postgresql://h/d?Password=p") == "postgresql://h/d?Password=***"
     assert hide_password("sqlite:////a/b.db") == "/a/b.db"
+
+
+@pytest.mark.parametrize("days", [-2, 2])
+def test_a_clock_that_jumps_frees_no_living_trial(tmp_path: Path, monkeypatch, days: int) -> None:
+    """Heartbeats are compared with what was seen of them before, not with the time of day."""
+    monkeypatch.setattr(trials_module, "GRACE_SECONDS", 0.6)
+    store = TrialStore.open(tmp_path / "study.db", {})
+    store._enqueue(TRIALS[0])
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(trials_module, "this_worker", lambda: "elsewhere:1:1")
+        assert store._claim(store._owners(), [TRIALS[0].key]) is not None
+    for beat in range(6):
+        with store._storage.engine.begin() as connection:
+            now = f"datetime('now', '{days * (beat % 2)} days', '{beat} seconds')"
+            connection.exec_driver_sql(f"UPDATE trial_heartbeats SET heartbeat = {now}")
+        store.revive()
+        assert running(store) == 1
+        time.sleep(0.2)
+    time.sleep(0.7)
+    store.revive()
+    assert running(store) == 0
+
+
+class Failing:
+    """A call of the database that fails so many times."""
+
+    def __init__(self, times: int, message: str = "server closed the connection unexpectedly") -> None:
+        self.left, self.message = times, message
+
+    def __call__(self) -> str:
+        self.left -= 1
+        if self.left < 0:
+            return "done"
+        broken = sqlalchemy.exc.OperationalError("select", {}, Exception(self.message))
+        raise optuna.exceptions.StorageInternalError("An exception is raised") from broken
+
+
+def test_a_database_that_comes_back_is_waited_for(monkeypatch, capsys) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("layerprobe.search.database.time.sleep", pauses.append)
+    assert patient(Failing(8), "db")() == "done"
+    assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_database_that_stays_away_is_one_line(monkeypatch) -> None:
+    monkeypatch.setattr("layerprobe.search.database.RECONNECT_SECONDS", 0.0)
+    monkeypatch.setattr("layerprobe.search.database.time.sleep", lambda seconds: None)
+    with pytest.raises(NotAvailableError, match=r"storage db has not answered .* the same command continues"):
+        patient(Failing(100), "db")()
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("database or disk is full", "the disk is full"),
+        ("attempt to write a readonly database", "readonly database"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_line_at_once(message: str, told: str, monkeypatch) -> None:
+    monkeypatch.setattr("layerprobe.search.database.time.sleep", lambda seconds: pytest.fail("it waited"))
+    with pytest.raises(
+        LayerprobeError, match=rf"storage db cannot be written: .*{told}; finished trainings are kept"
+    ):
+        patient(Failing(100, message), "db")()
+
+
+def test_an_interrupted_training_does_not_wait_for_the_database(tmp_path: Path, monkeypatch) -> None:
+    store = TrialStore.open(tmp_path / "study.db", {})
+    monkeypatch.setattr("layerprobe.search.database.time.sleep", lambda seconds: pytest.fail("it waited"))
+
+    def stopped(trial: Trial) -> Outcome:
+        def gone(*args: object, **kwargs: object) -> None:
+            raise sqlalchemy.exc.OperationalError("select", {}, Exception("connection refused"))
+
+        monkeypatch.setattr(store._storage, "set_trial_state_values", patient(gone, "db"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.outcomes(TRIALS[:1], stopped)

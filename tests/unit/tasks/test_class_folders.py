@@ -157,12 +157,16 @@ def test_links_lead_out_of_the_data_set_but_not_back(tmp_path: Path) -> None:
     (tmp_path / "store" / "circle").symlink_to(tmp_path / "store")
     (root / "cats" / "back").symlink_to(root / "dogs")
     (root / "dogs" / "up").symlink_to(tmp_path)
+    (root / "dogs" / "whole_disk").symlink_to("/")
+    (root / "dogs" / "ring").symlink_to(root / "dogs" / "ring")
     task = read(root)
     assert total(task) == 44
     assert task.report["remarks"] == [
         "cats/back links back into the data set and was left out",
         "cats/more/circle links back into the data set and was left out",
         "dogs/up links back into the data set and was left out",
+        "dogs/whole_disk links back into the data set and was left out",
+        "1 files are no images by their names and were left out (1 no suffix)",
     ]
     (root / "dogs" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(BrokenFileError, match=r"gone\.png: its link leads nowhere"):

@@ -178,11 +178,31 @@ def test_another_number_of_processes_is_said(unfinished, make_backbone, task, ca
     )
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "head.safetensors", "backbone/model.safetensors"])
-def test_a_truncated_checkpoint_is_named(unfinished, make_backbone, task, name):
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "head.safetensors", "state.json"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(unfinished, make_backbone, task, name, capsys):
+    """One changed byte is enough, and the run still ends as an undisturbed one."""
     path = unfinished / "checkpoints" / "step-00000003" / name
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(BrokenFileError, match=r"cannot read the .*step-00000003"):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+    run = bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+    assert "the checkpoint at step 2 is taken instead" in capsys.readouterr().err
+    assert digests(run.backbone) == digests(bridge_train(make_backbone(), task, config=SMALL).backbone)
+
+
+def test_checkpoints_that_are_all_damaged_are_named(unfinished, make_backbone, task):
+    for path in unfinished.glob("checkpoints/step-*/backbone/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(
+        BrokenFileError, match=r"checkpoint .*step-00000003 is damaged: backbone/model\.safetensors"
+    ):
+        bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+
+
+def test_a_state_of_another_kind_is_one_line(unfinished, make_backbone, task):
+    for path in unfinished.glob("checkpoints/step-*/state.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "step": "3", "config": []}))
+    with pytest.raises(BrokenFileError, match=r"'step' must be a whole number, not '3'"):
         bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
 
 
