@@ -189,6 +189,52 @@ def test_reformer_hashes_at_random(tmp_path: Path) -> None:
         loaded(transformers.ReformerModel(config), tmp_path).prepare(Images())
 
 
+def test_tokens_that_are_appended_are_refused(tmp_path: Path) -> None:
+    backbone = toy(tmp_path, "vit")
+    around(backbone.model.embeddings, lambda hidden: torch.cat([hidden, hidden[:, :3] * 0 + 1], dim=1))
+    with pytest.raises(UsageError, match="appends 3 tokens of its own after the image's 16"):
+        backbone.prepare(Images())
+
+
+def test_tokens_that_are_hashed_at_random_are_refused(tmp_path: Path) -> None:
+    """Each token is mixed with its bucket's mean, and buckets are drawn anew in every pass."""
+    backbone = toy(tmp_path)
+
+    def hashed(hidden: Tensor) -> Tensor:
+        bucket = (hidden @ torch.randn(hidden.shape[-1], 4)).argmax(-1)
+        same = (bucket[:, :, None] == bucket[:, None]).to(hidden.dtype).tril()
+        return hidden + same @ hidden / same.sum(-1, keepdim=True)
+
+    around(backbone.blocks[1], hashed)
+    with pytest.raises(UsageError, match="hashes or samples at random"):
+        backbone.prepare(Images())
+
+
+def test_a_projection_of_its_own_in_a_layer_withdraws_two_sites(tmp_path: Path) -> None:
+    """As of MobileBERT's bottlenecks or Gemma 4's embeddings by layer: the block adds more than its two writers."""
+    backbone = toy(tmp_path)
+    projection = torch.randn(32, 32) * 0.1
+    around(backbone.blocks[1], lambda hidden: hidden @ projection)
+    backbone.prepare(Images())
+    assert backbone.checked is not None and "layers.1" in str(backbone.checked.withheld)
+
+
+def test_bigbird_keeps_its_sparse_attention(tmp_path: Path) -> None:
+    """The trial on three tokens must not leave full attention behind; against the model's own hidden states."""
+    config = transformers.BigBirdConfig(
+        **LM, block_size=4, num_random_blocks=1, max_position_embeddings=128, attention_type="block_sparse"
+    )
+    model = transformers.BigBirdModel(config)
+    backbone = loaded(model, tmp_path, image_size=64).prepare(Images())
+    pixels = backbone.preprocess(IMAGES)
+    with torch.no_grad(), capture(backbone, [LayerRef(0), LayerRef(1)]) as seen:
+        backbone(pixels)
+        own = model(inputs_embeds=backbone.stem(pixels), output_hidden_states=True).hidden_states
+    assert model.attention_type == backbone.model.attention_type == "block_sparse"
+    for layer, expected in zip(seen, own[1:], strict=False):
+        torch.testing.assert_close(seen[layer], expected.view(seen[layer].shape))
+
+
 MOE = {
     "qwen2-moe": (
         "Qwen2Moe",
