@@ -6,7 +6,7 @@ RUN    ?= quickstart
 DATA   ?= ../shared
 STUDIES = outlier_gap depth_curves bridge_cka partial_bridge score_truth lr_fairness depth_and_data
 
-.PHONY: help install quickstart test test-all lint format typecheck docs studies studies-quick check-studies notebooks clean
+.PHONY: help install quickstart test test-all fuzz lint format typecheck docs studies studies-quick check-studies notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: install  ## the default tests (under 12 minutes on 2 cores)
 
 test-all: install  ## every test that this machine can run, the slow ones included
 	$(BIN)/python -m pytest -m 'not network and not gpu'
+
+fuzz: install  ## 5,000 damaged files of every format, read; figures on stdout
+	$(BIN)/python tests/fuzz/run.py 5000
 
 lint: install  ## ruff, linter and formatter
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = True) -> dict[s
     if not isinstance(config, dict):
         raise BrokenFileError(f"cannot read model configuration {path}: it is no JSON object")
     check_fields(config, _FIELDS, path)
-    for key, value in _numbers(config):
+    for key, value in numbers_and_texts(config):
         if isinstance(value, str):
             if not trust_remote_code and key.endswith("_implementation") and "/" in value:
                 raise UsageError(
@@ -66,10 +66,10 @@ def read_model_config(folder: Path, *, trust_remote_code: bool = True) -> dict[s
     return config
 
 
-def _numbers(value: object, key: str = "") -> list[tuple[str, Any]]:
+def numbers_and_texts(value: object, key: str = "") -> list[tuple[str, Any]]:
     """Every whole number and text in a configuration, with the name of its field."""
     if isinstance(value, dict):
-        return [pair for name, item in value.items() for pair in _numbers(item, str(name))]
+        return [pair for name, item in value.items() for pair in numbers_and_texts(item, str(name))]
     if isinstance(value, list):
-        return [pair for item in value for pair in _numbers(item, key)]
+        return [pair for item in value for pair in numbers_and_texts(item, key)]
     return [(key, value)] if type(value) in (int, str) else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from layerprobe.errors import printable, shortened
+from layerprobe.errors import BrokenFileError, LayerprobeError, printable, shortened
 from layerprobe.provenance import without_secrets
 
 
@@ -34,6 +34,12 @@ def note(message: str) -> None:
     """One remark on stderr; never mixed with results, which go to stdout."""
     if not _quiet:
         tqdm.write(line_for_people(message), file=sys.stderr)
+
+
+def error_line(error: LayerprobeError) -> str:
+    """What a known error says, on one line; what was found in a file takes no more than 300 characters."""
+    limit = 300 if isinstance(error, BrokenFileError) else 2000
+    return line_for_people(" ".join(str(error).split("\n")), limit)
 
 
 def line_for_people(message: str, limit: int = 2000) -> str:

@@ -192,4 +192,6 @@ def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> p
         try:
             return pd.read_parquet(stream) if source.suffix == ".parquet" else pd.read_csv(stream)
         except (ValueError, ArithmeticError, pd.errors.ParserError) as error:
-            raise BrokenFileError(f"cannot read table {source}: {shortened(str(error), 120)}") from error
+            raise BrokenFileError(
+                f"cannot read table {source}: {shortened(str(error).splitlines()[0], 120)}"
+            ) from error

@@ -46,13 +46,18 @@ def postgres_server() -> Iterator[Server]:
     as_user: list[str] = []
     if os.geteuid() == 0:
         # The server refuses to run as root.
-        if not shutil.which("runuser") or subprocess.run(["id", "postgres"], capture_output=True).returncode:
-            pytest.skip("runs as root and there is no user postgres to run the server as")
-        as_user = ["runuser", "-u", "postgres", "--"]
+        users = [
+            user
+            for user in ("postgres", "nobody")
+            if not subprocess.run(["id", user], capture_output=True).returncode
+        ]
+        if not shutil.which("runuser") or not users:
+            pytest.skip("runs as root and there is no other user to run the server as")
+        as_user = ["runuser", "-u", users[0], "--"]
     # Not under tmp_path: pytest keeps its folders closed to other users, and the server may be one.
     folder = Path(tempfile.mkdtemp(prefix="layerprobe-postgres-"))
     if as_user:
-        shutil.chown(folder, "postgres", "postgres")
+        shutil.chown(folder, users[0])
 
     def run(program: str, *arguments: str) -> None:
         # Into a file: a pipe would stay open as long as the server that pg_ctl starts.

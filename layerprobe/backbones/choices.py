@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from layerprobe.backbones.controls import CONTROLS
 from layerprobe.backbones.image_input import STEM_KINDS
-from layerprobe.errors import UnknownNameError
+from layerprobe.errors import UnknownNameError, shortened
 
 INITS = ("pretrained", "random", *CONTROLS)
 POOLINGS = ("mean", "last", "cls")
@@ -20,4 +20,6 @@ def check_choices(*, init: str, stem: str, attention: str | None, pooling: str |
         ("pooling", pooling, POOLINGS),
     ):
         if value is not None and value not in allowed:
-            raise UnknownNameError(f"unknown {what} '{value}'; choose one of: {', '.join(allowed)}")
+            raise UnknownNameError(
+                f"unknown {what} '{shortened(value, 60)}'; choose one of: {', '.join(allowed)}"
+            )

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json
+from layerprobe.model_config import numbers_and_texts
 from layerprobe.reading import is_there
 
 if TYPE_CHECKING:
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
 RECIPE_FILES = ("processor_config.json", "preprocessor_config.json")
 """Where a recipe may lie; the first may hold one under `image_processor`, and wins, as in transformers."""
 
-_UNUSABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError)
+MAX_EDGE = 4096
+"""Pixels; an image of such a square takes 200 MB as numbers."""
+_EDGES = ("height", "width", "shortest_edge", "size", "crop_size")
+
+_UNUSABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, ArithmeticError,
+    MemoryError,
+)  # fmt: skip
 """What transformers raises for a recipe that it cannot follow."""
 
 _TRIAL = ((224, 224), (320, 320), (320, 240))
@@ -47,6 +55,9 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
             recipe = recipe["image_processor"]
         if not isinstance(recipe, dict):
             raise BrokenFileError(f"{path} holds no preprocessing recipe")
+        for key, value in numbers_and_texts(recipe):
+            if isinstance(value, int) and key in _EDGES and not 0 < value <= MAX_EDGE:
+                raise BrokenFileError(f"cannot read {path}: no image has {key} = {str(value)[:20]}")
         return recipe
     return None
 

@@ -250,7 +250,7 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256(read_file(folder / "config.json", what="model configuration", inside=folder))
     for path in weight_files(folder)[0]:
         size = check_plain(path, what="weights", inside=folder).st_size
-        digest.update(f"{path.name}:{size}".encode())
+        digest.update(os.fsencode(f"{path.name}:{size}"))
         if size > _REMEMBERED_FROM:
             digest.update(_remembered_digest(path).encode())
             continue

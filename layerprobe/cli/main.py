@@ -16,8 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from layerprobe import __version__
-from layerprobe.errors import BrokenFileError, LayerprobeError, Terminated, stopped_by
-from layerprobe.progress import line_for_people, silence_notes
+from layerprobe.errors import LayerprobeError, Terminated, stopped_by
+from layerprobe.progress import error_line, silence_notes
 
 COMMANDS = (
     "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
@@ -34,8 +34,7 @@ class Program(TyperGroup):
             with _sigterm_like_ctrl_c():
                 return super().invoke(ctx)
         except LayerprobeError as error:
-            foreign = isinstance(error, BrokenFileError)
-            sys.stderr.write(f"error: {line_for_people(str(error), 300 if foreign else 2000)}\n")
+            sys.stderr.write(f"error: {error_line(error)}\n")
             sys.exit(error.exit_code)
         except KeyboardInterrupt as stop:
             terminated = isinstance(stop, Terminated)

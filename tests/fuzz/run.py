@@ -90,8 +90,8 @@ def _read_and_leave(kind: str, folder: Path, work: Path) -> None:
     """In the child: read, write down what was said, leave with a code."""
     from seeds import READERS
 
-    from layerprobe.errors import BrokenFileError, LayerprobeError
-    from layerprobe.progress import line_for_people
+    from layerprobe.errors import LayerprobeError
+    from layerprobe.progress import error_line
 
     code, text = READ, ""
     opened: list[str] = []
@@ -116,7 +116,7 @@ def _read_and_leave(kind: str, folder: Path, work: Path) -> None:
         READERS[kind](folder)
     except LayerprobeError as error:
         # As the command line shows it.
-        code, text = REFUSED, line_for_people(str(error), 300 if isinstance(error, BrokenFileError) else 2000)
+        code, text = REFUSED, error_line(error)
         text = text.replace(os.fspath(folder.parent), "…")
     except BaseException:
         code, text = WRONG, traceback.format_exc()
