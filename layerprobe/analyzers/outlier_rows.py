@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import csv as csv_module
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple, TextIO
 
@@ -118,41 +118,44 @@ def dict_rows(rows: Rows) -> Iterator[dict[str, object]]:
             yield about | cell._asdict()
 
 
-def write_csv(rows: Rows, stream: TextIO, *, model: str, revision: str) -> None:
-    """The same text that a data frame would write."""
-    columns = [*COLUMNS, *EXTRA]
-    stream.write(",".join(columns) + "\n")
-    for owner, cells in rows:
-        # model, revision, task, split, block, site | metric, value, stderr, n, seed, reason | the rest
-        head = _csv(model, revision, None, None, owner.block, None)
-        tail = _csv(owner.level, owner.group, owner.kind, owner.stack, owner.tensor)
-        for cell in cells:
-            n = "" if cell.n is None else cell.n
-            reason, entry = _csv(cell.reason), _csv(cell.entry)
-            stream.write(f"{head},{cell.metric},{_text(cell.value)},,{n},,{reason},{tail},{entry}\n")
-
-
-def write_json(
-    rows: Rows, stream: TextIO, *, model: str, revision: str, schema: str, provenance: object
+def write_tables(
+    rows: Rows, csv: TextIO | None, body: TextIO | None, *, named: Mapping[str, str], provenance: object
 ) -> None:
-    """The JSON object of a record, its rows one a line."""
-    stream.write('{\n "schema": ' + json.dumps(schema) + ',\n "provenance": ')
-    stream.write(json.dumps(provenance, indent=1, allow_nan=False, ensure_ascii=False).replace("\n", "\n "))
-    stream.write(',\n "rows": [')
+    """Write the rows, in one pass, as the CSV that a data frame would write and as a record's JSON object.
+
+    `named` holds model, revision and schema; either stream may be None.
+    """
+    model, revision = named["model"], named["revision"]
+    if csv is not None:
+        csv.write(",".join((*COLUMNS, *EXTRA)) + "\n")
+    if body is not None:
+        body.write('{\n "schema": ' + json.dumps(named["schema"]) + ',\n "provenance": ')
+        body.write(json.dumps(provenance, indent=1, allow_nan=False, ensure_ascii=False).replace("\n", "\n "))
+        body.write(',\n "rows": [')
     between = "\n  "
     constants = f'{{"model": {_json(model)}, "revision": {_json(revision)}, "task": null, "split": null, '
     for owner, cells in rows:
-        head = f'{constants}"block": {_json(owner.block)}, "site": null, "metric": "'
-        tail = "".join(f', "{name}": {_json(getattr(owner, name))}' for name in EXTRA[:-1])
-        lines = [
-            f'{head}{c.metric}", "value": {_text(c.value) or "null"}, "stderr": null, "n": {_json(c.n)}, "seed": null, '
-            f'"reason": {_json(c.reason)}{tail}, "entry": {_json(c.entry)}}}'
-            for c in cells
-        ]
-        if lines:
-            stream.write(between + ",\n  ".join(lines))
+        values = [_text(cell.value) for cell in cells]
+        if csv is not None and cells:
+            # model, revision, task, split, block, site | metric, value, stderr, n, seed, reason | the rest
+            head = _csv(model, revision, None, None, owner.block, None)
+            tail = _csv(owner.level, owner.group, owner.kind, owner.stack, owner.tensor)
+            csv.writelines(
+                f"{head},{c.metric},{value},,{'' if c.n is None else c.n},,{_csv(c.reason)},{tail},{_csv(c.entry)}\n"
+                for c, value in zip(cells, values, strict=True)
+            )
+        if body is not None and cells:
+            head = f'{constants}"block": {_json(owner.block)}, "site": null, "metric": "'
+            tail = "".join(f', "{name}": {_json(getattr(owner, name))}' for name in EXTRA[:-1])
+            lines = [
+                f'{head}{c.metric}", "value": {value or "null"}, "stderr": null, "n": {_json(c.n)}, "seed": null, '
+                f'"reason": {_json(c.reason)}{tail}, "entry": {_json(c.entry)}}}'
+                for c, value in zip(cells, values, strict=True)
+            ]
+            body.write(between + ",\n  ".join(lines))
             between = ",\n  "
-    stream.write("\n ]\n}\n")
+    if body is not None:
+        body.write("\n ]\n}\n")
 
 
 def _text(value: float | None) -> str:
@@ -176,5 +179,5 @@ def _csv(*values: str | int | None) -> str:
     if not any(character in text for text in texts for character in ',"\n\r'):
         return ",".join(texts)
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(texts)
+    csv_module.writer(line, lineterminator="").writerow(texts)
     return line.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +16,7 @@ from layerprobe.analyzers.outlier_rows import (
     dict_rows,
     metric_cells,
     tensor_rows,
-    write_csv,
-    write_json,
+    write_tables,
 )
 from layerprobe.analyzers.outlier_scan import ScannedTensor, open_model, read_norms, scan
 from layerprobe.checkpoints import GROUPS, KINDS, TensorRole
@@ -107,22 +107,26 @@ class OutlierReport(Record):
         target = Path(path)
         if target.suffix == ".parquet":
             return super().save(target)
-        if target.suffix in (".csv", ".json"):
-            csv, body = target, target
-        else:
-            csv, body = target / f"{self.command}.csv", target / f"{self.command}.json"
-        if target.suffix != ".json":
-            with atomic_write(csv) as aside, aside.open("w", encoding="utf-8", newline="") as stream:
-                write_csv(self._rows(), stream, model=self.model, revision=self.revision)
-        if target.suffix != ".csv":
-            with atomic_write(body) as aside, aside.open("w", encoding="utf-8") as stream:
-                self.write_json(stream)
+        folder = target.suffix not in (".csv", ".json")
+        with contextlib.ExitStack() as files:
+
+            def opened(ending: str) -> TextIO | None:
+                if not folder and target.suffix != ending:
+                    return None
+                path = target / f"{self.command}{ending}" if folder else target
+                aside = files.enter_context(atomic_write(path))
+                return files.enter_context(aside.open("w", encoding="utf-8", newline=""))
+
+            self._write(opened(".csv"), opened(".json"))
         return target
 
     def write_json(self, stream: TextIO) -> None:
         """What `to_json` returns, row by row."""
+        self._write(None, stream)
+
+    def _write(self, csv: TextIO | None, body: TextIO | None) -> None:
         named = {"model": self.model, "revision": self.revision, "schema": f"layerprobe.{self.command}/v1"}
-        write_json(self._rows(), stream, **named, provenance=strict_value(self.provenance))
+        write_tables(self._rows(), csv, body, named=named, provenance=strict_value(self.provenance))
 
     def _rows(self) -> Iterator[tuple[Owner, list[Cell]]]:
         yield from tensor_rows(self.tensors, self.rules)

@@ -135,7 +135,9 @@ class TensorOutliers:
     def compact(self) -> TensorOutliers:
         """The same numbers in a third of the memory, for checkpoints of very many tensors."""
         self.values, self.counts = Columns.of(self.values, "d"), Columns.of(self.counts, "q")
-        self.counted = Columns.of(self.counted, "q")
+        counted = set(self.counted.values())  # as a rule one number, the same in all tensors of one shape
+        one = len(counted) == 1
+        self.counted = _columns(tuple(self.counted), counted.pop()) if one else Columns.of(self.counted, "q")
         self.reasons = _shared(tuple(self.reasons.items()))
         return self
 
@@ -178,6 +180,11 @@ class Columns(MutableMapping[str, Any]):
 @cache
 def _positions(names: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
+
+
+@cache
+def _columns(names: tuple[str, ...], number: int) -> Columns:
+    return Columns.of(dict.fromkeys(names, number), "q")
 
 
 @cache
