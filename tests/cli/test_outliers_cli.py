@@ -139,8 +139,11 @@ def test_the_users_own_line_works_from_the_hub_cache(models: Path, tmp_path: Pat
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "blobs").mkdir()
     for file in (models / "heavy").iterdir():
-        (snapshot / file.name).symlink_to(file)
+        blob = repository / "blobs" / file.name
+        blob.write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blob)
     done = run("outliers", "--model", "llama-7b", HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert "llama-7b: " in done.stdout

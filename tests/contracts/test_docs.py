@@ -99,7 +99,8 @@ def run_page(page: str, name: str, given: dict[str, Any], run_cli: Callable[...,
                     continue
                 arguments = shlex.split(command)[1:]
                 options = [name for parameter in resolve(arguments).params for name in parameter.opts]
-                if not block.network:
+                hub = arguments[:2] in (["plan", "push"], ["plan", "pull"])  # no dry run stands in for these
+                if not block.network and not hub:
                     dry = ["--dry-run"] if "--dry-run" in options else []
                     result = run_cli(*arguments, *dry)
                     assert result.code == 0, f"{where}: {command}: {result.err}"

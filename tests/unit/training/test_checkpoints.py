@@ -14,6 +14,7 @@ import transformers
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
 from layerprobe.files import tensor_digest
+from layerprobe.plans import FreezePlan
 from layerprobe.training import BridgeConfig, block_plan, bridge_train, checkpoints
 from layerprobe.training.classifier import Classifier
 from layerprobe.training.loop import DivergedError
@@ -232,7 +233,8 @@ def test_a_run_of_an_encoder_decoder_loads_again_as_its_encoder(family, task, tm
     fresh = Classifier(
         load_backbone(str(tmp_path / family), device="cpu", patch_size=4).prepare(task), 4, seed=0
     )
-    checkpoints.load_weights(checkpoints.find_checkpoint(tmp_path / "run"), fresh)
+    plan = FreezePlan.load(tmp_path / "run")
+    checkpoints.load_weights(checkpoints.find_checkpoint(tmp_path / "run"), fresh, plan)
     assert digests(fresh.backbone.model) == digests(backbone.model)
 
 
