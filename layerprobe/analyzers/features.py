@@ -370,7 +370,7 @@ def rows_of_metric(frame: pd.DataFrame, name: str, *, prefix: str, what: str) ->
     return rows
 
 
-def arrays_by_layer(features: Any) -> dict[Layer, Any] | None:
+def arrays_by_layer(features: object) -> dict[Layer, Any] | None:
     """Features, a mapping or a list of arrays (or one array) as a dict; None for anything else."""
     if isinstance(features, Mapping):
         return {LayerRef.parse(key) if isinstance(key, str) else key: features[key] for key in features}
