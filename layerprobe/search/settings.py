@@ -38,25 +38,15 @@ DEFAULT_AUGMENT = "none"
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_RANDOM_CLASSES = 10
 DEFAULT_PRECISION = "float32"
-DEFAULT_BASELINES = (
-    "all",
-    "none",
-    "norms",
-    "first-5",
-    "last-5",
-    "first-half",
-    "last-half",
-    "random-SEED",
-    "rgn-half",
-)
+DEFAULT_BASELINES = ("all", "none", "norms", "first-half", "last-half")
 """Baselines of a report that names none, where the backbone and the scores allow them (`standard_baselines`)."""
 
 STRATEGIES = ("bayes", "exhaustive", "greedy", "random", "tpe")
 """Names of the strategies; `layerprobe.search.strategies` says what each does."""
 
 OBJECTIVES = ("frugal", "accuracy")
-"""'frugal' is the one-standard-error rule: the fewest trainable parameters among the plans whose expected accuracy
-is at most one standard error below the best. 'accuracy' is the best alone."""
+"""'frugal' is the fewest trainable parameters among the plans whose expected accuracy is at most one standard error,
+or half of the margin, below the best. 'accuracy' is the best alone."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
@@ -195,7 +185,7 @@ class Settings:
     lrs: tuple[float, ...] = DEFAULT_LRS
     find_length: bool = False
     find_lrs: bool = False
-    bridge: BridgeConfig | None = field(default_factory=default_bridge)
+    bridge: BridgeConfig | None = None
     finetune: FineTuneConfig = field(default_factory=default_finetune)
     use_scores: bool = True
     baselines: tuple[str, ...] | None = None
@@ -224,8 +214,6 @@ class Settings:
                 raise UsageError(f"{name} is a share of the accuracy in (0, 1), got {getattr(self, name)}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
-        if self.baselines is not None and "all" not in self.baselines:
-            raise UsageError("baselines must contain 'all': every report compares with training everything")
 
     @property
     def steps(self) -> tuple[int, int]:
