@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -376,6 +376,8 @@ def arrays_by_layer(features: object) -> dict[Layer, Any] | None:
         return {LayerRef.parse(key) if isinstance(key, str) else key: features[key] for key in features}
     if getattr(features, "ndim", 0) == 2:
         return {0: features}
-    if isinstance(features, Sequence) or getattr(features, "ndim", 0) == 3:
+    if isinstance(features, Iterable) and (
+        isinstance(features, Sequence) or getattr(features, "ndim", 0) == 3
+    ):
         return dict(enumerate(features))
     return None
