@@ -3,8 +3,8 @@
     python benchmarks/freeze_search.py make-table --model MODEL --task TASK --name NAME --workers 2
     python benchmarks/freeze_search.py replay results/freeze_search/tables/* -o results/freeze_search
 
-`make-table` trains every mask at every learning rate: low-fidelity runs and 3 seeds for the search to look at, and
-3 unseen seeds with test accuracy, at each mask's own rate, to judge by. It is resumable: finished trainings are
+`make-table` trains every mask at every learning rate on seeds for the search to look at, and at each mask's own
+rate on as many unseen seeds, with test accuracy, to judge by. It is resumable: finished trainings are
 kept in an SQLite file under runs/ and never repeated. `--dry-run` states the cost.
 
 `replay` runs strategies on stored tables, prints the measures and, with `-o`, writes
@@ -62,22 +62,23 @@ def make_table(arguments: argparse.Namespace) -> None:
     if arguments.workers > 1:
         torch.set_num_threads(1)
     task = load_task(arguments.task, limit=arguments.limit, seed=0)
-    backbone = load_backbone(
-        arguments.model, patch_size=arguments.patch_size, stem=arguments.stem, seed=0, device=arguments.device
-    )
+    load = {"patch_size": arguments.patch_size, "stem": arguments.stem} if arguments.patch_size else {}
+    backbone = load_backbone(arguments.model, seed=0, device=arguments.device, **load)
     settings = make_settings(
         lrs=tuple(arguments.lrs),
         seeds=arguments.seeds,
-        fidelity=arguments.fidelity,
         bridge_steps=arguments.bridge_steps,
         finetune_steps=arguments.finetune_steps,
         batch_size=arguments.batch_size,
+        random_classes=arguments.random_classes,
+        head_lr=arguments.head_lr,
+        shots=arguments.shots,
         budget=1.0,
         strategy="exhaustive",
     )
     runner = prepare(backbone, task, settings, WORK / f"table-{arguments.name}.db", exhaustive_table=True)
     space = runner.space
-    selection = selection_trials(space, settings.lrs, settings.seeds, settings.fidelity)
+    selection = selection_trials(space, settings.lrs, settings.seeds)
     cost = sum(space.cost(trial) for trial in selection)
     judging = sum(settings.seeds * space.cost(Trial(mask=mask, lr=1.0)) for mask in space.masks())
     print(
@@ -101,12 +102,7 @@ def make_table(arguments: argparse.Namespace) -> None:
         scores = runner.scores()
         found = runner.outcomes(selection, watch)
         table = ExhaustiveTable(
-            name=arguments.name,
-            space=space,
-            lrs=settings.lrs,
-            seeds=settings.seeds,
-            fidelity=settings.fidelity,
-            outcomes=dict(found),
+            name=arguments.name, space=space, lrs=settings.lrs, seeds=settings.seeds, outcomes=dict(found)
         )
         found |= runner.outcomes(judging_trials(space, table.own_lr, settings.seeds), watch)
     rows = [
@@ -114,7 +110,6 @@ def make_table(arguments: argparse.Namespace) -> None:
             "plan": strip(trial.mask),
             "lr": trial.lr,
             "repeat": trial.repeat,
-            "fidelity": trial.fidelity,
             "validation_accuracy": outcome.validation_accuracy,
             "test_accuracy": outcome.test_accuracy,
             "seconds": round(outcome.train_seconds, 3),
@@ -138,12 +133,13 @@ def make_table(arguments: argparse.Namespace) -> None:
             "block_params": list(space.block_params),
             "lrs": list(settings.lrs),
             "seeds": settings.seeds,
-            "fidelity": settings.fidelity,
             "bridge_steps": arguments.bridge_steps,
             "finetune_steps": arguments.finetune_steps,
             "batch_size": arguments.batch_size,
+            "head_lr": arguments.head_lr,
+            "shots": arguments.shots,
             "first_unseen_repeat": REPORT_REPEAT,
-            "train_seconds": round(sum(outcome.train_seconds for outcome in found.values())),
+            "seconds": round(sum(outcome.call_seconds for outcome in found.values())),
             "scores": {
                 name: [value.tolist(), np.nan_to_num(stderr).tolist()]
                 for name, (value, stderr) in proposals(scores, space.n_blocks).items()
@@ -172,13 +168,6 @@ def replay_tables(arguments: argparse.Namespace) -> None:
                         )
                     except BudgetError:  # of this table and share, whatever the seed: no row
                         break
-        with suppress(BudgetError):
-            rows += [
-                {"share": SHARE}
-                | replay(table, truths[table.name], "racing", SHARE * cost, seed=seed, use_scores=False)
-                | {"strategy": "racing without scores"}
-                for seed in range(arguments.runs)
-            ]
         rows.append({"share": 1.0} | whole_table(table, truths[table.name]))
     if not any(row["strategy"] != WHOLE_TABLE for row in rows):
         raise BudgetError(
@@ -222,15 +211,17 @@ def main() -> None:
     make.add_argument("--model", required=True)
     make.add_argument("--task", required=True)
     make.add_argument("--name", required=True, help="folder under results/freeze_search/tables")
-    make.add_argument("--limit", type=int, default=2000)
-    make.add_argument("--patch-size", type=int, default=8)
+    make.add_argument("--limit", type=int, default=None)
+    make.add_argument("--shots", type=int, default=None, help="training images a class, drawn anew by every seed")
+    make.add_argument("--patch-size", type=int, default=None)
     make.add_argument("--stem", default="pca")
-    make.add_argument("--bridge-steps", type=int, default=30)
-    make.add_argument("--finetune-steps", type=int, default=120)
+    make.add_argument("--bridge-steps", type=int, default=0)
+    make.add_argument("--random-classes", type=int, default=10)
+    make.add_argument("--finetune-steps", type=int, required=True)
     make.add_argument("--batch-size", type=int, default=32)
-    make.add_argument("--seeds", type=int, default=3)
+    make.add_argument("--head-lr", type=float, default=10.0, help="multiple of the learning rate")
+    make.add_argument("--seeds", type=int, default=3, help="to select by, and as many unseen ones to judge by")
     make.add_argument("--lrs", type=float, nargs="+", default=LRS)
-    make.add_argument("--fidelity", type=float, default=0.4, help="length of low-fidelity runs")
     make.add_argument("--workers", type=int, default=1)
     make.add_argument("--device", default="cpu")
     make.add_argument("--dry-run", action="store_true")

@@ -1,7 +1,7 @@
 """Searches replayed on stored tables of every plan, and how good a search was.
 
-A table holds, for every mask: low-fidelity runs on repeat 0 and full-length runs on the selection repeats at
-every learning rate, and full-length runs on unseen repeats, with test accuracy, at the mask's own rate.
+A table holds, for every mask: runs on the selection repeats at every learning rate, and runs on unseen repeats,
+with test accuracy, at the mask's own rate.
 Replaying costs no training, so strategies are compared in seconds.
 """
 
@@ -29,7 +29,7 @@ from layerprobe.training import Outcome
 WHOLE_TABLE = "whole table"
 """Name of the answer that sees everything, among the strategies."""
 
-COLUMNS = ("plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds")
+COLUMNS = ("plan", "lr", "repeat", "validation_accuracy", "test_accuracy", "seconds")
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class ExhaustiveTable:
 
     Attributes
     ----------
-    name : of the pair. space : its plans. lrs, seeds, fidelity : how it was made; `seeds` selection repeats.
+    name : of the pair. space : its plans. lrs, seeds : how it was made; `seeds` selection repeats.
     outcomes : trial → outcome. scores : per-block scores, name → (value, standard error).
     """
 
@@ -46,7 +46,6 @@ class ExhaustiveTable:
     space: Space
     lrs: tuple[float, ...]
     seeds: int
-    fidelity: float
     outcomes: dict[Trial, Outcome]
     scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -106,16 +105,14 @@ class ExhaustiveTable:
         return TrialBudget(
             space=self.space,
             train_batch=value,
-            settings=Settings(lrs=self.lrs, seeds=self.seeds, fidelity=self.fidelity, seed=seed),
+            settings=Settings(lrs=self.lrs, seeds=self.seeds, seed=seed),
             total=total,
             scores=self.scores if use_scores else {},
             max_repeats=self.seeds,
         )
 
     def _turned(self, trial: Trial, by: int) -> Trial:
-        """The stored trial behind a replay's; short runs exist on one repeat alone."""
-        if trial.fidelity < 1.0:
-            return trial
+        """The stored trial behind a replay's."""
         return replace(trial, repeat=(trial.repeat + by) % self.seeds)
 
     def _accuracy(self, trial: Trial) -> float:
@@ -138,13 +135,11 @@ class ExhaustiveTable:
                 space=Space(tuple(about["block_params"])),
                 lrs=tuple(about["lrs"]),
                 seeds=int(about["seeds"]),
-                fidelity=float(about["fidelity"]),
                 outcomes={
                     Trial(
                         mask=parse_strip(r.plan),
                         lr=float(r.lr),
                         repeat=int(r.repeat),
-                        fidelity=float(r.fidelity),
                     ): Outcome(
                         validation_accuracy=None
                         if math.isnan(r.validation_accuracy)
@@ -161,7 +156,7 @@ class ExhaustiveTable:
             )
         except (OSError, EOFError, KeyError, ValueError, TypeError) as error:
             raise BrokenFileError(f"cannot read the exhaustive table in {source}: {error}") from error
-        needed = selection_trials(table.space, table.lrs, table.seeds, table.fidelity)
+        needed = selection_trials(table.space, table.lrs, table.seeds)
         missing = [trial.key for trial in needed if trial not in table.outcomes]
         if not missing:  # a mask's own rate is known
             judging = judging_trials(table.space, table.own_lr, table.seeds)
@@ -171,13 +166,10 @@ class ExhaustiveTable:
         return table
 
 
-def selection_trials(space: Space, lrs: Sequence[float], seeds: int, fidelity: float) -> list[Trial]:
-    """What a table trains before it knows each mask's own rate: low-fidelity runs, then every rate and repeat."""
+def selection_trials(space: Space, lrs: Sequence[float], seeds: int) -> list[Trial]:
+    """What a table trains before it knows each mask's own rate: every rate and repeat."""
     masks = list(space.masks())
-    short = [Trial(mask=mask, lr=lr, repeat=0, fidelity=fidelity) for mask in masks for lr in lrs]
-    return short + [
-        Trial(mask=mask, lr=lr, repeat=repeat) for repeat in range(seeds) for mask in masks for lr in lrs
-    ]
+    return [Trial(mask=mask, lr=lr, repeat=repeat) for repeat in range(seeds) for mask in masks for lr in lrs]
 
 
 def judging_trials(space: Space, own_lr: Callable[[Mask], float], seeds: int) -> list[Trial]:

@@ -42,15 +42,22 @@ class SearchOptions:
         f"{defaults.preset_in_words('quickstart')}. What is given beside it wins."
     )
     strategy: str | None = _search(
-        "racing, exhaustive, prefix, suffix, contiguous, greedy, random, tpe or nsga2",
+        "bayes, exhaustive, greedy, random or tpe",
         default=defaults.DEFAULT_STRATEGY,
     )
     objective: str | None = _search(
         "frugal (fewest parameters within one standard error of the best) or accuracy",
         default=defaults.DEFAULT_OBJECTIVE,
     )
-    seeds: int | None = _search(
-        "Seeds of finalists and unseen ones of the report, 2 or more", default=defaults.DEFAULT_SEEDS
+    seeds: int | None = _search("Unseen seeds of the report, 2 or more", default=defaults.DEFAULT_SEEDS)
+    max_seeds: int | None = _search(
+        "Add seeds up to so many until --half-width is reached", min=2, default=defaults.DEFAULT_MAX_SEEDS
+    )
+    half_width: float | None = _search(
+        "Wanted half-width of the verdict's 95 % intervals, as a share", default=defaults.DEFAULT_HALF_WIDTH
+    )
+    margin: float | None = _search(
+        "Stop when no plan is likely to be better by this share", default=defaults.DEFAULT_MARGIN
     )
     storage: str | None = _search(
         "postgresql://… shared by many machines; default: study.db in the output folder."
@@ -65,13 +72,15 @@ class SearchOptions:
         False, "Bridge-train the chosen plan into OUTPUT/bridge.", "--keep-bridge", panel="Search"
     )
     train: str | None = _training("weights, or lora[:RANK] to search where adapters go", default="weights")
-    lrs: str | None = _training("Learning rates to choose from, per plan", default=defaults.DEFAULT_LRS)
+    lrs: str | None = _training("Learning rates to choose from, per plan; default: found by the pilot.")
+    head_lr: float | None = _training("Multiple of the rate for the head", default=defaults.DEFAULT_HEAD_LR)
     bridge_steps: int | None = _training(
         "Random-label steps; 0: none", min=0, default=defaults.DEFAULT_BRIDGE_STEPS
     )
     finetune_steps: int | None = _training(
-        "Steps on true labels", min=1, default=defaults.DEFAULT_FINETUNE_STEPS
+        f"Steps on true labels; default: found by the pilot, at most {defaults.DEFAULT_STEP_LIMIT}.", min=1
     )
+    shots: int | None = _training("Training images a class, drawn by the seed; default: all.", min=1)
     batch_size: int | None = _training("Images per step", min=1, default=defaults.DEFAULT_BATCH_SIZE)
     random_classes: int | None = _training(
         "Number K of random labels", min=2, default=defaults.DEFAULT_RANDOM_CLASSES
@@ -159,9 +168,9 @@ def figures(result: SearchResult) -> dict[str, Any]:
     from layerprobe.plotting.search import plot_pareto, plot_ranking, plot_strips
 
     return {
-        "pareto": lambda: plot_pareto(result.pareto),
+        "pareto": lambda: plot_pareto(result.plans),
         "ranking": lambda: plot_ranking(result.baselines, chance=result.facts["chance"]),
-        "plans": lambda: plot_strips(result.finalists),
+        "plans": lambda: plot_strips(result.plans),
     }
 
 

@@ -15,18 +15,19 @@ from layerprobe.errors import UsageError
 from layerprobe.plotting import style as look
 
 OTHER_COLOUR = "#9AA5B1"
+MOST_STRIPS = 10
 STATE_COLOURS = {"frozen": "#D9DEE4", "partial": "#F0C571", "trainable": look.ORANGE}
 """One colour per state of a block; told apart by brightness as well as by hue."""
 
 
 def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
-    """Draw validation accuracy against trainable parameters, with the front that nothing beats.
+    """Draw expected validation accuracy against trainable parameters, with the front that nothing beats.
 
     Parameters
     ----------
     frame : pd.DataFrame
-        `SearchResult.pareto` (pareto.csv): `trainable_parameters`, `validation_accuracy` in [0, 1], `sd` over
-        seeds (may be empty), `n_seeds`, `on_front`, `chosen`.
+        `SearchResult.plans` (plans.csv): `trainable_parameters`, `validation_accuracy` in [0, 1] with `low` and
+        `high`, `on_front`, `chosen`.
     ax : Axes | None
         Where to draw; default a new figure.
     style
@@ -35,29 +36,34 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     Returns
     -------
     Axes
-        The Axes. Bars are one standard error where a plan has several seeds; single runs are hollow.
+        The Axes. Bars are 95 % intervals of the expected accuracy, given all trainings of the search.
     """
     if frame.empty:
-        raise UsageError("no plan was valued at full length, so there is no front to draw")
+        raise UsageError("no plan was trained, so there is no front to draw")
     ax = ax if ax is not None else look.new_axes(6.4, 4.2)
     rows = frame.sort_values("trainable_parameters")
     x = rows["trainable_parameters"].to_numpy(float) / 1e6
-    y = 100 * rows["validation_accuracy"].to_numpy(float)
-    error = 100 * rows["sd"].to_numpy(float) / np.sqrt(rows["n_seeds"].to_numpy(float))
+    y, low, high = (100 * rows[name].to_numpy(float) for name in ("validation_accuracy", "low", "high"))
     front, chosen = (rows[column].astype(bool).to_numpy() for column in ("on_front", "chosen"))
-    repeated = rows["n_seeds"].to_numpy() > 1
     ax.plot(x[front], y[front], color=look.BLUE, lw=1.2, drawstyle="steps-post", zorder=1)
-    ax.errorbar(x[repeated], y[repeated], error[repeated], fmt="none", ecolor=OTHER_COLOUR, lw=1, zorder=2)
+    bars = np.clip([y - low, high - y], 0, None)
+    ax.errorbar(x, y, bars, fmt="none", ecolor=OTHER_COLOUR, lw=1, zorder=2)
     colours = np.where(front, look.BLUE, OTHER_COLOUR)
     dots: dict[str, Any] = {"s": 34, "zorder": 3, **style}
-    averaged = "several seeds, ± 1 standard error"
-    ax.scatter(x[repeated], y[repeated], c=colours[repeated], label=averaged, **dots)
-    ax.scatter(x[~repeated], y[~repeated], fc="white", ec=colours[~repeated], label="one seed", **dots)
+    ax.scatter(x, y, c=colours, label="a plan, with its 95 % interval", **dots)
     if chosen.any():
         ax.plot(
-            x[chosen], y[chosen], "o", ms=12, mfc="none", mec=look.ORANGE, mew=2, zorder=4, label="the plan"
+            x[chosen],
+            y[chosen],
+            "o",
+            ms=12,
+            mfc="none",
+            mec=look.ORANGE,
+            mew=2,
+            zorder=4,
+            label="the verdict's",
         )
-    ax.set(xlabel="trainable parameters in blocks, millions", ylabel="validation accuracy, %")
+    ax.set(xlabel="trainable parameters in blocks, millions", ylabel="expected validation accuracy, %")
     ax.margins(x=0.06)
     ax.legend(frameon=False, fontsize="small")
     seaborn.despine(ax=ax)
@@ -67,7 +73,7 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
 def plot_ranking(
     frame: pd.DataFrame, *, ax: Axes | None = None, chance: float | None = None, **style: Any
 ) -> Axes:
-    """Draw test accuracy of the plan and the baselines, best on top, with 95 % t intervals over seeds.
+    """Draw test accuracy of the plan and the baselines, best on top, with 95 % intervals.
 
     Parameters
     ----------
@@ -100,7 +106,7 @@ def plot_ranking(
         note = ax.annotate("chance", (100 * chance, 0), (3, 3), where, "offset points", fontsize="small")
         note.set_annotation_clip(False)
     seeds = int(known["n_seeds"].max())
-    ax.set(xlabel=f"test accuracy, % (mean and 95 % t interval, {seeds} unseen seeds)", ylabel="")
+    ax.set(xlabel=f"test accuracy, % (mean and 95 % interval, {seeds} unseen seeds)", ylabel="")
     ax.tick_params(axis="y", length=0)
     seaborn.despine(ax=ax, left=True)
     return ax
@@ -113,23 +119,24 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     ----------
     frame : pd.DataFrame
         Rows with `plan` ('#' trained, '.' frozen), `validation_accuracy` in [0, 1] and `chosen`, for example
-        `SearchResult.finalists`; drawn from best to worst.
+        `SearchResult.plans`; the best `MOST_STRIPS` are drawn, and those chosen.
     style
         Passed on to every cell (a matplotlib Rectangle).
     """
     known = frame[frame["validation_accuracy"].notna()].sort_values("validation_accuracy", ascending=False)
     if known.empty:
         raise UsageError("no plan with a validation accuracy, so there are no strips to draw")
+    known = pd.concat([known.head(MOST_STRIPS), known.iloc[MOST_STRIPS:][lambda f: f["chosen"]]])
     legend = {"trained": look.BLUE, "frozen": STATE_COLOURS["frozen"]}
     cells, notes = [], []
     rows = known[["plan", "validation_accuracy", "chosen"]].itertuples(index=False)
     for plan, accuracy, chosen in rows:
         trained = look.ORANGE if chosen else look.BLUE
         cells.append({block: trained if mark == "#" else legend["frozen"] for block, mark in enumerate(plan)})
-        notes.append(f"{100 * accuracy:.1f} %" + ("  ← the plan" if chosen else ""))
+        notes.append(f"{100 * accuracy:.1f} %" + ("  ← chosen" if chosen else ""))
     ax = _strips(ax, cells, notes, legend, style)
     ax.set(xlim=(-0.6, 1.25 * len(cells[0]) + 1.2), yticks=[])
-    ax.set_xlabel("block, input to output; right: validation accuracy")
+    ax.set_xlabel("block, input to output; right: expected validation accuracy")
     return ax
 
 

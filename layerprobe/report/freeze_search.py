@@ -48,10 +48,10 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
 """What is read of `search.json` and of the tables beside it."""
 
 FIGURE_CAPTIONS = {
-    "pareto": "Validation accuracy against trainable parameters, every plan that was trained in full. "
-    "Selection looked at these numbers, so they flatter; the test table above does not.",
-    "ranking": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % t intervals.",
-    "plans": "The finalists of the search: which blocks each of them trains.",
+    "pareto": "Expected validation accuracy against trainable parameters, every plan that was trained, given all "
+    "trainings of the search. Selection looked at these numbers; the test table above was not looked at.",
+    "ranking": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % intervals.",
+    "plans": "The best plans by expected validation accuracy: which blocks each of them trains.",
 }
 
 
@@ -105,15 +105,25 @@ def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
     chosen = plan.chosen_blocks
     does = "places adapters on" if plan.adapters else "trains"
     frugal = "fewest trainable parameters within one standard error of the best"
-    rule = frugal if found["objective"] == "frugal" else "highest validation accuracy"
+    rule = frugal if found["objective"] == "frugal" else "highest expected validation accuracy"
+    bridge = (
+        f"a random-label bridge of {html.text(found['bridge_steps'])} steps and "
+        if found["bridge_steps"]
+        else ""
+    )
     return (
         f"<p>The plan {does} {sum(chosen)} of {len(chosen)} blocks, {cell_text(trainable)} parameters of the "
-        f"backbone ({html.percent(share)} %), beside the image stem and the head. It was chosen by validation accuracy "
-        f"after a random-label bridge and fine-tuning under each plan "
+        f"backbone ({html.percent(share)} %), beside the image stem and the head. Plans were valued by validation "
+        f"accuracy after {bridge}fine-tuning for {html.text(found['steps'])} steps under each plan "
         f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "
         f"{cell_text(round(float(found['spent']), 2))} of {cell_text(float(found['budget']))} full trainings spent); "
-        f"the rule is <em>{rule}</em>. Chance is {html.percent(float(found['chance']))}&nbsp;%.</p>"
+        f"the rule is <em>{rule}</em>. One training varies by {_points(found['noise'])} points around its plan and "
+        f"seed. Chance is {html.percent(float(found['chance']))}&nbsp;%.</p>"
     )
+
+
+def _points(share: float | None) -> str:
+    return "an unknown number of" if share is None else html.percent(share)
 
 
 def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
@@ -130,10 +140,10 @@ def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
     ]
     return (
         render_table(shown, "html", mark=ARM_NAMES["plan"])
-        + f'<p class="soft">In brackets: 95 % intervals. Each arm has its own learning rate, chosen on validation. '
-        f"Mean over {html.text(found['seeds'])} "
-        "seeds that selected nothing; Student t intervals over seeds; differences are paired by seed. They do not "
-        "include the sampling of test images, nor the chance in which plan the search chose.</p>"
+        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all arms) '
+        f"and the sampling of test images. Each arm has its own learning rate, chosen on validation; "
+        f"{html.text(found['seeds'])} seeds that selected nothing. The chance in which plan the search chose is not "
+        "in them.</p>"
     )
 
 
@@ -157,6 +167,7 @@ def _turned(row: Mapping[str, Any]) -> list[float | None]:
 
 def _layers(rows: list[dict[str, Any]]) -> str:
     names = {"train_gain": "gain from training it, points", "train_gain_stderr": "± s.e."}
+    left_out = ("block", "in_plan", "site", "train_gain_low", "train_gain_high")
     shown = []
     for row in rows:
         state = "trained" if row["in_plan"] else "frozen"
@@ -164,13 +175,14 @@ def _layers(rows: list[dict[str, Any]]) -> str:
         for column, value in row.items():
             if column in names:
                 line[names[column]] = html.percent(value, sign=column == "train_gain")
-            elif column not in ("block", "in_plan", "site"):
+            elif column not in left_out:
                 line[column.removeprefix("transfer_")] = value
         shown.append(line)
     columns = shown[0] if shown else {}
     kept = [column for column in columns if any(row[column] not in (None, "–") for row in shown)]
     gain = (
-        "The gain is a least-squares estimate over all trials of the search (other blocks equal). "
+        "The gain is the expected gain from training the block, averaged over plans of the others, given all trainings "
+        "of the search. "
         if names["train_gain"] in kept
         else "There were too few trials to tell the gain from training each block. "
     )

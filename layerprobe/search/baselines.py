@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerprobe.errors import UnknownNameError, did_you_mean
-from layerprobe.metrics.intervals import mean_interval
+from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.metrics.inference import PooledArms
 from layerprobe.plans import standard_blocks
 from layerprobe.records import Estimate
 from layerprobe.search.budget import Scores, TrainBatch, TrialBudget
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
-from layerprobe.search.verdict import Difference, compare
+from layerprobe.search.verdict import Verdict, decide
 
 if TYPE_CHECKING:
     from layerprobe.training.finetune import Outcome
@@ -24,8 +24,9 @@ PLAN = "plan"
 ALL = "all"
 AUTO_RGN = "auto-rgn"
 GREEDY = "greedy"
-FULL_LENGTH_RATES = 2
-"""Rates at which training everything is compared at full length before the report's seeds."""
+NONE = "none"
+JUDGED = (PLAN, ALL, NONE)
+"""The verdict is about these; they get more seeds than other baselines where it needs them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +64,15 @@ class BaselineResult:
     test : tuple[float | None, ...]
         Test accuracy per seed, None where a run failed.
     accuracy : Estimate
-        Their mean with a t interval over seeds.
+        Their mean; the interval holds seeds (noise pooled over all lines) and test images.
     cost : float
         Of one training, in full trainings.
     seconds : float
         Mean of its steps.
-    against_all, against_plan : Difference | None
-        Paired difference to training everything and to the plan; None for that line itself or after failures.
+    recall : float | None
+        Share of the random labels that the bridges recalled, None without a bridge.
+    against_all, against_plan : Estimate | None
+        Difference to training everything and to the plan; None for that line itself, or without an estimate.
     """
 
     baseline: Baseline
@@ -77,10 +80,37 @@ class BaselineResult:
     params: int
     cost: float
     seconds: float
+    recall: float | None
     test: tuple[float | None, ...]
     accuracy: Estimate
-    against_all: Difference | None
-    against_plan: Difference | None
+    against_all: Estimate | None
+    against_plan: Estimate | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The plan and the baselines on unseen seeds, and what follows.
+
+    Attributes
+    ----------
+    lines : list[BaselineResult]
+        The plan first.
+    verdict : Verdict
+        About plan, all and none.
+    seeds : list[int]
+        Unseen seeds of these three, by their number.
+    noise : float | None
+        Standard deviation of one training around its arm and seed, as a share.
+    """
+
+    lines: list[BaselineResult]
+    verdict: Verdict
+    seeds: list[int]
+    noise: float | None
+
+    def line(self, name: str) -> BaselineResult:
+        """The line of a baseline."""
+        return next(line for line in self.lines if line.baseline.name == name)
 
 
 def standard_baselines(space: Space, *, seed: int = 0, scores: Scores | None = None) -> list[Baseline]:
@@ -132,115 +162,129 @@ def chosen_baselines(
 
 
 def baselines_cost(baselines: Sequence[Baseline], space: Space, settings: Settings) -> float:
-    """What reporting on `baselines` costs at most, in full trainings."""
-    runs = len(settings.lrs) * settings.fidelity + settings.seeds
+    """What reporting on `baselines` costs with the fewest seeds, in full trainings."""
+    rates = len(settings.lrs)
     return sum(
-        space.cost(one.trial(settings.lrs[0])) * (runs + (FULL_LENGTH_RATES if one.name == ALL else 0))
+        space.cost(one.trial(settings.lrs[0])) * (settings.seeds + (0 if one.is_plan else rates))
         for one in baselines
     )
 
 
 def report_baselines(
     plan: Mask,
-    plan_lr: float,
     baselines: Sequence[Baseline],
     budget: TrialBudget,
     train_batch: TrainBatch,
     *,
+    tolerance: float,
     rates: Mapping[str, float] | None = None,
-) -> list[BaselineResult]:
-    """Test accuracy of the plan and the baselines at equal length, on seeds that selected nothing.
+) -> Report:
+    """Test accuracy of the plan and the baselines at equal length on seeds that selected nothing, and the verdict.
 
-    The plan has the rate that the search gave it, which a strategy may have inferred from other plans; `rates`
-    are those of baselines that a search of their own has chosen one for. For the others see `choose_rates`.
+    Every line has its own learning rate: the posterior's for plans, the best on validation for the others, or that
+    of `rates`. Seeds are added for plan, all and none until the half-width of their differences is at most
+    `settings.half_width`, or there are `settings.max_seeds`.
     """
+    settings = budget.settings
     everyone = [Baseline(name=PLAN, mask=plan), *baselines]
-    chosen = choose_rates(everyone, {PLAN: plan_lr, **(rates or {})}, budget, train_batch)
-    seeds = range(budget.settings.seeds)
-    runs = {
-        one.name: [one.trial(chosen[one.name], REPORT_REPEAT + seed) for seed in seeds] for one in everyone
-    }
-    # Seed by seed, so that an interrupted report has complete rows to compare.
-    order = [runs[one.name][seed] for seed in seeds for one in everyone]
-    found = train_batch(list(dict.fromkeys(order)))
-    test = {name: tuple(found[trial].test_accuracy for trial in trials) for name, trials in runs.items()}
-    results = []
+    chosen = _rates(everyone, budget, train_batch) | dict(rates or {})
+    found: dict[Trial, Outcome] = {}
+
+    def trial(one: Baseline, seed: int) -> Trial:
+        return one.trial(chosen[one.name], REPORT_REPEAT + seed, budget.length)
+
+    def train(lines: Sequence[Baseline], seeds: Sequence[int]) -> None:
+        # Seed by seed, so that an interrupted report has complete rows to compare.
+        wanted = dict.fromkeys(trial(one, seed) for seed in seeds for one in lines)
+        found.update(train_batch([one for one in wanted if one not in found]))
+
+    n_seeds = settings.seeds
+    train(everyone, range(n_seeds))
+    judged = {one.name: one.mask for one in everyone if one.name in JUDGED}
+    distinct = {mask: name for name, mask in judged.items()}  # of equal plans the last name
+    arms = {name: mask for mask, name in distinct.items()}
+    while True:
+        outcomes = {one.name: _outcomes(found, [trial(one, s) for s in range(n_seeds)]) for one in everyone}
+        pooled = _pooled(outcomes)
+        verdict = decide(arms, pooled, budget.space, tolerance=tolerance)
+        wide = [e for e in verdict.differences.values() if _half_width(e) > settings.half_width]
+        if not wide or n_seeds >= settings.max_seeds:
+            break
+        train([one for one in everyone if one.name in arms], [n_seeds])
+        n_seeds += 1
+    lines = []
     for one in everyone:
-        trials = runs[one.name]
-        outcomes = [found[trial] for trial in trials]
-        params = [o.trainable_parameters for o in outcomes if o.trainable_parameters is not None]
-        results.append(
+        done = list(outcomes[one.name].values())
+        accuracies = tuple(outcome.test_accuracy for outcome in done)
+        params = [o.trainable_parameters for o in done if o.trainable_parameters is not None]
+        recalls = [o.bridge_accuracy for o in done if o.bridge_accuracy is not None]
+        compared = {
+            name: None if pooled is None or one.name == name else pooled.difference(one.name, name)
+            for name in (ALL, PLAN)
+        }
+        lines.append(
             BaselineResult(
                 baseline=one,
                 lr=chosen[one.name],
                 params=params[0] if params else budget.space.params(one.mask),
-                cost=budget.space.cost(trials[0]),
-                seconds=float(np.mean([outcome.train_seconds for outcome in outcomes])),
-                test=test[one.name],
-                accuracy=_mean(test[one.name], next((o.reason for o in outcomes if o.reason), None)),
-                against_all=None if one.name == ALL else compare(test[one.name], test.get(ALL)),
-                against_plan=None if one.name == PLAN else compare(test[one.name], test[PLAN]),
+                cost=budget.space.cost(trial(one, 0)),
+                seconds=float(np.mean([outcome.train_seconds for outcome in done])),
+                recall=float(np.mean(recalls)) if recalls else None,
+                test=accuracies,
+                accuracy=_mean(one.name, pooled, done),
+                against_all=compared[ALL],
+                against_plan=compared[PLAN],
             )
         )
-    return results
+    noise = None if pooled is None else pooled.noise
+    return Report(lines=lines, verdict=verdict, seeds=list(range(n_seeds)), noise=noise)
 
 
-def choose_rates(
-    everyone: Sequence[Baseline], known: Mapping[str, float], budget: TrialBudget, train_batch: TrainBatch
-) -> dict[str, float]:
-    """A learning rate for every line of the report, chosen on validation with the search's first seed.
-
-    All rates are compared at one length: by what the search already trained where that is the whole grid, else
-    by low-fidelity runs. For training everything, which the verdict is about, rates are compared at full length,
-    all of them where the search did so, else the two best: short runs favour other rates than long ones.
-
-    Parameters
-    ----------
-    everyone : Sequence[Baseline]
-        The plan first.
-    known : Mapping[str, float]
-        Rates of those that need no choice, the plan's among them.
-    """
-    plan, *baselines = everyone
-    chosen = dict(known)
-    for one in baselines:
-        if one.name not in chosen and one.is_plan:
-            compared = chosen[PLAN] if one.mask == plan.mask else budget.compared_lr(one.mask)
-            if compared is not None:
-                chosen[one.name] = compared
-    short = {
-        one.name: [one.trial(lr, 0, budget.settings.fidelity) for lr in budget.lrs]
-        for one in baselines
-        if one.name not in chosen
-    }
-    found = train_batch([trial for trials in short.values() for trial in trials])
-    chosen |= {name: _ranked(trials, found)[0].lr for name, trials in short.items()}
-    everything = next((one for one in baselines if one.name == ALL and one.mask != plan.mask), None)
-    if everything is not None:
-        rate = _rate_at_full_length(everything, budget, train_batch)
-        # Another rule may have named the same plan; one plan has one rate.
-        chosen |= {one.name: rate for one in baselines if one.mask == everything.mask and one.is_plan}
+def _rates(everyone: Sequence[Baseline], budget: TrialBudget, train_batch: TrainBatch) -> dict[str, float]:
+    """A learning rate for every line of the report, chosen on validation."""
+    plans = [one for one in everyone if one.is_plan]
+    best = budget.posterior().best_rates([one.mask for one in plans])
+    chosen = {one.name: best[one.mask] for one in plans}
+    for one in everyone:
+        if one.name not in chosen:
+            trials = [one.trial(lr, 0, budget.length) for lr in budget.lrs]
+            found = train_batch(trials)
+            chosen[one.name] = max(trials, key=lambda trial: (found[trial].ranked_accuracy, -trial.lr)).lr
     return chosen
 
 
-def _rate_at_full_length(baseline: Baseline, budget: TrialBudget, train_batch: TrainBatch) -> float:
-    """The best rate at full length: of all where the search tried all, else of the two best low-fidelity runs."""
-    full = [baseline.trial(lr) for lr in budget.lrs]
-    if all(trial in budget.history for trial in full):
-        return _ranked(full, budget.history)[0].lr
-    short = [baseline.trial(lr, 0, budget.settings.fidelity) for lr in budget.lrs]
-    best = _ranked(short, train_batch(short))[:FULL_LENGTH_RATES]
-    longer = [baseline.trial(trial.lr) for trial in best]
-    return _ranked(longer, train_batch(longer))[0].lr
+def _outcomes(found: Mapping[Trial, Outcome], trials: Sequence[Trial]) -> dict[int, Outcome]:
+    return {trial.repeat - REPORT_REPEAT: found[trial] for trial in trials if trial in found}
 
 
-def _ranked(trials: Sequence[Trial], found: Mapping[Trial, Outcome]) -> list[Trial]:
-    """Best validation accuracy first; ties go to the smaller rate."""
-    return sorted(trials, key=lambda trial: (-found[trial].ranked_accuracy, trial.lr))
+def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:
+    """Test accuracies of all lines with pooled noise; None where too few trainings came through."""
+    values = {
+        name: {seed: o.test_accuracy for seed, o in by_seed.items() if o.test_accuracy is not None}
+        for name, by_seed in outcomes.items()
+    }
+    values = {name: by_seed for name, by_seed in values.items() if by_seed}
+    right = {
+        name: np.mean([o.test_correct for o in outcomes[name].values() if o.test_correct is not None], axis=0)
+        for name in values
+        if any(o.test_correct is not None for o in outcomes[name].values())
+    }
+    n_images = max((o.n_test or 0 for by_seed in outcomes.values() for o in by_seed.values()), default=0)
+    try:
+        return PooledArms(values, n_images=n_images or None, correct=right)
+    except UsageError:
+        return None
 
 
-def _mean(values: Sequence[float | None], reason: str | None) -> Estimate:
-    finite = [value for value in values if value is not None]
-    if len(finite) > 1:
-        return replace(mean_interval(finite), reason=reason)
-    return Estimate(value=finite[0] if finite else None, n=len(finite), reason=reason)
+def _half_width(difference: Estimate) -> float:
+    if difference.low is None or difference.high is None:
+        return 0.0  # nothing that more seeds would narrow
+    return (difference.high - difference.low) / 2
+
+
+def _mean(name: str, pooled: PooledArms | None, outcomes: Sequence[Outcome]) -> Estimate:
+    reason = next((o.reason for o in outcomes if o.reason), None)
+    if pooled is not None and name in pooled.arms:
+        return replace(pooled.mean(name), reason=reason)
+    values = [o.test_accuracy for o in outcomes if o.test_accuracy is not None]
+    return Estimate(value=values[0] if values else None, n=len(values), reason=reason)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerprobe.errors import UsageError
+from layerprobe.search.posterior import Posterior
 from layerprobe.search.space import Mask, Space, Trial
 
 if TYPE_CHECKING:
@@ -36,15 +36,19 @@ class TrialBudget:
     space : Space
         The plans.
     settings : Settings
-        Learning rates, common seeds, lengths and objective.
+        Learning rates, seeds and objective.
     total : float
         What may be spent, in full trainings.
-    spent, held_back : float
-        Of it; the latter is kept for the finals.
+    spent : float
+        Of it.
+    length : float
+        Of every training, as a share of the steps in `settings`; the pilot finds it.
+    lrs : tuple[float, ...]
+        The grid of learning rates; default that of `settings`.
+    n_seeds : int
+        Common seeds that there are.
     scores : Scores
         per-block proposals; may be empty.
-    max_repeats : int | None
-        How many common seeds there are at most; default twice `settings.seeds`.
     watch : Callable[[TrialBudget], None] | None
         Called after every batch that was trained.
     history : dict[Trial, Outcome]
@@ -55,40 +59,39 @@ class TrialBudget:
     train_batch: TrainBatch
     settings: Settings
     total: float
+    length: float = 1.0
+    lrs: tuple[float, ...] = ()
+    n_seeds: int = 12
     scores: Scores = field(default_factory=dict)
-    max_repeats: int | None = None
     watch: Callable[[TrialBudget], None] | None = None
     spent: float = 0.0
-    held_back: float = 0.0
     history: dict[Trial, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        seeds = self.settings.seeds
-        if seeds < 2:
-            raise UsageError(f"finalists need at least 2 common seeds for a standard error, got {seeds}")
-        self.lrs = self.settings.lrs
+        self.lrs = self.lrs or self.settings.lrs
         self.rng = np.random.default_rng(self.settings.seed)
 
     @property
     def left(self) -> float:
-        """What may still be spent before the finals, in full trainings."""
-        return self.total - self.held_back - self.spent
+        """What may still be spent, in full trainings."""
+        return self.total - self.spent
 
     @property
     def middle_lr(self) -> float:
         return self.lrs[len(self.lrs) // 2]
 
-    def low_fidelity(self, mask: Mask) -> list[Trial]:
-        """Short runs of a plan at every learning rate."""
-        return [Trial(mask=mask, lr=lr, fidelity=self.settings.fidelity) for lr in self.lrs]
+    def trial(self, mask: Mask, lr: float, repeat: int = 0) -> Trial:
+        """A full-length training of a plan."""
+        return Trial(mask=mask, lr=lr, repeat=repeat, fidelity=self.length)
 
-    def full_length(self, mask: Mask) -> list[Trial]:
-        """Full-length runs of a plan at every learning rate, on the first seed."""
-        return [Trial(mask=mask, lr=lr) for lr in self.lrs]
+    def at_every_rate(self, mask: Mask) -> list[Trial]:
+        """Trainings of a plan at every learning rate, on the first seed."""
+        return [self.trial(mask, lr) for lr in self.lrs]
 
-    def on_seeds(self, mask: Mask, lr: float) -> list[Trial]:
-        """Full-length runs of a plan at one learning rate on the common seeds."""
-        return [Trial(mask=mask, lr=lr, repeat=repeat) for repeat in range(self.settings.seeds)]
+    def posterior(self) -> Posterior:
+        """What the history says about every plan; there is at least one training of a plan in it."""
+        known = [trial for trial in self.history if trial.is_plan]
+        return Posterior(self.space, self.lrs, known, [self.accuracy(trial) for trial in known])
 
     def price(self, trials: Sequence[Trial]) -> float:
         """What `trials` would add to the bill; those with an answer are free."""
@@ -123,49 +126,21 @@ class TrialBudget:
         """Validation accuracy of a trial in the history, −inf for a failed run."""
         return self.history[trial].ranked_accuracy
 
-    def best(self, trials: Sequence[Trial]) -> Trial:
-        """The best of the longest of `trials`, all in the history; ties go to the smaller rate."""
-        return max(trials, key=lambda trial: (trial.fidelity, self.accuracy(trial), -trial.lr))
-
     def runs(self, mask: Mask) -> Iterator[Trial]:
         """Trials of a plan in the history."""
         return (trial for trial in self.history if trial.mask == mask and trial.is_plan)
 
-    def full(self, mask: Mask) -> dict[float, dict[int, float]]:
-        """Full-length accuracies of a plan: learning rate → repeat → accuracy."""
-        found: dict[float, dict[int, float]] = {}
+    def by_rate(self, mask: Mask) -> dict[float, list[float]]:
+        """Learning rate → accuracies of a plan, one per seed."""
+        found: dict[float, list[float]] = {}
         for trial in self.runs(mask):
-            if trial.fidelity == 1.0:
-                found.setdefault(trial.lr, {})[trial.repeat] = self.accuracy(trial)
+            found.setdefault(trial.lr, []).append(self.accuracy(trial))
         return found
 
     def best_lr(self, mask: Mask) -> float:
-        """The plan's rate: best on repeat 0 at the greatest length trained; the middle one if none was.
-
-        A rate at which a run of the plan failed is taken only where all others failed too: trainings diverge at
-        large rates, so the nearest smaller one comes first.
-        """
-        runs = [trial for trial in self.runs(mask) if trial.repeat == 0]
-        if not runs:
-            return self.middle_lr
-        failed = self.failed_rates(mask)
-        finite = [trial for trial in runs if trial.lr not in failed]
-        untried = [lr for lr in self.lrs if lr not in failed]
-        if not finite and untried:
-            return max((lr for lr in untried if lr < min(failed)), default=min(untried))
-        return self.best(finite or runs).lr
-
-    def failed_rates(self, mask: Mask) -> set[float]:
-        """Rates at which a run of the plan failed."""
-        return {trial.lr for trial in self.runs(mask) if not math.isfinite(self.accuracy(trial))}
-
-    def compared_lr(self, mask: Mask) -> float | None:
-        """The plan's best rate on repeat 0 at the greatest length at which every rate was tried; else None."""
-        for length in sorted({trial.fidelity for trial in self.runs(mask)}, reverse=True):
-            trials = [Trial(mask=mask, lr=lr, fidelity=length) for lr in self.lrs]
-            if all(trial in self.history for trial in trials):
-                return self.best(trials).lr
-        return None
+        """The rate of largest mean accuracy among those tried, ties to the smaller; the middle one if none was."""
+        found = self.by_rate(mask)
+        return max(sorted(found), key=lambda lr: np.mean(found[lr]), default=self.middle_lr)
 
     def tried_masks(self) -> list[Mask]:
         """Allowed plans with at least one trial, in the order in which they came."""
@@ -173,50 +148,6 @@ class TrialBudget:
         return [mask for mask in seen if self.space.allows(mask)]
 
     def estimate(self, mask: Mask) -> float:
-        """The plan's accuracy as far as known: mean over repeats at its best rate, longest runs."""
-        lr = self.best_lr(mask)
-        runs = [trial for trial in self.runs(mask) if trial.lr == lr]
-        longest = max((trial.fidelity for trial in runs), default=0.0)
-        values = [self.accuracy(trial) for trial in runs if trial.fidelity == longest]
-        return float(np.mean(values)) if values else -math.inf
-
-
-def measured_gain(budget: TrialBudget) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy gained by training each block, other blocks equal: least squares over all trials.
-
-    Model: accuracy = level of (learning rate, fidelity, repeat) + sum of gains of the trained blocks. With
-    few trials a small ridge on the gains (1e-3 of their mean diagonal) keeps blocks that were always trained
-    together apart from infinity; the standard error says how little is known then. The levels carry no penalty:
-    what it would take from them would be given to the blocks.
-
-    Returns
-    -------
-    tuple[np.ndarray, np.ndarray]
-        Arrays of length n_blocks, shares in [0, 1]; NaN with fewer trials than unknowns.
-    """
-    known = [
-        (trial, outcome.validation_accuracy)
-        for trial, outcome in budget.history.items()
-        if outcome.validation_accuracy is not None and trial.is_plan
-    ]
-    n_blocks = budget.space.n_blocks
-    levels = sorted({(t.lr, t.fidelity, t.repeat) for t, _ in known})
-    if len(known) <= n_blocks + len(levels):
-        return np.full(n_blocks, np.nan), np.full(n_blocks, np.nan)
-    design = np.array(
-        [
-            [float(flag) for flag in trial.mask]
-            + [float((trial.lr, trial.fidelity, trial.repeat) == level) for level in levels]
-            for trial, _ in known
-        ]
-    )
-    y = np.array([accuracy for _, accuracy in known])
-    gram = design.T @ design
-    gains = np.arange(len(gram)) < n_blocks
-    gram[gains, gains] += 1e-3 * np.diag(gram)[gains].mean() + 1e-12
-    inverse = np.linalg.inv(gram)
-    weights = inverse @ design.T @ y
-    residual = y - design @ weights
-    variance = float(residual @ residual) / (len(y) - design.shape[1])
-    stderr = np.sqrt(variance * np.diag(inverse))
-    return weights[:n_blocks], stderr[:n_blocks]
+        """The plan's mean accuracy over seeds at its best rate; −inf where it failed or was not trained."""
+        found = self.by_rate(mask)
+        return float(np.mean(found[self.best_lr(mask)])) if found else -math.inf

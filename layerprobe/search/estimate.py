@@ -13,13 +13,13 @@ from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.load import available_memory
 from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
+from layerprobe.metrics.inference import detectable_difference
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
-from layerprobe.search.budget import TrainBatch, TrialBudget
+from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import block_params, trained_sizes
 from layerprobe.search.settings import Settings, make_settings
-from layerprobe.search.space import Space, Trial
+from layerprobe.search.space import Space
 from layerprobe.search.strategies import make_strategy
-from layerprobe.search.strategies.base import hold_back
 
 
 def check_search(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
@@ -30,7 +30,6 @@ def check_search(settings: Settings, space: Space, output: str | os.PathLike[str
         space=space, train_batch=lambda trials: {}, settings=settings, total=settings.budget or 0.0
     )
     if settings.budget is not None:
-        hold_back(budget)
         make_strategy(settings.strategy).check(budget)
 
 
@@ -68,8 +67,9 @@ def search_facts(
         "blocks": seen.n_blocks,
         "plans": f"2^{len(space.free)}",
         "strategy": settings.strategy,
-        "one full training": f"{bridge_steps} bridge + {finetune_steps} fine-tuning steps of {batch_size} images",
-        "report": f"about {report:.3g} full trainings for the plan and {len(baselines)} baselines",
+        "one full training": f"{f'{bridge_steps} bridge + ' if bridge_steps else ''}"
+        f"{'at most ' if settings.find_length else ''}{finetune_steps} fine-tuning steps of {batch_size} images",
+        "report": f"at least {report:.3g} full trainings for the plan and {len(baselines)} baselines",
         "device": str(seen.run_device),
         "tokens an image": seen.tokens_in_words,
         "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
@@ -97,32 +97,16 @@ def parse_constraints(
     }
 
 
-def pilot(train_batch: TrainBatch, space: Space, settings: Settings, workers: int) -> float:
-    """Seconds that a full training of everything takes here, its evaluation included, with all workers busy.
-
-    Raises
-    ------
-    UsageError
-        It diverges at the middle learning rate and at every smaller one.
-    """
-    rates = sorted(settings.lrs)[: len(settings.lrs) // 2 + 1]
-    for lr in reversed(rates):
-        # As many at once as there are workers: they take cores and memory from each other.
-        trials = [
-            Trial(mask=space.all, lr=lr, repeat=repeat, fidelity=settings.fidelity)
-            for repeat in range(workers)
-        ]
-        outcomes = list(train_batch(trials).values())
-        seconds = [
-            max(one.call_seconds, one.train_seconds)
-            for one in outcomes
-            if one.validation_accuracy is not None
-        ]
-        if seconds:
-            return max(1e-9, max(seconds) / settings.fidelity)
-    raise UsageError(
-        f"training everything fails at the learning rates {', '.join(f'{lr:g}' for lr in rates)} "
-        f"({outcomes[0].reason}); give smaller --lrs"
+def power_in_words(noise: float, settings: Settings) -> str:
+    """What the report can find: the difference that its fewest and its most seeds detect in 8 of 10 cases."""
+    found = [
+        # Three arms with pooled noise; (arms - 1) * (seeds - 1) degrees of freedom.
+        100 * detectable_difference(noise, n_seeds, 2 * (n_seeds - 1))
+        for n_seeds in (settings.seeds, settings.max_seeds)
+    ]
+    return (
+        f"trainings of one plan differ by {100 * noise:.1f} points; {settings.seeds} unseen seeds find differences of "
+        f"{found[0]:.1f} points in 8 of 10 cases, {settings.max_seeds} find {found[1]:.1f}"
     )
 
 
@@ -132,19 +116,20 @@ def budget_of_time(
     """The search's budget in full trainings of `seconds` each, and the baselines that `left` seconds allow."""
     total = 0.9 * left * workers / seconds
     kept = list(baselines)
-    least = settings.seeds + len(settings.lrs) * settings.fidelity
+    # All and none at every rate, and on two more seeds.
+    least = 2.0 * (len(settings.lrs) + 2)
 
     def report() -> float:
         return settings.seeds + baselines_cost(kept, space, settings)
 
-    while len(kept) > 1 and total - report() < 2 * least:
+    while len(kept) > 2 and total - report() < 2 * least:
         kept.pop()
     budget = (total - report()) / (1 + any(one.name == GREEDY for one in kept))  # which searches once more
     if budget < least:
         assert settings.time is not None
         needed = (least + report()) * seconds / (0.9 * workers) + settings.time - left
         raise UsageError(
-            f"time {settings.time:g} s is too small for one plan and its baseline: one training takes "
+            f"time {settings.time:g} s is too small for a search and its report: one training takes "
             f"{seconds:.3g} s here, so allow at least {needed:.0f} s or "
             "shorten the steps, with another output folder: this one holds a search of the time that was given"
         )

@@ -27,6 +27,9 @@ PROPOSING = ("rgn", "gradient_snr", "taylor")
 what a layer already says about the task is not what training it would gain."""
 
 MAX_IMAGES = 2000
+"""Transfer scores see so many training images."""
+MAX_VALIDATION = 1000
+"""Validation images that every trial is judged on: the time of more is better spent on steps."""
 
 
 @dataclass
@@ -43,8 +46,12 @@ class Evaluator:
 
     @cached_property
     def tensors(self) -> TaskTensors:
-        """The task's splits as the backbone takes them."""
-        return TaskTensors.of(self.backbone, self.task)
+        """The task's splits as the backbone takes them; of the validation images, those that trials are judged on."""
+        splits = dict(self.task.splits)
+        # Rows stand in a fixed order in which every prefix holds the classes in proportion.
+        if len(splits["validation"]) > MAX_VALIDATION:
+            splits["validation"] = splits["validation"].subset(range(MAX_VALIDATION))
+        return TaskTensors.of(self.backbone, replace(self.task, splits=splits))
 
     @cached_property
     def plans(self) -> dict[str, FreezePlan]:
@@ -59,12 +66,12 @@ class Evaluator:
         )
 
     def plan(self, mask: Mask, *, norms: bool = False) -> FreezePlan:
-        """The freeze plan of a mask: whole blocks; all blocks means everything, outer norms included."""
+        """The freeze plan of a mask: whole blocks, and nothing of the backbone outside them."""
         if norms:
             return self.plans["norms"]
         if (rank := self.settings.adapter_rank) is not None:
             return unit_plan(self.backbone, map(str, blocks_of(mask)), rank=rank)
-        return self.plans["all"] if all(mask) else block_plan(self.backbone, blocks_of(mask))
+        return block_plan(self.backbone, blocks_of(mask))
 
     def __call__(self, trial: Trial) -> Outcome:
         bridge, finetune = self.settings.bridge, self.settings.finetune

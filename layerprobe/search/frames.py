@@ -1,4 +1,4 @@
-"""The tables of a search: trainings, baselines, finalists, the Pareto front and the blocks."""
+"""The tables of a search: trainings, baselines, plans with their expected accuracy, and the blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import numpy as np
 import pandas as pd
 
 from layerprobe.search.baselines import BaselineResult
-from layerprobe.search.budget import TrialBudget, measured_gain
-from layerprobe.search.space import Mask, Space, Trial, describe_mask, strip
+from layerprobe.search.budget import TrialBudget
+from layerprobe.search.space import Mask, Space, describe_mask, strip
 from layerprobe.search.trials import Finished
-from layerprobe.search.verdict import (
-    Finalist,
-)
 
 
 def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
@@ -65,10 +62,11 @@ def baseline_frame(report: Sequence[BaselineResult]) -> pd.DataFrame:
             "seconds": round(line.seconds, 3),
         }
         for label, pair in (("all", line.against_all), ("plan", line.against_plan)):
-            row[f"minus_{label}"] = pair.estimate.value if pair else None
-            row[f"minus_{label}_low"] = pair.estimate.low if pair else None
-            row[f"minus_{label}_high"] = pair.estimate.high if pair else None
-            row[f"p_better_than_{label}"] = pair.estimate.probability if pair else None
+            row[f"minus_{label}"] = pair.value if pair else None
+            row[f"minus_{label}_low"] = pair.low if pair else None
+            row[f"minus_{label}_high"] = pair.high if pair else None
+            row[f"p_better_than_{label}"] = pair.probability if pair else None
+        row["random_label_recall"] = line.recall
         row["test_per_seed"] = " ".join("" if value is None else f"{value:.6f}" for value in line.test)
         row["reason"] = line.accuracy.reason
         rows.append(row)
@@ -84,48 +82,29 @@ def _about(mask: Mask, space: Space) -> dict[str, Any]:
     }
 
 
-def finalist_frame(finalists: Sequence[Finalist], chosen: Mask, space: Space) -> pd.DataFrame:
-    """One row a finalist: validation accuracy over its common seeds, chosen or not."""
-    return pd.DataFrame(
-        [
-            {
-                **_about(f.mask, space),
-                "lr": f.lr,
-                "validation_accuracy": f.mean if np.isfinite(f.mean) else None,
-                "n_seeds": len(f.accuracies),
-                "chosen": f.mask == chosen,
-            }
-            for f in finalists
-        ]
-    )
-
-
-def pareto_frame(budget: TrialBudget, chosen: Mask, finalists: Sequence[Finalist] = ()) -> pd.DataFrame:
-    """One row a plan trained at full length, cheapest first: accuracy, parameters, cost, on the front or not.
-
-    Finalists stand at the rate and with the seeds of the finals, other plans at the best rate that they were tried at.
-    """
-    rows: list[dict[str, Any]] = []
-    final = {finalist.mask: finalist for finalist in finalists}
-    for mask in budget.tried_masks():
-        if not budget.full(mask):
-            continue
-        lr = final[mask].lr if mask in final else budget.best_lr(mask)
-        seeds = final[mask].accuracies if mask in final else budget.full(mask).get(lr, {}).values()
-        values = [value for value in seeds if np.isfinite(value)]
-        if not values:
-            continue
-        rows.append(
-            {
-                **_about(mask, budget.space),
-                "cost": budget.space.cost(Trial(mask=mask, lr=lr)),
-                "lr": lr,
-                "validation_accuracy": float(np.mean(values)),
-                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "n_seeds": len(values),
-                "chosen": mask == chosen,
-            }
-        )
+def plan_frame(budget: TrialBudget, chosen: Mask) -> pd.DataFrame:
+    """One row a plan that was trained, cheapest first: expected accuracy with its 95 % interval, cost, on the front
+    or not."""
+    posterior = budget.posterior()
+    masks = budget.tried_masks()
+    if chosen not in masks:
+        masks.append(chosen)
+    rates = posterior.best_rates(masks)
+    mean, covariance = posterior.predict([budget.trial(mask, rates[mask]) for mask in masks])
+    stderr = np.sqrt(np.clip(np.diag(covariance), 0.0, None))
+    rows = [
+        {
+            **_about(mask, budget.space),
+            "cost": budget.space.cost(budget.trial(mask, rates[mask])),
+            "lr": rates[mask],
+            "validation_accuracy": expected,
+            "low": max(0.0, expected - 1.96 * error),
+            "high": min(1.0, expected + 1.96 * error),
+            "n_trainings": len(list(budget.runs(mask))),
+            "chosen": mask == chosen,
+        }
+        for mask, expected, error in zip(masks, mean.tolist(), stderr.tolist(), strict=True)
+    ]
     frame = pd.DataFrame(rows).sort_values(["trainable_parameters", "plan"], ignore_index=True)
     frame["on_front"] = on_front(frame["validation_accuracy"], frame["trainable_parameters"])
     return frame
@@ -140,14 +119,16 @@ def on_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
 
 def layer_frame(budget: TrialBudget, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:
     """One row a block: in the plan, parameters, measured gain of training it, transfer scores."""
-    gain, stderr = measured_gain(budget)
+    gains = budget.posterior().block_gains(np.random.default_rng(budget.settings.seed))
     frame = pd.DataFrame(
         {
             "block": range(budget.space.n_blocks),
             "in_plan": [int(flag) for flag in chosen],
             "parameters": budget.space.block_params,
-            "train_gain": gain,
-            "train_gain_stderr": stderr,
+            "train_gain": [gain.value for gain in gains],
+            "train_gain_stderr": [gain.stderr for gain in gains],
+            "train_gain_low": [gain.low for gain in gains],
+            "train_gain_high": [gain.high for gain in gains],
         }
     )
     return frame.join(scores.reset_index(drop=True)) if len(scores.columns) else frame

@@ -8,33 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pandas as pd
 
 from layerprobe.files import write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
-from layerprobe.records import Record
-from layerprobe.search.baselines import PLAN, BaselineResult
+from layerprobe.records import Estimate, Record
+from layerprobe.search.baselines import PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
-from layerprobe.search.frames import (
-    baseline_frame,
-    finalist_frame,
-    layer_frame,
-    pareto_frame,
-    trial_frame,
-)
+from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
+from layerprobe.search.pilot import Pilot
 from layerprobe.search.space import blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
-from layerprobe.search.verdict import (
-    Finalist,
-    contenders,
-    pooled_stderr,
-    verdict_kind,
-    verdict_sentence,
-)
+from layerprobe.search.verdict import sentence
 from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
+from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
 
@@ -50,17 +39,15 @@ class SearchResult(Record):
     answer : str
         The sentence.
     kind : str
-        'train everything', 'better', 'worse', 'no difference found', 'not compared'.
+        The verdict: 'train these', 'train all', 'train none', 'no difference', 'not judged'.
     table : pd.DataFrame
         One row a block: scores, measured gain of training it, in the plan or not (layers.csv).
     trials : pd.DataFrame
         One row a training (trials.csv).
     baselines : pd.DataFrame
         One row a baseline, test accuracy (baselines.csv).
-    pareto : pd.DataFrame
-        One row a plan trained at full length: accuracy, parameters, cost, on the front or not.
-    finalists : pd.DataFrame
-        One row a finalist: validation accuracy per common seed, chosen or not.
+    plans : pd.DataFrame
+        One row a plan that was trained: expected accuracy, parameters, cost, on the front or not (plans.csv).
     facts : dict[str, Any]
         Cost, budget, seeds and everything else for the report; `lr_at_edge` names baselines whose learning
         rate is the smallest or largest of the grid, so that a wider one might serve them better.
@@ -74,8 +61,7 @@ class SearchResult(Record):
     table: pd.DataFrame = field()  # a name that users rely on; `arm_rows` is what a terminal shows
     trials: pd.DataFrame
     baselines: pd.DataFrame
-    pareto: pd.DataFrame
-    finalists: pd.DataFrame
+    plans: pd.DataFrame
     facts: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
@@ -147,8 +133,7 @@ class SearchResult(Record):
                 ("layers", self.table),
                 ("trials", self.trials),
                 ("baselines", self.baselines),
-                ("pareto", self.pareto),
-                ("finalists", self.finalists),
+                ("plans", self.plans),
             ):
                 write_frame(frame, target / f"{name}.csv")
             write_json(target / "search.json", self.to_search_json())
@@ -163,8 +148,7 @@ class SearchResult(Record):
                 "kind": self.kind,
                 **self.facts,
                 "baselines": strict_rows(self.baselines),
-                "pareto": strict_rows(self.pareto[self.pareto["on_front"]]),
-                "finalists": strict_rows(self.finalists),
+                "plans": strict_rows(self.plans),
                 "provenance": self.provenance,
             }
         )
@@ -173,9 +157,8 @@ class SearchResult(Record):
 def make_result(
     evaluator: Evaluator,
     budget: TrialBudget,
-    finalists: Sequence[Finalist],
-    winner: Finalist,
-    report: Sequence[BaselineResult],
+    pilot: Pilot,
+    report: Report,
     records: Sequence[Finished],
     scores: pd.DataFrame,
 ) -> SearchResult:
@@ -185,67 +168,64 @@ def make_result(
     ----------
     budget : TrialBudget
         After the search.
-    winner : Finalist
-        Of the finalists.
-    report : Sequence[BaselineResult]
-        The plan and the baselines on unseen seeds.
+    pilot : Pilot
+        Length and rates of a training.
+    report : Report
+        The plan and the baselines on unseen seeds, with the verdict.
     records : Sequence[Finished]
-        Every training of search and report.
+        Every training of pilot, search and report.
     scores : pd.DataFrame
         Long table of transfer scores; may be empty.
     """
-    task, space, settings = evaluator.task, budget.space, budget.settings
-    own = next(line for line in report if line.baseline.name == PLAN)
-    answer = verdict_sentence(
-        winner.mask,
+    task, space, settings, verdict = evaluator.task, budget.space, budget.settings, report.verdict
+    own = next(line for line in report.lines if line.baseline.mask == verdict.mask and line.baseline.is_plan)
+    answer = sentence(
+        verdict,
         space,
-        own.against_all,
-        objective=settings.objective,
-        test_mean=own.accuracy.value,
-        n_finalists=sum(bool(np.isfinite(f.mean)) for f in finalists),
+        test=own.accuracy,
+        seeds=report.seeds,
         adapter_rank=settings.adapter_rank,
     )
-    kind = verdict_kind(winner.mask, own.against_all)
-    facts = _facts(evaluator, budget, finalists, winner, own, records)
-    grid = (min(settings.lrs), max(settings.lrs))
-    facts["lr_at_edge"] = [line.baseline.name for line in report if len(settings.lrs) > 1 and line.lr in grid]
-    facts["chance"] = 1.0 / task.n_classes
-    facts["score_columns"] = sorted(scores["metric"].unique()) if len(scores) else []
-    finals = finalist_frame(finalists, winner.mask, space)
+    if own.recall is not None:
+        answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"
+        answer += (
+            "." if own.recall >= LEAST_RECALL else ": it has bridged little, so nothing is claimed of it."
+        )
+    plans = plan_frame(budget, verdict.mask)
     wide = by_block(scores, space.n_blocks)
-    plan = evaluator.plan(winner.mask).with_found(
+    facts = _facts(evaluator, budget, pilot, report, own, records)
+    facts["score_columns"] = sorted(scores["metric"].unique()) if len(scores) else []
+    plan = evaluator.plan(verdict.mask).with_found(
         method="freeze-search",
         answer=answer,
-        kind=kind,
+        kind=verdict.kind,
         task=task.name,
         task_id=task.task_id,
         split_hash=task.split_hash,
         settings=strict_value(settings.to_dict()),
         budget=budget.total,
         spent=budget.spent,
-        lr=winner.lr,
-        validation_accuracy=winner.mean,
+        lr=own.lr,
+        steps=facts["steps"],
         test_accuracy={
             "mean": own.accuracy.value,
             "low": own.accuracy.low,
             "high": own.accuracy.high,
-            "interval": "95 % t over unseen seeds",
+            "interval": "95 %, noise between seeds pooled over all lines, test images included",
             "n_seeds": own.accuracy.n,
         },
         against_all=facts["against_all"],
-        runners_up=strict_rows(finals[~finals["chosen"]]),
         scores=strict_rows(wide.reset_index(names="block")),
         versions=versions(),
     )
     return SearchResult(
         plan=plan,
         answer=answer,
-        kind=kind,
-        table=layer_frame(budget, winner.mask, wide),
+        kind=verdict.kind,
+        table=layer_frame(budget, verdict.mask, wide),
         trials=trial_frame(records, space),
-        baselines=baseline_frame(report),
-        pareto=pareto_frame(budget, winner.mask, finalists),
-        finalists=finals,
+        baselines=baseline_frame(report.lines),
+        plans=plans,
         facts=facts,
     )
 
@@ -253,40 +233,66 @@ def make_result(
 def _facts(
     evaluator: Evaluator,
     budget: TrialBudget,
-    finalists: Sequence[Finalist],
-    winner: Finalist,
+    pilot: Pilot,
+    report: Report,
     own: BaselineResult,
     records: Sequence[Finished],
 ) -> dict[str, Any]:
     backbone, task, settings, space = evaluator.backbone, evaluator.task, budget.settings, budget.space
-    reported = {r.trial.key: space.cost(r.trial) for r in records if r.trial not in budget.history}
+    verdict = report.verdict
+    grid = (min(budget.lrs), max(budget.lrs))
+    at_edge = [line.baseline.name for line in report.lines if len(budget.lrs) > 1 and line.lr in grid]
+    others = [record for record in records if record.trial not in budget.history]
+    bridge_steps, steps = (max(1, round(pilot.length * n)) if n else 0 for n in settings.steps)
     return {
         "model": backbone.name,
         "revision": backbone.source.revision,
         "task": task.name,
         "split_hash": task.split_hash,
         "n_blocks": space.n_blocks,
+        "chance": 1.0 / task.n_classes,
         "plan": {
-            "strip": strip(winner.mask),
-            "blocks": blocks_of(winner.mask),
-            "words": describe_mask(winner.mask),
-            "lr": winner.lr,
-            "validation_accuracy": winner.mean,
-            "validation_per_seed": list(winner.accuracies),
+            "strip": strip(verdict.mask),
+            "blocks": blocks_of(verdict.mask),
+            "words": describe_mask(verdict.mask),
+            "lr": own.lr,
             "test_accuracy": own.accuracy.value,
             "test_low": own.accuracy.low,
             "test_high": own.accuracy.high,
             "trainable_parameters": own.params,
         },
-        "against_all": own.against_all.to_dict() if own.against_all else None,
-        "standard_error": pooled_stderr(contenders(finalists)),
+        "searched_plan": strip(report.line(PLAN).baseline.mask),
+        "against_all": estimate_row(own.against_all) if own.against_all else None,
+        "differences": [
+            {"arm": first, "versus": second, **estimate_row(found)}
+            for (first, second), found in verdict.differences.items()
+        ],
+        "margin": verdict.margin,
+        "detectable": verdict.detectable,
+        "noise": report.noise,
+        "pilot": pilot.to_dict(),
+        "bridge_steps": bridge_steps,
+        "steps": steps,
+        "lrs": list(budget.lrs),
+        "lr_at_edge": at_edge,
         "objective": settings.objective,
         "strategy": settings.strategy,
         "budget": budget.total,
         "spent": budget.spent,
-        "report_cost": sum(reported.values()),
+        "report_cost": sum(space.cost(record.trial) for record in others),
         "trainings": len(records),
         "train_seconds": sum(record.outcome.train_seconds for record in records),
-        "seeds": settings.seeds,
+        "seeds": len(report.seeds),
         "seed": settings.seed,
+    }
+
+
+def estimate_row(found: Estimate) -> dict[str, float | int | None]:
+    """A difference as result files hold it: shares, with the 95 % interval."""
+    return {
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "probability": found.probability,
+        "n": found.n,
     }

@@ -8,7 +8,7 @@ import tempfile
 import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,16 @@ from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
-from layerprobe.search.baselines import GREEDY, Baseline, chosen_baselines, report_baselines
+from layerprobe.search.baselines import GREEDY, PLAN, Baseline, chosen_baselines, report_baselines
 from layerprobe.search.budget import Scores, TrialBudget
-from layerprobe.search.estimate import budget_of_time, check_search, pilot
+from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
 from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
+from layerprobe.search.pilot import Pilot, run_pilot
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, identify, make_settings
 from layerprobe.search.space import Space, Trial, describe_mask
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.trials import TrialStore, hide_password, storage_url
-from layerprobe.search.verdict import Finalist, choose, contenders
 from layerprobe.search.workers import helpers
 from layerprobe.tables import strict_rows
 from layerprobe.training import Outcome, bridge_train
@@ -190,89 +190,94 @@ class _Search:
     def run(self) -> SearchResult:
         with self.runner.helpers(self.workers - 1):
             settings, space = self.settings, self.space
+            pilot = self.pilot()
             scores = pd.DataFrame(columns=SCORE_COLUMNS)
             if settings.use_scores:
                 scores = self.runner.scores(quiet=self.quiet)
             guides = proposals(scores, space.n_blocks)
             baselines = chosen_baselines(settings.baselines, space, seed=settings.seed, scores=guides)
-            total, baselines = self.total(baselines)
-            budget = self.budget(total, guides)
-            bridge_steps, finetune_steps = settings.steps
+            total, baselines = self.total(pilot, baselines)
+            budget = self.budget(pilot, total, guides)
+            self.say(f"{settings.strategy} over {space.n_blocks} blocks: budget {total:.3g} full trainings")
+            mask, lr = run_strategy(make_strategy(settings.strategy), budget)
+            posterior = budget.posterior()
+            self.say(power_in_words(posterior.noise, settings))
             self.say(
-                f"{settings.strategy} over {space.n_blocks} blocks: budget {total:.3g} full trainings of "
-                f"{bridge_steps} bridge + {finetune_steps} fine-tuning steps"
+                f"chosen on validation: {describe_mask(mask)}; now {len(baselines)} baselines on unseen seeds"
             )
-            finalists = run_strategy(make_strategy(settings.strategy), budget)
-            winner = self.chosen(finalists, budget)
-            values = "; ".join(f"{describe_mask(f.mask)} {100 * f.mean:.1f} %" for f in contenders(finalists))
-            self.say(f"on {len(winner.accuracies)} common seeds, validation: {values}")
-            self.say(
-                f"chosen on validation: {describe_mask(winner.mask)}; now {len(baselines)} baselines on unseen seeds"
-            )
-            baselines, rates = self.greedy(baselines, total)
+            baselines, rates = self.greedy(baselines, budget)
             report = report_baselines(
-                winner.mask, winner.lr, baselines, budget, self.report_batch, rates=rates
+                mask,
+                baselines,
+                budget,
+                self.report_batch,
+                tolerance=posterior.noise / math.sqrt(settings.seeds),
+                rates={PLAN: lr, **rates},
             )
-        found = make_result(
-            self.runner.evaluator, budget, finalists, winner, report, self.runner.store.records(), scores
+        return make_result(self.runner.evaluator, budget, pilot, report, self.runner.store.records(), scores)
+
+    def pilot(self) -> Pilot:
+        """Length, rates and duration of a training; found once, and kept with the trials."""
+        store, settings = self.runner.store, self.settings
+        if store.get("pilot") is None:
+            if settings.find_length:
+                self.say(f"pilot: how many steps a training needs, at most {settings.steps[1]}")
+            store.put("pilot", run_pilot(self.report_batch, self.space, settings).to_dict())
+        found = Pilot.from_dict(store.get("pilot"))
+        bridge_steps, steps = (max(1, round(found.length * n)) if n else 0 for n in settings.steps)
+        bridge = f"{bridge_steps} bridge + " if bridge_steps else ""
+        rates = ", ".join(f"{lr:g}" for lr in found.lrs)
+        reaches = f"{100 * found.accuracies[max(found.accuracies)]:.1f} % after {max(found.accuracies)} steps"
+        self.say(
+            f"one training: {bridge}{steps} steps, {found.seconds:.3g} s; rates {rates}; all blocks reach {reaches}"
         )
-        if at_edge := found.facts["lr_at_edge"]:
+        if not found.reached:
             self.say(
-                f"the best learning rate lies at the edge of the grid for {', '.join(at_edge)}; a wider --lrs "
-                "may change the comparison"
+                "the accuracy still grows at the limit of steps; a larger --finetune-steps may change the answer"
             )
         return found
 
-    def budget(self, total: float, scores: Scores, *, watched: bool = True) -> TrialBudget:
+    def budget(self, pilot: Pilot, total: float, scores: Scores, *, watched: bool = True) -> TrialBudget:
         """What a strategy sees."""
         return TrialBudget(
             space=self.space,
             train_batch=self.train_batch,
             settings=self.settings,
             total=total,
+            length=pilot.length,
+            lrs=pilot.lrs,
             scores=scores,
             watch=self.watch if watched else None,
         )
 
-    def total(self, baselines: list[Baseline]) -> tuple[float, list[Baseline]]:
+    def total(self, pilot: Pilot, baselines: list[Baseline]) -> tuple[float, list[Baseline]]:
         """The search's budget in full trainings, and the baselines that the time allows."""
         s, store = self.settings, self.runner.store
         if s.budget is not None:
             return s.budget, baselines
         if store.get("budget") is None:
-            # Measured once, so that a search which goes on, or another process of it, gives the same answer.
+            # Once, so that a search which goes on, or another process of it, gives the same answer.
             assert s.time is not None
-            seconds = pilot(self.train_batch, self.space, s, self.workers)
             left = max(0.0, s.time - (clock.monotonic() - self.began))
-            total, kept = budget_of_time(s, self.space, baselines, self.workers, seconds, left)
+            total, kept = budget_of_time(s, self.space, baselines, self.workers, pilot.seconds, left)
             store.put("budget", {"budget": total, "arms": [one.name for one in kept]})
         stored = store.get("budget")
         return stored["budget"], [one for one in baselines if one.name in stored["arms"]]
 
-    def greedy(self, baselines: list[Baseline], total: float) -> tuple[list[Baseline], dict[str, float]]:
+    def greedy(
+        self, baselines: list[Baseline], searched: TrialBudget
+    ) -> tuple[list[Baseline], dict[str, float]]:
         """The baselines with the plan of greedy forward selection, where that is one of them; and its rate."""
         if all(one.name != GREEDY for one in baselines):
             return baselines, {}
-        self.say(f"greedy forward selection for comparison, with the same budget of {total:.3g}")
-        budget = self.budget(total, {}, watched=False)
-        finalists = run_strategy(make_strategy("greedy"), budget)
-        others = [one for one in baselines if one.name != GREEDY]
-        try:
-            found = self.chosen(finalists, budget)
-        except UsageError as error:  # of a baseline; the search itself has its answer
-            self.say(f"greedy forward selection is left out: {error}")
-            return others, {}
-        made = Baseline(name=GREEDY, mask=found.mask)
-        return [made if one.name == GREEDY else one for one in baselines], {GREEDY: found.lr}
-
-    def chosen(self, finalists: Sequence[Finalist], budget: TrialBudget) -> Finalist:
-        """The answer among finalists; where there is none, the error says why their runs failed."""
-        try:
-            return choose(finalists, self.space, objective=self.settings.objective)
-        except UsageError as error:
-            reasons = [outcome.reason for outcome in budget.history.values() if outcome.reason]
-            why = f"; the first of {len(reasons)} failures: {reasons[0]}" if reasons else ""
-            raise UsageError(f"{error}{why}") from None
+        self.say(f"greedy forward selection for comparison, with the same budget of {searched.total:.3g}")
+        budget = replace(searched, watch=None, spent=0.0, history={})
+        strategy = make_strategy("greedy")
+        strategy.check(budget)
+        strategy.explore(budget)
+        mask = max(budget.tried_masks(), key=budget.estimate)
+        made = Baseline(name=GREEDY, mask=mask)
+        return [made if one.name == GREEDY else one for one in baselines], {GREEDY: budget.best_lr(mask)}
 
     def train_batch(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Outcomes of a strategy's trials; counts those that were all finished before."""
@@ -299,25 +304,23 @@ class _Search:
                 told = now
                 rest = (now - began) / (finished - found_before) * (total - finished)
                 self.say(
-                    f"baselines: {finished} of {total} trainings of this step; about {rest / 60:.1f} min of it left"
+                    f"{finished} of {total} trainings of this step; about {rest / 60:.1f} min of it left"
                 )
 
         return self.runner.outcomes(trials, watch)
 
     def watch(self, budget: TrialBudget) -> None:
         """One line of progress: best so far, budget left, expected end."""
-        tried = budget.tried_masks()
-        best = max([mask for mask in tried if budget.full(mask)] or tried, key=budget.estimate)
+        best = max(budget.tried_masks(), key=budget.estimate)
         leader = "all runs have failed so far"
         if math.isfinite(accuracy := budget.estimate(best)):
-            short = "" if budget.full(best) else " (low-fidelity runs)"
-            leader = f"best so far {100 * accuracy:.1f} % with {describe_mask(best)}{short}"
+            leader = f"best so far {100 * accuracy:.1f} % with {describe_mask(best)}"
         trained = budget.spent - self.looked_up
         end = "all found finished"
         if trained > 1e-9:
             elapsed = clock.monotonic() - self.began
             rest = elapsed * max(0.0, budget.total - budget.spent) / trained
-            end = f"about {rest / 60:.1f} min of search left"
+            end = f"at most {rest / 60:.1f} min of search left"
         self.say(
             f"{len(budget.history)} trainings, {budget.spent:.1f} of {budget.total:.3g} spent; {leader}; {end}"
         )

@@ -20,13 +20,22 @@ if TYPE_CHECKING:
     from layerprobe.tasks import Task
     from layerprobe.training.config import BridgeConfig, FineTuneConfig
 
-DEFAULT_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
-DEFAULT_BUDGET = 20.0
-DEFAULT_STRATEGY = "racing"
+DEFAULT_LRS = (3e-4, 1e-3, 3e-3)
+"""Where the pilot starts; it moves the grid until the best rate of all blocks lies inside."""
+DEFAULT_BUDGET = 40.0
+DEFAULT_STRATEGY = "bayes"
 DEFAULT_OBJECTIVE = "frugal"
 DEFAULT_SEEDS = 3
-DEFAULT_BRIDGE_STEPS = 30
-DEFAULT_FINETUNE_STEPS = 120
+DEFAULT_BRIDGE_STEPS = 0
+DEFAULT_STEP_LIMIT = 1600
+"""The longest fine-tuning that the pilot may find necessary."""
+DEFAULT_MARGIN = 0.01
+DEFAULT_HALF_WIDTH = 0.015
+DEFAULT_MAX_SEEDS = 8
+DEFAULT_HEAD_LR = 10.0
+"""The head is new and learns at this multiple of the blocks' rate."""
+DEFAULT_AUGMENT = "none"
+"""Shifted images would forbid keeping the outputs of a frozen prefix, which makes most plans cheaper."""
 DEFAULT_BATCH_SIZE = 32
 DEFAULT_RANDOM_CLASSES = 10
 DEFAULT_RANK = 8
@@ -44,38 +53,26 @@ DEFAULT_BASELINES = (
 )
 """Baselines of a report that names none, where the backbone and the scores allow them (`standard_baselines`)."""
 
-STRATEGIES = (
-    "racing",
-    "exhaustive",
-    "prefix",
-    "suffix",
-    "contiguous",
-    "greedy",
-    "random",
-    "tpe",
-    "nsga2",
-)
+STRATEGIES = ("bayes", "exhaustive", "greedy", "random", "tpe")
 """Names of the strategies; `layerprobe.search.strategies` says what each does."""
 
 OBJECTIVES = ("frugal", "accuracy")
-"""'frugal' is the one-standard-error rule: the fewest trainable parameters among the plans whose accuracy is at
-most one standard error below the best. 'accuracy' is the best alone."""
+"""'frugal' is the one-standard-error rule: the fewest trainable parameters among the plans whose expected accuracy
+is at most one standard error below the best. 'accuracy' is the best alone."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
-        "budget": 12.0,
-        "bridge_steps": 20,
-        "finetune_steps": 100,
-        "batch_size": 32,
-        "lrs": (1e-4, 3e-4),
-        "fidelity": 0.5,
-        "baselines": ("all", "none", "norms", "first-half", "last-half"),
-        "keep_bridge": True,
+        "budget": 20.0,
+        "finetune_steps": 80,
+        "lrs": (3e-4, 1e-3),
+        "baselines": ("all", "none"),
+        "max_seeds": 5,
+        "use_scores": False,
     },
 }
 """Settings that a preset replaces where the caller left the default."""
 
-PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 2, "workers": 2}}
 """The same for the command line: how the backbone meets the images, and how many processes."""
 
 
@@ -83,13 +80,13 @@ def preset_in_words(name: str) -> str:
     """What a preset sets, as options of the command line.
 
     >>> preset_in_words("quickstart").split("; ")[:2]
-    ['--budget 12', '--bridge-steps 20']
+    ['--budget 20', '--finetune-steps 80']
     """
     words = []
     for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items():
         flag = "--" + key.replace("_", "-")
-        if key == "fidelity":  # no option of the command line
-            words.append(f"short runs of {value:g} of the steps")
+        if key == "use_scores":
+            words.append("--no-scores")
         else:
             words.append(flag if value is True else f"{flag} {in_words(value)}")
     return "; ".join(words)
@@ -123,6 +120,8 @@ def default_bridge(**changes: Any) -> BridgeConfig:
         "batch_size": DEFAULT_BATCH_SIZE,
         "random_classes": DEFAULT_RANDOM_CLASSES,
         "precision": DEFAULT_PRECISION,
+        "head_lr": DEFAULT_HEAD_LR,
+        "augment": DEFAULT_AUGMENT,
     }
     return BridgeConfig(**{**defaults, **changes})
 
@@ -132,9 +131,11 @@ def default_finetune(**changes: Any) -> FineTuneConfig:
     from layerprobe.training.config import FineTuneConfig
 
     defaults = {
-        "steps": DEFAULT_FINETUNE_STEPS,
+        "steps": DEFAULT_STEP_LIMIT,
         "batch_size": DEFAULT_BATCH_SIZE,
         "precision": DEFAULT_PRECISION,
+        "head_lr": DEFAULT_HEAD_LR,
+        "augment": DEFAULT_AUGMENT,
     }
     return FineTuneConfig(**{**defaults, **changes})
 
@@ -146,22 +147,28 @@ class Settings:
     Parameters
     ----------
     budget
-        What the search itself may spend, in full trainings of everything (default 20); baselines and the
-        final test come on top and are stated.
+        What the search itself may spend, in full trainings of everything (default 40); pilot, baselines and the
+        report come on top.
     time
         Seconds for search and report together, instead of a budget; converted once, by the measured duration
         of the first training.
     strategy
-        Racing (default), exhaustive, prefix, suffix, contiguous, greedy, random, tpe, nsga2.
+        Bayes (default), exhaustive, greedy, random, tpe.
     objective
         'frugal' (the one-standard-error rule: fewest parameters within one standard error of the best) or
         'accuracy'.
-    seeds
-        Common seeds of finalists, and unseen seeds of the report, ≥ 2.
+    seeds, max_seeds
+        Unseen seeds of the report: at least, at most.
+    half_width
+        Seeds are added until the 95 % intervals of the differences between plan, all and none reach so far on
+        either side, as a share.
+    margin
+        The search stops when no plan is likely to be better than the best by this share.
     lrs
         Learning rates to choose from, for each plan separately; order and repetitions do not matter.
-    fidelity
-        Length of low-fidelity runs, as a share of the full training.
+    find_length, find_lrs
+        A pilot finds the number of steps (up to that of `finetune`) at which training all blocks reaches 95 % of
+        its plateau; and moves the grid until its best rate is not at an edge.
     bridge, finetune
         Training of every plan, at full length; `bridge` None leaves the bridge out. `freeze_search` takes
         bridge_steps, finetune_steps, batch_size, random_classes and precision instead.
@@ -187,8 +194,12 @@ class Settings:
     strategy: str = DEFAULT_STRATEGY
     objective: str = DEFAULT_OBJECTIVE
     seeds: int = DEFAULT_SEEDS
+    max_seeds: int = DEFAULT_MAX_SEEDS
+    half_width: float = DEFAULT_HALF_WIDTH
+    margin: float = DEFAULT_MARGIN
     lrs: tuple[float, ...] = DEFAULT_LRS
-    fidelity: float = 0.25
+    find_length: bool = False
+    find_lrs: bool = False
     bridge: BridgeConfig | None = field(default_factory=default_bridge)
     finetune: FineTuneConfig = field(default_factory=default_finetune)
     use_scores: bool = True
@@ -208,8 +219,15 @@ class Settings:
                 raise UsageError(f"{name} must be positive, got {value}")
         if not self.lrs or any(not lr > 0 for lr in self.lrs):
             raise UsageError(f"learning rates must be positive and at least one, got {list(self.lrs)}")
-        if not 0 < self.fidelity <= 1:
-            raise UsageError(f"the shortest runs are a share of the steps in (0, 1], got {self.fidelity}")
+        if self.seeds < 2:
+            raise UsageError(
+                f"the report needs at least 2 unseen seeds for a standard error, got {self.seeds}"
+            )
+        if self.max_seeds < self.seeds:
+            raise UsageError(f"max_seeds is {self.max_seeds}, fewer than seeds, {self.seeds}")
+        for name in ("half_width", "margin"):
+            if not 0 < getattr(self, name) < 1:
+                raise UsageError(f"{name} is a share of the accuracy in (0, 1), got {getattr(self, name)}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
         if re.fullmatch(r"weights|lora(:[1-9]\d{0,4})?", self.train) is None:
@@ -242,7 +260,10 @@ class Settings:
                 flat |= {"bridge_steps": self.steps[0], "finetune_steps": self.steps[1]}
                 flat["batch_size"] = self.finetune.batch_size
                 flat["random_classes"] = None if self.bridge is None else self.bridge.random_classes
-                flat["precision"] = self.finetune.precision
+                flat |= {
+                    name: getattr(self.finetune, name)
+                    for name in ("precision", "head_lr", "augment", "shots")
+                }
             elif name == "constraints":
                 flat |= asdict(self.constraints)
             elif name != "finetune":
@@ -253,8 +274,9 @@ class Settings:
 def make_settings(preset: str | None = None, **given: Any) -> Settings:
     """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order.
 
-    Beside the fields of `Settings` there are `bridge_steps` (0: no bridge), `finetune_steps`, `batch_size`,
-    `random_classes` and `precision` of the training, and the fields of `Constraints`.
+    Beside the fields of `Settings` there are `bridge_steps` (0: no bridge), `finetune_steps` (not given: found by
+    the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment` and `shots` of the training, and
+    the fields of `Constraints`. Learning rates that are given are a grid that stays.
     """
     if preset is not None and preset not in PRESETS:
         raise UnknownNameError(
@@ -270,6 +292,9 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
     for name in ("lrs", "must_freeze", "must_train", "baselines"):
         if name in merged:
             merged[name] = tuple(merged[name])
+    merged.setdefault("find_length", "finetune_steps" not in merged)
+    merged.setdefault("find_lrs", "lrs" not in merged)
+    merged.setdefault("max_seeds", max(DEFAULT_MAX_SEEDS, merged.get("seeds", 0)))
     if "lrs" in merged:  # one grid, one search, however it was written
         merged["lrs"] = tuple(sorted(set(merged["lrs"])))
 
@@ -277,9 +302,9 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
         return {name: merged.pop(name) for name in names if name in merged}
 
     constraints = Constraints(**take(*Constraints.__dataclass_fields__))
-    both = take("batch_size", "precision")
+    both = take("batch_size", "precision", "head_lr", "augment")
     bridge = {**both, **take("random_classes"), "steps": merged.pop("bridge_steps", DEFAULT_BRIDGE_STEPS)}
-    finetune = {**both, "steps": merged.pop("finetune_steps", DEFAULT_FINETUNE_STEPS)}
+    finetune = {**both, **take("shots"), "steps": merged.pop("finetune_steps", DEFAULT_STEP_LIMIT)}
     return Settings(
         bridge=default_bridge(**bridge) if bridge["steps"] else None,
         finetune=default_finetune(**finetune),

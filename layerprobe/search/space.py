@@ -26,8 +26,8 @@ class Trial:
     """One training: which blocks train, at which learning rate, seed and length.
 
     `repeat` counts the common seeds: equal repeats share random labels, data order and stem, so that plans
-    are compared in pairs. `fidelity` is the share of the full number of steps, in (0, 1]; a low-fidelity run
-    is shorter, with a complete annealed schedule of its own. `norms` adds the layer norms (the norms-only
+    are compared in pairs. `fidelity` is the share of the settings' steps, in (0, 1]; a shorter run has a complete
+    annealed schedule of its own. `norms` adds the layer norms (the norms-only
     baseline); `auto_rgn` gives every block a learning rate of its own (the baseline of that name).
     """
 
@@ -238,13 +238,13 @@ class Space:
         return self.repair(mask_of(order[:k].tolist(), self.n_blocks), order.tolist())
 
     def cost(self, trial: Trial) -> float:
-        """Cost of a trial in full trainings (everything trained, all steps = 1).
+        """Cost of a trial in full trainings (all blocks trained for the same number of steps = 1).
 
         Counted in matrix products: forward and the gradient towards the stem always run (two of three),
         the weight gradient only for what trains. Measured seconds are kept with every trial beside it.
         """
         share = self.params(trial.mask) / max(1, sum(self.block_params))
-        return trial.fidelity * (2.0 + share) / 3.0
+        return (2.0 + share) / 3.0
 
 
 def structured_masks(space: Space, family: str) -> list[Mask]:

@@ -1,220 +1,186 @@
-"""How a search ends: which finalist is chosen, how sure that is, and the sentence that says so."""
+"""What a search may claim: the verdict on the plan, on all and on none, from trainings on unseen seeds."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import combinations
 
 import numpy as np
+from scipy import optimize
 
-from layerprobe.errors import UsageError
-from layerprobe.metrics.intervals import interval_in_words, paired_seed_interval
+from layerprobe.metrics.inference import PooledArms, detectable_difference, equivalence_pvalue, holm
+from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.records import Estimate
 from layerprobe.search.space import Mask, Space, describe_mask
 
-MIN_SEEDS = 3
-"""Fewer paired seeds claim nothing."""
+TRAIN_THESE, TRAIN_ALL, TRAIN_NONE = "train these", "train all", "train none"
+NO_DIFFERENCE, UNKNOWN = "no difference", "not judged"
+LEVEL = 0.05
+"""Claims are made at this level, corrected for their number (Holm)."""
 
 
-@dataclass(frozen=True)
-class Finalist:
-    """A plan trained at full length on the common seeds.
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The answer to "which blocks should be trained?".
 
     Attributes
     ----------
+    kind : str
+        "train these", "train all", "train none", "no difference", or "not judged" where trainings failed.
     mask : Mask
-        The plan.
-    lr : float
-        Its learning rate.
-    accuracies : tuple[float, ...]
-        Validation accuracy per common seed, in seed order.
+        The plan that the verdict recommends.
+    margin : float | None
+        For "no difference": the smallest margin, as a share in [0, 1], within which all differences lie by two
+            one-sided tests at 5 %.
+    differences : dict[tuple[str, str], Estimate]
+        Of every pair of arms, with Holm's p-values.
+    detectable : float | None
+        Difference that these trainings find in 8 of 10 cases, as a share; image sampling left out.
     """
 
+    kind: str
     mask: Mask
-    lr: float
-    accuracies: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.accuracies))
+    margin: float | None
+    differences: dict[tuple[str, str], Estimate]
+    detectable: float | None
 
 
-def pooled_stderr(finalists: Sequence[Finalist]) -> float:
-    """Standard error of one finalist's mean, with the spread over seeds pooled over all finalists.
+def decide(
+    arms: Mapping[str, Mask],
+    pooled: PooledArms | None,
+    space: Space,
+    *,
+    tolerance: float,
+) -> Verdict:
+    """The verdict on `arms`, of which "plan" is the search's answer.
 
-    A handful of seeds says little about the spread of one plan; the plans together say more. Failed runs
-    (−inf) are left out of the pool. Zero when nothing could be pooled.
-    """
-    groups = [np.asarray(f.accuracies) for f in finalists if len(f.accuracies) > 1 and math.isfinite(f.mean)]
-    freedom = sum(len(group) - 1 for group in groups)
-    if freedom == 0:
-        return 0.0
-    variance = sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / freedom
-    return math.sqrt(variance / min(len(group) for group in groups))
-
-
-def contenders(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """The finalists with the most common seeds; the means of the others are not comparable."""
-    usable = [finalist for finalist in finalists if math.isfinite(finalist.mean)]
-    most = max((len(finalist.accuracies) for finalist in usable), default=0)
-    return [finalist for finalist in usable if len(finalist.accuracies) == most]
-
-
-def choose(finalists: Sequence[Finalist], space: Space, *, objective: str = "frugal") -> Finalist:
-    """The answer among the contenders: the one-standard-error rule, or the best alone.
-
-    'frugal' takes, among plans whose mean over seeds is at most one standard error below the best, the one with the
-    fewest trainable parameters; ties go to the better mean. 'accuracy' takes the best; ties go to fewer parameters.
+    Claims are differences that survive Holm's correction over all pairs. Without any, the verdict is "no
+    difference". Else it is the smallest arm that no other arm beats, and whose mean is at most `tolerance` below the
+    best.
 
     Parameters
     ----------
-    finalists : Sequence[Finalist]
-        Plans on common seeds; those with fewer seeds than others are left out.
-    space : Space
-        Says how many parameters a plan trains.
-
-    Raises
-    ------
-    UsageError
-        No finalist, or all their runs failed.
-
-    References
-    ----------
-    Breiman, Friedman, Olshen, Stone, Classification and Regression Trees, 1984, section 3.4.3.
+    arms : Mapping[str, Mask]
+        Name → plan: "plan", "all" and "none", where equal plans stand once, under the last of these names.
+    pooled : PooledArms | None
+        Test accuracies of the arms on common unseen seeds; None where too few trainings came through.
+    tolerance : float
+        Accuracy that fewer trained parameters may cost, as a share.
     """
-    usable = contenders(finalists)
-    if not usable:
-        raise UsageError(
-            "no plan came through the finals: of each at least one run on the common seeds failed; "
-            "smaller --lrs may help"
+    wanted = arms.get("plan") or next(mask for mask in arms.values() if space.allows(mask))
+    if pooled is None or any(name not in pooled.arms for name in arms):
+        return Verdict(kind=UNKNOWN, mask=wanted, margin=None, differences={}, detectable=None)
+    pairs = list(combinations(arms, 2))
+    found = [pooled.difference(first, second) for first, second in pairs]
+    corrected = holm([1.0 if e.pvalue is None else e.pvalue for e in found])
+    differences = dict(zip(pairs, found, strict=True))
+    beaten = {
+        second if (e.value or 0.0) > 0 else first
+        for (first, second), e, p in zip(pairs, found, corrected, strict=True)
+        if p < LEVEL
+    }
+    n_seeds = min(len(pooled.values[name]) for name in arms)
+    detectable = detectable_difference(pooled.noise, n_seeds, pooled.freedom)
+    if not beaten:
+        margin = max(equivalence_margin(e) for e in found)
+        smallest = min((mask for mask in arms.values() if space.allows(mask)), key=space.params)
+        return Verdict(
+            kind=NO_DIFFERENCE,
+            mask=smallest,
+            margin=margin,
+            differences=differences,
+            detectable=detectable,
         )
-    best = max(usable, key=lambda f: (f.mean, -space.params(f.mask)))
-    if objective == "accuracy":
-        return best
-    bar = best.mean - pooled_stderr(usable)
-    near = [f for f in usable if f.mean >= bar - 1e-12]
-    return min(near, key=lambda f: (space.params(f.mask), -f.mean))
+    means = {name: float(np.mean(list(pooled.values[name].values()))) for name in arms}
+    allowed = [name for name in arms if space.allows(arms[name])]
+    standing = [name for name in allowed if name not in beaten] or allowed
+    best = max(means[name] for name in standing)
+    near = [name for name in standing if means[name] >= best - tolerance]
+    name = min(near, key=lambda one: space.params(arms[one]))
+    kind = {"all": TRAIN_ALL, "none": TRAIN_NONE}.get(name, TRAIN_THESE)
+    return Verdict(kind=kind, mask=arms[name], margin=None, differences=differences, detectable=detectable)
 
 
-class Difference(NamedTuple):
-    """Paired difference in test accuracy to another line of the report, over the report's seeds.
+def equivalence_margin(difference: Estimate) -> float:
+    """The smallest margin within which a difference lies by two one-sided tests at 5 %; 1 where it is undefined."""
+    if difference.value is None or not difference.stderr:
+        return 1.0 if difference.value is None else abs(difference.value)
 
-    Attributes
-    ----------
-    estimate : Estimate
-        Difference in shares, with t interval and the probability that it is above 0; n counts seeds.
-    failed : int
-        Seeds on which one of the two has no value, because its run failed.
-    """
+    def excess(margin: float) -> float:
+        return equivalence_pvalue(difference, margin) - LEVEL
 
-    estimate: Estimate
-    failed: int = 0
-
-    def to_dict(self) -> dict[str, float | int | None]:
-        """The form that result files hold."""
-        e = self.estimate
-        return {
-            "difference": e.value,
-            "low": e.low,
-            "high": e.high,
-            "probability": e.probability,
-            "n": e.n,
-            "failed": self.failed,
-        }
-
-    @property
-    def missing(self) -> str:
-        """Why nothing can be claimed, whatever the interval; empty where something can."""
-        e = self.estimate
-        assert e.n is not None and e.low is not None and e.high is not None
-        if e.n < MIN_SEEDS:
-            return f"{e.n} paired seeds are too few for a claim"
-        if self.failed:
-            runs = e.n + self.failed
-            return f"on {self.failed} of {runs} unseen seeds a run failed, and those are not in it"
-        # Differences of shares: equal ones may be apart by their rounding.
-        if math.isclose(e.low, e.high, rel_tol=0.0, abs_tol=1e-9):
-            return "all seeds differ by the same amount, which is no measure of their spread"
-        return ""
+    least = abs(difference.value)
+    return 1.0 if excess(1.0) > 0 else float(optimize.brentq(excess, least, 1.0))
 
 
-def compare(plan: Sequence[float | None], other: Sequence[float | None] | None) -> Difference | None:
-    """plan − other over the seeds on which both have a value; None with fewer than two."""
-    both = [(a, b) for a, b in zip(plan, other or (), strict=False) if a is not None and b is not None]
-    if len(both) < 2 or not all(math.isfinite(a) and math.isfinite(b) for a, b in both):
-        return None
-    estimate = paired_seed_interval([a for a, _ in both], [b for _, b in both])
-    return Difference(estimate, failed=len(plan) - len(both))
-
-
-def verdict_kind(mask: Mask, against_all: Difference | None) -> str:
-    """One of 'train everything', 'better', 'worse', 'no difference found', 'not compared'."""
-    if all(mask):
-        return "train everything"
-    if against_all is None:
-        return "not compared"
-    estimate = against_all.estimate
-    if not against_all.missing and estimate.low is not None and estimate.low > 0:
-        return "better"
-    if not against_all.missing and estimate.high is not None and estimate.high < 0:
-        return "worse"
-    return "no difference found"
-
-
-def verdict_sentence(
-    mask: Mask,
+def sentence(
+    verdict: Verdict,
     space: Space,
-    against_all: Difference | None,
     *,
-    objective: str = "frugal",
-    test_mean: float | None = None,
-    n_finalists: int = 2,
+    test: Estimate | None,
+    seeds: Sequence[int],
     adapter_rank: int | None = None,
 ) -> str:
-    """The answer in plain words, also when it is "train everything" or "no difference found".
+    """The verdict in plain words, with the accuracies and differences that carry it.
 
-    `n_finalists` is the number of plans that the choice was among; with one, nothing could be compared. `adapter_rank`
-    is that of adapters, where these are placed instead of training weights.
+    Parameters
+    ----------
+    test : Estimate | None
+        Test accuracy of the recommended plan.
+    seeds : Sequence[int]
+        Unseen seeds of the trainings.
     """
-    accuracy = "" if test_mean is None else f" Test accuracy {100 * test_mean:.1f} %."
-    if all(mask):
-        if n_finalists < 2:
-            why = (
-                "only one finalist finished on several seeds (budget, or failed runs), "
-                "so nothing was compared with it"
-            )
-        elif objective == "frugal":
-            why = "no smaller plan among the finalists came within one standard error of the best"
-        else:
-            why = "no smaller plan among the finalists reached a higher validation accuracy"
-        everything = (
-            "Train everything"
-            if adapter_rank is None
-            else f"Place adapters of rank {adapter_rank} everywhere"
+    what = recommendation(verdict.mask, space, adapter_rank=adapter_rank)
+    accuracy = "" if test is None or test.value is None else f" Test accuracy {100 * test.value:.1f} %."
+    if verdict.kind == UNKNOWN:
+        return f"{what}{accuracy} Too few trainings on unseen seeds came through to compare it."
+    if verdict.kind == NO_DIFFERENCE:
+        assert verdict.margin is not None and verdict.detectable is not None
+        if len(verdict.differences) == 0:
+            return f"{what}{accuracy} Nothing else was there to compare it with."
+        return (
+            f"No difference larger than {points(verdict.margin)} points between training these blocks, all or none "
+            f"({len(seeds)} unseen seeds, which find {points(verdict.detectable)} points in 8 of 10 cases). {what}"
+            f"{accuracy}"
         )
-        return f"{everything}: {why}.{accuracy}"
+    parts = []
+    for (first, second), estimate in verdict.differences.items():
+        for one, other, sign in ((first, second, 1), (second, first, -1)):
+            if one == _name(verdict) and estimate.low is not None and estimate.high is not None:
+                value, low, high = (sign * (x or 0.0) for x in (estimate.value, estimate.low, estimate.high))
+                ends = interval_in_words(min(low, high), max(low, high), sign=True)
+                parts.append(f"{100 * value:+.1f} points against {other} (95 % interval {ends})")
+    return f"{what}{accuracy} {'; '.join(parts)}; {len(seeds)} unseen seeds."
+
+
+def recommendation(mask: Mask, space: Space, *, adapter_rank: int | None = None) -> str:
+    """The plan in words; `adapter_rank` is that of adapters, where these are placed instead of training weights.
+
+    >>> recommendation((True, False), Space((1, 3)))
+    "Train block 0, freeze the rest (25 % of the blocks' parameters train)."
+    """
+    if not any(mask):
+        return "Train stem and head alone and freeze all blocks."
     share = space.params(mask) / max(1, sum(space.block_params))
-    what = (
+    if adapter_rank is not None:
+        where = "everywhere" if all(mask) else f"on {describe_mask(mask)} ({100 * share:.0f} % of all of them)"
+        return f"Place adapters of rank {adapter_rank} {where}."
+    if all(mask):
+        return "Train all blocks."
+    return (
         f"Train {describe_mask(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
     )
-    if adapter_rank is not None:
-        what = f"Place adapters of rank {adapter_rank} on {describe_mask(mask)} ({100 * share:.0f} % of all of them)."
-    if not any(mask):
-        what = "Train the stem and head alone and freeze all blocks."
-    if against_all is None:
-        return (
-            f"{what}{accuracy} Too few runs on unseen seeds finished to compare it with training everything."
-        )
-    e = against_all.estimate
-    assert e.value is not None and e.low is not None and e.high is not None
-    ends = interval_in_words(e.low, e.high, sign=True)
-    interval = f"{100 * e.value:+.1f} points (95 % interval {ends}, {e.n} unseen seeds)"
-    sure = f"probability that the plan is better: {e.probability:.2f}"
-    kind = verdict_kind(mask, against_all)
-    if kind == "better":
-        return f"{what}{accuracy} It beats training everything by {interval}; {sure}."
-    if kind == "worse":
-        return f"{what}{accuracy} On unseen seeds it loses to training everything: {interval}; {sure}."
-    return f"{what}{accuracy} No difference found to training everything: {interval}; {against_all.missing or sure}."
+
+
+def points(share: float) -> str:
+    """A share as percentage points.
+
+    >>> points(0.0123)
+    '1.2'
+    """
+    return f"{100 * share:.1f}"
+
+
+def _name(verdict: Verdict) -> str:
+    return {TRAIN_ALL: "all", TRAIN_NONE: "none"}.get(verdict.kind, "plan")

@@ -48,8 +48,10 @@ class Outcome:
         matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
     trainable_parameters : int | None
         Of the backbone, in fine-tuning; stem and head are trained besides.
-    validation_correct, test_correct : np.ndarray | None
-        Bool, one per image, for paired comparisons; not stored.
+    test_correct : np.ndarray | None
+        Bool, one per image, for paired comparisons; stored as hexadecimal digits.
+    validation_correct : np.ndarray | None
+        The same of the validation images; not stored.
     """
 
     validation_accuracy: float | None = None
@@ -74,8 +76,9 @@ class Outcome:
         return -math.inf if self.validation_accuracy is None else self.validation_accuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON: every field but the arrays."""
-        return {name: getattr(self, name) for name in _STORED}
+        """Strict JSON: every field but `validation_correct`."""
+        bits = None if self.test_correct is None else np.packbits(self.test_correct).tobytes().hex()
+        return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
@@ -89,7 +92,13 @@ class Outcome:
                 "train_seconds": stored["seconds"],
                 "reason": stored["reason"],
             }
-        return cls(**{name: stored[name] for name in _STORED if name in stored})
+        bits = stored.get("test_correct")
+        right = None
+        if bits is not None:
+            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
+                bool
+            )
+        return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
 
 
 _STORED = tuple(item.name for item in fields(Outcome) if item.compare)

@@ -6,19 +6,15 @@ from collections.abc import Callable
 
 from layerprobe.search.settings import check_strategy
 from layerprobe.search.strategies.base import Strategy, run_strategy
-from layerprobe.search.strategies.plain import NSGA2, TPE, Exhaustive, Family, Greedy, RandomPlans
-from layerprobe.search.strategies.racing import Racing
+from layerprobe.search.strategies.bayes import Bayes
+from layerprobe.search.strategies.plain import TPE, Exhaustive, Greedy, RandomPlans
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "racing": Racing,
+    "bayes": Bayes,
     "exhaustive": Exhaustive,
-    "prefix": lambda: Family("prefix"),
-    "suffix": lambda: Family("suffix"),
-    "contiguous": lambda: Family("contiguous"),
     "greedy": Greedy,
     "random": RandomPlans,
     "tpe": TPE,
-    "nsga2": NSGA2,
 }
 
 
