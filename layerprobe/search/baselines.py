@@ -13,7 +13,7 @@ from layerprobe.metrics.inference import PooledArms
 from layerprobe.plans import standard_blocks
 from layerprobe.records import Estimate
 from layerprobe.search.budget import Scores, TrainBatch, TrialBudget
-from layerprobe.search.settings import Settings
+from layerprobe.search.settings import DEFAULT_BASELINES, Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
 from layerprobe.search.verdict import Verdict, decide
 
@@ -134,9 +134,9 @@ def standard_baselines(space: Space, *, seed: int = 0, scores: Scores | None = N
 def chosen_baselines(
     names: Sequence[str] | None, space: Space, *, seed: int = 0, scores: Scores | None = None
 ) -> list[Baseline]:
-    """The baselines called `names`; None: those of `standard_baselines`.
+    """The baselines called `names`; None: those of `DEFAULT_BASELINES`, where the backbone has them.
 
-    Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
+    All and none are always among them: the verdict is about these. Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
     gradient norm (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds
     with the same budget as the search, which this doubles; trainings that both ask for are done once. Until then
     it has all blocks, the most that it may cost. A name that exists for other backbones (`first-5`) or with scores
@@ -148,8 +148,7 @@ def chosen_baselines(
         There is no such baseline.
     """
     baselines = standard_baselines(space, seed=seed, scores=scores)
-    if names is None:
-        return baselines
+    names = DEFAULT_BASELINES if names is None else (ALL, NONE, *names)
     baselines.append(Baseline(name=AUTO_RGN, mask=space.all, auto_rgn=True))
     baselines.append(Baseline(name=GREEDY, mask=space.all))
     known = dict.fromkeys([*(one.name for one in baselines), "first-5", "last-5", "rgn-half"])

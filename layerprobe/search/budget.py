@@ -93,6 +93,11 @@ class TrialBudget:
         known = [trial for trial in self.history if trial.is_plan]
         return Posterior(self.space, self.lrs, known, [self.accuracy(trial) for trial in known])
 
+    def tolerance(self, posterior: Posterior) -> float:
+        """Accuracy that fewer trained parameters may cost: one standard error of a mean over the report's seeds, or
+        half of the margin that ends the search, whichever is larger."""
+        return max(posterior.noise / math.sqrt(self.settings.seeds), self.settings.margin / 2)
+
     def price(self, trials: Sequence[Trial]) -> float:
         """What `trials` would add to the bill; those with an answer are free."""
         return sum(self.space.cost(trial) for trial in dict.fromkeys(trials) if trial not in self.history)

@@ -14,7 +14,8 @@ from layerprobe.search.budget import TrainBatch
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial
 
-SHORTEST_STEPS = 100
+SHORTEST_STEPS = 200
+"""Rates are compared at this length: shorter trainings favour other rates than long ones."""
 PLATEAU_SHARE = 0.95
 """A training is long enough when it reaches this share of the plateau."""
 RATE_STEP = 3.0

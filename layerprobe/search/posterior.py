@@ -227,16 +227,11 @@ class Comparison:
         top = int(self.means.argmax())
         return float(np.mean(self.draws.max(0) - self.draws[top] < margin))
 
-    def answer(self, objective: str, seeds: int) -> Mask:
-        """The plan of largest expected accuracy, or ('frugal') the smallest within one standard error of it.
-
-        The standard error is that of a plan's mean over `seeds` trainings.
-        """
+    def answer(self, tolerance: float) -> Mask:
+        """The smallest plan whose expected accuracy is at most `tolerance` below the largest."""
         means, params = self.means, self.posterior.space.params
-        bar = means.max() - (self.posterior.noise / math.sqrt(seeds) if objective == "frugal" else 0.0)
-        near = [index for index in range(len(means)) if means[index] >= bar]
-        chosen = min(near, key=lambda index: (params(self.masks[index]), -means[index]))
-        return self.masks[chosen]
+        near = np.flatnonzero(means >= means.max() - tolerance)
+        return self.masks[min(near, key=lambda index: (params(self.masks[index]), -means[index]))]
 
 
 def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Generator) -> list[Mask]:

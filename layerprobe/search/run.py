@@ -211,7 +211,7 @@ class _Search:
                 baselines,
                 budget,
                 self.report_batch,
-                tolerance=posterior.noise / math.sqrt(settings.seeds),
+                tolerance=budget.tolerance(posterior),
                 rates={PLAN: lr, **rates},
             )
         return make_result(self.runner.evaluator, budget, pilot, report, self.runner.store.records(), scores)

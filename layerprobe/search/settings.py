@@ -40,25 +40,15 @@ DEFAULT_BATCH_SIZE = 32
 DEFAULT_RANDOM_CLASSES = 10
 DEFAULT_RANK = 8
 DEFAULT_PRECISION = "float32"
-DEFAULT_BASELINES = (
-    "all",
-    "none",
-    "norms",
-    "first-5",
-    "last-5",
-    "first-half",
-    "last-half",
-    "random-SEED",
-    "rgn-half",
-)
+DEFAULT_BASELINES = ("all", "none", "norms", "first-half", "last-half")
 """Baselines of a report that names none, where the backbone and the scores allow them (`standard_baselines`)."""
 
 STRATEGIES = ("bayes", "exhaustive", "greedy", "random", "tpe")
 """Names of the strategies; `layerprobe.search.strategies` says what each does."""
 
 OBJECTIVES = ("frugal", "accuracy")
-"""'frugal' is the one-standard-error rule: the fewest trainable parameters among the plans whose expected accuracy
-is at most one standard error below the best. 'accuracy' is the best alone."""
+"""'frugal' is the fewest trainable parameters among the plans whose expected accuracy is at most one standard error,
+or half of the margin, below the best. 'accuracy' is the best alone."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
@@ -200,7 +190,7 @@ class Settings:
     lrs: tuple[float, ...] = DEFAULT_LRS
     find_length: bool = False
     find_lrs: bool = False
-    bridge: BridgeConfig | None = field(default_factory=default_bridge)
+    bridge: BridgeConfig | None = None
     finetune: FineTuneConfig = field(default_factory=default_finetune)
     use_scores: bool = True
     baselines: tuple[str, ...] | None = None
@@ -232,8 +222,6 @@ class Settings:
             raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
         if re.fullmatch(r"weights|lora(:[1-9]\d{0,4})?", self.train) is None:
             raise UsageError(f"train is weights, lora or lora:RANK, not '{self.train}'")
-        if self.baselines is not None and "all" not in self.baselines:
-            raise UsageError("baselines must contain 'all': every report compares with training everything")
 
     @property
     def adapter_rank(self) -> int | None:

@@ -45,6 +45,6 @@ def run_strategy(strategy: Strategy, budget: TrialBudget) -> tuple[Mask, float]:
         raise UsageError(f"no training came through; smaller --lrs may help{why}")
     posterior = budget.posterior()
     masks = candidate_masks(budget.space, posterior, budget.rng)
-    settings = budget.settings
-    mask = Comparison(posterior, masks, budget.rng).answer(settings.objective, settings.seeds)
+    tolerance = budget.tolerance(posterior) if budget.settings.objective == "frugal" else 0.0
+    mask = Comparison(posterior, masks, budget.rng).answer(tolerance)
     return mask, posterior.best_rates([mask])[mask]
