@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "selectors.py"
+FILE = Path(__file__).resolve().parents[3] / "benchmarks" / "selection_rules.py"
 
 
 @pytest.fixture(scope="module")
 def selectors() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("selectors", FILE)
+    spec = importlib.util.spec_from_file_location("selection_rules", FILE)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
