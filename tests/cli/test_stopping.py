@@ -27,11 +27,14 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def stop_when(folder: Path, pattern: str, child: subprocess.Popen[str], number: int) -> tuple[int, str]:
-    """Send a signal as soon as a file is there; exit code and what was said. It has thirty seconds."""
+def stop_when(
+    folder: Path, pattern: str, child: subprocess.Popen[str], number: int, after: float = 0.0
+) -> tuple[int, str]:
+    """Send a signal `after` seconds from when a file is there; exit code and what was said. It has thirty seconds."""
     while not list(folder.glob(pattern)):
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.005)
+    time.sleep(after)
     child.send_signal(number)
     _, said = child.communicate(timeout=30)
     return child.returncode, said
@@ -58,7 +61,7 @@ def test_a_bridge_saves_and_continues(llama: Path, tmp_path: Path, number: int, 
 def test_features_stop_and_continue(llama: Path, tmp_path: Path) -> None:
     arguments = ("features", "--model", llama, "--task", "digits", "--patch-size", 2, "--batch-size", 1,
                  "--split", "train", "--cache-dir", tmp_path)  # fmt: skip
-    code, said = stop_when(tmp_path, "*/progress.json", start(*arguments), signal.SIGTERM)
+    code, said = stop_when(tmp_path, "*/*.npy.part", start(*arguments), signal.SIGTERM, after=0.2)
     assert code == 143 and said.strip().endswith("terminated; finished work is kept")
     (progress,) = tmp_path.glob("*/progress.json")
     assert json.loads(progress.read_text())["rows"] >= 1
