@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short
-from trainings import ExhaustiveTable, Trainings
+from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting.studies import draw_levels, plot_lines
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, mask_of
-from layerprobe.search.verdict import Finalist, choose
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
@@ -139,8 +138,7 @@ def valued(
 
 
 def best_plan(table: ExhaustiveTable, plans: dict[str, Mask]) -> str:
-    finalists = [Finalist(mask, table.own_lr(mask), tuple(table.validation(mask))) for mask in plans.values()]
-    chosen = choose(finalists, table.space).mask
+    chosen = frugal_plan(table, list(plans.values()))
     return next(name for name, mask in plans.items() if mask == chosen)
 
 

@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
-from trainings import ExhaustiveTable, Trainings
+from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError
 from layerprobe.files import read_json
 from layerprobe.plotting.studies import draw_levels
 from layerprobe.search.settings import make_settings
-from layerprobe.search.space import Mask, strip, structured_masks
-from layerprobe.search.verdict import Finalist, choose
+from layerprobe.search.space import Mask, strip
 from layerprobe.tables import tidy
 from layerprobe.tasks.catalog import TASKS
 
@@ -134,12 +133,11 @@ def trained(s: Setup, model: str, name: str) -> Source:
     )
     runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, settings)
     space = runs.space
-    families = [structured_masks(space, family) for family in ("prefix", "suffix", "contiguous")]
-    masks = list(dict.fromkeys(mask for family in families for mask in family))
+    n = space.n_blocks
+    spans = [(0, 0), *((start, stop) for start in range(n) for stop in range(start + 1, n + 1))]
     if s.quick:
-        half = space.n_blocks // 2
-        halves = [mask for family in families[:2] for mask in family if sum(mask) == half]
-        masks = [space.none, *halves, space.all]
+        spans = [(0, 0), (0, n // 2), (n - n // 2, n), (0, n)]
+    masks = [tuple(start <= index < stop for index in range(n)) for start, stop in spans]
     counts = {key: len(split) for key, split in task.splits.items()}
     setting = f"{counts} images, patch {s.patch}, {steps['bridge_steps']} + {steps['finetune_steps']} steps of {batch}"
     facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
@@ -158,13 +156,8 @@ def family_of(mask: Mask) -> str:
     return "contiguous" if "#" * k in text else "other"
 
 
-def searched(table: ExhaustiveTable, masks: list[Mask], objective: str = "frugal") -> Mask:
-    finalists = [Finalist(m, table.own_lr(m), tuple(table.validation(m))) for m in masks]
-    return choose(finalists, table.space, objective=objective).mask
-
-
 def measured(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> list[dict[str, Any]]:
-    plan = searched(table, masks)
+    plan = frugal_plan(table, masks)
     total = sum(table.space.block_params)
     rows = []
     for mask in masks:
@@ -193,8 +186,8 @@ def claims(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> 
     about: dict[str, Any] = {"n": facts["n"], "model": facts["model"], "task": facts["task"]}
     everything, nothing = table.test(space.all), table.test(space.none)
     partial = [mask for mask in masks if 0 < sum(mask) < space.n_blocks]
-    best = searched(table, partial, "accuracy")
-    plan = searched(table, masks)
+    best = frugal_plan(table, partial, tolerant=False)
+    plan = frugal_plan(table, masks)
     found = [
         against(
             "partial − all",

@@ -21,12 +21,13 @@ from layerprobe.training import Outcome
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 # Tables of every plan are made and replayed by the benchmark of the search; studies read the same ones.
 from agreement import permutation_agreement, score_agreement
-from replay import ExhaustiveTable, Truth
+from replay import ExhaustiveTable, Truth, frugal_plan
 
 __all__ = [
     "ExhaustiveTable",
     "Trainings",
     "Truth",
+    "frugal_plan",
     "permutation_agreement",
     "score_agreement",
     "trial_rows",
@@ -61,9 +62,7 @@ class Trainings:
         """
         s = self.settings
         found = self.outcomes([Trial(mask=mask, lr=lr) for mask in masks for lr in s.lrs])
-        table = ExhaustiveTable(
-            name=self.label, space=self.space, lrs=s.lrs, seeds=s.seeds, fidelity=1.0, outcomes=found
-        )
+        table = ExhaustiveTable(name=self.label, space=self.space, lrs=s.lrs, seeds=s.seeds, outcomes=found)
         rates = {mask: table.own_lr(mask) for mask in masks}
         judging = range(REPORT_REPEAT, REPORT_REPEAT + (unseen or s.seeds))
         repeats = [*range(1, s.seeds), *judging]

@@ -18,7 +18,7 @@ import argparse
 import shlex
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +175,7 @@ def replay_tables(arguments: argparse.Namespace) -> None:
         )
     frame = pd.DataFrame(rows)
     agreement = pd.DataFrame([row for table in tables for row in score_agreement(table, truths[table.name])])
-    summary = summarise(frame, truths)
+    summary = summarise(frame)
     for table in tables:
         truth = truths[table.name]
         print(
@@ -212,7 +212,9 @@ def main() -> None:
     make.add_argument("--task", required=True)
     make.add_argument("--name", required=True, help="folder under results/freeze_search/tables")
     make.add_argument("--limit", type=int, default=None)
-    make.add_argument("--shots", type=int, default=None, help="training images a class, drawn anew by every seed")
+    make.add_argument(
+        "--shots", type=int, default=None, help="training images a class, drawn anew by every seed"
+    )
     make.add_argument("--patch-size", type=int, default=None)
     make.add_argument("--stem", default="pca")
     make.add_argument("--bridge-steps", type=int, default=0)
@@ -220,7 +222,9 @@ def main() -> None:
     make.add_argument("--finetune-steps", type=int, required=True)
     make.add_argument("--batch-size", type=int, default=32)
     make.add_argument("--head-lr", type=float, default=10.0, help="multiple of the learning rate")
-    make.add_argument("--seeds", type=int, default=3, help="to select by, and as many unseen ones to judge by")
+    make.add_argument(
+        "--seeds", type=int, default=3, help="to select by, and as many unseen ones to judge by"
+    )
     make.add_argument("--lrs", type=float, nargs="+", default=LRS)
     make.add_argument("--workers", type=int, default=1)
     make.add_argument("--device", default="cpu")
@@ -228,9 +232,7 @@ def main() -> None:
     make.set_defaults(run=make_table)
     again = commands.add_parser("replay", help="compare strategies on stored tables")
     again.add_argument("tables", nargs="+", type=Path)
-    again.add_argument(
-        "--strategies", nargs="+", default=["racing", "random", "greedy", "tpe", "nsga2", "prefix", "suffix"]
-    )
+    again.add_argument("--strategies", nargs="+", default=["bayes", "random", "greedy", "tpe"])
     again.add_argument("--shares", type=float, nargs="+", default=SHARES)
     again.add_argument(
         "--seen",

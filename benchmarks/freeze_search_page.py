@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from replay import WHOLE_TABLE, ExhaustiveTable, Truth, upper_third_test
-from scipy import stats
+from replay import WHOLE_TABLE, ExhaustiveTable, Reliability, Truth
 
 from layerprobe.cli.output import save_figure
 from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.provenance import machine, versions
-from layerprobe.search.space import parse_strip, strip
+from layerprobe.search.space import strip
 from layerprobe.tables import write_frame
 
 SHARE = 0.2
@@ -28,19 +27,14 @@ SHARE = 0.2
 
 REGRET_BAR, FRUGAL_BAR, CHEAPER_BAR = 0.5, 0.8, 2.0
 """Accuracy points; share of replays with at most one block too many; times cheaper than others at equal regret."""
+STOP_SHARE, STOP_BAR = 0.5, 0.8
+"""On a table without differences the search stops before this share of the budget, in this share of replays."""
+NULL = "-null"
+"""How the name of a table ends whose plans should not differ."""
 
-DEFAULT = "racing"
-COLOURS = {
-    "racing": "#D55E00",
-    "racing without scores": "#E69F00",
-    "random": "#0072B2",
-    "greedy": "#009E73",
-    "tpe": "#CC79A7",
-    "nsga2": "#56B4E9",
-    "prefix": "#000000",
-    "suffix": "#999999",
-}
-MARKS = dict(zip(COLOURS, "osD^vP<>", strict=True))
+DEFAULT = "bayes"
+COLOURS = {"bayes": "#D55E00", "random": "#0072B2", "greedy": "#009E73", "tpe": "#CC79A7"}
+MARKS = dict(zip(COLOURS, "osD^", strict=True))
 
 
 def over_tables(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
@@ -52,15 +46,10 @@ def over_tables(part: pd.DataFrame, column: str) -> tuple[float, float, float]:
     return found.value, found.low, found.high
 
 
-def summarise(frame: pd.DataFrame, truths: dict[str, Truth]) -> pd.DataFrame:
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a strategy and budget (`share` of the exhaustive cost), averaged over tables."""
     rows = []
     for (strategy, share), part in frame.groupby(["strategy", "share"], sort=False):
-        picks = [
-            (truths[pair], [parse_strip(plan) for plan in plans])
-            for pair, plans in part.groupby("pair")["plan"]
-        ]
-        hits, cases, p = upper_third_test(picks)
         regret, low, high = over_tables(part, "regret")
         rows.append(
             {
@@ -77,9 +66,6 @@ def summarise(frame: pd.DataFrame, truths: dict[str, Truth]) -> pd.DataFrame:
                 "at_most_one_more": (part["excess_blocks"] <= 1).mean(),
                 "other_lr": (part["lr"] != part["own_lr"]).mean(),
                 "lr_loss": over_tables(part, "lr_loss")[0],
-                "upper_third_hits": hits,
-                "upper_third_cases": cases,
-                "upper_third_p": p,
                 "n_tables": part["pair"].nunique(),
                 "n_replays": len(part),
             }
@@ -131,12 +117,9 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
     n = int(own["n_replays"])
     answers = int(part.groupby("pair")["plan"].nunique().sum())
     basis = f"{own['n_tables']:.0f} tables, {n} replays with {answers} different answers"
-    worse = int((part["below_all"] > part["stderr"]).sum())
     frugal = int((part["excess_blocks"] <= 1).sum())
     shares = (part["excess_blocks"] <= 1).groupby(part["pair"]).mean()
     regret_bar = max(REGRET_BAR, own["stderr"])
-    # Two means with the same expectation and standard error: their difference has √2 times that.
-    chance = f"{100 * stats.norm.cdf(-math.sqrt(0.5)):.0f} % expected of plans exactly as good as everything"
     found = [
         {
             "measure": f"regret at {100 * SHARE:.0f} % of the exhaustive cost, points",
@@ -146,13 +129,6 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
                 f"{own['regret_low']:+.2f} to {own['regret_high']:+.2f} (95 % t over tables); {basis}"
             ),
             "reached": judged(own["regret"], own["regret_high"], regret_bar, at_most=True),
-        },
-        {
-            "measure": "replays worse than training everything by more than one standard error",
-            "bar": "0",
-            "measured": f"{worse} of {n}",
-            "interval and basis": f"a count; {chance}; {basis}",
-            "reached": "no" if worse else "yes",
         },
     ]
     for other in ("random", "greedy"):
@@ -168,37 +144,44 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
                 "reached": judged(value, least, CHEAPER_BAR, at_most=False),
             }
         )
-    p = own["upper_third_p"]
-    return [
-        *found,
+    found.append(
         {
             "measure": "replays with at most one trained block more than the smallest sufficient plan",
             "bar": f"at least {100 * FRUGAL_BAR:.0f} %",
             "measured": f"{frugal} of {n}, {100 * frugal / n:.0f} %",
             "interval and basis": f"{100 * shares.min():.0f} to {100 * shares.max():.0f} % (by table); {basis}",
             "reached": judged(frugal / n, shares.min(), FRUGAL_BAR, at_most=False),
-        },
-        {
-            "measure": "plan in the upper third of all plans of its size",
-            "bar": "more often than chance",
-            "measured": f"{own['upper_third_hits']:.0f} of {own['upper_third_cases']:.0f}, p = {p:.2g}",
-            "interval and basis": f"exact test, the tables drawn anew under the null; {basis}",
-            "reached": "yes" if p < 0.05 else "no",
-        },
-    ]
+        }
+    )
+    nulls = frame[frame["pair"].str.endswith(NULL) & (frame["strategy"] == DEFAULT) & (frame["share"] == 1.0)]
+    if len(nulls):
+        early = int((nulls["spent"] <= STOP_SHARE * nulls["budget"]).sum())
+        found.append(
+            {
+                "measure": f"without differences: stops before {100 * STOP_SHARE:.0f} % of the exhaustive cost",
+                "bar": f"in at least {100 * STOP_BAR:.0f} % of replays",
+                "measured": f"{early} of {len(nulls)}, {100 * early / len(nulls):.0f} %",
+                "interval and basis": ", ".join(nulls["pair"].unique()),
+                "reached": "yes" if early >= STOP_BAR * len(nulls) else "no",
+            }
+        )
+    return found
 
 
 def with_unseen(
-    verdicts: list[dict[str, Any]], frame: pd.DataFrame, truths: dict[str, Truth], seen: Sequence[str]
+    verdicts: list[dict[str, Any]], frame: pd.DataFrame, seen: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The bars with what they measure on the tables outside `seen` alone."""
     rest = frame[~frame["pair"].isin(seen)]
     if not seen or rest.empty:
         return verdicts
-    alone = {row["measure"]: row for row in bars(rest, summarise(rest, truths))}
+    alone = {row["measure"]: row for row in bars(rest, summarise(rest))}
     column = f"on unseen tables ({', '.join(rest['pair'].unique())})"
     return [
-        {**row, column: f"{alone[row['measure']]['measured']} ({alone[row['measure']]['reached']})"}
+        {
+            **row,
+            column: f"{one['measured']} ({one['reached']})" if (one := alone.get(row["measure"])) else "-",
+        }
         for row in verdicts
     ]
 
@@ -276,8 +259,8 @@ def publish(
     `command` is what the page says to type; `seen` are tables that had been looked at when the default strategy was
     last changed, so that the others are judged apart, too.
     """
-    summary = summarise(frame, truths)
-    verdicts = with_unseen(bars(frame, summary), frame, truths, seen)
+    summary = summarise(frame)
+    verdicts = with_unseen(bars(frame, summary), frame, seen)
     write_frame(frame, output / "replays.csv")
     write_frame(summary, output / "summary.csv")
     write_frame(agreement, output / "scores.csv")
@@ -298,19 +281,15 @@ selection seeds as a final needs; a real search spends what is left on further o
 number of trained blocks whose best plan is within one standard error of the optimum on validation. "Yes, not surely":
 the mean reaches the bar, the bad end of the interval does not.
 
-Replays differ in the strategy's own seed and in which of the table's selection seeds comes first. Where its pool holds
-every plan, as here, racing draws nothing at random and has only the latter, so that several of its replays of a table
-are one: read the number of different answers, not of replays.
+Replays differ in the strategy's own seed and in which of the table's selection seeds comes first.
 
 A plan is judged at the learning rate that the whole table gives it, the one with the best mean over the selection
 seeds. A strategy that saw fewer runs may have chosen another, at which a real search would have trained; the last two
 columns of the second table say how often, and what that costs on validation.
 """
 SEEN = """
-The default strategy was last changed after a look at {seen}: there it inferred learning rates from short runs, which
-favour others than long ones do. Now it compares them at full length where the budget allows. Made-up landscapes decided
-which form of that stayed; no number was fitted to a table. Tables that had not been looked at then are the honest test,
-and have a column of their own.
+The default strategy was last changed after a look at {seen}. Tables that had not been looked at then are the honest
+test, and have a column of their own.
 """
 UNSEEN = """
 The default strategy was not changed after a look at any of these tables.
@@ -322,17 +301,21 @@ whole cost. What it misses, the table does not hold.
 FIGURE = """
 ![Regret and excess blocks against cost](regret.png)
 
-*Mean over tables; band: 95 % t interval over tables of the default strategy, racing.*
+*Mean over tables; band: 95 % t interval over tables of the default strategy.*
 """
 TABLES = """
 ## Tables
 
 Test accuracy in %, mean over unseen seeds ± one standard error (pooled over plans). `#` trains, `.` is frozen,
-input to output. Racing: mean over its replays. Trained for: processes' seconds added up.
+input to output. *Noise*: standard deviation of one training around plan and seed, in points. *SNR of size, of blocks*:
+standard deviation over plans of the effect of the number of trained blocks, and of the blocks' additive effects within
+plans of one size, corrected for noise, over the noise. *Reliability*: share of the variance between plans of one size
+that is not noise; below 0.3 a table cannot tell them apart. bayes: mean over its replays. Trained for: processor
+seconds added up.
 
-| table | images (train, validation, test) | best plan | its test | all blocks | none | sufficient | racing: regret | \
-racing: blocks beyond | trained for |
-| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |
+| table | images (train, validation, test) | best plan | its test | all blocks | none | sufficient | noise | \
+SNR of size | SNR of blocks | reliability | bayes: regret | bayes: blocks beyond | trained for |
+| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 SCORES = """
 ## Scores
@@ -387,7 +370,7 @@ def page(
     lines += [FIGURE, *strategy_rows(summary), TABLES.rstrip("\n")]
     own = frame[(frame["strategy"] == DEFAULT) & (frame["share"] == SHARE)]
     for table, about in zip(tables, abouts, strict=True):
-        truth, part = truths[table.name], own[own["pair"] == table.name]
+        truth, part, known = truths[table.name], own[own["pair"] == table.name], Reliability.of(table)
         cells = [
             table.name,
             ", ".join(f"{about['counts'][key]:,}" for key in ("train", "validation", "test")),
@@ -397,9 +380,13 @@ def page(
                 for mask in (truth.optimum, table.space.all, table.space.none)
             ),
             str(truth.sufficient),
+            f"{100 * known.noise:.1f}",
+            f"{known.snr_size:.1f}",
+            f"{known.snr_blocks:.1f}",
+            f"{known.within:.2f}",
             f"{part['regret'].mean():+.2f}",
             f"{part['excess_blocks'].mean():+.2f}",
-            f"{about['train_seconds'] / 60:.0f} min",
+            f"{about['seconds'] / 60:.0f} min",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Each was made by one resumable command (`--dry-run` states its cost):", ""]
@@ -414,24 +401,23 @@ def ceiling_sentence(agreement: pd.DataFrame) -> str:
     return (
         f"How much there is to find: within plans of one size the order by one seed agrees with the mean of the others "
         f"by τ = {mean} ({interval}, {len(values)} tables). Near 0 the plans of a size hardly differ, or the noise of "
-        "these short trainings hides it, and then no strategy can do much better than another."
+        "trainings hides it, and then no strategy can do much better than another."
     )
 
 
 def strategy_rows(summary: pd.DataFrame) -> list[str]:
     """Every strategy at the budget at which the default is judged."""
     heads = ["strategy", "regret, points", "95 % interval over tables", "blocks beyond sufficient"]
-    heads += ["at most one more", "worse than all by 1 standard error", "upper third", "replays"]
+    heads += ["at most one more", "worse than all by 1 standard error", "replays"]
     heads += ["another rate", "its cost, points"]
     lines = [
         f"## Strategies at {100 * SHARE:.0f} % of the exhaustive cost",
         "",
         f"| {' | '.join(heads)} |",
-        "| --- | ---: | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     everything = summary["strategy"] == WHOLE_TABLE
     for _, row in summary[(summary["share"] == SHARE) | everything].sort_values("share").iterrows():
-        hits, cases = int(row["upper_third_hits"]), int(row["upper_third_cases"])
         cells = [
             row["strategy"],
             f"{row['regret']:+.2f}",
@@ -439,7 +425,6 @@ def strategy_rows(summary: pd.DataFrame) -> list[str]:
             f"{row['excess_blocks']:+.2f}",
             f"{100 * row['at_most_one_more']:.0f} %",
             f"{100 * row['below_all_by_1se']:.0f} %",
-            f"{hits} of {cases} (p = {row['upper_third_p']:.2g})",
             str(row["n_replays"]),
             f"{100 * row['other_lr']:.0f} %",
             f"{row['lr_loss']:+.2f}",

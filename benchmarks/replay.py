@@ -23,7 +23,6 @@ from layerprobe.search.budget import TrialBudget
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parse_strip, strip
 from layerprobe.search.strategies import make_strategy, run_strategy
-from layerprobe.search.verdict import Finalist, choose
 from layerprobe.training import Outcome
 
 WHOLE_TABLE = "whole table"
@@ -105,10 +104,10 @@ class ExhaustiveTable:
         return TrialBudget(
             space=self.space,
             train_batch=value,
-            settings=Settings(lrs=self.lrs, seeds=self.seeds, seed=seed),
+            settings=Settings(lrs=self.lrs, seed=seed),
             total=total,
+            n_seeds=self.seeds,
             scores=self.scores if use_scores else {},
-            max_repeats=self.seeds,
         )
 
     def _turned(self, trial: Trial, by: int) -> Trial:
@@ -209,6 +208,55 @@ class Truth:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reliability:
+    """How much a table says about its plans, from the judging seeds.
+
+    Attributes
+    ----------
+    noise : standard deviation of one training's test accuracy around its plan and seed, a share.
+    snr_size, snr_blocks : standard deviation over plans of the effect of the number of trained blocks, and of an
+        additive effect of the blocks within plans of one size, each corrected for noise, over `noise`.
+    within : share of the variance between plans of one size that is not noise, in [0, 1] (of their means over seeds).
+    """
+
+    noise: float
+    snr_size: float
+    snr_blocks: float
+    within: float
+
+    @classmethod
+    def of(cls, table: ExhaustiveTable) -> Reliability:
+        rows = np.array([table.test(mask) for mask in table.masks])
+        kept = np.isfinite(rows).all(axis=1)
+        rows, masks = rows[kept], np.array(table.masks, dtype=float)[kept]
+        n_plans, n_seeds = rows.shape
+        means = rows.mean(axis=1)
+        residual = rows - means[:, None] - rows.mean(axis=0) + rows.mean()
+        variance = float((residual**2).sum()) / ((n_plans - 1) * (n_seeds - 1))
+        of_mean = variance / n_seeds
+        sizes = masks.sum(axis=1)
+        by_size = np.array([sizes == size for size in np.unique(sizes)], dtype=float)
+        by_size /= by_size.sum(axis=1, keepdims=True)
+        level = (by_size > 0).T @ (by_size @ means)
+        within = means - level
+        centred = masks - (by_size > 0).T @ (by_size @ masks)
+        fitted = centred @ np.linalg.pinv(centred) @ within
+        n_sizes, n_free = len(by_size), int(np.linalg.matrix_rank(centred))
+
+        def true_variance(effect: np.ndarray, freedom: int) -> float:
+            return max(0.0, float((effect**2).sum()) - freedom * of_mean) / n_plans
+
+        between = float((within**2).sum()) / max(1, n_plans - n_sizes)
+        noise = math.sqrt(variance)
+        return cls(
+            noise=noise,
+            snr_size=math.sqrt(true_variance(level - means.mean(), n_sizes - 1)) / noise,
+            snr_blocks=math.sqrt(true_variance(fitted, n_free)) / noise,
+            within=max(0.0, 1.0 - of_mean / between) if between > 0 else 0.0,
+        )
+
+
 def replay(
     table: ExhaustiveTable,
     truth: Truth,
@@ -222,15 +270,14 @@ def replay(
 
     Returns
     -------
-    dict: strategy, pair, seed, budget, plan, `regret` and `below_all` in accuracy points (positive = worse
+    dict: strategy, pair, seed, budget, `spent`, `plan`, `regret` and `below_all` in accuracy points (positive = worse
     than the exhaustive optimum, than training everything; on test, unseen seeds), `stderr` in points,
     `lr` that the strategy chose, `own_lr` at which the table judges the plan, and `lr_loss`, what the
     difference costs on validation in points (a search would have trained at the former), `cost_share` of the
-    exhaustive cost, `excess_blocks` beyond the smallest sufficient plan, `place` and `of` within plans of its
-    size by test accuracy.
+    exhaustive cost, `excess_blocks` beyond the smallest sufficient plan.
     """
     trials = table.budget(budget, seed=seed, use_scores=use_scores)
-    chosen = choose(run_strategy(make_strategy(strategy), trials), table.space)
+    mask, lr = run_strategy(make_strategy(strategy), trials)
     return {
         "pair": table.name,
         "strategy": strategy,
@@ -238,7 +285,7 @@ def replay(
         "budget": budget,
         "spent": trials.spent,
         "cost_share": trials.spent / table.exhaustive_cost(),
-        **_measures(table, truth, chosen),
+        **_measures(table, truth, mask, lr),
     }
 
 
@@ -247,7 +294,7 @@ def whole_table(table: ExhaustiveTable, truth: Truth) -> dict[str, Any]:
 
     No search can be expected to do better than by luck: what this one misses, the table itself does not hold.
     """
-    everyone = [Finalist(mask, table.own_lr(mask), tuple(table.validation(mask))) for mask in table.masks]
+    answer = frugal_plan(table, table.masks)
     return {
         "pair": table.name,
         "strategy": WHOLE_TABLE,
@@ -255,76 +302,39 @@ def whole_table(table: ExhaustiveTable, truth: Truth) -> dict[str, Any]:
         "budget": table.exhaustive_cost(),
         "spent": table.exhaustive_cost(),
         "cost_share": 1.0,
-        **_measures(table, truth, choose(everyone, table.space)),
+        **_measures(table, truth, answer, table.own_lr(answer)),
     }
 
 
-def _measures(table: ExhaustiveTable, truth: Truth, chosen: Finalist) -> dict[str, Any]:
+def frugal_plan(table: ExhaustiveTable, masks: Sequence[Mask], *, tolerant: bool = True) -> Mask:
+    """The plan with the fewest trained parameters within one standard error of the best mean validation accuracy.
+
+    `tolerant=False`: the best alone.
+
+    References
+    ----------
+    Breiman, Friedman, Olshen, Stone, Classification and Regression Trees, 1984, section 3.4.3.
+    """
+    values = {mask: table.validation(mask) for mask in masks}
+    means = {mask: float(value.mean()) for mask, value in values.items()}
+    bar = max(means.values()) - (_pooled(list(values.values())) if tolerant else 0.0)
+    near = [mask for mask in masks if means[mask] >= bar]
+    return min(near, key=lambda mask: (table.space.params(mask), -means[mask]))
+
+
+def _measures(table: ExhaustiveTable, truth: Truth, answer: Mask, lr: float) -> dict[str, Any]:
     """The quality of an answer; columns as `replay` says."""
-    answer, own = chosen.mask, table.own_lr(chosen.mask)
-    size = sum(answer)
+    own = table.own_lr(answer)
     return {
         "plan": strip(answer),
         "regret": 100 * (truth.test[truth.optimum] - truth.test[answer]),
         "below_all": 100 * (truth.test[table.space.all] - truth.test[answer]),
         "stderr": 100 * truth.stderr,
-        "lr": chosen.lr,
+        "lr": lr,
         "own_lr": own,
-        "lr_loss": 100 * (table.validation(answer).mean() - table.validation(answer, chosen.lr).mean()),
-        "excess_blocks": size - truth.sufficient,
-        "place": place_of(truth, answer),
-        "of": sum(sum(mask) == size for mask in truth.test),
+        "lr_loss": 100 * (table.validation(answer).mean() - table.validation(answer, lr).mean()),
+        "excess_blocks": sum(answer) - truth.sufficient,
     }
-
-
-def upper_third_test(picks: Sequence[tuple[Truth, Sequence[Mask]]]) -> tuple[int, int, float]:
-    """Plans in the upper third of all plans of their size, against chance, exactly.
-
-    Replays of one table with several seeds often pick the same plan, so they are no independent cases. The null
-    is therefore about the table: within a size, which plans make up the upper third is drawn at random, while the
-    picks stay as they are. A plan picked seven times is seven hits or none.
-
-    Parameters
-    ----------
-    picks : per table its truth and the picked plans, one per replay. Sizes with fewer than three plans have no
-        upper third and are left out.
-
-    Returns
-    -------
-    hits, cases, and the probability of at least so many hits by chance.
-    """
-    hits = cases = 0
-    distribution = np.array([1.0])
-    for truth, masks in picks:
-        by_size: dict[int, list[Mask]] = {}
-        for mask in masks:
-            by_size.setdefault(sum(mask), []).append(mask)
-        for size, picked in by_size.items():
-            peers = [mask for mask in truth.test if sum(mask) == size]
-            if len(peers) < 3:
-                continue
-            upper = {mask for mask in peers if place_of(truth, mask) <= len(peers) // 3}
-            hits += sum(mask in upper for mask in picked)
-            cases += len(picked)
-            weights = [picked.count(mask) for mask in dict.fromkeys(picked)]
-            distribution = np.convolve(distribution, _drawn_weight(weights, len(peers), len(upper)))
-    return hits, cases, min(1.0, float(distribution[hits:].sum())) if cases else 1.0
-
-
-def place_of(truth: Truth, mask: Mask) -> int:
-    """Place of a plan among plans of its size by test accuracy, from 1; ties share the better place."""
-    return 1 + sum(truth.test[other] > truth.test[mask] for other in truth.test if sum(other) == sum(mask))
-
-
-def _drawn_weight(weights: Sequence[int], n: int, k: int) -> np.ndarray:
-    """Distribution of the summed weight of `k` things drawn from `n` without replacement; the others weigh 0."""
-    ways = np.zeros((len(weights) + 1, sum(weights) + 1))
-    ways[0, 0] = 1.0
-    for weight in weights:
-        ways[1:, weight:] += ways[:-1, : ways.shape[1] - weight].copy()
-    rest = n - len(weights)
-    choices = [math.comb(rest, k - drawn) if 0 <= k - drawn <= rest else 0 for drawn in range(len(ways))]
-    return np.asarray(np.array(choices) @ ways / math.comb(n, k))
 
 
 def _pooled(groups: Sequence[np.ndarray]) -> float:

@@ -136,11 +136,12 @@ def chosen_baselines(
 ) -> list[Baseline]:
     """The baselines called `names`; None: those of `DEFAULT_BASELINES`, where the backbone has them.
 
-    All and none are always among them: the verdict is about these. Two more exist on request. `auto-rgn` trains everything, each block at a rate in proportion to its relative
-    gradient norm (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds
-    with the same budget as the search, which this doubles; trainings that both ask for are done once. Until then
-    it has all blocks, the most that it may cost. A name that exists for other backbones (`first-5`) or with scores
-    alone (`rgn-half`) is left out where it does not.
+    All and none are always among them: the verdict is about these. Two more exist on request. `auto-rgn` trains
+    everything, each block at a rate in proportion to its relative gradient norm
+    (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds with the same
+    budget as the search, which this doubles; trainings that both ask for are done once. Until then it has all blocks,
+    the most that it may cost. A name that exists for other backbones (`first-5`) or with scores alone (`rgn-half`) is
+    left out where it does not.
 
     Raises
     ------

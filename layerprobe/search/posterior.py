@@ -175,7 +175,8 @@ class Posterior:
             slope = np.tensordot(parts, inverse - np.outer(weights, weights), 2) * np.exp(2 * logs)
             return float(value), slope + (logs - centre) / width**2
 
-        found = minimize(loss, centre, jac=True, method="L-BFGS-B", options={"maxiter": 60})
+        bounds = list(zip(centre - 4 * width, centre + 4 * width, strict=True))
+        found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
         return dict(zip(names, np.exp(found.x), strict=True))
 
 
@@ -231,7 +232,7 @@ class Comparison:
         """The smallest plan whose expected accuracy is at most `tolerance` below the largest."""
         means, params = self.means, self.posterior.space.params
         near = np.flatnonzero(means >= means.max() - tolerance)
-        return self.masks[min(near, key=lambda index: (params(self.masks[index]), -means[index]))]
+        return self.masks[min(map(int, near), key=lambda index: (params(self.masks[index]), -means[index]))]
 
 
 def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Generator) -> list[Mask]:

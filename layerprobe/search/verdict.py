@@ -164,7 +164,9 @@ def recommendation(mask: Mask, space: Space, *, adapter_rank: int | None = None)
         return "Train stem and head alone and freeze all blocks."
     share = space.params(mask) / max(1, sum(space.block_params))
     if adapter_rank is not None:
-        where = "everywhere" if all(mask) else f"on {describe_mask(mask)} ({100 * share:.0f} % of all of them)"
+        where = (
+            "everywhere" if all(mask) else f"on {describe_mask(mask)} ({100 * share:.0f} % of all of them)"
+        )
         return f"Place adapters of rank {adapter_rank} {where}."
     if all(mask):
         return "Train all blocks."

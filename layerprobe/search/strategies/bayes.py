@@ -68,7 +68,7 @@ class Bayes:
 def _ends(budget: TrialBudget) -> list[tuple[Mask, float, int]]:
     """(plan, rate, seed) of the references: all and none at every rate, and at the middle one on more seeds."""
     rates = [(lr, 0) for lr in budget.lrs]
-    seeds = [(budget.middle_lr, seed) for seed in range(1, REFERENCE_SEEDS)]
+    seeds = [(budget.middle_lr, seed) for seed in range(1, min(REFERENCE_SEEDS, budget.n_seeds))]
     return [
         (mask, lr, seed) for lr, seed in (*rates, *seeds) for mask in (budget.space.all, budget.space.none)
     ]
@@ -104,7 +104,7 @@ def _halves(budget: TrialBudget) -> Iterator[tuple[Mask, float, int]]:
             if mask not in seen:
                 seen.add(mask)
                 rows.append(np.r_[1.0, np.where(mask, 1.0, -1.0)])
-                yield mask, budget.lrs[int(next(rates))], seed % REFERENCE_SEEDS
+                yield mask, budget.lrs[int(next(rates))], seed % min(REFERENCE_SEEDS, budget.n_seeds)
 
 
 def _pair(comparison: Comparison, budget: TrialBudget) -> list[Trial]:

@@ -239,9 +239,7 @@ def test_the_block_that_helps_is_found_and_the_sentence_says_so(
     assert found.plan.blocks[1] and not found.plan.blocks[0]
     assert found.facts["plan"]["lr"] == 1e-3
     assert found.answer.startswith("Train block") and found.kind == "train these"
-    nothing = lp.freeze_search(
-        backbone, task, **{**made_up, "budget": 16.0, "must_freeze": (0, 1, 2)}
-    )
+    nothing = lp.freeze_search(backbone, task, **{**made_up, "budget": 16.0, "must_freeze": (0, 1, 2)})
     assert nothing.answer.startswith("Train stem and head alone and freeze all blocks.")
     assert nothing.kind == "train none" and re.search(r"-1\d\.\d points against all", nothing.answer)
 

@@ -29,9 +29,7 @@ def table(scores: dict[str, np.ndarray], noise: float = 0.0) -> ExhaustiveTable:
                 validation_accuracy=accuracy, test_accuracy=test
             )
     arrays = {name: (value.astype(float), np.zeros(4)) for name, value in scores.items()}
-    return ExhaustiveTable(
-        name="made", space=space, lrs=(1e-3,), seeds=1, fidelity=1.0, outcomes=outcomes, scores=arrays
-    )
+    return ExhaustiveTable(name="made", space=space, lrs=(1e-3,), seeds=1, outcomes=outcomes, scores=arrays)
 
 
 def test_the_truth_itself_agrees_fully_and_its_reverse_disagrees() -> None:

@@ -230,18 +230,17 @@ def made_table(folder: Path, name: str, seed: int) -> None:
     worth, rows = np.array([0.02, 0.1, 0.05]), []
     for flags in itertools.product((False, True), repeat=3):
         plan = "".join(".#"[flag] for flag in flags)
-        repeats = [(0, 0.4), *((repeat, 1.0) for repeat in (0, 1, 2, 1000, 1001, 1002))]
         for lr in (1e-3, 3e-3):
-            for repeat, fidelity in repeats:
+            for repeat in (0, 1, 2, 1000, 1001, 1002):
                 value = 0.3 + float(np.array(flags) @ worth) + 0.01 * float(rng.standard_normal())
-                rows.append([plan, lr, repeat, fidelity, value, value if repeat >= 1000 else None, 1.0])
+                rows.append([plan, lr, repeat, value, value if repeat >= 1000 else None, 1.0])
     (folder / name).mkdir(parents=True)
-    columns = ["plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds"]
+    columns = ["plan", "lr", "repeat", "validation_accuracy", "test_accuracy", "seconds"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / name / "table.csv.gz", index=False)
     about = {
         "name": name,
         "command": f"python benchmarks/freeze_search.py make-table --name {name}",
-        "train_seconds": 60,
+        "seconds": 60,
         "model": "made",
         "task": name,
         "split_hash": "0",
@@ -251,7 +250,6 @@ def made_table(folder: Path, name: str, seed: int) -> None:
         "block_params": [10, 10, 10],
         "lrs": [1e-3, 3e-3],
         "seeds": 3,
-        "fidelity": 0.4,
         "bridge_steps": 3,
         "finetune_steps": 5,
         "batch_size": 8,
@@ -288,7 +286,7 @@ def test_the_page_of_replays_says_what_the_tables_say(
     for seed in range(3):
         made_table(tmp_path, f"table{seed}", seed)
     folders = [str(tmp_path / f"table{seed}") for seed in range(3)]
-    options = ["--runs", "2", "--shares", "0.2", "1.0", "--strategies", "racing", "random", "greedy"]
+    options = ["--runs", "2", "--shares", "0.2", "1.0", "--strategies", "bayes", "random", "greedy"]
     options += ["--seen", "table0"]
     monkeypatch.setattr(
         sys, "argv", ["freeze_search.py", "replay", *folders, "-o", str(tmp_path / "out"), *options]
@@ -296,7 +294,7 @@ def test_the_page_of_replays_says_what_the_tables_say(
     importlib.import_module("freeze_search").main()
     page = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     replays = pd.read_csv(tmp_path / "out" / "replays.csv")
-    own = replays[(replays["strategy"] == "racing") & (replays["share"] == 0.2)]
+    own = replays[(replays["strategy"] == "bayes") & (replays["share"] == 0.2)]
     assert f"| {own.groupby('pair')['regret'].mean().mean():+.2f} |" in page
     # Every block is worth something: greedy at a small budget stops early, and pays for it.
     greedy = replays[(replays["strategy"] == "greedy") & (replays["share"] == 0.2)]
@@ -312,7 +310,7 @@ def test_the_page_of_replays_says_what_the_tables_say(
 
 
 def test_cost_at_equal_regret_is_read_off_the_curve_of_the_other_strategy() -> None:
-    costs = {("racing", 0.2): (1.0, 0.1), ("random", 0.2): (3.0, 0.2), ("random", 0.6): (1.0, 0.5)}
+    costs = {("bayes", 0.2): (1.0, 0.1), ("random", 0.2): (3.0, 0.2), ("random", 0.6): (1.0, 0.5)}
     frame = pd.DataFrame(
         {"strategy": strategy, "share": share, "pair": pair, "regret": regret, "cost_share": cost}
         for (strategy, share), (regret, cost) in costs.items()
