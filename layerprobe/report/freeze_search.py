@@ -33,7 +33,8 @@ ARM_NAMES = {
 _NUMBER = (float, type(None))
 SEARCH_FIELDS: dict[str, Schema] = {
     "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
-    "budget": float, "chance": float, "seeds": int, "train_seconds": float,
+    "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int, "steps": int,
+    "noise": _NUMBER,
     "provenance?": ({"backbone?": (dict, type(None)), **PROVENANCE_FIELDS}, type(None)),
 }  # fmt: skip
 ROW_FIELDS: dict[str, dict[str, Schema]] = {

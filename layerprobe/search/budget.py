@@ -91,7 +91,8 @@ class TrialBudget:
     def posterior(self) -> Posterior:
         """What the history says about every plan; there is at least one training of a plan in it."""
         known = [trial for trial in self.history if trial.is_plan]
-        return Posterior(self.space, self.lrs, known, [self.accuracy(trial) for trial in known])
+        accuracies = [self.accuracy(trial) for trial in known]
+        return Posterior(space=self.space, lrs=self.lrs, trials=known, accuracies=accuracies)
 
     def tolerance(self, posterior: Posterior) -> float:
         """Accuracy that fewer trained parameters may cost: one standard error of a mean over the report's seeds, or

@@ -48,7 +48,7 @@ def test_a_search_leaves_a_run_folder_and_says_the_plan(run_cli, tiny_model: Pat
     assert "Plan: " in done.out and "report.html" in done.out
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {
-        "plan.json", "search.json", "trials.csv", "layers.csv", "baselines.csv", "pareto.csv", "finalists.csv",
+        "plan.json", "search.json", "trials.csv", "layers.csv", "baselines.csv", "plans.csv",
         "pareto.png", "ranking.png", "plans.png", "study.db", "report.html",
     } <= files  # fmt: skip
 
