@@ -71,6 +71,7 @@ def make_table(arguments: argparse.Namespace) -> None:
         finetune_steps=arguments.finetune_steps,
         batch_size=arguments.batch_size,
         random_classes=arguments.random_classes,
+        head=arguments.head,
         head_lr=arguments.head_lr,
         shots=arguments.shots,
         budget=1.0,
@@ -136,6 +137,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             "bridge_steps": arguments.bridge_steps,
             "finetune_steps": arguments.finetune_steps,
             "batch_size": arguments.batch_size,
+            "head": arguments.head,
             "head_lr": arguments.head_lr,
             "shots": arguments.shots,
             "first_unseen_repeat": REPORT_REPEAT,
@@ -221,7 +223,8 @@ def main() -> None:
     make.add_argument("--random-classes", type=int, default=10)
     make.add_argument("--finetune-steps", type=int, required=True)
     make.add_argument("--batch-size", type=int, default=32)
-    make.add_argument("--head-lr", type=float, default=10.0, help="multiple of the learning rate")
+    make.add_argument("--head", default="probe", help="start of the head: probe or random")
+    make.add_argument("--head-lr", type=float, default=1.0, help="multiple of the learning rate")
     make.add_argument(
         "--seeds", type=int, default=3, help="to select by, and as many unseen ones to judge by"
     )

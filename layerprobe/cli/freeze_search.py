@@ -73,6 +73,7 @@ class SearchOptions:
     )
     train: str | None = _training("weights, or lora[:RANK] to search where adapters go", default="weights")
     lrs: str | None = _training("Learning rates to choose from, per plan; default: found by the pilot.")
+    head: str | None = _training("Start of the head: probe or random", default=defaults.DEFAULT_HEAD)
     head_lr: float | None = _training("Multiple of the rate for the head", default=defaults.DEFAULT_HEAD_LR)
     bridge_steps: int | None = _training(
         "Random-label steps; 0: none", min=0, default=defaults.DEFAULT_BRIDGE_STEPS

@@ -32,8 +32,11 @@ DEFAULT_STEP_LIMIT = 1600
 DEFAULT_MARGIN = 0.01
 DEFAULT_HALF_WIDTH = 0.015
 DEFAULT_MAX_SEEDS = 8
-DEFAULT_HEAD_LR = 10.0
-"""The head is new and learns at this multiple of the blocks' rate."""
+DEFAULT_HEAD = "probe"
+"""A head that starts from a probe needs a fraction of the steps: digits with MiniLM reach 96 % in 50, not in 300."""
+DEFAULT_HEAD_LR = 1.0
+BRIDGE_HEAD_LR = 10.0
+"""The head of a bridge starts at random and learns at this multiple of the blocks' rate."""
 DEFAULT_AUGMENT = "none"
 """Shifted images would forbid keeping the outputs of a frozen prefix, which makes most plans cheaper."""
 DEFAULT_BATCH_SIZE = 32
@@ -53,16 +56,15 @@ or half of the margin, below the best. 'accuracy' is the best alone."""
 PRESETS: dict[str, dict[str, Any]] = {
     "quickstart": {
         "budget": 20.0,
-        "finetune_steps": 80,
-        "lrs": (3e-4, 1e-3),
+        "finetune_steps": 50,
+        "lrs": (1e-4, 3e-4),
         "baselines": ("all", "none"),
-        "max_seeds": 5,
         "use_scores": False,
     },
 }
 """Settings that a preset replaces where the caller left the default."""
 
-PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 2, "workers": 2}}
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
 """The same for the command line: how the backbone meets the images, and how many processes."""
 
 
@@ -70,7 +72,7 @@ def preset_in_words(name: str) -> str:
     """What a preset sets, as options of the command line.
 
     >>> preset_in_words("quickstart").split("; ")[:2]
-    ['--budget 20', '--finetune-steps 80']
+    ['--budget 20', '--finetune-steps 50']
     """
     words = []
     for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items():
@@ -110,7 +112,7 @@ def default_bridge(**changes: Any) -> BridgeConfig:
         "batch_size": DEFAULT_BATCH_SIZE,
         "random_classes": DEFAULT_RANDOM_CLASSES,
         "precision": DEFAULT_PRECISION,
-        "head_lr": DEFAULT_HEAD_LR,
+        "head_lr": BRIDGE_HEAD_LR,
         "augment": DEFAULT_AUGMENT,
     }
     return BridgeConfig(**{**defaults, **changes})
@@ -124,6 +126,7 @@ def default_finetune(**changes: Any) -> FineTuneConfig:
         "steps": DEFAULT_STEP_LIMIT,
         "batch_size": DEFAULT_BATCH_SIZE,
         "precision": DEFAULT_PRECISION,
+        "head": DEFAULT_HEAD,
         "head_lr": DEFAULT_HEAD_LR,
         "augment": DEFAULT_AUGMENT,
     }
@@ -250,7 +253,7 @@ class Settings:
                 flat["random_classes"] = None if self.bridge is None else self.bridge.random_classes
                 flat |= {
                     name: getattr(self.finetune, name)
-                    for name in ("precision", "head_lr", "augment", "shots")
+                    for name in ("precision", "head_lr", "augment", "shots", "head")
                 }
             elif name == "constraints":
                 flat |= asdict(self.constraints)
@@ -263,7 +266,7 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
     """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order.
 
     Beside the fields of `Settings` there are `bridge_steps` (0: no bridge), `finetune_steps` (not given: found by
-    the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment` and `shots` of the training, and
+    the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment`, `head` and `shots` of the training, and
     the fields of `Constraints`. Learning rates that are given are a grid that stays.
     """
     if preset is not None and preset not in PRESETS:
@@ -292,7 +295,7 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
     constraints = Constraints(**take(*Constraints.__dataclass_fields__))
     both = take("batch_size", "precision", "head_lr", "augment")
     bridge = {**both, **take("random_classes"), "steps": merged.pop("bridge_steps", DEFAULT_BRIDGE_STEPS)}
-    finetune = {**both, **take("shots"), "steps": merged.pop("finetune_steps", DEFAULT_STEP_LIMIT)}
+    finetune = {**both, **take("shots", "head"), "steps": merged.pop("finetune_steps", DEFAULT_STEP_LIMIT)}
     return Settings(
         bridge=default_bridge(**bridge) if bridge["steps"] else None,
         finetune=default_finetune(**finetune),

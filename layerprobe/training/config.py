@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from layerprobe.errors import UsageError
 
+HEADS = ("random", "probe")
 AUGMENTATIONS = ("weak", "none")
 RANDOM_LABELS = ("hash", "complementary")
 SAVES = ("full", "trained")
@@ -215,10 +216,14 @@ class FineTuneConfig(TrainConfig):
         Learning rates to choose from on validation; every arm chooses its own.
     shots : int | None
         Images per class for few-shot training; None uses all training images.
+    head : str
+        How the head starts: "random", or "probe", a logistic regression on the pooled features of the training images
+        before any step (Kumar et al., Fine-Tuning Can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054).
     """
 
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     shots: int | None = None
+    head: str = "random"
 
     def _checks(self) -> list[tuple[bool, str]]:
         usable = bool(self.lrs) and all(map(_positive, self.lrs))
@@ -227,6 +232,7 @@ class FineTuneConfig(TrainConfig):
             *super()._checks(),
             (not usable, f"lrs must be one or more positive numbers, not {list(self.lrs)}"),
             (few, f"shots must be at least 1, not {self.shots}"),
+            (self.head not in HEADS, f"head is one of {', '.join(HEADS)}, not '{self.head}'"),
         ]
 
 

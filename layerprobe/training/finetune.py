@@ -9,11 +9,22 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import UsageError
-from layerprobe.training.classifier import Classifier, Snapshot, predict, set_training, training_flops
+from layerprobe.metrics.probing.logistic import fit_logistic_path
+from layerprobe.training.classifier import (
+    Classifier,
+    Snapshot,
+    autocast,
+    in_batches,
+    predict,
+    set_training,
+    training_flops,
+)
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
-from layerprobe.training.data import TaskTensors
+from layerprobe.training.data import ImageTensors, TaskTensors
 from layerprobe.training.freeze_check import FrozenCheck
 from layerprobe.training.loop import (
     BlockRates,
@@ -100,6 +111,9 @@ class Outcome:
             )
         return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
 
+
+PROBE_C = 0.1
+"""Inverse strength of the penalty of the regression that a head starts from."""
 
 _STORED = tuple(item.name for item in fields(Outcome) if item.compare)
 
@@ -212,6 +226,8 @@ def run_stage(
             rows = few_shot_rows(labels, config)
             pixels, labels = pixels.subset(rows), labels[rows]
     classifier = Classifier(backbone, n_classes, seed=config.seed)
+    if isinstance(config, FineTuneConfig) and config.head == "probe":
+        start_from_probe(classifier, pixels, labels, precision=config.precision)
     check = FrozenCheck(plan, classifier)
     set_training(classifier)
     accelerator = make_accelerator(classifier.device)
@@ -247,6 +263,35 @@ def run_stage(
         seconds=seconds,
         flops=n_steps * flops,
     )
+
+
+def start_from_probe(
+    classifier: Classifier, pixels: ImageTensors, labels: np.ndarray, *, precision: str = "float32"
+) -> None:
+    """Set the head to a logistic regression on the pooled features of the training images, as they are now.
+
+    Parameters
+    ----------
+    pixels : ImageTensors
+        The n training images.
+    labels : np.ndarray
+        Their classes, int64 n. A class without an image gets no weights, and the smallest intercept.
+    """
+    backbone, head, device = classifier.backbone, classifier.head, classifier.device
+    with evaluating(classifier), autocast(device, precision):
+        pooled = in_batches(lambda x: backbone.pool(backbone(x)).float(), pixels, device=device, batch_size=64)
+    seen, coded = np.unique(labels, return_inverse=True)
+    if len(seen) < 2:
+        return
+    probe = fit_logistic_path(pooled.numpy(), coded, [PROBE_C], tol=1e-3)[0]
+    # Columns that hardly vary now may vary once blocks train: no weight of theirs may be huge.
+    weights = probe.coef / np.maximum(probe.scale, 0.01 * probe.scale.max())
+    intercepts = probe.intercept - weights @ probe.mean
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(float(intercepts.min()))
+        head.weight[seen] = torch.as_tensor(weights, dtype=head.weight.dtype, device=device)
+        head.bias[seen] = torch.as_tensor(intercepts, dtype=head.bias.dtype, device=device)
 
 
 def correct(classifier: Classifier, tensors: TaskTensors, split: str, precision: str) -> np.ndarray:
