@@ -12,6 +12,7 @@ program `lens` is found or given with --lens; otherwise that line says why it is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -43,6 +44,9 @@ SHAPES = {
     "float32": {"hidden": 4096, "inner": 11008, "vocabulary": 8000, "blocks": 1},
     "7b": {"hidden": 4096, "inner": 11008, "vocabulary": 32000, "blocks": 32},
 }
+
+MANY = 92_000
+"""As many tensors as DeepSeek-V3 has."""
 
 
 def llama_tensors(
@@ -104,6 +108,27 @@ def make_checkpoint(folder: Path, shape: dict[str, int], dtype: str, shards: int
     }
     (folder / "config.json").write_text(json.dumps(config))
     return total
+
+
+def make_many(folder: Path, count: int) -> None:
+    """Write a mixture of experts as DeepSeek-V3 has it, of `count` tensors of 4 × 4 entries."""
+    folder.mkdir(parents=True)
+    names = (
+        f"model.layers.{block}.mlp.experts.{expert}.{part}_proj.weight"
+        for block in range(count)
+        for expert in range(256)
+        for part in ("gate", "up", "down")
+    )
+    header = {
+        name: {"dtype": "BF16", "shape": [4, 4], "data_offsets": [32 * i, 32 * (i + 1)]}
+        for i, name in enumerate(itertools.islice(names, count))
+    }
+    values = np.random.default_rng(0).standard_normal(16 * count, dtype=np.float32).view(np.uint32)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (folder / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + (values >> np.uint32(16)).astype(np.uint16).tobytes()
+    )
 
 
 def cpu_seconds() -> float:
@@ -251,7 +276,21 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
                 report.line(what, best["wall"], "s", "< 10", best["wall"] < 10, **best)
             else:
                 report.line(what, best["wall"], "s", **best)
+    many_tensors(report, scratch)
     against_weightlens(report, folders, scans, lens, scratch)
+
+
+def many_tensors(report: Report, scratch: Path) -> None:
+    """What a tensor costs that holds next to nothing: tables of all of them are written, too."""
+    folder = scratch / "many"
+    if not folder.exists():
+        make_many(folder, MANY)
+    with tempfile.TemporaryDirectory() as output:
+        used = run_program(layerprobe("outliers", "--model", str(folder), "-q", "-o", f"{output}/out"))
+    what = f"layerprobe outliers -o of {MANY:,} tensors"
+    report.line(f"{what}, wall", used["wall"], "s", "<= 60", used["wall"] <= 60, **used)
+    report.line(f"{what}, CPU", used["cpu"], "s")
+    report.line(f"{what}, peak memory", used["rss_mib"], "MiB", "<= 400", used["rss_mib"] <= 400, **used)
 
 
 def against_weightlens(

@@ -64,7 +64,7 @@ def tensor_rows(tensors: Iterable[ScannedTensor], rules: OutlierRules) -> Iterat
             if isinstance(found, str):
                 cells.append(Cell(f"{line}_outlier_count_4z", None, reason=found))
                 continue
-            entry = str(found.lines) if found.lines else None
+            entry = str(list(found.lines)) if found.lines else None
             cells.append(Cell(f"{line}_outlier_count_4z", found.count, found.n, entry=entry))
             cells.append(Cell(f"{line}_max_z", found.max_z, found.n))
         yield owner, cells

@@ -99,8 +99,12 @@ class OutlierReport(Record):
         return self._frame
 
     def roll_up_frame(self) -> pd.DataFrame:
-        """The rows of `to_frame` that are of no single tensor: what the figures show."""
-        return tidy(dict_rows(self._roll_up_rows()), model=self.model, revision=self.revision)
+        """Of the rows of `to_frame` that are of no single tensor the outlier ratios: what the figures show."""
+        ratios = (
+            (owner, [cell for cell in cells if cell.metric.startswith("outlier_ratio")])
+            for owner, cells in self._roll_up_rows()
+        )
+        return tidy(dict_rows(ratios), model=self.model, revision=self.revision)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """As every record; tables of very many tensors are written as they come."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 _ALWAYS = (
     r"(?:attn|attention)\.(?:masked_bias|bias)|(?:^|\.)(?:inv_freq|position_ids|token_type_ids|relative_position_index"
-    r"|num_batches_tracked|running_mean|running_var)"
+    r"|num_batches_tracked|running_mean|running_var|final_logits_bias)"
 )
 _TABLES = (
     r"(?:^|\.)(?:rotary|rope)\w*\.(?!weight$|bias$)[^.]+"

@@ -36,7 +36,9 @@ _PACKED = frozenset(
     ("I8", "U8", "I16", "U16", "I32", "U32", "int8", "uint8", "int16", "uint16", "int32", "uint32")
     + ("F4", "F6_E2M3", "F6_E3M2", "float4_e2m1fn_x2")
 )
-_SCALE = re.compile(r"^(?:\w+_scale(?:_inv|s|_2)?|scales?|scale_weight|\w+_global_scale|SCB)$")
+_INDICES = re.compile(r"^(?:Qidxs\w*|codes|indices)$")
+"""Codes of 64 bits (QuIP#): other tensors of such integers are indices of positions."""
+_SCALE = re.compile(r"^(?:\w*scales?(?:_\w+)?|SCB)$")
 _ACTIVATION = re.compile(
     r"(?:^|\.)(?:(?:input|output|act|activation|q|k|v|kv|qkv|prob)_(?:scale|scale_ub|zero_point|zero|global_scale)"
     r"|\w*scaling_factor|\w*_amax|pre_quant_scale|scaled_fp8)$"
@@ -129,7 +131,11 @@ def dequantised(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> l
 
 
 def _may_be_codes(tensor: StoredTensor) -> bool:
-    return tensor.dtype in _PACKED or tensor.dtype.startswith("float8")
+    return _is_packed(tensor.name.rpartition(".")[2], tensor) or tensor.dtype.startswith("float8")
+
+
+def _is_packed(leaf: str, tensor: StoredTensor) -> bool:
+    return tensor.dtype in _PACKED or (tensor.dtype in ("I64", "int64") and _INDICES.match(leaf) is not None)
 
 
 def _has_scaled_float8(module: Module) -> bool:
@@ -146,7 +152,7 @@ def _are_codes(leaf: str, module: Module, scaled: bool) -> bool:
     if tensor.dtype.startswith("float8"):
         return scaled
     weight = module.get("weight")
-    if tensor.dtype not in _PACKED or (weight is not None and weight is not tensor and weight.skip is None):
+    if not _is_packed(leaf, tensor) or (weight is not None and weight is not tensor and weight.skip is None):
         return False  # nothing packed, or the weight lies beside it in floating point
     return module_kind(tensor.name, tensor.shape) != "buffer"
 

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -228,8 +229,20 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int, size: int)
     elif code in _OTHERS:
         skip = f"integer or packed tensor ({code}): quantised codes or indices, not floating-point weights"
     return StoredTensor(
-        name=name, dtype=dtype, shape=shape, file=file, offset=start + begin, nbytes=end - begin, skip=skip
+        name=name,
+        dtype=dtype,
+        shape=_one(shape),
+        file=file,
+        offset=start + begin,
+        nbytes=end - begin,
+        skip=skip,
     )
+
+
+@cache
+def _one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One object for all tensors of a shape: a checkpoint may have hundreds of thousands."""
+    return shape
 
 
 def _broken(file: Path, reason: str) -> BrokenFileError:

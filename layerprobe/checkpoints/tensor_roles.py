@@ -163,6 +163,7 @@ def tensor_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRole]
         and (match[2] is None or (len(shape) == 3 and shape[-1] > 1))
     }
     roles = {}
+    known: dict[TensorRole, TensorRole] = {}  # one object for all that have the same role
     for name, shape in shapes.items():
         match = matches[name]
         block: int | None = None
@@ -176,13 +177,14 @@ def tensor_roles(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorRole]
         kind = module_kind(rest, shape, mixer=block is not None and _is_inside(name, mixers))
         if kind == "fc" and _is_doubled(name, shapes):
             kind = "gate_up"
-        roles[name] = TensorRole(
+        role = TensorRole(
             block=block,
             stack=match["stack"].rstrip(".") if match is not None and block is not None else None,
             kind=kind,
             group=_group(kind, block, shape),
             transposed=conv1d and len(shape) == 2 and _CONV1D.search(name) is not None,
         )
+        roles[name] = known.setdefault(role, role)
     return roles
 
 

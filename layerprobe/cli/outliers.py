@@ -102,6 +102,8 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
 def figures(report: OutlierReport) -> dict[str, Any]:
     from layerprobe.plotting import outliers as plots
 
+    if not report.pool().n:
+        return {}
     frame = report.roll_up_frame()
     drawn: dict[str, Any] = {"outlier_tails": lambda: plots.plot_outlier_tails(frame)}
     if report.n_blocks and report.rules.sigmas:

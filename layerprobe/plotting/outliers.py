@@ -38,6 +38,9 @@ _COMPARED = (
     "bias",
     "embedding",
 )
+WIDEST = 24.0
+"""Inches; beyond fifty blocks the cells become narrower instead."""
+
 _DEPTHS = ("all", "early", "middle", "late")
 
 
@@ -68,7 +71,11 @@ def plot_outlier_heatmap(
     """Outlier ratio, module kind × block; `style` is passed on to `seaborn.heatmap`."""
     table = _percent_by_kind(frame, n_sigma).T
     n_kinds, n_blocks = table.shape
-    ax = ax if ax is not None else look.new_axes(max(5.0, 2.5 + 0.45 * n_blocks), 1.6 + 0.42 * n_kinds)
+    ax = (
+        ax
+        if ax is not None
+        else look.new_axes(min(max(5.0, 2.5 + 0.45 * n_blocks), WIDEST), 1.6 + 0.42 * n_kinds)
+    )
     largest = table.max(axis=None)
     spans = _spans_orders(table)
     options = {

@@ -158,3 +158,11 @@ def test_the_command_needs_no_torch_when_numba_counts(models: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_of_which_nothing_is_measured_is_answered_with_files_too(tmp_path: Path) -> None:
+    torch.save({"layers.0.mlp.up_proj.weight": torch.ones(3, 3, dtype=torch.bool)}, tmp_path / "codes.bin")
+    done = run("outliers", "--model", str(tmp_path / "codes.bin"), "-o", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "no weight could be measured" in done.stdout
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["outliers.csv", "outliers.json"]

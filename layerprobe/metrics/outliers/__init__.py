@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from struct import calcsize, iter_unpack, pack, unpack_from
+from typing import Any, overload
 
 import numpy as np
 
@@ -124,8 +125,8 @@ class TensorOutliers:
     counts: MutableMapping[str, int] = field(default_factory=dict)
     counted: MutableMapping[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    top: list[tuple[float, int]] = field(default_factory=list)
-    axes: dict[str, AxisOutliers | str] = field(default_factory=dict)
+    top: Sequence[tuple[float, int]] = field(default_factory=list)
+    axes: MutableMapping[str, AxisOutliers | str] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
@@ -134,30 +135,39 @@ class TensorOutliers:
 
     def compact(self) -> TensorOutliers:
         """The same numbers in a third of the memory, for checkpoints of very many tensors."""
-        self.values, self.counts = Columns.of(self.values, "d"), Columns.of(self.counts, "q")
+        whole = "I" if self.size < 1 << 32 else "Q"
+        self.values, self.counts = Columns.of(self.values, "d"), Columns.of(self.counts, whole)
         counted = set(self.counted.values())  # as a rule one number, the same in all tensors of one shape
         one = len(counted) == 1
-        self.counted = _columns(tuple(self.counted), counted.pop()) if one else Columns.of(self.counted, "q")
+        self.counted = (
+            _columns(tuple(self.counted), counted.pop()) if one else Columns.of(self.counted, whole)
+        )
+        self.axes = (
+            Columns(_positions(tuple(self.axes)), "", tuple(self.axes.values())) if self.axes else _NONE
+        )
         self.reasons = _shared(tuple(self.reasons.items()))
+        self.top = Pairs(self.top)
         return self
 
 
 class Columns(MutableMapping[str, Any]):
-    """A mapping from names, which are shared by all that have the same ones, to packed numbers."""
+    """A mapping from names, which are shared by all that have the same ones, to packed numbers (or to objects)."""
 
-    __slots__ = ("_names", "_numbers")
+    __slots__ = ("_kind", "_names", "_values")
 
-    def __init__(self, names: dict[str, int], numbers: array[Any]) -> None:
-        self._names, self._numbers = names, numbers
+    def __init__(self, names: dict[str, int], kind: str, values: bytes | tuple[Any, ...]) -> None:
+        self._names, self._kind, self._values = names, kind, values
 
     @classmethod
     def of(cls, values: Mapping[str, float], kind: str) -> Columns:
-        """Of floats ("d") or whole numbers ("q")."""
-        return cls(_positions(tuple(values)), array(kind, values.values()))
+        """Of floats ("d") or whole numbers ("I" below 2³², "Q")."""
+        return cls(_positions(tuple(values)), kind, array(kind, values.values()).tobytes())
 
-    def __getitem__(self, name: str) -> int | float:
-        number: int | float = self._numbers[self._names[name]]
-        return number
+    def __getitem__(self, name: str) -> object:
+        at = self._names[name]
+        if isinstance(self._values, tuple):
+            return self._values[at]
+        return unpack_from(self._kind, self._values, calcsize(self._kind) * at)[0]
 
     def __setitem__(self, name: str, value: float) -> None:
         raise TypeError("packed numbers are not changed")
@@ -177,6 +187,39 @@ class Columns(MutableMapping[str, Any]):
         return repr(dict(self))
 
 
+_NONE = Columns({}, "", ())
+
+
+class Pairs(Sequence[tuple[float, int]]):
+    """Values and their places, packed; equal to the list of them."""
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, pairs: Iterable[tuple[float, int]]) -> None:
+        self._packed = b"".join(pack("dq", value, index) for value, index in pairs)
+
+    @overload
+    def __getitem__(self, at: int) -> tuple[float, int]: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[tuple[float, int]]: ...
+    def __getitem__(self, at: int | slice) -> tuple[float, int] | list[tuple[float, int]]:
+        return list(self)[at]
+
+    def __iter__(self) -> Iterator[tuple[float, int]]:
+        yield from iter_unpack("dq", self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed) // 16
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 @cache
 def _positions(names: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
@@ -184,7 +227,7 @@ def _positions(names: tuple[str, ...]) -> dict[str, int]:
 
 @cache
 def _columns(names: tuple[str, ...], number: int) -> Columns:
-    return Columns.of(dict.fromkeys(names, number), "q")
+    return Columns.of(dict.fromkeys(names, number), "Q")
 
 
 @cache

@@ -160,14 +160,14 @@ def _central(values: np.ndarray, s1: float, s2: float, s3: float, s4: float) -> 
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AxisOutliers:
     """Lines (rows or columns) whose deviation is an outlier: how many, the greatest z and the lines, worst first."""
 
     n: int
     count: int
     max_z: float
-    lines: list[int]
+    lines: tuple[int, ...]
 
 
 class AxisSpread:
@@ -235,7 +235,7 @@ def _line_outliers(sums: np.ndarray, n: int) -> AxisOutliers | str:
     order = np.argsort(-z, kind="stable")
     count = int((z > Z_OUTLIER).sum())
     return AxisOutliers(
-        n=len(z), count=count, max_z=float(z[order[0]]), lines=order[: min(count, 10)].tolist()
+        n=len(z), count=count, max_z=float(z[order[0]]), lines=tuple(order[: min(count, 10)].tolist())
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from layerprobe.analyzers.compare import compare_outliers
 from layerprobe.analyzers.outliers import OutlierReport, outlier_report
+from layerprobe.metrics.outliers.summary import outlier_statistics
 
 _C = {
     "hidden_size": 32,
@@ -180,3 +183,34 @@ def test_a_comparison_finds_heavy_tails_where_they_are(model: str, tmp_path: Pat
     else:
         assert ratios.pop(part) > 2
     assert all(0.7 < value < 1.4 for value in ratios.values())
+
+
+def test_a_tensor_more_costs_little_memory(tmp_path: Path) -> None:
+    """92,000 tensors in 400 MiB: the report may keep 2,000 bytes of each, beside 200 MiB of libraries."""
+    weights = {
+        f"layers.{i // 600}.mlp.experts.{i % 600}.up_proj.weight": torch.randn(4, 4) for i in range(3000)
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    outlier_report(tmp_path, include=["layers.0.mlp.experts.0.*"], quiet=True)  # what is loaded once
+    tracemalloc.start()
+    try:
+        report = outlier_report(tmp_path, quiet=True)
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(report.tensors) == 3000
+    assert kept / 3000 < 2000
+
+
+def test_packed_numbers_are_those_that_were_counted(tmp_path: Path) -> None:
+    weight = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    save_file({"layers.0.mlp.up_proj.weight": weight}, tmp_path / "model.safetensors")
+    found = outlier_report(tmp_path, axes=True, quiet=True).tensors[0].found
+    plain = outlier_statistics(weight)
+    assert found is not None
+    assert dict(found.values) == dict(plain.values)
+    assert dict(found.counts) == dict(plain.counts)
+    assert list(found.axes) == ["row", "column"]
+    assert found.top == plain.top
+    assert found.top[0] == plain.top[0]

@@ -34,6 +34,7 @@ TABLES = {
     "pos_encoding.pe": (1, 64, 32),
     "layers.0.input_layernorm.weight_ema": (32,),
     "encoder.embed_positions._float_tensor": (1,),
+    "final_logits_bias": (1, 20),
 }
 PARAMETERS = {
     "layers.0.attention.self.distance_embedding.weight": (63, 8),

@@ -351,6 +351,24 @@ UNDEFINED: dict[str, tuple[Callable[[], Stored], dict[str, Any], str]] = {
         {},
         "no layout that is known",
     ),
+    "quip#, with codes of 64 bits": (
+        lambda: {
+            f"{NAME}.Qidxs": torch.zeros(OUT // 8, IN // 8, dtype=torch.int64),
+            f"{NAME}.SU": torch.randn(IN),
+            f"{NAME}.SV": torch.randn(OUT),
+            f"{NAME}.Wscale": torch.tensor(1.0),
+        },
+        {},
+        "no layout that is known",
+    ),
+    "fp8 whose scale has a name of its own": (
+        lambda: {
+            f"{NAME}.weight": torch.ones(OUT, IN).to(torch.float8_e4m3fn),
+            f"{NAME}.weight_qscale": torch.rand(OUT),
+        },
+        {},
+        "'weight_qscale' beside the codes",
+    ),
     "gptq for marlin": (
         lambda: gptq()[0],
         {"quant_method": "gptq", "checkpoint_format": "marlin"},

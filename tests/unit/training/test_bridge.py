@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from transformers import AutoModel
 
 from layerprobe.backbones import load_backbone
@@ -138,7 +139,10 @@ def stop_after(monkeypatch, n_steps):
     monkeypatch.setattr(History, "add", counted)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "vit"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in ("gpt2", "vit") else pytest.mark.slow) for name in FAMILIES],
+)
 def test_a_killed_run_continues_bit_for_bit(family, make_backbone, task, tmp_path, monkeypatch):
     """Killed in the middle of an epoch, between checkpoints, with accumulation, dropout and augmentation."""
     config = SMALL.replace(steps=11, micro_batch=5, checkpoint_every=3)
