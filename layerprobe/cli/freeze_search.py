@@ -62,7 +62,9 @@ class SearchOptions:
     storage: str | None = _search(
         "postgresql://… shared by many machines; default: study.db in the output folder."
     )
-    workers: int | None = _search("Processes on this machine; default: 1.", min=1)
+    workers: int | None = _search(
+        "Processes on this machine; default: one for each core of a CPU, at most 4; else 1.", min=1
+    )
     no_scores: bool = option(False, "Compute no transfer scores.", "--no-scores", panel="Search")
     baselines: str | None = _search(
         "Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search)",
@@ -127,19 +129,20 @@ def freeze_search(
     """
     from layerprobe.search.estimate import search_facts
     from layerprobe.search.settings import make_settings
+    from layerprobe.search.workers import processes_on
 
     given = settings.given(seed=backbone.seed)
     make_settings(settings.preset, **given)
     usual = defaults.PRESET_LOADING.get(settings.preset or "", {})
-    processes = settings.workers or usual.get("workers", 1)
     backbone = replace(
         backbone,
-        stem=backbone.stem or usual.get("stem", "random"),
+        stem=backbone.stem or "pca",
         patch_size=backbone.patch_size or usual.get("patch_size"),
     )
     if out.dry_run:
         seen = backbone.sketch(task)
         given |= settings.blocks(seen.n_blocks, model=seen.name)
+        processes = settings.workers or processes_on(seen.run_device.type)
         facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
         kept = str(out.folder or "none: pass -o to keep the plan")
         out.show_facts({**facts, "task": task.task, "output": kept})
@@ -154,7 +157,7 @@ def freeze_search(
         images,
         preset=settings.preset,
         storage=settings.storage,
-        workers=processes,
+        workers=settings.workers or processes_on(network.run_device.type),
         output=out.folder,
         quiet=out.quiet,
         **given | settings.blocks(network.n_blocks, model=network.name),

@@ -64,8 +64,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings that a preset replaces where the caller left the default."""
 
-PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"stem": "pca", "patch_size": 4, "workers": 2}}
-"""The same for the command line: how the backbone meets the images, and how many processes."""
+PRESET_LOADING: dict[str, dict[str, Any]] = {"quickstart": {"patch_size": 4}}
+"""The same for the command line: how the backbone meets the images."""
 
 
 def preset_in_words(name: str) -> str:

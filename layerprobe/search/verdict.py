@@ -30,6 +30,8 @@ class Verdict:
         "train these", "train all", "train none", "no difference", or "not judged" where trainings failed.
     mask : Mask
         The plan that the verdict recommends.
+    arms : Mapping[str, Mask]
+        The plans that were compared: name → plan.
     margin : float | None
         For "no difference": the smallest margin, as a share in [0, 1], within which all differences lie by two
             one-sided tests at 5 %.
@@ -41,6 +43,7 @@ class Verdict:
 
     kind: str
     mask: Mask
+    arms: Mapping[str, Mask]
     margin: float | None
     differences: dict[tuple[str, str], Estimate]
     detectable: float | None
@@ -70,7 +73,7 @@ def decide(
     """
     wanted = arms.get("plan") or next(mask for mask in arms.values() if space.allows(mask))
     if pooled is None or any(name not in pooled.arms for name in arms):
-        return Verdict(kind=UNKNOWN, mask=wanted, margin=None, differences={}, detectable=None)
+        return Verdict(kind=UNKNOWN, mask=wanted, arms=arms, margin=None, differences={}, detectable=None)
     pairs = list(combinations(arms, 2))
     found = [pooled.difference(first, second) for first, second in pairs]
     corrected = holm([1.0 if e.pvalue is None else e.pvalue for e in found])
@@ -88,6 +91,7 @@ def decide(
         return Verdict(
             kind=NO_DIFFERENCE,
             mask=smallest,
+            arms=arms,
             margin=margin,
             differences=differences,
             detectable=detectable,
@@ -99,7 +103,9 @@ def decide(
     near = [name for name in standing if means[name] >= best - tolerance]
     name = min(near, key=lambda one: space.params(arms[one]))
     kind = {"all": TRAIN_ALL, "none": TRAIN_NONE}.get(name, TRAIN_THESE)
-    return Verdict(kind=kind, mask=arms[name], margin=None, differences=differences, detectable=detectable)
+    return Verdict(
+        kind=kind, mask=arms[name], arms=arms, margin=None, differences=differences, detectable=detectable
+    )
 
 
 def equivalence_margin(difference: Estimate) -> float:
@@ -137,12 +143,13 @@ def sentence(
         return f"{what}{accuracy} Too few trainings on unseen seeds came through to compare it."
     if verdict.kind == NO_DIFFERENCE:
         assert verdict.margin is not None and verdict.detectable is not None
-        if len(verdict.differences) == 0:
+        others = [mask for mask in verdict.arms.values() if mask != verdict.mask]
+        if not others:
             return f"{what}{accuracy} Nothing else was there to compare it with."
         return (
-            f"No difference larger than {points(verdict.margin)} points between training these blocks, all or none "
-            f"({len(seeds)} unseen seeds, which find {points(verdict.detectable)} points in 8 of 10 cases). {what}"
-            f"{accuracy}"
+            f"{what}{accuracy} No difference larger than {points(verdict.margin)} points to training "
+            f"{' or '.join(map(describe_mask, others))} ({len(seeds)} unseen seeds, which find "
+            f"{points(verdict.detectable)} points in 8 of 10 cases)."
         )
     parts = []
     for (first, second), estimate in verdict.differences.items():

@@ -279,7 +279,9 @@ def start_from_probe(
     """
     backbone, head, device = classifier.backbone, classifier.head, classifier.device
     with evaluating(classifier), autocast(device, precision):
-        pooled = in_batches(lambda x: backbone.pool(backbone(x)).float(), pixels, device=device, batch_size=64)
+        pooled = in_batches(
+            lambda x: backbone.pool(backbone(x)).float(), pixels, device=device, batch_size=64
+        )
     seen, coded = np.unique(labels, return_inverse=True)
     if len(seen) < 2:
         return
