@@ -4,7 +4,7 @@
     python analyses/depth_and_data.py --data ../shared         # about 7 minutes on one core
     python analyses/depth_and_data.py --model gpt2 --task cifar100 --limit 30000
 
-Four plans (none, first half, last half, all blocks), each valued by bridge and fine-tuning at equal steps on
+Four plans (none, first half, last half, all blocks), each valued by fine-tuning at equal steps on
 the first 1 %, 10 % and 100 % of the training images (every prefix holds the classes in proportion). A plan's rate and
 the best plan are chosen on validation; test images judge on seeds that selected nothing. Validation and test images are
 the same at every share, so only the training data changes.
@@ -29,13 +29,13 @@ from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
 QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("cifar10",), 2000, 8)
+FULL = Size(("stories260k",), ("mnist",), 2000, 7)
 SHARES, QUICK_SHARES = (0.01, 0.1, 1.0), (0.1, 1.0)
-LRS, QUICK_LRS = (1e-3, 3e-3), (3e-4,)
+LRS, QUICK_LRS = (3e-3, 1e-2), (3e-4,)
 N_SEEDS, QUICK_N_SEEDS = 3, 2
 """Seeds to select by, and as many unseen ones to judge by."""
 
-STEPS, QUICK_STEPS = {"bridge_steps": 20, "finetune_steps": 60}, {"bridge_steps": 4, "finetune_steps": 12}
+STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
 BATCH, QUICK_BATCH = 32, 16
 PLANS = {
     "none": "#999999",
@@ -74,11 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers=answers,
         headline="\n".join([*said, "", *(f"- {a.verdict}: {a.sentence}." for a in shown)]),
         setting=(
-            f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Bridge and fine-tuning: {steps(s)} of "
-            f"{QUICK_BATCH if s.quick else BATCH} images at every share, rates {', '.join(f'{lr:g}' for lr in lrs(s))} "
-            f"for each plan separately; {n_seeds(s)} seeds select, {n_seeds(s)} others judge. The best plan has the "
-            "fewest parameters within one standard error of the best validation accuracy. Validation keeps its size at "
-            "every share, so that few training images do not mean few labels in all."
+            f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Fine-tuning from a probed head: "
+            f"{steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images at every share, rates "
+            f"{', '.join(f'{lr:g}' for lr in lrs(s))} for each plan separately; {n_seeds(s)} seeds select, as "
+            "many others judge. The best plan has the fewest parameters within one standard error of the best validation "
+            "accuracy. Validation keeps its size at every share, so that few training images do not mean few labels "
+            "in all."
         ),
         figures={
             "depth_and_data.png": "Test accuracy of each plan by share of the training images; bars: 95 % t "

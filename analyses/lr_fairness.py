@@ -6,8 +6,8 @@
 
 Rothermel et al. 2021 (arXiv 2107.12460) showed that the headline about frozen pretrained transformers (Lu et al.
 2021) rested on one learning rate for all arms. Here the same three comparisons are made at every common rate of a grid,
-and with each arm at its own rate, which validation images choose; test images judge. Bridge and fine-tuning, one
-budget for all, three paired seeds; the untrained network is drawn anew with every seed.
+and with each arm at its own rate, which validation images choose; test images judge. Fine-tuning, one budget for all,
+three paired seeds; the untrained network is drawn anew with every seed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
 QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("cifar10",), 1000, 8)
+FULL = Size(("stories260k",), ("mnist",), 2000, 7)
 LRS, QUICK_LRS = (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 1e-3)
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
-STEPS, QUICK_STEPS = {"bridge_steps": 20, "finetune_steps": 60}, {"bridge_steps": 4, "finetune_steps": 12}
+STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
 BATCH, QUICK_BATCH = 32, 16
 ARMS = {"all": "#0072B2", "first half": "#009E73", "none": "#999999", "untrained, all": "#D55E00"}
 CONTRASTS = (("all", "untrained, all"), ("first half", "all"), ("none", "all"))
@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers=answers,
         headline="\n".join(said),
         setting=(
-            f"Images: {sizes}. Patch {s.patch}, PCA stem. Every arm: bridge on 10 random classes, then "
-            f"fine-tuning, {steps(s)} of {QUICK_BATCH if s.quick else BATCH} images, both at the same rate; the arm "
+            f"Images: {sizes}. Patch {s.patch}, PCA stem. Every arm: fine-tuning from a probed "
+            f"head, {steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images; the arm "
             f"says which blocks train (stem and head always do). Rates {grid}; an arm's "
             "own rate has the best mean validation accuracy over the seeds."
         ),

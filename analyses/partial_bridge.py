@@ -4,7 +4,7 @@
     python analyses/partial_bridge.py --data ../shared         # seconds; reads results/freeze_search/tables
     python analyses/partial_bridge.py --model gpt2 --task cifar100 --limit 5000     # trains, for hours
 
-Bridge and fine-tuning under each plan, at one budget. Every plan has its own learning rate, chosen on validation;
+Fine-tuning under each plan, at one budget. Every plan has its own learning rate, chosen on validation;
 test images judge on seeds that selected nothing. Where a table of every plan exists it is read; with --model and
 --task the first-k, last-k and contiguous plans are trained. The searched plan is the frugal one: fewest parameters
 within one standard error of the best on validation.
@@ -35,7 +35,7 @@ FULL = Size((), (), 2000, 8)
 TABLES = Path("results/freeze_search/tables")
 LRS, QUICK_LRS = (1e-4, 3e-4, 1e-3), (1e-4, 1e-3)
 N_SEEDS, QUICK_N_SEEDS = 3, 2
-STEPS, QUICK_STEPS = {"bridge_steps": 30, "finetune_steps": 120}, {"bridge_steps": 4, "finetune_steps": 12}
+STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
 BATCH, QUICK_BATCH = 32, 16
 LOOKS = {
     "first k": ("#009E73", "^"),
@@ -139,7 +139,7 @@ def trained(s: Setup, model: str, name: str) -> Source:
         spans = [(0, 0), (0, n // 2), (n - n // 2, n), (0, n)]
     masks = [tuple(start <= index < stop for index in range(n)) for start, stop in spans]
     counts = {key: len(split) for key, split in task.splits.items()}
-    setting = f"{counts} images, patch {s.patch}, {steps['bridge_steps']} + {steps['finetune_steps']} steps of {batch}"
+    setting = f"{counts} images, patch {s.patch}, {steps['finetune_steps']} steps of {batch}"
     facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
     return runs.plans(masks), masks, facts | {"chance": 1 / task.n_classes}
 

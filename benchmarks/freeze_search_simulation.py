@@ -189,8 +189,8 @@ def page(summary: pd.DataFrame, flat: pd.DataFrame, reports: list[dict[str, Any]
     lines = [
         "# The freeze search on made-up landscapes",
         "",
-        f"Made by `{command}`. Regret in points of accuracy: expected accuracy of the best plan minus that of the answer, "
-        "each at its best rate; one training varies by one point. Budgets in full trainings; mean over "
+        f"Made by `{command}`. Regret in points of accuracy: expected accuracy of the best plan minus that of the "
+        "answer, each at its best rate; one training varies by one point. Budgets in full trainings; mean over "
         f"{int(summary['n'].min())} landscapes each.",
         "",
         render_table(rows, markdown=True),
@@ -200,9 +200,9 @@ def page(summary: pd.DataFrame, flat: pd.DataFrame, reports: list[dict[str, Any]
         f"- At most one block more than the smallest plan within half a point: "
         f"{100 * frugal['at_most_one_more'].mean():.0f} % of searches.",
         *(
-            f"- {r['seeds']} seeds: 95 % intervals hold the true difference in {100 * r['covered']:.1f} % of {r['n']:,} "
-            f"reports; a difference of {r['difference']:.1f} points, predicted to be found in 80 %, is found in "
-            f"{100 * r['power']:.0f} %."
+            f"- {r['seeds']} seeds: 95 % intervals hold the true difference in {100 * r['covered']:.1f} % of "
+            f"{r['n']:,} reports; a difference of {r['difference']:.1f} points, predicted to be found in 80 %, is "
+            f"found in {100 * r['power']:.0f} %."
             for r in reports
         ),
         "",

@@ -266,8 +266,8 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
     """Settings from what the caller gave (None = not given), a preset, and the defaults, in that order.
 
     Beside the fields of `Settings` there are `bridge_steps` (0: no bridge), `finetune_steps` (not given: found by
-    the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment`, `head` and `shots` of the training, and
-    the fields of `Constraints`. Learning rates that are given are a grid that stays.
+    the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment`, `head` and `shots` of the training,
+    and the fields of `Constraints`. Learning rates that are given are a grid that stays.
     """
     if preset is not None and preset not in PRESETS:
         raise UnknownNameError(

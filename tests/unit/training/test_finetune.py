@@ -10,6 +10,7 @@ import torch
 
 from layerprobe.errors import UsageError
 from layerprobe.files import tensor_digest
+from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,
@@ -19,6 +20,8 @@ from layerprobe.training import (
     block_plan,
     train_and_score,
 )
+from layerprobe.training.classifier import Classifier
+from layerprobe.training.finetune import PROBE_C, start_from_probe
 
 
 def digests(backbone):
@@ -54,6 +57,52 @@ def test_the_backbone_comes_back_bit_for_bit_and_the_value_repeats(family, make_
     assert first.n_validation == 32
     assert first.trainable_parameters < other.trainable_parameters
     assert first.train_flops < other.train_flops
+
+
+def test_a_head_starts_as_the_probe_of_the_frozen_features(make_backbone, task):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    classifier = Classifier(backbone, tensors.n_classes + 1, seed=0)  # the last class has no image
+    pixels, labels = tensors.pixels["train"], tensors.labels["train"]
+    start_from_probe(classifier, pixels, labels)
+    with torch.no_grad():
+        features = backbone.eval().pool(backbone(pixels[np.arange(len(pixels))])).float().numpy()
+        logits = classifier(pixels[np.arange(len(pixels))]).numpy()
+    probe = fit_logistic_path(features, labels, [PROBE_C], tol=1e-3)[0]
+    assert (probe.scale > 0.01 * probe.scale.max()).all(), "no column is dead here"
+    expected = (features - probe.mean) / probe.scale @ probe.coef.T + probe.intercept
+    assert np.allclose(logits[:, :-1], expected, atol=1e-3)
+    assert (logits[:, -1] <= logits[:, :-1].max(1) + 1e-3).all()
+    assert (logits.argmax(1) == labels).mean() > 0.5  # chance is 0.25
+
+
+def test_a_column_that_hardly_varies_gets_no_huge_weight(make_backbone, task, monkeypatch):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    classifier = Classifier(backbone, tensors.n_classes, seed=0)
+    pooling = backbone.pool
+
+    def pool(hidden):
+        found = pooling(hidden).clone()
+        found[:, 0] *= 1e-7
+        return found
+
+    monkeypatch.setattr(backbone, "pool", pool)
+    start_from_probe(classifier, tensors.pixels["train"], tensors.labels["train"])
+    assert classifier.head.weight.abs().max() < 1e4
+
+
+def test_few_steps_from_a_probe_beat_a_random_head(make_backbone, task):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    found = {
+        head: train_and_score(
+            backbone, tensors, block_plan(backbone, []), bridge=None,
+            finetune=FineTuneConfig(lr=1e-4, steps=2, flip=False, head=head, batch_size=16), test=True,
+        ).test_accuracy
+        for head in ("random", "probe")
+    }  # fmt: skip
+    assert found["probe"] > found["random"]
 
 
 def test_the_chain_learns_the_task(make_backbone, task):
