@@ -27,8 +27,6 @@ from layerprobe.tables import tidy
 from layerprobe.tasks import ImageSplit, Task
 
 PIECE_BYTES = 4 << 20
-DECODED_BYTES = 64 << 20
-"""Decoded images of a batch are preprocessed when they take this much memory: a photograph may have 200 MiB."""
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
@@ -312,17 +310,14 @@ def pixel_batches(
     backbone: Backbone, split: ImageSplit, batch_size: int, *, start: int = 0
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
-    for first in range(start, len(split), batch_size):
-        rows = slice(first, min(first + batch_size, len(split)))
-        ready, waiting = [], []
-        for row in range(rows.start, rows.stop):
-            waiting += split.images([row])
-            if sum(image.nbytes for image in waiting) >= DECODED_BYTES:
-                ready.append(backbone.preprocess(waiting))
-                waiting = []
-        if waiting:
-            ready.append(backbone.preprocess(waiting))
-        yield rows, (ready[0] if len(ready) == 1 else torch.cat(ready)).to(backbone.device)
+    recipe, on_gpu = backbone.recipe, backbone.device.type == "cuda"
+    for first, batch in zip(
+        range(start, len(split), batch_size),
+        split.resized_batches(recipe, batch_size, start=start, pin=on_gpu),
+        strict=True,
+    ):
+        rows = slice(first, first + len(batch))
+        yield rows, recipe.scaled(batch.to(backbone.device, non_blocking=on_gpu))
 
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:
