@@ -89,10 +89,11 @@ def bridge(
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
         return
 
-    from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
     from layerprobe.training import bridge_train
 
     def draw(run: BridgeRun) -> None:
+        from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
+
         frame = run.to_frame()
         out.draw(
             {
