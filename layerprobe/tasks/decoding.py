@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,8 +64,12 @@ class Decoding:
         self.store, self.channels = store, channels
         self._content, self._workers = content, workers
         self._kept: dict[str, PixelStore] = {}
-        self._loader: tuple[Resizer, DataLoader, _Order] | None = None
+        self._loader: tuple[tuple[Resizer, bool], DataLoader, _Order] | None = None
         self._in_use = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """Open files and workers stay with the process that has them."""
+        return {**self.__dict__, "_kept": {}, "_loader": None, "_in_use": False}
 
     def image(self, row: int) -> np.ndarray:
         """A decoded image: H×W where the whole task is grayscale, else H×W×3."""
@@ -115,18 +120,20 @@ class Decoding:
         ]
         self._in_use = True
         try:
-            ready = iter(self._ahead([piece for batch in pieces for piece in batch], resizer, workers, pin))
+            ready = iter(self._ahead([piece for batch in pieces for piece in batch], resizer, workers))
             for batch in pieces:
                 parts = [_raised(next(ready)) for _ in batch]
                 if len({part.shape[1:] for part in parts}) > 1:
                     resizer.stacked([part[0].numpy() for part in parts])  # says which sizes
-                yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                shape = sum(map(len, parts)), *parts[0].shape[1:]
+                yield torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin))
         finally:
             self._in_use = False
 
     def _workers_for(self, n_images: int) -> int:
         """How many workers decode so many images; none beside a reader who has them already."""
-        if self._in_use or sys.platform != "linux":  # elsewhere processes cannot be copied safely
+        # Elsewhere processes cannot be copied safely, and a worker of a search may not start others.
+        if self._in_use or sys.platform != "linux" or multiprocessing.current_process().daemon:
             return 0
         if self._workers is not None:
             return self._workers
@@ -141,12 +148,14 @@ class Decoding:
         return self._kept[key]
 
     def _ahead(
-        self, pieces: list[np.ndarray], resizer: Resizer, workers: int, pin: bool
+        self, pieces: list[np.ndarray], resizer: Resizer, workers: int
     ) -> Iterable[Tensor | LayerprobeError]:
         """What the workers make of the pieces, in their order; the workers stay for the next call."""
         from torch.utils.data import DataLoader
 
-        if self._loader is None or self._loader[0] is not resizer:
+        kept = self._kept_for(resizer)
+        known = resizer, kept is not None and kept.full  # workers must know what may be written
+        if self._loader is None or self._loader[0] != known:
             order = _Order()
             loader: DataLoader[Tensor] = DataLoader(
                 _Pieces(self, resizer),  # type: ignore[arg-type]
@@ -154,12 +163,11 @@ class Decoding:
                 sampler=order,
                 num_workers=workers,
                 persistent_workers=True,
-                pin_memory=pin,
                 collate_fn=_as_it_is,
                 # The images may lie in this process alone, so the workers must be copies of it.
                 multiprocessing_context="fork",
             )
-            self._loader = resizer, loader, order
+            self._loader = known, loader, order
         _, loader, order = self._loader
         order.pieces = pieces
         return loader

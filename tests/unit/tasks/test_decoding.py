@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,22 @@ def test_a_full_disk_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.
     assert store.full
     assert store.read(1) is None
     assert np.array_equal(store.read(0), image(1))
+
+
+def test_a_task_goes_to_another_process_without_its_files_and_workers(photos: Path) -> None:
+    task = load_task(str(photos), decode_workers=1)
+    expected = everything(task)
+    again = pickle.loads(pickle.dumps(task))
+    assert torch.equal(everything(again), expected)
+    assert again.train.decoding._kept != {} and task.train.decoding._loader is not None
+
+
+def test_workers_learn_that_nothing_more_may_be_kept(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task(str(photos), decode_workers=1)
+    everything(task)
+    monkeypatch.setenv("LAYERPROBE_PIXELS_GB", "1e-9")
+    for batch in task.test.resized_batches(RESIZE, 7):
+        assert len(batch)
+    (kept,) = task.train.decoding._kept.values()
+    assert kept.full
+    assert [kept.has(row) for row in task.test.rows[1:].tolist()] == [False] * (len(task.test) - 1)
