@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Fine-tuning from a probed head: "
             f"{steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images at every share, rates "
             f"{', '.join(f'{lr:g}' for lr in lrs(s))} for each plan separately; {n_seeds(s)} seeds select, as "
-            "many others judge. The best plan has the fewest parameters within one standard error of the best validation "
-            "accuracy. Validation keeps its size at every share, so that few training images do not mean few labels "
-            "in all."
+            "many others judge. The best plan has the fewest parameters within one standard error of the best "
+            "validation accuracy. Validation keeps its size at every share, so that few training images do not mean "
+            "few labels in all."
         ),
         figures={
             "depth_and_data.png": "Test accuracy of each plan by share of the training images; bars: 95 % t "

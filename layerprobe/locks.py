@@ -1,4 +1,4 @@
-"""One process a run folder: a lock that the operating system holds, so that a dead process holds none."""
+"""Several processes: which of a launch this is, and a lock of a run folder that dies with the process that holds it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ LOCK_FILE = ".layerprobe.lock"
 
 _held: set[Path] = set()
 """Folders that this process has locked: who holds a folder may lock it again, within a function that is called."""
+
+
+def n_processes() -> int:
+    """Processes of this launch, as `torchrun` and `accelerate launch` tell them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_number() -> int:
+    """The number of this process within its launch, from 0."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextlib.contextmanager
@@ -38,7 +48,7 @@ def folder_lock(folder: Path | None, command: str, *, wait: bool = False) -> Ite
     UsageError
         Another process works in the folder; the message says which.
     """
-    if folder is None or os.environ.get("RANK", "0") != "0" or folder.resolve() in _held:
+    if folder is None or process_number() > 0 or folder.resolve() in _held:
         yield
         return
     place, path = folder.resolve(), folder.resolve() / LOCK_FILE

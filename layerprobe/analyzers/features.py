@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,17 +19,20 @@ from layerprobe.backbones.backbone import Backbone, evaluating, pool
 from layerprobe.backbones.choices import POOLINGS
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.hooks.capture import all_layers, capture, check_layers
-from layerprobe.hooks.feature_store import FeatureStore, encode, features_root
+from layerprobe.hooks.feature_store import FeatureStore, InUse, StoreWriter, encode, features_root
+from layerprobe.hooks.stripes import begun, fill_together
 from layerprobe.layers import LayerRef
+from layerprobe.locks import n_processes, process_number
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import tidy
 from layerprobe.tasks import ImageSplit, Task
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 PIECE_BYTES = 4 << 20
-DECODED_BYTES = 64 << 20
-"""Decoded images of a batch are preprocessed when they take this much memory: a photograph may have 200 MiB."""
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
@@ -200,7 +204,8 @@ def extract_features(
     """Run the images of a split through a backbone and keep pooled activations of its layers.
 
     All layers come from one forward pass per batch, pooled on the device. Finished work is found again on disk,
-    also after a kill; only layers that are not there yet are computed.
+    also after a kill; only what is not there yet is computed. Processes of one launch share it and end with the same
+    bytes (`layerprobe.hooks.stripes`).
 
     Parameters
     ----------
@@ -245,7 +250,7 @@ def extract_features(
     }
     store = FeatureStore(features_root(cache_dir), key, n_rows=len(images), dtype=dtype)
     if not all(store.has(layer) for layer in wanted):
-        _fill(store, backbone, images, wanted, pooling, batch_size, quiet)
+        _fill_store(store, backbone, images, wanted, pooling, batch_size, quiet)
     arguments = {"layers": [str(layer) for layer in wanted], "split": split, "dtype": dtype}
     shown = {**backbone.provenance(), "pooling": pooling}
     return Features(
@@ -260,7 +265,7 @@ def extract_features(
     )
 
 
-def _fill(
+def _fill_store(
     store: FeatureStore,
     backbone: Backbone,
     images: ImageSplit,
@@ -269,27 +274,40 @@ def _fill(
     batch_size: int,
     quiet: bool,
 ) -> None:
+    """Compute what is not there yet, alone or beside the other processes of a launch."""
+    with progress_bar(total=len(images), unit="image", desc=backbone.name, quiet=quiet) as bar:
+
+        def fill(part: FeatureStore, rows: slice, wait: bool) -> None:
+            chosen = images.subset(range(rows.start, rows.stop))
+            with contextlib.suppress(InUse), part.writer(wanted, batch_size=batch_size, wait=wait) as writer:
+                _append(writer, backbone, chosen, pooling, batch_size, bar)
+
+        if n_processes() > 1 or begun(store):
+            fill_together(store, wanted, batch_size, fill, first=process_number())
+        else:
+            fill(store, slice(0, len(images)), True)
+
+
+def _append(
+    writer: StoreWriter, backbone: Backbone, images: ImageSplit, pooling: str, batch_size: int, bar: tqdm[Any]
+) -> None:
+    """Run the images that are not in the store yet through the backbone."""
+
     def pooled(hidden: Tensor) -> Tensor:
         if pooling == TOKENS:
             return hidden
         return pool(hidden, pooling, n_prefix=backbone.n_prefix(hidden.shape[1]))
 
-    with (
-        evaluating(backbone),
-        store.writer(wanted, batch_size=batch_size) as writer,
-        progress_bar(
-            total=len(images), initial=writer.rows, unit="image", desc=backbone.name, quiet=quiet
-        ) as bar,
-        torch.inference_mode(),
-    ):
-        if not writer.layers:
-            return
+    if not writer.layers:
+        return
+    bar.update(writer.rows)
+    with evaluating(backbone), torch.inference_mode():
         for rows, pixels in pixel_batches(backbone, images, batch_size, start=writer.rows):
             with capture(backbone, writer.layers, pool=pooled, stop_early=True) as seen:
                 backbone(pixels)
             for layer, values in seen.items():
                 _check_finite(layer, values, images.ids[rows])
-            writer.append({layer: encode(values, store.dtype) for layer, values in seen.items()})
+            writer.append({layer: encode(values, writer.store.dtype) for layer, values in seen.items()})
             bar.update(len(pixels))
 
 
@@ -312,17 +330,14 @@ def pixel_batches(
     backbone: Backbone, split: ImageSplit, batch_size: int, *, start: int = 0
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
-    for first in range(start, len(split), batch_size):
-        rows = slice(first, min(first + batch_size, len(split)))
-        ready, waiting = [], []
-        for row in range(rows.start, rows.stop):
-            waiting += split.images([row])
-            if sum(image.nbytes for image in waiting) >= DECODED_BYTES:
-                ready.append(backbone.preprocess(waiting))
-                waiting = []
-        if waiting:
-            ready.append(backbone.preprocess(waiting))
-        yield rows, (ready[0] if len(ready) == 1 else torch.cat(ready)).to(backbone.device)
+    recipe, on_gpu = backbone.recipe, backbone.device.type == "cuda"
+    for first, batch in zip(
+        range(start, len(split), batch_size),
+        split.resized_batches(recipe, batch_size, start=start, pin=on_gpu),
+        strict=True,
+    ):
+        rows = slice(first, first + len(batch))
+        yield rows, recipe.scaled(batch.to(backbone.device, non_blocking=on_gpu))
 
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:

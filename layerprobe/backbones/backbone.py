@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from layerprobe.backbones.attention import attention_mask, choose_attention
 from layerprobe.backbones.choices import check_choices
 from layerprobe.backbones.image_input import (
+    HasImages,
+    HasRows,
     PatchStem,
     Preprocessing,
     count_patches,
@@ -46,16 +48,6 @@ MIXED_SIZE = 224
 USUAL_TOKENS = 64
 """Tokens an image that dry runs assume where they cannot be counted; the default patch size aims at so many."""
 _PCA_IMAGES = 1000
-
-
-class HasImages(Protocol):
-    """What `Backbone.prepare` needs to know of a task."""
-
-    @property
-    def image_size(self) -> int | None: ...
-
-    @property
-    def train(self) -> Any: ...
 
 
 class Backbone(nn.Module):
@@ -184,7 +176,7 @@ class Backbone(nn.Module):
         if self.checks_itself and self.checked is None and self.device.type != "meta":
             indices = np.arange(N_IMAGES) % len(task.train)
             with evaluating(self):
-                found, self.layout = self_check(self, self.preprocess(task.train.images(indices)))
+                found, self.layout = self_check(self, self.preprocess_rows(task.train, indices))
             self.checked, self.output_width = found, found.output_width
         return self
 
@@ -197,7 +189,7 @@ class Backbone(nn.Module):
         token_std = self.token_std()
         if self.stem_kind == "pca":
             first = np.arange(min(_PCA_IMAGES, len(task.train)))
-            stem.init_pca(self.preprocess(task.train.images(first)), token_std)
+            stem.init_pca(self.preprocess_rows(task.train, first), token_std)
         else:
             stem.init_random(token_std, seed=self.seed)
         self.stem = stem.to(self.device, self.dtype)
@@ -221,9 +213,18 @@ class Backbone(nn.Module):
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 images H×W or H×W×C → float32 pixels B×C×H×W on the CPU."""
+        return self.recipe(images)
+
+    def preprocess_rows(self, split: HasRows, indices: np.ndarray) -> Tensor:
+        """`preprocess` of the images of a split at `indices`."""
+        return self.recipe.scaled(split.resized(self.recipe, indices))
+
+    @property
+    def recipe(self) -> Preprocessing:
+        """`preprocessing`; UsageError where it is not settled yet."""
         if self.preprocessing is None:
             raise UsageError("call prepare(task) first: image size and stem depend on the task")
-        return self.preprocessing(images)
+        return self.preprocessing
 
     @torch.no_grad()
     def token_std(self) -> float:

@@ -9,19 +9,28 @@ Axis letters: B images, C channels, H × W pixels, T patches, P = p·p·C pixel 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from layerprobe.backbones.processor import load_processor, made_of, output_size, read_recipe
+from layerprobe.backbones.processor import (
+    SIZE_ALONE,
+    byte_table,
+    load_processor,
+    made_of,
+    output_size,
+    read_recipe,
+)
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import tensor_bytes
 from layerprobe.progress import note
@@ -55,20 +64,32 @@ class Preprocessing:
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """uint8 arrays H×W or H×W×C → float32 B×C×H×W. All results must have one size."""
-        arrays = [self._one(_with_channels(image, self.channels)) for image in images]
-        sizes = sorted({array.shape[1:] for array in arrays})
+        return self.scaled(self.stacked([self.resized(image) for image in images]))
+
+    def resized(self, image: np.ndarray) -> np.ndarray:
+        """One image H×W or H×W×C → C×H×W: everything that looks at more than one pixel."""
+        return self._one(_with_channels(image, self.channels))
+
+    def stacked(self, images: Sequence[np.ndarray]) -> Tensor:
+        """Resized images as one B×C×H×W; BrokenFileError where their sizes differ."""
+        sizes = sorted({image.shape[1:] for image in images})
         if len(sizes) > 1:
             raise BrokenFileError(
                 f"images of different sizes ({', '.join(f'{height}×{width}' for height, width in sizes[:3])}, …) "
                 "make no batch; pass --image-size"
             )
-        return self._scaled(torch.from_numpy(np.stack(arrays)))
+        return torch.from_numpy(np.stack(images))
 
-    def _scaled(self, batch: Tensor) -> Tensor:
-        """Resized bytes → what the model takes; both B×C×H×W."""
-        mean = torch.tensor(self.mean).view(-1, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)
+    def scaled(self, batch: Tensor) -> Tensor:
+        """Resized images → what the model takes, pixel by pixel; both B×C×H×W, on their device."""
+        mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)
         return (batch.to(torch.float32).mul_(self.rescale) - mean) / std
+
+    @property
+    def resize_key(self) -> str | None:
+        """What decides the bytes of `resized`; None where it makes no bytes."""
+        return json.dumps(["resize", self.channels, self.size, self.resample, PIL.__version__])
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -88,6 +109,24 @@ class Preprocessing:
         return {known.name: getattr(self, known.name) for known in fields(Preprocessing)}
 
 
+class HasRows(Protocol):
+    """What is needed of a split of a task: its images, made ready by a `Preprocessing` or recalled."""
+
+    def __len__(self) -> int: ...
+
+    def resized(self, resizer: Preprocessing, indices: np.ndarray) -> Tensor: ...
+
+
+class HasImages(Protocol):
+    """What `Backbone.prepare` needs to know of a task."""
+
+    @property
+    def image_size(self) -> int | None: ...
+
+    @property
+    def train(self) -> HasRows: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProcessorPreprocessing(Preprocessing):
     """The processor that a checkpoint brings does it all; the fields above are what it says of itself."""
@@ -95,16 +134,29 @@ class ProcessorPreprocessing(Preprocessing):
     processor: PilBackend = field(repr=False)
     made: tuple[int, int] | None
     """Height and width of what comes out, found by trying; None where that depends on the image."""
+    table: Tensor | None = field(repr=False)
+    """What the processor makes of each byte, C×256, once an image has its size; None where it cannot be asked."""
 
     @property
     def output_size(self) -> tuple[int, int] | None:
         return self.made
 
     def _one(self, array: np.ndarray) -> np.ndarray:
-        return made_of(self.processor, array)
+        return made_of(self.processor, array, **({} if self.table is None else SIZE_ALONE))
 
-    def _scaled(self, batch: Tensor) -> Tensor:
-        return batch
+    def scaled(self, batch: Tensor) -> Tensor:
+        if self.table is None:
+            return batch
+        table = self.table.to(batch.device)
+        channels = [table[c].index_select(0, batch[:, c].flatten().int()) for c in range(batch.shape[1])]
+        return torch.stack([c.view(batch[:, 0].shape) for c in channels], dim=1)
+
+    @property
+    def resize_key(self) -> str | None:
+        if self.table is None:
+            return None
+        versions = importlib.metadata.version("transformers"), PIL.__version__
+        return json.dumps([self.processor.to_json_string(), *versions])
 
     def describe(self) -> dict[str, Any]:
         settings = json.loads(self.processor.to_json_string())
@@ -182,6 +234,7 @@ def _of_processor(processor: PilBackend, channels: int) -> ProcessorPreprocessin
         std=_channel_values(said["image_std"]) if said["do_normalize"] else (1.0,),
         processor=processor,
         made=made,
+        table=byte_table(processor, channels),
     )
 
 

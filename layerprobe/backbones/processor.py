@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn import functional
 
 from layerprobe.errors import BrokenFileError, UsageError
@@ -171,15 +172,50 @@ def _scaling_first() -> type[PilBackend]:
     return DINOv3ViTImageProcessor
 
 
-def made_of(processor: PilBackend, image: tuple[int, int] | np.ndarray, channels: int = 3) -> np.ndarray:
+SIZE_ALONE: dict[str, bool] = {"do_rescale": False, "do_normalize": False}
+"""How a processor is asked for the bytes of an image at its size."""
+
+_VALUES_ALONE: dict[str, bool] = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+
+
+def byte_table(processor: PilBackend, channels: int) -> Tensor | None:
+    """What a processor makes of each byte of each channel, float32 C×256; None where it does more than that.
+
+    Most resize and crop first and then treat every pixel alone. Whether this one does is tried on images of noise:
+    bytes at the model's size, looked up here, must give the very bits of the whole processor.
+    """
+    ramp = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), channels, axis=2)
+    draw = np.random.default_rng(0)
+    try:
+        table = made_of(processor, ramp, **_VALUES_ALONE).reshape(channels, 256)
+        for shape in _TRIAL:
+            image = draw.integers(0, 256, (*shape, channels), dtype=np.uint8)
+            resized = made_of(processor, image, **SIZE_ALONE)
+            looked_up = np.stack([table[c][resized[c]] for c in range(channels)])
+            if resized.dtype != np.uint8 or not np.array_equal(looked_up, made_of(processor, image)):
+                return None
+    except (BrokenFileError, IndexError, ValueError):
+        return None
+    return torch.from_numpy(table)
+
+
+def made_of(
+    processor: PilBackend, image: tuple[int, int] | np.ndarray, channels: int = 3, **changes: bool
+) -> np.ndarray:
     """What a processor makes of one image H×W×C (or of a black one of that size): C×H×W, float32.
+
+    Asked for `SIZE_ALONE`, it may hand out bytes.
+
 
     One image at a time: some classes pad to the largest of a batch, and features must not depend on company.
     """
     given = image if isinstance(image, np.ndarray) else np.zeros((*image, channels), np.uint8)
     try:
-        values = processor(images=[given], input_data_format="channels_last")["pixel_values"]
-        pixels = np.asarray(values[0], dtype=np.float32)
+        settings: dict[str, Any] = {"input_data_format": "channels_last", **changes}
+        values = processor(images=[given], **settings)["pixel_values"]
+        pixels = np.ascontiguousarray(values[0])
+        if changes != SIZE_ALONE or pixels.dtype != np.uint8:
+            pixels = pixels.astype(np.float32, copy=False)
     except _UNUSABLE as error:
         raise BrokenFileError(
             f"{type(processor).__name__} cannot prepare an image of {given.shape[0]}×{given.shape[1]}: "

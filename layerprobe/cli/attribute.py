@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
-from layerprobe.cli.output import Output
+from layerprobe.cli.output import Draw, Output
+
+if TYPE_CHECKING:
+    from layerprobe.analyzers.attribution import LayerAttribution
 
 
 @options.backbone_options()
@@ -48,7 +53,6 @@ def attribute(
         return
 
     from layerprobe.analyzers.attribution import attribute_layers
-    from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure
 
     loaded = task.load(out)
     record = attribute_layers(
@@ -65,8 +69,13 @@ def attribute(
         seed=backbone.seed,
         quiet=out.quiet,
     )
-    figures = {"attribution": lambda: attribution_figure(record.to_frame())}
+    out.finish(record, figures=figures(record, list(loaded.classes)) if out.folder is not None else None)
+
+
+def figures(record: LayerAttribution, classes: list[str]) -> dict[str, Draw]:
+    from layerprobe.plotting.layer_scores import attribution_figure, patch_maps_figure
+
+    drawn: dict[str, Draw] = {"attribution": lambda: attribution_figure(record.to_frame())}
     if not record.maps.empty:
-        classes = list(loaded.classes)
-        figures["attribution_maps"] = lambda: patch_maps_figure(record.maps, record.pictures, classes=classes)
-    out.finish(record, figures=figures)
+        drawn["attribution_maps"] = lambda: patch_maps_figure(record.maps, record.pictures, classes=classes)
+    return drawn

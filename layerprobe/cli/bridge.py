@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.cli.processes import own_device
 from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def bridge(
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
         return
 
-    from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
     from layerprobe.training import bridge_train
 
     def draw(run: BridgeRun) -> None:
+        from layerprobe.plotting.bridge import plot_bridge_curve, plot_weight_drift
+
         frame = run.to_frame()
         out.draw(
             {
@@ -114,16 +115,6 @@ def bridge(
     )
     if run.is_main:
         out.finish(run)
-
-
-def own_device(device: str | None) -> str | None:
-    """The accelerator of this process where `accelerate launch` or `torchrun` started several."""
-    rank = os.environ.get("LOCAL_RANK")
-    if device is not None or rank is None:
-        return device
-    import torch
-
-    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
 def check_folder(out: Output, *, resume: bool) -> None:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
-from layerprobe.cli.output import Output
+from layerprobe.cli.output import Draw, Output
 
 if TYPE_CHECKING:
     from layerprobe.analyzers.features import Features
+    from layerprobe.analyzers.similarity import CKAMatrix
 
 
 @options.backbone_options()
@@ -64,7 +65,6 @@ def cka(
 
     from layerprobe.analyzers.features import extract_features
     from layerprobe.analyzers.similarity import cka_matrix
-    from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
 
     images = task.load(out)
 
@@ -81,11 +81,14 @@ def cka(
     record = cka_matrix(
         first, second, permutations=permutations, seed=backbone.seed, device=device, quiet=out.quiet
     )
+    out.finish(record, figures=figures(record, intervals) if out.folder is not None else None)
+
+
+def figures(record: CKAMatrix, intervals: bool) -> dict[str, Draw]:
+    from layerprobe.plotting.similarity import plot_cka, plot_cka_closest
+
     frame = record.to_frame()
-    out.finish(
-        record,
-        figures={
-            "cka": lambda: plot_cka(frame, intervals=intervals),
-            "cka_closest": lambda: plot_cka_closest(record.closest()),
-        },
-    )
+    return {
+        "cka": lambda: plot_cka(frame, intervals=intervals),
+        "cka_closest": lambda: plot_cka_closest(record.closest()),
+    }

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, training_facts
 from layerprobe.cli.options import option
-from layerprobe.cli.output import Output
+from layerprobe.cli.output import Draw, Output
 from layerprobe.errors import UsageError
 from layerprobe.locks import folder_lock
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
     from layerprobe.plans import FreezePlan
+    from layerprobe.records import Record
     from layerprobe.training import BridgeConfig, FineTuneConfig
 
 TRAINING_MODES = ("finetune", "fewshot")
@@ -107,8 +108,6 @@ def evaluate(
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return
 
-    from layerprobe.plotting.bridge import plot_accuracy_against
-
     with folder_lock(out.folder, "layerprobe evaluate"):
         shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
         images = task.load(out)
@@ -124,14 +123,17 @@ def evaluate(
         record = evaluate_arms(
             load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
         )
-        frame = record.to_frame()
-        out.finish(
-            record,
-            figures={
-                "accuracy_cost": lambda: plot_accuracy_against(frame, "train_flops"),
-                "accuracy_parameters": lambda: plot_accuracy_against(frame, "trainable_parameters"),
-            },
-        )
+        out.finish(record, figures=figures(record) if out.folder is not None else None)
+
+
+def figures(record: Record) -> dict[str, Draw]:
+    from layerprobe.plotting.bridge import plot_accuracy_against
+
+    frame = record.to_frame()
+    return {
+        "accuracy_cost": lambda: plot_accuracy_against(frame, "train_flops"),
+        "accuracy_parameters": lambda: plot_accuracy_against(frame, "trainable_parameters"),
+    }
 
 
 def run_plan(backbone: Backbone, scope: str) -> FreezePlan | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.cli.processes import copies, own_device
+from layerprobe.locks import process_number
 
 
 @options.backbone_options()
@@ -22,11 +26,13 @@ def features(
     tokens: bool = option(
         False, "Keep every token instead of pooling; --dry-run tells the size.", "--tokens"
     ),
+    workers: int = option(1, "Processes on this machine that share the images and the cores.", min=1),
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Extract and keep the features of a backbone's layers on a task's images.
 
     They land in the feature store, where cka, probe and transfer find them again; see: layerprobe ls features
+    Several processes (--workers, torchrun, accelerate launch) share the images and end with the bytes of one.
 
     Example: layerprobe features --model minilm --task digits
     """
@@ -49,23 +55,26 @@ def features(
         out.show_facts(facts)
         return
 
-    from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
+    with copies(workers):
+        from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
-    images = task.load(out)
-    network = backbone.load()
-    chosen = layers.pick(network, model=backbone.model)
-    extracted = [
-        extract_features(
-            network,
-            images,
-            name,
-            layers=chosen,
-            pooling=TOKENS if tokens else None,
-            dtype=store_dtype,
-            batch_size=layers.batch_size,
-            cache_dir=cache_dir,
-            quiet=out.quiet,
-        )
-        for name in (images.splits if split == "all" else [split])
-    ]
-    out.finish(FeatureTable(extracted))
+        is_first = process_number() == 0
+        images = task.load(out)
+        network = replace(backbone, device=own_device(backbone.device)).load()
+        chosen = layers.pick(network, model=backbone.model)
+        extracted = [
+            extract_features(
+                network,
+                images,
+                name,
+                layers=chosen,
+                pooling=TOKENS if tokens else None,
+                dtype=store_dtype,
+                batch_size=layers.batch_size,
+                cache_dir=cache_dir,
+                quiet=out.quiet or not is_first,
+            )
+            for name in (images.splits if split == "all" else [split])
+        ]
+    if is_first:
+        out.finish(FeatureTable(extracted))

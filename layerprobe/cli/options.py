@@ -128,6 +128,14 @@ class TaskOptions:
     limit: int | None = option(
         None, "At most this many training images (stratified), others in proportion.", min=1
     )
+    decode_workers: int | None = option(
+        None, "Processes that decode images ahead of the model; 0: none; default: as many as pay.", min=0
+    )
+    keep_decoded: bool = option(
+        True,
+        "Keep resized images on disk, so that the next command decodes none; 20 GB at most.",
+        "--keep-decoded/--no-keep-decoded",
+    )
     seed: Seed = 0
     offline: Offline = False
 

@@ -82,7 +82,7 @@ def probe(
         device="cpu" if network.device.type == "mps" else str(network.device),
         quiet=out.quiet,
     )
-    out.finish(record, figures=figures(record))
+    out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
 def figures(record: Any) -> dict[str, Any]:

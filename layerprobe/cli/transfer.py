@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
-from layerprobe.cli.output import Output
+from layerprobe.cli.output import Draw, Output
+
+if TYPE_CHECKING:
+    from layerprobe.analyzers.transfer import TransferScores
 
 FAMILIES = {"both": ("readable", "trainable"), "readable": ("readable",), "trainable": ("trainable",)}
 
@@ -42,7 +47,6 @@ def transfer(
         return
 
     from layerprobe.analyzers.transfer import transfer_scores
-    from layerprobe.plotting.layer_scores import transfer_figure
 
     images = task.load(out)
     record = transfer_scores(
@@ -58,4 +62,10 @@ def transfer(
         cache_dir=cache_dir,
         quiet=out.quiet,
     )
-    out.finish(record, figures={"transfer": lambda: transfer_figure(record.to_frame())})
+    out.finish(record, figures=figures(record) if out.folder is not None else None)
+
+
+def figures(record: TransferScores) -> dict[str, Draw]:
+    from layerprobe.plotting.layer_scores import transfer_figure
+
+    return {"transfer": lambda: transfer_figure(record.to_frame())}

@@ -43,6 +43,8 @@ from layerprobe.reading import check_fields, check_plain
 
 RECORD_SECONDS = 1.0
 """A kill loses no more than the batches of this time; each record waits for the disk."""
+STRIPES = "stripes"
+"""Folder of unfinished work that several processes share."""
 FEATURE_DTYPES = ("float32", "float16", "bfloat16")
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -60,6 +62,10 @@ def check_store_dtype(dtype: str) -> None:
     """UsageError for what is not in `FEATURE_DTYPES`."""
     if dtype not in FEATURE_DTYPES:
         raise UsageError(f"features are stored as {', '.join(FEATURE_DTYPES)}; '{dtype}' is none of them")
+
+
+class InUse(Exception):
+    """Another process fills the store."""
 
 
 class FeatureStore:
@@ -94,7 +100,14 @@ class FeatureStore:
         return read_sums(self.folder)
 
     def read(self, layer: LayerRef) -> np.ndarray:
-        """Rows × features (or rows × tokens × features), memory-mapped; bfloat16 comes as float32 in memory.
+        """`stored`, with bfloat16 as float32 in memory."""
+        array = self.stored(layer)
+        if self.dtype == "bfloat16":
+            return (np.asarray(array).astype(np.uint32) << 16).view(np.float32)
+        return array
+
+    def stored(self, layer: LayerRef) -> np.ndarray:
+        """Rows × features (or rows × tokens × features) as they are on disk, memory-mapped.
 
         The whole file is held against its checksum first.
 
@@ -125,20 +138,24 @@ class FeatureStore:
                 f"features {path} are {array.shape} {array.dtype}, expected {(self.n_rows, *noted.row)} "
                 f"{self.dtype}; delete that file and run again"
             )
-        if self.dtype == "bfloat16":
-            return (np.asarray(array).astype(np.uint32) << 16).view(np.float32)
         return array
 
     @contextlib.contextmanager
-    def writer(self, layers: Sequence[LayerRef], *, batch_size: int) -> Iterator[StoreWriter]:
-        """Append batches to `layers`, where an earlier run stopped; other processes that want the store wait.
+    def writer(
+        self, layers: Sequence[LayerRef], *, batch_size: int, wait: bool = True
+    ) -> Iterator[StoreWriter]:
+        """Append batches to `layers`, where an earlier run stopped.
 
-        An earlier run that was stopped between its last batch and its end is brought to its end first.
+        An earlier run that was stopped between its last batch and its end is brought to its end first. Where another
+        process has the store, wait for it or, with False, raise `InUse`.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / "lock").open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            lock.close()
+            raise InUse from error
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         with lock:
@@ -337,8 +354,8 @@ def _store_row(folder: Path) -> dict[str, Any]:
         "rows": entry["rows"],
         "dtype": entry["dtype"],
         "layers": sum((folder / f"{name}.npy").is_file() for name in sums),
-        "bytes": sum(item.stat().st_size for item in folder.iterdir() if item.is_file()),
-        "unfinished": (folder / PROGRESS).is_file(),
+        "bytes": sum(item.stat().st_size for item in folder.rglob("*") if item.is_file()),
+        "unfinished": (folder / PROGRESS).is_file() or (folder / STRIPES).is_dir(),
     }
 
 

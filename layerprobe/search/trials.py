@@ -41,6 +41,9 @@ from layerprobe.training.finetune import Outcome
 
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25
+MOST_POLL_SECONDS = 6.0
+"""Who waits looks into the database at first four times a second, and then ever less often: a quarter of the time that
+it has waited, so that what it waits for is found late by no more than that. No worker looks 30 times in any minute."""
 QUEUE = 32
 """How many trials wait at a time: enough for the workers of several machines, few enough that reading all
 trials that have not ended, as every look into the database does, stays far below the time of a training."""
@@ -130,7 +133,7 @@ class TrialStore:
         an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
         `watch` is called with the number of finished trials and of all, at each look at the database.
         """
-        wanted = {trial.key: trial for trial in trials}
+        wanted, pause = {trial.key: trial for trial in trials}, Pause()
         while True:
             owners = self._owners()
             done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
@@ -148,19 +151,22 @@ class TrialStore:
             claimed = self._claim(owners, list(wanted))
             if claimed is not None:
                 self._run(claimed, wanted[claimed.user_attrs["key"]], evaluate)
+                pause = Pause()
             else:
                 self.revive()
-                time.sleep(POLL_SECONDS)
+                pause.sleep()
 
     def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool]) -> None:
         """Train waiting trials of this search until `keep_on` is false; for worker processes."""
+        pause = Pause()
         while keep_on():
             owners = self._owners()
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
                 self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
+                pause = Pause()
             else:
-                time.sleep(POLL_SECONDS)
+                pause.sleep(keep_on)
 
     def records(self) -> list[Finished]:
         """Finished trials in the order of their numbers."""
@@ -304,6 +310,20 @@ class TrialStore:
         finally:
             stop.set()
             thread.join()
+
+
+class Pause:
+    """Sleeps that grow with the time since it was made."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def sleep(self, keep_on: Callable[[], bool] = lambda: True) -> None:
+        """Sleep, and no longer once `keep_on` is false."""
+        now = time.monotonic()
+        end = now + min(max(POLL_SECONDS, (now - self._since) / 4), MOST_POLL_SECONDS)
+        while (left := end - time.monotonic()) > 0 and keep_on():
+            time.sleep(min(POLL_SECONDS, left))
 
 
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:

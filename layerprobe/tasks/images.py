@@ -175,12 +175,6 @@ class ArrayImages(ImageStore):
     def stored_size(self) -> int:
         return sum(array.nbytes for array in self._arrays)
 
-    def take(self, rows: np.ndarray) -> ArrayImages:
-        """The chosen rows in a store of their own, so that the others' memory is given back."""
-        if isinstance(self._arrays, np.ndarray):
-            return ArrayImages(self._arrays[rows], self._origin)
-        return ArrayImages([self._arrays[row] for row in rows], self._origin)
-
 
 class FileImages(ImageStore):
     """One image file a row, read when asked for; `names` are the paths within the data set."""
@@ -319,6 +313,11 @@ class JoinedImages(ImageStore):
         if self.remember:
             self._decoded[row] = image
         return image
+
+    def recall(self, pixels: ArrayImages | None, rows: np.ndarray) -> None:
+        """Take over what is decoded already of the given rows; the memory of the others is given back."""
+        if pixels is not None:
+            self._decoded = {row: pixels.pixels(row) for row in rows.tolist()}
 
     def place(self, row: int) -> str:
         store, local = self._find(row)

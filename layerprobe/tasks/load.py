@@ -40,15 +40,16 @@ def load_task(
     offline: bool = False,
     revision: str | None = None,
     label: str | None = None,
+    decode_workers: int | None = None,
+    keep_decoded: bool = True,
 ) -> Task:
     """Load an image-classification task, cut into train, validation and test.
 
     Parameters
     ----------
     name : str
-        Alias (see `layerprobe ls tasks`), hub data set id, or local folder: parquet files in the hub's
-        schema, IDX files as of MNIST, or class folders. An alias wins over a folder of the same name; write
-        ./NAME for the folder. "NAME:COLUMN" chooses the label column.
+        Alias (see `layerprobe ls tasks`), hub data set id, or local folder: parquet files in the hub's schema, IDX
+        files, or class folders. An alias wins over a folder (./NAME). "NAME:COLUMN" chooses the label column.
     data_dir : str | Path | None
         Folder that holds the task's files, instead of the hub.
     limit : int | None
@@ -62,6 +63,8 @@ def load_task(
         Branch, tag or commit of the hub repository.
     label : str | None
         Label column, where there are several.
+    decode_workers, keep_decoded
+        Processes that decode ahead, and whether resized images stay on disk: `layerprobe.tasks.decoding.Decoding`.
 
     Returns
     -------
@@ -82,8 +85,7 @@ def load_task(
         Not cached while offline.
     UsageError
         One class only, no image or label column, a limit below the number of classes.
-    BrokenFileError
-        a file or an image that cannot be read.
+    BrokenFileError : a file or an image that cannot be read.
     """
     seed = operator.index(seed)
     if limit is not None and operator.index(limit) < 1:
@@ -99,7 +101,16 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    return cut_task(name, source, task_id=task_id, commit=commit, limit=limit, seed=seed)
+    return cut_task(
+        name,
+        source,
+        task_id=task_id,
+        commit=commit,
+        limit=limit,
+        seed=seed,
+        decode_workers=decode_workers,
+        keep_decoded=keep_decoded,
+    )
 
 
 def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[int | None, bool]:

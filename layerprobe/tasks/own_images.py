@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,8 @@ def make_task(
     label: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    decode_workers: int | None = None,
+    keep_decoded: bool = True,
 ) -> Task:
     """A task of your own images, cut into train, validation and test unless you give the splits.
 
@@ -56,7 +58,7 @@ def make_task(
         One an image, each once; by default hashes of the images.
     image, label : str | None
         Columns (or keys of the items) of a data set that has several.
-    limit, seed
+    limit, seed, decode_workers, keep_decoded
         As for `load_task`.
 
     Returns
@@ -98,7 +100,8 @@ def make_task(
         source.remarks += remarks
     if ids is not None:
         source.ids = _checked_ids(ids, sum(len(split.labels) for split in source.splits))
-    return cut_task(name, source, task_id=name, commit=None, limit=limit, seed=seed)
+    decoding: dict[str, Any] = {"decode_workers": decode_workers, "keep_decoded": keep_decoded}
+    return cut_task(name, source, task_id=name, commit=None, limit=limit, seed=seed, **decoding)
 
 
 class OwnImages(ImageStore):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.reading import check_plain
+from layerprobe.tasks.decoding import Decoding, Resizer
 from layerprobe.tasks.duplicates import (
     KEEP_BYTES,
     Scan,
@@ -22,8 +23,11 @@ from layerprobe.tasks.duplicates import (
     sample_ids,
     scan_images,
 )
-from layerprobe.tasks.images import ImageStore, JoinedImages, decode_all
+from layerprobe.tasks.images import ArrayImages, ImageStore, JoinedImages
 from layerprobe.tasks.split import SPLITS, assign, limited_sizes, stratified_order
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FINGERPRINT_VERSION = 2
 """Raised whenever ids or the comparison of images change their meaning."""
@@ -51,9 +55,8 @@ class ImageSplit:
     name: str
     ids: np.ndarray
     labels: np.ndarray
-    store: ImageStore = field(repr=False)
+    decoding: Decoding = field(repr=False)
     rows: np.ndarray = field(repr=False)
-    channels: int = 3
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,11 +74,23 @@ class ImageSplit:
         BrokenFileError
             An image that cannot be decoded; the message says which.
         """
-        chosen = self.rows if indices is None else self.rows[np.asarray(list(indices), dtype=np.int64)]
-        images = decode_all(self.store, chosen)
-        if self.channels == 1:
-            return images
-        return [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
+        return [self.decoding.image(row) for row in self._chosen(indices).tolist()]
+
+    def resized(self, resizer: Resizer, indices: Iterable[int]) -> Tensor:
+        """The images at `indices` as `resizer` makes them, B×C×H×W, decoded unless they are kept on disk."""
+        return resizer.stacked(
+            [self.decoding.resized(row, resizer) for row in self._chosen(indices).tolist()]
+        )
+
+    def resized_batches(
+        self, resizer: Resizer, batch_size: int, *, start: int = 0, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """`resized` of all images from `start`, batch by batch; the task's workers decode ahead."""
+        if start < len(self):
+            yield from self.decoding.batches(self.rows[start:], batch_size, resizer, pin=pin)
+
+    def _chosen(self, indices: Iterable[int] | None) -> np.ndarray:
+        return self.rows if indices is None else self.rows[np.asarray(list(indices), dtype=np.int64)]
 
     def subset(self, indices: Iterable[int]) -> ImageSplit:
         """The rows at `indices`, in that order; images are shared, not copied."""
@@ -255,7 +270,15 @@ def labelled(
 
 
 def cut_task(
-    name: str, source: Source, *, task_id: str, commit: str | None, limit: int | None, seed: int
+    name: str,
+    source: Source,
+    *,
+    task_id: str,
+    commit: str | None,
+    limit: int | None,
+    seed: int,
+    decode_workers: int | None = None,
+    keep_decoded: bool = True,
 ) -> Task:
     """Scan the images of a source, cut them into splits, apply the limit, and report."""
     refuse_one_class(name, source)
@@ -271,15 +294,21 @@ def cut_task(
     sizes = {split: len(order) for split, order in rows.items()}
     kept = limited_sizes(sizes, {split: len(np.unique(labels[rows[split]])) for split in SPLITS}, limit)
     rows = {split: order[: kept[split]] for split, order in rows.items()}
-    store, places = _store_of_chosen(images, scan, rows)
+    images.remember = scan.decoded_bytes <= KEEP_BYTES
+    images.recall(scan.pixels, np.concatenate(list(rows.values())))
+    decoding = Decoding(
+        images,
+        channels=scan.channels,
+        content=_images_hash(scan) if keep_decoded and _are_files(source) else None,
+        workers=decode_workers,
+    )
     splits = {
         split: ImageSplit(
             name=split,
             ids=ids[order],
             labels=labels[order],
-            store=store,
-            rows=places[split],
-            channels=scan.channels,
+            decoding=decoding,
+            rows=order,
         )
         for split, order in rows.items()
     }
@@ -337,19 +366,16 @@ def _rows_in_order(
     return rows
 
 
-def _store_of_chosen(
-    images: JoinedImages, scan: Scan, rows: dict[str, np.ndarray]
-) -> tuple[ImageStore, dict[str, np.ndarray]]:
-    """Where the images of the splits lie from now on, and each split's rows there."""
-    if scan.pixels is None:
-        images.remember = scan.decoded_bytes <= KEEP_BYTES
-        return images, rows
-    chosen = np.concatenate(list(rows.values()))
-    if len(chosen) >= len(images) // 2:
-        return scan.pixels, rows
-    ends = np.cumsum([len(order) for order in rows.values()])
-    places = {split: np.arange(end - len(rows[split]), end) for split, end in zip(rows, ends, strict=True)}
-    return scan.pixels.take(chosen), places
+def _are_files(source: Source) -> bool:
+    """Whether the images must be decoded; arrays are pixels already."""
+    return not all(isinstance(part.images, ArrayImages) for part in source.splits)
+
+
+def _images_hash(scan: Scan) -> str | None:
+    """A hash of what is stored, row by row; None where it was not read."""
+    if scan.identity == "names":
+        return None
+    return hashlib.blake2b("\n".join(scan.digests).encode(), digest_size=16).hexdigest()
 
 
 def _content_hash(ids: np.ndarray, labels: np.ndarray) -> str:

@@ -39,8 +39,10 @@ class ImageTensors:
         self._all: Tensor | None = None
         if 4 * math.prod(self.shape) <= IN_MEMORY_BYTES:
             self._all = torch.empty(self.shape, dtype=torch.float32)
-            for rows in row_batches(len(split), 1024):
-                self._all[torch.from_numpy(rows)] = self._load(rows)
+            done = 0
+            for batch in split.resized_batches(backbone.recipe, 256):
+                self._all[done : done + len(batch)] = backbone.recipe.scaled(batch)
+                done += len(batch)
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -60,7 +62,7 @@ class ImageTensors:
 
     @torch.no_grad()
     def _load(self, indices: np.ndarray) -> Tensor:
-        return self._backbone.preprocess(self._split.images(indices)).to("cpu", torch.float32)
+        return self._backbone.preprocess_rows(self._split, indices)
 
 
 def row_batches(n: int, size: int) -> Iterator[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ class Images:
     def __len__(self) -> int:
         return len(self._images)
 
-    def images(self, indices: np.ndarray) -> list[np.ndarray]:
-        return [self._images[i] for i in indices]
+    def resized(self, resizer: Any, indices: np.ndarray) -> torch.Tensor:
+        return resizer.stacked([resizer.resized(self._images[i]) for i in indices])
 
 
 SMOOTH = Images(
@@ -68,7 +69,7 @@ def test_default_patch_size_gives_about_eight_by_eight(size: int, patch: int) ->
 @pytest.mark.parametrize("kind", ["random", "pca"])
 def test_tokens_have_the_scale_of_token_embeddings(llama: str, kind: str) -> None:
     backbone = load_backbone(llama, stem=kind, patch_size=4, device="cpu").prepare(SMOOTH)
-    tokens = backbone.stem(backbone.preprocess(SMOOTH.images(range(60))))
+    tokens = backbone.stem(backbone.preprocess_rows(SMOOTH, np.arange(60)))
     ratio = float(tokens.detach().square().mean().sqrt() / backbone.token_std())
     # Random weights meet real, correlated pixels, so their scale is right only in order of magnitude.
     assert ratio == pytest.approx(1, abs=0.02) if kind == "pca" else 0.2 < ratio < 5
@@ -102,7 +103,7 @@ def test_attention_is_found_and_overridden(llama: str, bert: str) -> None:
     assert load_backbone(bert, device="cpu").attention == "bidirectional"
     for folder, attention in ((llama, "bidirectional"), (bert, "causal")):
         backbone = load_backbone(folder, attention=attention, patch_size=4, device="cpu").prepare(SMOOTH)
-        pixels = backbone.preprocess(SMOOTH.images([0]))
+        pixels = backbone.preprocess_rows(SMOOTH, np.arange(1))
         changed = pixels.clone()
         changed[:, :, -4:, -4:] += 1  # the last patch alone
         with torch.no_grad():

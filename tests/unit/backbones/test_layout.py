@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,8 @@ class _Split:
     def __len__(self) -> int:
         return len(IMAGES)
 
-    def images(self, indices: np.ndarray) -> list[np.ndarray]:
-        return [IMAGES[i] for i in indices]
+    def resized(self, resizer: Any, indices: np.ndarray) -> torch.Tensor:
+        return resizer.stacked([resizer.resized(IMAGES[i]) for i in indices])
 
 
 class ImagesOf32:

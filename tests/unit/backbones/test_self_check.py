@@ -37,8 +37,8 @@ class _Split:
     def __len__(self) -> int:
         return len(IMAGES)
 
-    def images(self, indices: np.ndarray) -> list[np.ndarray]:
-        return [IMAGES[i] for i in indices]
+    def resized(self, resizer: Any, indices: np.ndarray) -> torch.Tensor:
+        return resizer.stacked([resizer.resized(IMAGES[i]) for i in indices])
 
 
 class Images:

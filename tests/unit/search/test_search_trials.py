@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -379,3 +380,23 @@ def test_an_interrupted_training_does_not_wait_for_the_database(tmp_path: Path, 
 
     with pytest.raises(KeyboardInterrupt):
         store.outcomes(TRIALS[:1], stopped)
+
+
+def test_an_idle_worker_reads_the_database_less_than_thirty_times_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only sleeping moves: five minutes without work, from the first second on."""
+    store = TrialStore.open(tmp_path / "study.db", {"budget": 1})
+    clock, looks, plain = [0.0], [], store._trials
+
+    class Clock:
+        monotonic = staticmethod(lambda: clock[0])
+        sleep = staticmethod(lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    monkeypatch.setattr(trials_module, "time", Clock)
+    monkeypatch.setattr(store, "_trials", lambda: looks.append(clock[0]) or plain())
+    store.serve(Counting(), lambda: clock[0] < 300)
+    minutes = Counter(int(at // 60) for at in looks)
+    assert max(minutes.values()) <= 30
+    assert minutes[4] <= 12
+    assert max(after - before for before, after in itertools.pairwise(looks)) < 6.01

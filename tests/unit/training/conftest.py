@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,13 @@ class Split:
 
     def images(self, indices: Any = None) -> list[np.ndarray]:
         return list(self.arrays if indices is None else self.arrays[indices])
+
+    def resized(self, resizer: Any, indices: Any) -> torch.Tensor:
+        return resizer.stacked([resizer.resized(image) for image in self.images(indices)])
+
+    def resized_batches(self, resizer: Any, batch_size: int) -> Iterator[torch.Tensor]:
+        for start in range(0, len(self), batch_size):
+            yield self.resized(resizer, slice(start, start + batch_size))
 
     def subset(self, indices: Any) -> Split:
         return Split(self.ids[indices], self.labels[indices], self.arrays[indices])

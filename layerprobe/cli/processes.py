@@ -1,0 +1,62 @@
+"""A command on several processes: those that a launcher started, or copies that it starts itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from layerprobe.progress import note
+
+SECONDS_TO_END = 30.0
+"""After this process is done, the others have nothing left to compute."""
+
+
+@contextlib.contextmanager
+def copies(workers: int) -> Iterator[None]:
+    """Run this very command in `workers` processes, this one included, which share the cores.
+
+    The others get the environment that `torchrun` would give them and print nothing. One that dies costs its time
+    alone: the others do its work. Where a launcher started this process, it starts none.
+    """
+    if workers == 1 or "WORLD_SIZE" in os.environ:
+        yield
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "RANK": "0", "LOCAL_RANK": "0"}
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    os.environ.update(shared)  # before torch is loaded, which reads the number of threads once
+    command = [sys.executable, "-m", "layerprobe", *sys.argv[1:]]
+    others = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "RANK": str(number), "LOCAL_RANK": str(number)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for number in range(1, workers)
+    ]
+    try:
+        yield
+        failed = [other.wait(SECONDS_TO_END) for other in others]
+        if any(failed):
+            note(f"{sum(map(bool, failed))} of {workers} processes stopped early; the others did their work")
+    except subprocess.TimeoutExpired:
+        note("a process that had nothing left to do was stopped")
+    finally:
+        for other in others:
+            if other.poll() is None:
+                other.terminate()
+
+
+def own_device(device: str | None) -> str | None:
+    """The accelerator of this process where `accelerate launch` or `torchrun` started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    if device is not None or rank is None:
+        return device
+    import torch
+
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
