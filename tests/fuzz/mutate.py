@@ -151,7 +151,12 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def _change_csv(path: Path, draw: random.Random) -> str:
-    lines = path.read_text().splitlines()
+    try:
+        lines = path.read_text().splitlines()
+    except UnicodeDecodeError:  # changed once already
+        return _change_bytes(path, draw)
+    if not lines:
+        return _change_bytes(path, draw)
     row = draw.randrange(len(lines))
     cells = lines[row].split(",")
     column = draw.randrange(len(cells))
