@@ -39,7 +39,7 @@ R = TypeVar("R")
 _CALLS = ("_get_trials", "get_all_trials", "create_new_trial", "set_trial_state_values", "set_trial_user_attr",
           "get_study_user_attrs", "set_study_user_attr")  # fmt: skip
 _FULL = ("full", "no space left")
-_FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database")
+_FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database", "could not decode")
 _in_a_hurry = False
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -270,4 +271,12 @@ def test_a_record_of_other_rows_than_the_parts_hold_is_none(
     (store.folder / "progress.json").write_text(json.dumps(record))
     assert store.progress() is None
     assert fill(store) == 0
+    assert_whole(tmp_path, LAYERS)
+
+
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, KEY, n_rows=10, dtype="float32")
+    store.folder.mkdir(parents=True)
+    os.mkfifo(store.folder / "lock")
+    fill(store)
     assert_whole(tmp_path, LAYERS)
