@@ -82,7 +82,7 @@ HIDDEN = "***"
 _SECRET_VARIABLES = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|API_KEY)$")
 _LONG_ENOUGH = 6
 """Characters from which on the value of such a variable is a secret, and not a word that stands everywhere."""
-_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)(.*)@", re.IGNORECASE)
+_USER = re.compile(r"(\b[a-z][a-z0-9+.-]+:/{1,2})(.*)@", re.IGNORECASE)
 """Up to the last @ of the line: a password may hold any character, and better too much is hidden than too little."""
 _SETTING = re.compile(
     r"\b((?:[\w-]*(?:password|passwd|secret|token|api_?key)|pwd)\s*=\s*)([^\s&;,'\"]+|'[^']*'|\"[^\"]*\")",
@@ -115,7 +115,7 @@ def _hide(text: str) -> str:
     for name, secret in os.environ.items():
         if len(secret) >= _LONG_ENOUGH and secret in text and _SECRET_VARIABLES.search(name):
             text = text.replace(secret, HIDDEN)
-    if "://" in text:
+    if ":/" in text:  # one slash is left of two where an address was taken for a path
         text = _USER.sub(_without_password, text)
     if "=" in text:
         text = _SETTING.sub(rf"\1{HIDDEN}", text)

@@ -202,7 +202,7 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int, size: int)
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, begin, end)
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise _broken(file, f"the header's entry for tensor '{name}' is malformed") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerprobe.cli import options
-from layerprobe.cli.memory import check_plan, training_facts
+from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.cli.processes import own_device
@@ -85,7 +85,12 @@ def bridge(
         tracker_options(config.trackers, out.folder)
         seen = backbone.sketch(task)
         check_plan(freeze_plan, seen)
-        facts = training_facts(seen, freeze_plan, images=config.micro_batch or config.batch_size)
+        facts = training_facts(
+            seen,
+            freeze_plan,
+            images=config.micro_batch or config.batch_size,
+            n_images=sum(count_images(task, out).values()),
+        )
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
         return
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerprobe.cli import options
-from layerprobe.cli.memory import forward_facts
+from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
 
@@ -55,7 +55,10 @@ def cka(
         layers.pick(seen, model=backbone.model)
         if other is not None:
             layers.pick(other.sketch(task), model=other.model)
-        facts = forward_facts(seen, batch_size=layers.batch_size)
+        counts = {name: n for name, n in count_images(task, out).items() if name == split}
+        facts = forward_facts(
+            seen, batch_size=layers.batch_size, models=1 + (other is not None), counts=counts
+        )
         facts["compared with"] = "itself" if other is None else f"{other.model} ({other.init})"
         facts["memory of the comparison"] = (
             "about 200 MiB beside the features on disk; the permutations hold at most 4,096 images of all layers"

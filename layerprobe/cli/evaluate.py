@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli import options
-from layerprobe.cli.memory import check_plan, training_facts
+from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
 from layerprobe.errors import UsageError
@@ -103,7 +103,9 @@ def evaluate(
         used = plan if arms else plan or run_plan(seen, scope)
         if planned_arms(arms, scope) if arms else trains:
             check_plan(used, seen)
-        facts = training_facts(seen, used, images=training.batch_size)
+        facts = training_facts(
+            seen, used, images=training.batch_size, n_images=sum(count_images(task, out).values())
+        )
         facts["trainings"] = (len(finetune.lrs) + len(seeds) - 1 if trains else 0) * max(1, len(arms))
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -36,16 +36,20 @@ class Program(TyperGroup):
         except LayerprobeError as error:
             sys.stderr.write(f"error: {error_line(error)}\n")
             sys.exit(error.exit_code)
-        except KeyboardInterrupt as stop:
-            terminated = isinstance(stop, Terminated)
-            sys.stderr.write(f"{'terminated' if terminated else 'interrupted'}; finished work is kept\n")
-            sys.exit(143 if terminated else 130)
+        except KeyboardInterrupt as stop:  # before typer, which would call it "Aborted!", exit code 1
+            _leave(stop)
         except BrokenPipeError:
             # The reader of our stdout left (for example `| head`); nobody is there to be told.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         finally:
             silence_notes(False)
+
+
+def _leave(stop: KeyboardInterrupt) -> NoReturn:
+    terminated = isinstance(stop, Terminated)
+    sys.stderr.write(f"{'terminated' if terminated else 'interrupted'}; finished work is kept\n")
+    sys.exit(143 if terminated else 130)
 
 
 @contextlib.contextmanager
@@ -115,5 +119,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may hold bytes that no encoding can print
             stream.reconfigure(errors="backslashreplace")
-    _register()
-    app()
+    try:
+        _register()
+        app()
+    except KeyboardInterrupt as stop:  # while the commands were imported
+        _leave(stop)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
+    from layerprobe.cli.options import TaskOptions
+    from layerprobe.cli.output import Output
     from layerprobe.plans import FreezePlan
 
 FORWARD_VALUES = 12
@@ -17,30 +21,74 @@ TRAINING_BYTES = 2 * 34
 
 
 class Memory(NamedTuple):
-    """Bytes."""
+    """Bytes of a process. On an accelerator, `process` and `images` stay on the host."""
 
+    process: int
     weights: int
     gradients_and_moments: int
     activations: int
+    images: int
+
+    def words(self, device: str) -> str:
+        """The sum, for the memory that has to hold it."""
+        from layerprobe.tables import bytes_text
+
+        if device.startswith("cuda"):
+            held = sum(self) - self.process - self.images
+            return (
+                f"about {bytes_text(held)} on the device, {bytes_text(self.process + self.images)} beside it"
+            )
+        return f"about {bytes_text(sum(self))} for the process"
 
 
-def memory_needed(seen: Backbone, *, images: int, trained: int | None = None) -> Memory:
-    """Memory of one forward pass, or of one training step with AdamW for `trained` parameters."""
+def memory_needed(
+    seen: Backbone, *, images: int, trained: int | None = None, copies: int = 0, n_images: int = 0
+) -> Memory:
+    """Memory of a run: of forward passes alone, or of training `trained` parameters with AdamW.
+
+    Parameters
+    ----------
+    images : int
+        Images of one pass.
+    copies : int
+        How many more times the run holds the weights: another model, or a copy to compare with or go back to.
+    n_images : int
+        Images that are held preprocessed.
+    """
+    from layerprobe.backbones.memory_use import LIBRARIES, pass_bytes, process_bytes
+    from layerprobe.training.data import IN_MEMORY_BYTES
+
+    process = process_bytes() + LIBRARIES
     size = seen.weights_bytes // max(1, seen.n_parameters)
     per_value = FORWARD_VALUES * size if trained is None else TRAINING_BYTES * seen.n_blocks
+    counted = pass_bytes(seen, images, training=trained is not None)
+    gradients = size * (trained or 0)
+    if counted is None:
+        counted = images * seen.tokens * seen.hidden_size * per_value + gradients
+    # The file of the weights is mapped beside the weights while they are copied from it.
+    weights = (2 + copies) * seen.weights_bytes
+    pixels = 4 * 3 * (seen.image_size or 0) ** 2 * n_images
+    held = pixels if pixels <= IN_MEMORY_BYTES else 0
     return Memory(
-        seen.weights_bytes, 3 * (trained or 0) * size, images * seen.tokens * seen.hidden_size * per_value
+        process=process,
+        weights=weights,
+        gradients_and_moments=3 * gradients,
+        activations=max(0, counted - gradients),
+        images=held,
     )
 
 
-def forward_facts(seen: Backbone, *, batch_size: int) -> dict[str, Any]:
-    """Model, blocks, and an estimate of the memory for weights and one forward pass."""
+def forward_facts(
+    seen: Backbone, *, batch_size: int, models: int = 1, counts: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Model, blocks, and an estimate of the memory of a process that holds `models` models of this size."""
     from layerprobe.backbones.load import available_memory
     from layerprobe.tables import bytes_text
 
     free = available_memory(seen.run_device)
-    needed = memory_needed(seen, images=batch_size)
-    fits = "unknown" if free is None else ("yes" if sum(needed) < free else "no")
+    batch_size = min(batch_size, max((counts or {}).values(), default=batch_size))
+    needed = memory_needed(seen, images=batch_size, copies=models - 1)
+    fits = "unknown" if free is None else ("yes" if sum(needed) - needed.process < free else "no")
     return {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
@@ -48,32 +96,53 @@ def forward_facts(seen: Backbone, *, batch_size: int) -> dict[str, Any]:
         "parameters": f"{seen.n_parameters:,}",
         "device": str(seen.run_device),
         "dtype": str(seen.dtype).removeprefix("torch."),
-        "weights": bytes_text(needed.weights),
+        "weights": bytes_text(seen.weights_bytes),
         "tokens an image": seen.tokens_in_words,
         "activations": f"about {bytes_text(needed.activations)} for {batch_size} images of {seen.tokens} tokens",
+        "memory": needed.words(str(seen.run_device)),
         "memory free": "unknown" if free is None else bytes_text(free),
         "fits": fits,
     }
 
 
-def training_facts(seen: Backbone, plan: FreezePlan | None, *, images: int) -> dict[str, Any]:
+def training_facts(
+    seen: Backbone, plan: FreezePlan | None, *, images: int, n_images: int = 0
+) -> dict[str, Any]:
     """Model, plan, and an estimate of the memory for weights, gradients, AdamW's moments and activations."""
+    from layerprobe.errors import PlanError
+    from layerprobe.plans.apply import apply_plan
     from layerprobe.tables import bytes_text
 
     trained = seen.n_parameters if plan is None else plan.trained_parameters
-    needed = memory_needed(seen, images=images, trained=trained)
+    if plan is not None and not plan.adapters:
+        # What is frozen needs no activations. A plan that no stage trains may be another model's.
+        with contextlib.suppress(PlanError):
+            apply_plan(plan, seen.model, remember=False)
+    # A bridge compares its weights with the first ones, an evaluation goes back to them.
+    needed = memory_needed(seen, images=images, trained=trained, copies=1, n_images=n_images)
     return {
         "model": f"{seen.source.model_id} @ {seen.source.revision}",
         "device": str(seen.run_device),
         "blocks": seen.n_blocks,
         "plan": "no plan: everything trains" if plan is None else plan.summary(),
         "trained parameters": trained,
-        "weights": bytes_text(needed.weights),
+        "weights": bytes_text(seen.weights_bytes),
         "gradients and moments": bytes_text(needed.gradients_and_moments),
         "tokens an image": seen.tokens_in_words,
         "activations": bytes_text(needed.activations),
-        "memory": bytes_text(sum(needed)),
+        "images": bytes_text(needed.images) + ("" if n_images else ": not counted, they are not here yet"),
+        "memory": needed.words(str(seen.run_device)),
     }
+
+
+def count_images(task: TaskOptions, out: Output) -> dict[str, int]:
+    """Images of each split; none where they cannot be read, or would have to be downloaded first."""
+    from layerprobe.errors import LayerprobeError
+
+    try:
+        return {name: len(split) for name, split in task.load(out).splits.items()}
+    except LayerprobeError:
+        return {}
 
 
 def check_plan(plan: FreezePlan | None, seen: Backbone) -> None:

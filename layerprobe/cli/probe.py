@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from layerprobe.cli import options
-from layerprobe.cli.memory import forward_facts
+from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 
@@ -53,7 +53,10 @@ def probe(
     if out.dry_run:
         seen = backbone.sketch(task)
         layers.pick(seen, model=backbone.model)
-        facts = forward_facts(seen, batch_size=layers.batch_size)
+        twins = 1 + ("random" in asked and backbone.init != "random")
+        facts = forward_facts(
+            seen, batch_size=layers.batch_size, models=twins, counts=count_images(task, out)
+        )
         facts["controls"] = ", ".join(["chance", *(name for name in asked if name != "chance")])
         facts["extras"] = ", ".join(further) or "none"
         facts["memory of the probes"] = (

@@ -151,7 +151,9 @@ class FeatureStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            # For reading too: to write into a pipe of that name, one would wait for its reader.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            lock = os.fdopen(os.open(self.folder / "lock", flags, 0o644), "rb")
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             lock.close()
@@ -189,8 +191,29 @@ class FeatureStore:
             raise cannot_write(self.folder, error) from error
 
     def progress(self) -> Progress | None:
-        """The unfinished work on disk; None where there is none, or where its record cannot be read."""
-        return read_progress(self.folder)
+        """The unfinished work on disk; None where there is none, or where its record is none of this store's."""
+        found = read_progress(self.folder)
+        return (
+            found
+            if found is not None and all(self._fits(one, found.rows) for one in found.sums.values())
+            else None
+        )
+
+    def _fits(self, one: FileSum, rows: int) -> bool:
+        """Whether a part with that many rows of this shape has that size."""
+        content = rows * math.prod(one.row) * _STORED[self.dtype].itemsize
+        return 0 < content < one.size and one.size - content == len(self._header(one.row))
+
+    def _header(self, row: tuple[int, ...]) -> bytes:
+        """What a file of such rows begins with."""
+        header = io.BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(_STORED[self.dtype]),
+            "fortran_order": False,
+            "shape": (self.n_rows, *row),
+        }
+        np.lib.format.write_array_header_1_0(header, described)
+        return header.getvalue()
 
     def _path(self, layer: LayerRef) -> Path:
         return self.folder / f"{layer}.npy"
@@ -269,25 +292,19 @@ class StoreWriter:
 
     def _create(self, layer: LayerRef, row: tuple[int, ...]) -> FileSum:
         """Begin a part with its header; what it holds then."""
-        dtype = _STORED[self.store.dtype]
-        header = io.BytesIO()
-        described = {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": (self.store.n_rows, *row),
-        }
-        np.lib.format.write_array_header_1_0(header, described)
+        header = self.store._header(row)
         stream = self._files[layer] = self._part(layer).open("wb", buffering=0)
         if hasattr(
             os, "posix_fallocate"
         ):  # a disk too small for all rows is found before the first is computed
-            needed = len(header.getvalue()) + self.store.n_rows * math.prod(row) * dtype.itemsize
+            row_bytes = math.prod(row) * _STORED[self.store.dtype].itemsize
+            needed = len(header) + self.store.n_rows * row_bytes
             try:
                 os.posix_fallocate(stream.fileno(), 0, needed)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-        return self._write(layer, header.getbuffer(), FileSum(row, 0, 0))
+        return self._write(layer, memoryview(header), FileSum(row, 0, 0))
 
     def _write(self, layer: LayerRef, content: memoryview, before: FileSum) -> FileSum:
         done = 0

@@ -17,6 +17,7 @@ from PIL import Image
 from layerprobe.errors import LayerprobeError
 from layerprobe.files import atomic_write, cache_root
 from layerprobe.progress import progress_bar
+from layerprobe.reading import open_file
 from layerprobe.tasks.images import ArrayImages, ImageStore, decode_all
 from layerprobe.tasks.split import SPLITS
 
@@ -157,7 +158,10 @@ def _remember(key: str, scan: Scan) -> None:
 
 def _recall(key: str, n_images: int) -> Scan | None:
     try:
-        with np.load(_cache_file(key), allow_pickle=False) as saved:
+        with (
+            open_file(_cache_file(key), what="scan") as stream,
+            np.load(stream, allow_pickle=False) as saved,
+        ):
             digests, groups, facts = saved["digests"], saved["groups"], saved["facts"]
     except Exception:  # whatever is wrong with the file, the images are looked at again
         return None
@@ -166,6 +170,8 @@ def _recall(key: str, n_images: int) -> Scan | None:
     if shapes != ((n_images,), (n_images,), (4,)) or kinds != (np.uint64, np.int64, np.int64):
         return None
     channels, side, decoded_bytes, identity = facts.tolist()
+    if not 0 <= identity < len(IDENTITIES):
+        return None
     return Scan(
         digests=[f"{value:016x}" for value in digests.tolist()],
         groups=groups,

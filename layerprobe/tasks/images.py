@@ -245,8 +245,10 @@ class ArrowImages(ImageStore):
 
     def _path(self, row: int) -> str:
         _, paths, offset = self._find(row)
-        name = None if paths is None else paths[offset].as_buffer()
-        return "" if name is None else name.to_pybytes().decode(errors="replace")
+        name = None if paths is None else paths[offset]
+        if name is None or not name.is_valid:  # a column of nothing else is of pyarrow's null type
+            return ""
+        return name.as_buffer().to_pybytes().decode(errors="replace")
 
     def place(self, row: int) -> str:
         for piece, n_rows in self._pieces:

@@ -17,6 +17,7 @@ from layerprobe.metrics.outliers.summary import outlier_ratio
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import adapter_updates
 from layerprobe.plans.names import clean_name, is_adapter
+from layerprobe.reading import open_file
 from layerprobe.records import Record
 from layerprobe.tables import tidy, write_frame
 from layerprobe.training.classifier import whole
@@ -117,7 +118,8 @@ class History:
         if keep and self._path is not None and self._path.exists():
             try:
                 # The default parser of floats is off by a last bit now and then.
-                earlier = pd.read_csv(self._path, float_precision="round_trip")[COLUMNS]
+                with open_file(self._path, what="history", inside=folder) as stream:
+                    earlier = pd.read_csv(stream, float_precision="round_trip")[COLUMNS]
             except (ValueError, KeyError, OSError) as error:
                 raise BrokenFileError(f"cannot read {self._path}: {error}") from error
             self._rows = list(earlier[earlier["step"] <= keep].itertuples(index=False, name=None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ def assert_no_canary(folder: Path, *texts: str) -> None:
         f"postgresql://host/db?user=me&password={CANARY}",
         f"host=x Password='{CANARY}' user=me",
         f"https://{CANARY}@hub.example/model",
+        f"no folder https:/me:{CANARY}@hub.example/set",
         f"https://hub.example/model?access_token={CANARY}",
         f"MY_API_KEY={CANARY}",
         "hf_" + CANARY.replace("-", "x") * 3,
@@ -127,14 +128,45 @@ def test_commands_that_take_an_address_or_a_token() -> None:
     _register()
     import typer
 
+    def leaves(
+        group: typer.core.TyperGroup, before: str = ""
+    ) -> Iterator[tuple[str, typer.core.TyperCommand]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from leaves(command, f"{before}{name} ")
+            else:
+                yield before + name, command
+
     found = {
         (name, option)
-        for name, command in typer.main.get_command(app).commands.items()
+        for name, command in leaves(typer.main.get_command(app))
         for parameter in getattr(command, "params", [])
         for option in parameter.opts
         if any(word in option for word in ("storage", "token-", "password", "secret", "key", "url"))
     }
     assert found == {("freeze-search", "--storage")}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "push", "{plan}", "me/plans"),
+        ("plan", "pull", "me/plans"),
+        ("features", "--model", f"https://me:{CANARY}@hub.example/model", "--task", "digits"),
+        ("features", "--model", f"me/x?token={CANARY}", "--task", "digits"),
+        ("probe", "--model", "minilm", "--task", f"https://me:{CANARY}@hub.example/set"),
+    ],
+    ids=" ".join,
+)
+def test_commands_that_reach_the_hub_show_no_token(
+    command: tuple[str, ...], tmp_path: Path, run_cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", f"hf_{CANARY}")
+    monkeypatch.setenv("LAYERPROBE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "plan.json").write_text("{}")
+    run = run_cli(*(word.format(plan=tmp_path / "plan.json") for word in command))
+    assert run.code in (1, 2) and "Traceback" not in run.err
+    assert_no_canary(tmp_path, run.out, run.err)
 
 
 def test_a_report_of_an_earlier_record_hides_its_password(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Change valid files, read them, and count what goes wrong: `make fuzz`, or python tests/fuzz/run.py N [SEED].
+"""Change valid files, read them, count what goes wrong: `make fuzz`, or python tests/fuzz/run.py N [SEED] [-o FILE].
 
 Every input is read by a child process. Wrong is: a traceback, a message of more than one line or over 300 characters, a
 control character in it, more than 20 seconds, more than 1.5 GiB, a file opened for writing outside the run folder.
@@ -6,7 +6,10 @@ control character in it, more than 20 seconds, more than 1.5 GiB, a file opened 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -49,10 +52,11 @@ def one_input(kind: str, number: int, seed: int, work: Path) -> Outcome:
     folder = work / "inputs" / f"{kind}-{number}"
     shutil.copytree(work / "seeds" / kind, folder)
     change = mutate(folder, random.Random(seed_of(kind, number, seed)))
+    said = work / f"said-{number}"
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        _read_and_leave(kind, folder, work)
+        _read_and_leave(kind, folder, work, said)
     status, usage = 0, None
     while usage is None:
         pid, status, found = os.wait4(child, os.WNOHANG)
@@ -64,7 +68,6 @@ def one_input(kind: str, number: int, seed: int, work: Path) -> Outcome:
         else:
             time.sleep(0.002)
     seconds, peak = time.monotonic() - began, usage.ru_maxrss * 1024
-    said = work / "said"
     text = said.read_text(errors="replace") if said.exists() else ""
     said.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +89,7 @@ def _verdict(code: int, text: str, seconds: float, peak: int) -> str:
     return "read" if code == READ else "refused"
 
 
-def _read_and_leave(kind: str, folder: Path, work: Path) -> None:
+def _read_and_leave(kind: str, folder: Path, work: Path, said: Path) -> None:
     """In the child: read, write down what was said, leave with a code."""
     from seeds import READERS
 
@@ -122,7 +125,7 @@ def _read_and_leave(kind: str, folder: Path, work: Path) -> None:
         code, text = WRONG, traceback.format_exc()
     if opened and code != WRONG:
         code, text = 4, opened[0]
-    (work / "said").write_text(text, errors="backslashreplace")
+    said.write_text(text, errors="backslashreplace")
     os._exit(code)
 
 
@@ -142,23 +145,32 @@ def prepare(work: Path) -> None:
         shutil.copytree(work / "seeds" / kind, folder)
         child = os.fork()
         if child == 0:
-            _read_and_leave(kind, folder, work)
+            _read_and_leave(kind, folder, work, work / "said")
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        said = (work / "said").read_text()
-        assert code == READ, f"the example of {kind} is not read: {said}"
+        assert code == READ, f"the example of {kind} is not read: {(work / 'said').read_text()}"
         shutil.rmtree(folder)
 
 
 def run(n: int, seed: int, work: Path) -> list[Outcome]:
-    """`n` inputs, spread over all kinds."""
+    """`n` inputs, spread over all kinds, two at a time."""
     import seeds
 
     kinds = list(seeds.READERS)
-    return [one_input(kinds[i % len(kinds)], i, seed, work) for i in range(n)]
+    inputs = [(kinds[i % len(kinds)], i, seed, work) for i in range(n)]
+    pool = multiprocessing.get_context("fork").Pool(2)
+    with contextlib.closing(pool):
+        outcomes = pool.starmap(one_input, inputs, chunksize=1)
+    pool.join()  # only then their processor time is counted
+    return outcomes
 
 
 def main() -> None:
-    n, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    parser = argparse.ArgumentParser(description="Change valid files, read them, count what goes wrong.")
+    parser.add_argument("n", type=int, help="inputs, spread over all formats")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    parser.add_argument("-o", "--output", type=Path, help="write the figures into this file as well")
+    options = parser.parse_args()
+    n, seed = options.n, options.seed
     began, processor = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory(prefix="layerprobe-fuzz-") as name:
         work = Path(name)
@@ -184,7 +196,10 @@ def main() -> None:
             sys.stderr.write(
                 f"\n{outcome.verdict}: {outcome.kind} {outcome.number}: {outcome.change}\n{outcome.text[-1500:]}\n"
             )
-    sys.stdout.write(json.dumps(summary, indent=1) + "\n")
+    figures = json.dumps(summary, indent=1) + "\n"
+    sys.stdout.write(figures)
+    if options.output:
+        options.output.write_text(figures, encoding="utf-8")
     sys.exit(any(counts[verdict] for verdict in ("traceback", "message", "hang", "memory", "outside")))
 
 

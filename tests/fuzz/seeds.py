@@ -20,6 +20,7 @@ from layerprobe.cli.ls import features as list_features
 from layerprobe.hooks.feature_store import FeatureStore, list_stores
 from layerprobe.layers import LayerRef
 from layerprobe.plans import FreezePlan
+from layerprobe.plans.lint.config import read_config, trainer_of
 from layerprobe.report import write_report
 from layerprobe.search.trials import TrialStore
 from layerprobe.tables import read_frame
@@ -128,7 +129,12 @@ READERS: dict[str, Read] = {
     "parquet": _read_task,
     "store": _read_store,
     "scan": lambda folder: _recall_scan(folder),
+    "trainer": lambda folder: [_read_configuration(path) for path in sorted(folder.iterdir())],
 }
+
+
+def _read_configuration(path: Path) -> object:
+    return trainer_of(read_config(path))
 
 
 def _recall_scan(folder: Path) -> object:
@@ -181,6 +187,13 @@ def _images(root: Path, _: object) -> None:
     files = [png(picture(i)) for i in range(40)]
     write_parquet(
         root / "parquet" / "train.parquet", files, {"label": [i % 2 for i in range(40)]}, class_names=names
+    )
+    (root / "trainer").mkdir()
+    (root / "trainer" / "train.yaml").write_text(
+        "finetuning_type: freeze\nfreeze_trainable_layers: 2\nbase: &b [mlp, attn]\nfreeze_extra_modules: *b\n"
+    )
+    (root / "trainer" / "peft.json").write_text(
+        json.dumps({"target_modules": ["q"], "r": 8, "peft_type": "LORA"})
     )
     (root / "scan").mkdir()
     np.savez(

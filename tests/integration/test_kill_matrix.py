@@ -75,6 +75,8 @@ def start(job: str, model: Path, folder: Path, storage: str | None) -> list[int]
         if child == 0:
             code = 1
             try:
+                # Of Ctrl-C, the command's own answer is tested: until it begins, the process just dies of it.
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.setsid()
                 silent = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(silent, 1)
@@ -84,10 +86,10 @@ def start(job: str, model: Path, folder: Path, storage: str | None) -> list[int]
                         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                         MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
                     )  # fmt: skip
-                signal.signal(signal.SIGINT, signal.default_int_handler)
                 sys.argv = arguments
                 from layerprobe.cli.main import main
 
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 main()
             except SystemExit as leave:
                 code = int(leave.code or 0)

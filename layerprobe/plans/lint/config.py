@@ -8,6 +8,7 @@ from pathlib import Path
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import read_json
+from layerprobe.reading import read_file
 
 MAX_BYTES = 4 << 20
 
@@ -78,11 +79,10 @@ def read_config(path: Path) -> dict[object, object]:
     else:
         import yaml
 
-        if path.stat().st_size > MAX_BYTES:
-            raise BrokenFileError(f"{path} is larger than {MAX_BYTES:,} bytes, and no configuration")
+        text = read_file(path, what="configuration", max_bytes=MAX_BYTES)
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, OSError, ValueError) as error:
+            found = yaml.safe_load(text.decode())
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise BrokenFileError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict) or not found:
         raise BrokenFileError(f"{path} holds no configuration: it is not a list of keys with values")
