@@ -15,7 +15,7 @@ from faults import KILLED, run_with_fault
 import layerprobe as lp
 from layerprobe.training import Outcome
 
-SMALL = {"budget": 5.0, "bridge_steps": 1, "finetune_steps": 2, "batch_size": 8, "lrs": (1e-3, 3e-3), "fidelity": 0.5,
+SMALL = {"budget": 5.0, "bridge_steps": 1, "finetune_steps": 2, "batch_size": 8, "lrs": (1e-3, 3e-3),
          "seeds": 2, "quiet": True, "use_scores": False}  # fmt: skip
 TOLD = ["plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy"]
 
