@@ -6,7 +6,7 @@ RUN    ?= quickstart
 DATA   ?= ../shared
 STUDIES = outlier_gap depth_curves bridge_cka partial_bridge score_truth lr_fairness depth_and_data
 
-.PHONY: help install quickstart test test-all fuzz lint format typecheck docs studies studies-quick check-studies notebooks clean
+.PHONY: help install quickstart test test-all test-lowest fuzz lint format typecheck docs studies studies-quick check-studies notebooks clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,6 +26,12 @@ test: install  ## the default tests (under 12 minutes on 2 cores)
 
 test-all: install  ## every test that this machine can run, the slow ones included
 	$(BIN)/python -m pytest -m 'not network and not gpu'
+
+test-lowest:  ## the default tests with the lowest versions that pyproject.toml allows, in .venv-lowest (several GB)
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e '.[demo,fast,dev]'
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 fuzz: install  ## 5,000 damaged files of every format, read; figures on stdout
 	$(BIN)/python tests/fuzz/run.py 5000
@@ -62,4 +68,4 @@ check-studies: install  ## re-run the study of the day in small and compare with
 	$(BIN)/python analyses/check.py
 
 clean:  ## remove the environment, caches, the site and the quickstart run
-	rm -rf $(VENV) $(RUN) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest $(RUN) site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,6 +37,25 @@ class Faults:
 
         os.fsync = watched_sync
         sys.addaudithook(self.hook)
+        if "sqlalchemy" in sys.modules:
+            from sqlalchemy import event
+            from sqlalchemy.engine import Engine
+
+            # SQLite writes from C, where no hook sees it; a transaction is there as a whole, or not at all.
+            event.listen(Engine, "before_cursor_execute", self.statement)
+            event.listen(Engine, "commit", lambda connection: self.change_database())
+
+    def statement(self, _connection: object, _cursor: object, text: str, *_rest: object) -> None:
+        if text.lstrip().upper().startswith(("INSERT", "UPDATE", "DELETE", "CREATE")):
+            self.change_database()
+
+    def change_database(self) -> None:
+        try:
+            self.meet(self.root)
+        except OSError:  # in SQLite's words
+            from sqlalchemy.exc import OperationalError
+
+            raise OperationalError(None, None, Exception("database or disk is full")) from None
 
     def hook(self, event: str, arguments: tuple[object, ...]) -> None:
         if self.inside:

@@ -26,8 +26,10 @@ from layerprobe.backbones.pretrained import (
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.backbones.trained_parts import put_into
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.files import weight_files
 from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
+from layerprobe.reading import check_plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -227,6 +229,8 @@ def _build(
         if target.type == "meta":
             return skeleton.to(dtype), True
         _check_memory(skeleton, source, dtype, target)
+        if init == "pretrained":
+            _check_files(skeleton, source)
     if init != "pretrained":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -310,6 +314,17 @@ def _check_memory(full: nn.Module, source: ModelSource, dtype: torch.dtype, devi
         raise NotAvailableError(
             f"'{source.name}' needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {device} has "
             f"{free / 2**30:.1f} GiB free; try --dtype bfloat16, another device, or a smaller model"
+        )
+
+
+def _check_files(full: nn.Module, source: ModelSource) -> None:
+    """Refuse a configuration of far more parameters than the files can hold: filling them would take hours."""
+    files, _ = weight_files(source.folder)
+    held = sum(check_plain(path, what="weights").st_size for path in files)
+    announced = sum(parameter.numel() for parameter in full.parameters())
+    if announced > 64 * held + 2**26:  # at one bit a weight, with room for heads that are not there
+        raise BrokenFileError(
+            f"'{source.name}' holds {held:,} bytes of weights, but its configuration announces {announced:,} parameters"
         )
 
 

@@ -137,7 +137,9 @@ class FeatureStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            # For reading too: to write into a pipe of that name, one would wait for its reader.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            lock = os.fdopen(os.open(self.folder / "lock", flags, 0o644), "rb")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise cannot_write(self.folder, error) from error

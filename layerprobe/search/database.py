@@ -38,7 +38,8 @@ R = TypeVar("R")
 
 _CALLS = ("_get_trials", "get_all_trials", "create_new_trial", "set_trial_state_values", "set_trial_user_attr",
           "get_study_user_attrs", "set_study_user_attr")  # fmt: skip
-_FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database")
+_FULL = ("full", "no space left")
+_FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database", "could not decode")
 _in_a_hurry = False
 
 
@@ -88,8 +89,9 @@ def patient(call: Callable[P, R], shown: str) -> Callable[P, R]:
                 return call(*args, **kwargs)
             except (SQLAlchemyError, StorageInternalError) as error:
                 reason = without_secrets(first_line(error))
-                if "full" in reason or any(word in reason.lower() for word in _FOR_GOOD):
-                    why = "the disk is full" if "full" in reason else reason
+                full = any(word in reason.lower() for word in _FULL)
+                if full or any(word in reason.lower() for word in _FOR_GOOD):
+                    why = "the disk is full" if full else reason
                     raise LayerprobeError(
                         f"storage {shown} cannot be written: {why}; finished trainings are kept, and the same command "
                         "continues"

@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 
 from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
-from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, shortened
 from layerprobe.files import cannot_write, read_json, sync, write_json
 from layerprobe.progress import note
 from layerprobe.reading import Schema, check_fields, is_there, open_file
@@ -363,11 +363,13 @@ def refuse_other_run(
     settings = strict_value(config.to_dict())
     for key, value in state["config"].items():
         if key not in MAY_CHANGE and settings.get(key) != value:
-            raise UsageError(f"the run in {run_folder} was begun with {key}={value}, not {settings.get(key)}")
+            raise UsageError(
+                f"the run in {run_folder} was begun with {key}={_short(value)}, not {settings.get(key)}"
+            )
     for key, value in state["backbone"].items():
         if now["backbone"].get(key) != value:
             raise UsageError(
-                f"the run in {run_folder} trains a backbone with {key}={value}, not {now['backbone'].get(key)}"
+                f"the run in {run_folder} trains a backbone with {key}={_short(value)}, not {now['backbone'].get(key)}"
             )
     if state["trainable_digest"] != now["trainable_digest"]:
         raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
@@ -388,3 +390,7 @@ def _disk_errors(temporary: Path, run_folder: Path) -> Iterator[None]:
         left = f"the last good checkpoint is {good.folder}" if good else "there is no checkpoint yet"
         why = cannot_write(temporary, error if isinstance(error, OSError) else OSError(str(error)))
         raise LayerprobeError(f"{why}; {left}") from error
+
+
+def _short(value: object) -> str:
+    return shortened(str(value), 60)

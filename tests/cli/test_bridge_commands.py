@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
     body = json.loads(found.stdout)
     assert body["dry_run"] is True
     assert body["trainings"] == 2 * (3 + 3 - 1)
-    assert "MiB" in body["memory"]
+    assert re.fullmatch(r"about [\d.]+ [MG]iB for the process", body["memory"])
 
 
 @pytest.mark.parametrize(

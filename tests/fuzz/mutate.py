@@ -27,10 +27,10 @@ def mutate(folder: Path, draw: random.Random) -> str:
 
 
 def _change(path: Path, draw: random.Random) -> str:
+    if not path.is_file():  # the change before made something else of it
+        return "gone"
     if draw.random() < 0.08:
         return _other_kind(path, draw)
-    if not path.is_file():
-        return "gone"
     if path.suffix == ".json" and draw.random() < 0.8:
         return _change_json(path, draw)
     if path.suffix == ".csv" and draw.random() < 0.6:

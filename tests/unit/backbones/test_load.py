@@ -109,3 +109,12 @@ def test_an_uncertain_image_size_refuses_nothing(folder: Path) -> None:
     assert (guess.count_tokens(), guess.tokens) == (None, 64)
     with pytest.raises(UsageError, match="patch size 5 does not divide images of 16×16"):
         load_for_dry_run(str(folder), task_size=16, patch_size=5, device="cpu")
+
+
+def test_a_configuration_of_far_more_parameters_than_the_files_hold(tmp_path: Path) -> None:
+    """Refused before hours are spent on random values for them."""
+    folder = save("vit", tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"num_channels": 1_000_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BrokenFileError, match=r"its configuration announces .* parameters"):
+        load_backbone(str(folder), device="cpu")

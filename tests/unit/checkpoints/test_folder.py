@@ -118,6 +118,7 @@ def model(folder: Path, tensors: dict[str, torch.Tensor], name: str = "model.saf
         ({"w": entry([5], 0, 16)}, b"\0" * 16, None, "'w' of shape .* needs 20 bytes"),
         ({"w": entry([2**40, 2**40], 0, 16)}, b"\0" * 16, None, "'w' of shape"),
         ({"w": entry([4], 0, 16, "F128")}, b"\0" * 16, None, "'w' has the unknown dtype 'F128'"),
+        ({"w": {**entry([4], 0, 16), "dtype": []}}, b"\0" * 16, None, "entry for tensor 'w' is malformed"),
         ({"w": {"dtype": "F32"}}, b"", None, "entry for tensor 'w' is malformed"),
         ({"w": entry(["4"], 0, 16)}, b"\0" * 16, None, "entry for tensor 'w' is malformed"),  # type: ignore[list-item]
         (b'{"w": 1', b"", None, "not valid JSON"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -255,3 +256,27 @@ def test_a_key_of_another_kind_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "a/key.json").write_text(text)
         with pytest.raises(BrokenFileError, match=r"cannot read .*key\.json"):
             list_stores(tmp_path)
+
+
+@pytest.mark.parametrize("row", [[0], [5], [2, 2, 2], [10**400], []])
+@pytest.mark.parametrize("rows", [8, 10])
+def test_a_record_of_other_rows_than_the_parts_hold_is_none(
+    tmp_path: Path, row: list[int], rows: int
+) -> None:
+    store = FeatureStore(tmp_path, KEY, n_rows=10, dtype="float32")
+    fill(store, until=8)
+    record = json.loads((store.folder / "progress.json").read_text())
+    record["layers"]["block.1.resid_post"]["row"] = row
+    record["rows"] = rows
+    (store.folder / "progress.json").write_text(json.dumps(record))
+    assert store.progress() is None
+    assert fill(store) == 0
+    assert_whole(tmp_path, LAYERS)
+
+
+def test_a_pipe_in_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, KEY, n_rows=10, dtype="float32")
+    store.folder.mkdir(parents=True)
+    os.mkfifo(store.folder / "lock")
+    fill(store)
+    assert_whole(tmp_path, LAYERS)

@@ -355,6 +355,7 @@ def test_a_database_that_stays_away_is_one_line(monkeypatch) -> None:
     ("message", "told"),
     [
         ("database or disk is full", "the disk is full"),
+        ('could not extend file "base/5/1": No space left on device', "the disk is full"),
         ("attempt to write a readonly database", "readonly database"),
     ],
 )

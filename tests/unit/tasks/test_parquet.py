@@ -135,3 +135,13 @@ def test_text_in_one_split_and_numbers_in_another(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", FILES[N:], {"label": turns(0, 1)})
     with pytest.raises(BrokenFileError, match="labels are text in one split and numbers in another"):
         labels_of(tmp_path, {"label": turns("0", "1")})
+
+
+def test_equal_images_without_a_name(tmp_path: Path) -> None:
+    """pyarrow makes a column of nothing but None one of its null type."""
+    import pyarrow.parquet as pq
+
+    file = {"bytes": png(picture(0)), "path": None}
+    rows = [file, file, *({"bytes": png(picture(i)), "path": None} for i in range(1, 39))]
+    pq.write_table(pa.table({"image": rows, "label": turns(0, 1)[:40]}), tmp_path / "train.parquet")
+    assert sum(len(split) for split in load_task(str(tmp_path)).splits.values()) == 40
