@@ -81,8 +81,9 @@ def test_a_fault_here_and_there(search, expected, tmp_path: Path, action: str) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_a_kill_at_every_operation(search, expected, tmp_path: Path) -> None:
-    at = 1
+@pytest.mark.parametrize("first", range(1, 9))  # a quarter of an hour each
+def test_a_kill_at_every_operation(search, expected, tmp_path: Path, first: int) -> None:
+    at = first
     while check_resumed(search, expected, tmp_path / "run", at, "kill"):
-        at += 1
+        at += 8
     assert at > 100
