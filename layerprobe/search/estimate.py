@@ -11,6 +11,7 @@ import torch
 
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.load import available_memory
+from layerprobe.backbones.memory_use import LIBRARIES, pass_bytes, process_bytes
 from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
 from layerprobe.metrics.inference import detectable_difference
@@ -137,10 +138,14 @@ def budget_of_time(
 
 
 def _memory(seen: Backbone, batch_size: int) -> int:
-    """Bytes of one process: weights, the copy that restores them, gradients and two moments, activations."""
+    """Bytes of one process: interpreter, libraries, weights, the copy that restores them, the file they come from,
+    gradients and two moments of all blocks, activations. Images are left out: the task is not read here."""
     size = seen.weights_bytes // max(1, seen.n_parameters)
-    activations = batch_size * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks
-    return 2 * seen.weights_bytes + 3 * seen.n_parameters * size + activations
+    gradients = size * seen.n_parameters
+    counted = pass_bytes(seen, batch_size, training=True)
+    if counted is None:
+        counted = batch_size * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks + gradients
+    return process_bytes() + LIBRARIES + 3 * seen.weights_bytes + 2 * gradients + max(counted, gradients)
 
 
 def _speed(device: str) -> float:
