@@ -223,6 +223,11 @@ class Settings:
                 raise UsageError(f"{name} is a share of the accuracy in (0, 1), got {getattr(self, name)}")
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective '{self.objective}'; objectives: {', '.join(OBJECTIVES)}")
+        if self.keep_bridge and self.bridge is None:
+            raise UsageError(
+                "the bridge-trained model can be kept only where there is one, and there is none; "
+                "give --bridge-steps"
+            )
         if re.fullmatch(r"weights|lora(:[1-9]\d{0,4})?", self.train) is None:
             raise UsageError(f"train is weights, lora or lora:RANK, not '{self.train}'")
 

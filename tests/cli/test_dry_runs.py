@@ -115,8 +115,9 @@ def test_models_are_compared_in_groups_of_some(run_cli: Callable, llama: Path) -
 
 
 def test_keeping_a_model_nowhere_is_refused(run_cli: Callable, llama: Path) -> None:
-    arguments = ["--model", llama, "--task", "digits", "--preset", "quickstart", "--dry-run"]
-    assert "needs an output folder" in run_cli("freeze-search", *arguments).err
+    arguments = ["--model", llama, "--task", "digits", "--preset", "quickstart", "--keep-bridge", "--dry-run"]
+    assert "there is none; give --bridge-steps" in run_cli("freeze-search", *arguments).err
+    assert "needs an output folder" in run_cli("freeze-search", *arguments, "--bridge-steps", "2").err
 
 
 # Tokens -------------------------------------------------------------------------------------------

@@ -51,17 +51,17 @@ def test_help_of_the_search_says_its_defaults_and_what_the_preset_sets(
     rows = [row.strip("│ ") for row in told.splitlines()]
     settings = Settings().to_dict()
     for name in (
-        "strategy", "objective", "seeds", "lrs", "bridge_steps", "finetune_steps", "batch_size", "random_classes",
-        "precision",
+        "strategy", "objective", "seeds", "bridge_steps", "batch_size", "random_classes", "precision", "head",
     ):  # fmt: skip
         line = next(row for row in rows if row.startswith(f"--{name.replace('_', '-')} "))
         assert f"default: {in_words(settings[name])}." in line
-    arms = [arm.name.replace("random-0", "random-SEED") for arm in standard_baselines(Space((1,) * 6))]
-    assert f"default: {', '.join([*arms, 'rgn-half'])}." in told
-    assert [*arms, "rgn-half"] == list(DEFAULT_BASELINES)
+    for name in ("lrs", "finetune-steps"):
+        assert "found by the pilot" in next(row for row in rows if row.startswith(f"--{name} "))
+    known = [arm.name for arm in standard_baselines(Space((1,) * 6))]
+    assert f"default: {', '.join(DEFAULT_BASELINES)}." in told and set(DEFAULT_BASELINES) <= set(known)
     line = next(row for row in rows if row.startswith("--preset "))
     for key, value in {**PRESETS["quickstart"], **PRESET_LOADING["quickstart"]}.items():
-        shown = "--keep-bridge" if value is True else in_words(value)
+        shown = "--no-scores" if key == "use_scores" else in_words(value)
         assert shown in line, key
 
 

@@ -8,6 +8,7 @@ and Python is not run.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -19,6 +20,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+
+import layerprobe as lp
+from layerprobe.training import block_plan
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -109,6 +113,13 @@ def run_page(page: str, name: str, given: dict[str, Any], run_cli: Callable[...,
     return namespace
 
 
+@functools.cache
+def middle_plan() -> lp.FreezePlan:
+    """A plan of MiniLM that trains something and freezes something."""
+    backbone = lp.load_backbone("minilm", patch_size=4)
+    return block_plan(backbone, [2, 3])
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as a reader has it after the quickstart: a plan, a run folder, the results."""
@@ -120,7 +131,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     quickstart = REPOSITORY / "results" / "quickstart"
     shutil.copytree(quickstart, tmp_path / "quickstart")
-    shutil.copy(quickstart / "plan.json", tmp_path / "plan.json")
+    middle_plan().save(tmp_path / "plan.json")
     (tmp_path / "results").symlink_to(REPOSITORY / "results")
     return tmp_path
 
