@@ -193,7 +193,7 @@ def page(summary: pd.DataFrame, flat: pd.DataFrame, reports: list[dict[str, Any]
         "answer, each at its best rate; one training varies by one point. Budgets in full trainings; mean over "
         f"{int(summary['n'].min())} landscapes each.",
         "",
-        render_table(rows, markdown=True),
+        render_table(rows, "markdown"),
         "",
         f"- Flat landscape: {len(early)} of {len(flat)} searches stop before half of a budget of {STOP_BUDGET:g} "
         f"({100 * len(early) / len(flat):.0f} %, 95 % interval {100 * low:.0f} to {100 * high:.0f}).",

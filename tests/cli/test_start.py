@@ -51,7 +51,7 @@ def test_help_of_the_search_says_its_defaults_and_what_the_preset_sets(
     rows = [row.strip("│ ") for row in told.splitlines()]
     settings = Settings().to_dict()
     for name in (
-        "strategy", "objective", "seeds", "bridge_steps", "batch_size", "random_classes", "precision", "head",
+        "strategy", "objective", "seeds", "bridge_steps", "batch_size", "precision", "head",
     ):  # fmt: skip
         line = next(row for row in rows if row.startswith(f"--{name.replace('_', '-')} "))
         assert f"default: {in_words(settings[name])}." in line
