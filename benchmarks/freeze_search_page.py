@@ -276,8 +276,8 @@ This page is made by that command from the numbers. A strategy sees validation a
 with the best mean validation accuracy over the selection seeds, of all plans; it and every answer are judged on test
 images with as many seeds that selected nothing. *Regret* is the optimum's test accuracy minus the answer's, so it may
 be negative; *one standard error* is that of one plan's mean over those seeds, pooled over plans; cost counts full
-trainings, and the exhaustive cost is every plan at every rate once, then the other seeds. A table holds as many
-selection seeds as a final needs; a real search spends what is left on further ones. *Sufficient* is the smallest
+trainings, and the exhaustive cost is every plan at every rate once, then the other seeds. A table holds few
+selection seeds; a real search spends what is left on further ones. *Sufficient* is the smallest
 number of trained blocks whose best plan is within one standard error of the optimum on validation. "Yes, not surely":
 the mean reaches the bar, the bad end of the interval does not.
 

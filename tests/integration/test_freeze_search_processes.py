@@ -82,8 +82,8 @@ def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) ->
             time.sleep(0.02)
         assert process.poll() is None, "each kill must hit a running search"
         time.sleep(draw.uniform(0.0, 1.2))
-        running = {pid: key for key, pid in started(log)}  # the last one of each process
-        victim = draw.choice(sorted(running)) if attempt % 4 == 3 and running else None
+        last = {pid: key for key, pid in started(log)}  # what each process trains
+        victim = draw.choice(sorted(last)) if attempt % 4 == 3 and last else None
         if victim is not None:
             os.kill(victim, signal.SIGKILL)
             time.sleep(draw.uniform(0.0, 1.2))
@@ -91,7 +91,7 @@ def killed_and_repeated(storage: str, folder: Path, *, kills: int, seed: int) ->
         keys = [key for key, _ in started(log)]
         assert not set(keys) & known, f"trained again although finished: {sorted(set(keys) & known)}"
         twice = {key for key, count in Counter(keys).items() if count > 1}
-        assert twice <= {running.get(victim)}, f"trained twice: {sorted(twice)}"
+        assert twice <= {last.get(victim)}, f"trained twice: {sorted(twice)}"
         now = finished(storage)
         assert known <= now, f"lost: {sorted(known - now)}"
         assert len(set(keys) - now) <= 2, "no more is lost than what was running"
