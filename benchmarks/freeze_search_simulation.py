@@ -175,13 +175,11 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def page(summary: pd.DataFrame, flat: pd.DataFrame, reports: list[dict[str, Any]], command: str) -> str:
-    wide = summary[summary["landscape"] != "flat"].pivot_table(
-        index=["blocks", "landscape", "budget"], columns="strategy", values="regret", sort=False
-    )
+    cells = summary[summary["landscape"] != "flat"].set_index(["blocks", "landscape", "budget", "strategy"])
     rows = [
         {"blocks": blocks, "landscape": kind, "budget": f"{budget:g}"}
-        | {name: f"{row[name]:.2f}" for name in STRATEGIES if name in row and np.isfinite(row[name])}
-        for (blocks, kind, budget), row in wide.iterrows()
+        | {row.strategy: f"{row.regret:.2f} ± {row.stderr:.2f}" for row in part.reset_index().itertuples()}
+        for (blocks, kind, budget), part in cells.groupby(level=[0, 1, 2], sort=False)
     ]
     early = flat[flat["spent"] <= STOP_BUDGET / 2]
     low, high = wilson_interval(len(early), len(flat))
@@ -191,7 +189,8 @@ def page(summary: pd.DataFrame, flat: pd.DataFrame, reports: list[dict[str, Any]
         "",
         f"Made by `{command}`. Regret in points of accuracy: expected accuracy of the best plan minus that of the "
         "answer, each at its best rate; one training varies by one point. Budgets in full trainings; mean over "
-        f"{int(summary['n'].min())} landscapes each.",
+        f"{int(summary['n'].min())} landscapes each, "
+        "± one standard error; n = that number of landscapes.",
         "",
         render_table(rows, "markdown"),
         "",
