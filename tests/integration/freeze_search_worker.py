@@ -26,7 +26,7 @@ from layerprobe.search.trials import TrialStore, storage_url
 from layerprobe.search.workers import helpers
 from layerprobe.training import Outcome
 
-ARGUMENTS = {"made": "up", "budget": 40.0}
+ARGUMENTS = {"made": "up", "budget": 60.0}
 GAINS = (0.02, 0.1, 0.0, 0.05)
 
 

@@ -20,7 +20,7 @@ from postgres_server import Server
 from layerprobe.search.trials import TrialStore
 
 WORKER = Path(__file__).with_name("freeze_search_worker.py")
-ARGUMENTS = {"made": "up", "budget": 40.0}
+ARGUMENTS = {"made": "up", "budget": 60.0}
 
 
 def start(
