@@ -29,6 +29,19 @@ def process_number() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def open_lock(path: Path) -> int:
+    """A lock file, opened and not yet locked; made where it is not there. OSError for a link.
+
+    For reading, too: to write into a pipe of that name, one would wait for its reader.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+
+
 @contextlib.contextmanager
 def folder_lock(folder: Path | None, command: str, *, wait: bool = False) -> Iterator[None]:
     """Keep `folder` for this process while the context is open; where there is none, nothing is locked.
@@ -75,7 +88,7 @@ def folder_lock(folder: Path | None, command: str, *, wait: bool = False) -> Ite
 def _acquire(path: Path, wait: bool) -> int | None:
     """The open and locked file, or None where another process has it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        handle = open_lock(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from layerprobe.checkpoints import (
 )
 from layerprobe.checkpoints.parameters import DeclaredNames, in_doubt, no_parameters
 from layerprobe.errors import UsageError
+from layerprobe.locks import usable_cores
 from layerprobe.metrics.outliers import OutlierRules, TensorOutliers
 from layerprobe.metrics.outliers.codes import decoded
 from layerprobe.metrics.outliers.counting import make_engine
@@ -54,6 +54,9 @@ class ScannedTensor:
     tied_to: str | None = None
     part_of: str | None = None
     counts: bool = True
+
+
+MOST_THREADS = 8
 
 
 def open_model(
@@ -121,7 +124,7 @@ def scan(
     rows, work = _located(checkpoint)
     # The largest first, so that no thread is left alone with a big one at the end.
     work.sort(key=lambda pair: -pair[0].nbytes)
-    n_threads = max(1, min(threads or _usable_cores(), len(work) or 1))
+    n_threads = max(1, min(threads or min(usable_cores(), MOST_THREADS), len(work) or 1))
     counted = any(needs_engine(tensor.dtype, tensor.size) for tensor, _ in work)
     if engine != "auto":
         make_engine(engine)  # that it exists is checked even where all tensors are small
@@ -254,11 +257,6 @@ def read_norms(checkpoint: Checkpoint, rows: list[ScannedTensor]) -> dict[str, d
         if chunks:
             found[role][row.name] = decoded(np.concatenate(chunks), row.dtype)
     return found
-
-
-def _usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a pass takes in memory, counted on the meta device, where tensors have sizes and no values."""
+"""What a run takes in memory; passes are counted on the meta device, where tensors have sizes and no values."""
 
 from __future__ import annotations
 
@@ -8,15 +8,76 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from layerprobe.backbones.backbone import Backbone
+from layerprobe.tables import bytes_text
 
 LIBRARIES = 150 << 20
 """What a run imports, maps and sets up on top of a dry run: figures, numba, oneDNN and its workspaces."""
+
+
+FORWARD_VALUES = 12
+"""Rough count of B×T×D tensors alive in one block's forward pass (q, k, v, the widened MLP, residuals)."""
+
+TRAINING_BYTES = 2 * 34
+"""Bytes that a block keeps per token and channel for the backward pass, in float32. Korthikanti et al. 2022
+(arXiv 2205.05198) count 34 in 16 bits, without attention maps."""
+
+
+class Memory(NamedTuple):
+    """Bytes of a process. On an accelerator, `process` and `images` stay on the host."""
+
+    process: int
+    weights: int
+    gradients_and_moments: int
+    activations: int
+    images: int
+
+    def words(self, device: str) -> str:
+        """The sum, for the memory that has to hold it."""
+        if device.startswith("cuda"):
+            held = sum(self) - self.process - self.images
+            return (
+                f"about {bytes_text(held)} on the device, {bytes_text(self.process + self.images)} beside it"
+            )
+        return f"about {bytes_text(sum(self))} for the process"
+
+
+def memory_needed(
+    seen: Backbone, *, images: int, trained: int | None = None, copies: int = 0, held: int = 0
+) -> Memory:
+    """Memory of a run: of forward passes alone, or of training `trained` parameters with AdamW.
+
+    Parameters
+    ----------
+    images : int
+        Images of one pass.
+    copies : int
+        How many more times the run holds the weights: another model, or a copy to compare with or go back to.
+    held : int
+        Bytes of images that are held preprocessed.
+    """
+    process = process_bytes() + LIBRARIES
+    size = seen.weights_bytes // max(1, seen.n_parameters)
+    per_value = FORWARD_VALUES * size if trained is None else TRAINING_BYTES * seen.n_blocks
+    counted = pass_bytes(seen, images, training=trained is not None)
+    gradients = size * (trained or 0)
+    if counted is None:
+        counted = images * seen.tokens * seen.hidden_size * per_value + gradients
+    # The file of the weights is mapped beside the weights while they are copied from it.
+    weights = (2 + copies) * seen.weights_bytes
+    return Memory(
+        process=process,
+        weights=weights,
+        gradients_and_moments=3 * gradients,
+        activations=max(0, counted - gradients),
+        images=held,
+    )
 
 
 class _LiveTensors(TorchDispatchMode):

@@ -206,7 +206,6 @@ def made_of(
 
     Asked for `SIZE_ALONE`, it may hand out bytes.
 
-
     One image at a time: some classes pad to the largest of a batch, and features must not depend on company.
     """
     given = image if isinstance(image, np.ndarray) else np.zeros((*image, channels), np.uint8)

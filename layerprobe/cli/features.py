@@ -44,10 +44,10 @@ def features(
         seen = backbone.sketch(task)
         n_layers = len(layers.pick(seen, model=backbone.model))
         loaded = task.load(out)
-        n_images = sum(len(part) for name, part in loaded.splits.items() if split in ("all", name))
+        counts = {name: len(part) for name, part in loaded.splits.items() if split in ("all", name)}
+        n_images = sum(counts.values())
         n_tokens, value_bytes = seen.tokens if tokens else 1, 4 if store_dtype == "float32" else 2
         size = n_images * n_layers * seen.hidden_size * n_tokens * value_bytes
-        counts = {name: len(part) for name, part in loaded.splits.items() if split in ("all", name)}
         facts = forward_facts(seen, batch_size=layers.batch_size, counts=counts)
         facts["store"] = (
             f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {seen.hidden_size}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -12,77 +12,13 @@ if TYPE_CHECKING:
     from layerprobe.cli.output import Output
     from layerprobe.plans import FreezePlan
 
-FORWARD_VALUES = 12
-"""Rough count of B×T×D tensors alive in one block's forward pass (q, k, v, the widened MLP, residuals)."""
-
-TRAINING_BYTES = 2 * 34
-"""Bytes that a block keeps per token and channel for the backward pass, in float32. Korthikanti et al. 2022
-(arXiv 2205.05198) count 34 in 16 bits, without attention maps."""
-
-
-class Memory(NamedTuple):
-    """Bytes of a process. On an accelerator, `process` and `images` stay on the host."""
-
-    process: int
-    weights: int
-    gradients_and_moments: int
-    activations: int
-    images: int
-
-    def words(self, device: str) -> str:
-        """The sum, for the memory that has to hold it."""
-        from layerprobe.tables import bytes_text
-
-        if device.startswith("cuda"):
-            held = sum(self) - self.process - self.images
-            return (
-                f"about {bytes_text(held)} on the device, {bytes_text(self.process + self.images)} beside it"
-            )
-        return f"about {bytes_text(sum(self))} for the process"
-
-
-def memory_needed(
-    seen: Backbone, *, images: int, trained: int | None = None, copies: int = 0, n_images: int = 0
-) -> Memory:
-    """Memory of a run: of forward passes alone, or of training `trained` parameters with AdamW.
-
-    Parameters
-    ----------
-    images : int
-        Images of one pass.
-    copies : int
-        How many more times the run holds the weights: another model, or a copy to compare with or go back to.
-    n_images : int
-        Images that are held preprocessed.
-    """
-    from layerprobe.backbones.memory_use import LIBRARIES, pass_bytes, process_bytes
-    from layerprobe.training.data import IN_MEMORY_BYTES
-
-    process = process_bytes() + LIBRARIES
-    size = seen.weights_bytes // max(1, seen.n_parameters)
-    per_value = FORWARD_VALUES * size if trained is None else TRAINING_BYTES * seen.n_blocks
-    counted = pass_bytes(seen, images, training=trained is not None)
-    gradients = size * (trained or 0)
-    if counted is None:
-        counted = images * seen.tokens * seen.hidden_size * per_value + gradients
-    # The file of the weights is mapped beside the weights while they are copied from it.
-    weights = (2 + copies) * seen.weights_bytes
-    pixels = 4 * 3 * (seen.image_size or 0) ** 2 * n_images
-    held = pixels if pixels <= IN_MEMORY_BYTES else 0
-    return Memory(
-        process=process,
-        weights=weights,
-        gradients_and_moments=3 * gradients,
-        activations=max(0, counted - gradients),
-        images=held,
-    )
-
 
 def forward_facts(
     seen: Backbone, *, batch_size: int, models: int = 1, counts: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
     """Model, blocks, and an estimate of the memory of a process that holds `models` models of this size."""
     from layerprobe.backbones.load import available_memory
+    from layerprobe.backbones.memory_use import memory_needed
     from layerprobe.tables import bytes_text
 
     free = available_memory(seen.run_device)
@@ -109,9 +45,11 @@ def training_facts(
     seen: Backbone, plan: FreezePlan | None, *, images: int, n_images: int = 0
 ) -> dict[str, Any]:
     """Model, plan, and an estimate of the memory for weights, gradients, AdamW's moments and activations."""
+    from layerprobe.backbones.memory_use import memory_needed
     from layerprobe.errors import PlanError
     from layerprobe.plans.apply import apply_plan
     from layerprobe.tables import bytes_text
+    from layerprobe.training.data import IN_MEMORY_BYTES
 
     trained = seen.n_parameters if plan is None else plan.trained_parameters
     if plan is not None and not plan.adapters:
@@ -119,7 +57,9 @@ def training_facts(
         with contextlib.suppress(PlanError):
             apply_plan(plan, seen.model, remember=False)
     # A bridge compares its weights with the first ones, an evaluation goes back to them.
-    needed = memory_needed(seen, images=images, trained=trained, copies=1, n_images=n_images)
+    pixels = 4 * 3 * (seen.image_size or 0) ** 2 * n_images
+    held = pixels if pixels <= IN_MEMORY_BYTES else 0
+    needed = memory_needed(seen, images=images, trained=trained, copies=1, held=held)
     return {
         "model": f"{seen.source.model_id} @ {seen.source.revision}",
         "device": str(seen.run_device),

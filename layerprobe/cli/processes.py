@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from layerprobe.locks import usable_cores
 from layerprobe.progress import note
 
 SECONDS_TO_END = 30.0
@@ -24,9 +25,8 @@ def copies(workers: int) -> Iterator[None]:
     if workers == 1 or "WORLD_SIZE" in os.environ:
         yield
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "RANK": "0", "LOCAL_RANK": "0"}
-    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     os.environ.update(shared)  # before torch is loaded, which reads the number of threads once
     command = [sys.executable, "-m", "layerprobe", *sys.argv[1:]]
     others = [

@@ -39,6 +39,7 @@ from layerprobe.hooks.store_records import (
     read_sums,
 )
 from layerprobe.layers import LayerRef
+from layerprobe.locks import open_lock
 from layerprobe.reading import check_fields, check_plain
 
 RECORD_SECONDS = 1.0
@@ -151,9 +152,7 @@ class FeatureStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # For reading too: to write into a pipe of that name, one would wait for its reader.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            lock = os.fdopen(os.open(self.folder / "lock", flags, 0o644), "rb")
+            lock = os.fdopen(open_lock(self.folder / "lock"), "rb")
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             lock.close()

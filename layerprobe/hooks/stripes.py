@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from layerprobe.files import cannot_write
 from layerprobe.hooks.feature_store import STRIPES, FeatureStore
 from layerprobe.layers import LayerRef
+from layerprobe.locks import open_lock
 
 MOST_STRIPES = 64
 """More than the processes of one launch, so that the last ones do not wait long for the slowest."""
@@ -80,7 +82,7 @@ def _sharing(folder: Path) -> Iterator[None]:
     """Nobody deletes the stripes inside; whoever leaves last does, where the work came to its end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "stripes.lock").open("w")
+        lock = os.fdopen(open_lock(folder / "stripes.lock"), "rb")
         fcntl.flock(lock, fcntl.LOCK_SH)
     except OSError as error:
         raise cannot_write(folder, error) from error

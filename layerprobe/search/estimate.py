@@ -11,7 +11,7 @@ import torch
 
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.load import available_memory
-from layerprobe.backbones.memory_use import LIBRARIES, pass_bytes, process_bytes
+from layerprobe.backbones.memory_use import memory_needed
 from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
 from layerprobe.metrics.inference import detectable_difference
@@ -62,7 +62,8 @@ def search_facts(
     bridge_steps, finetune_steps = settings.steps
     batch_size = settings.finetune.batch_size
     free = available_memory(seen.run_device)
-    needed = workers * _memory(seen, batch_size)
+    # A worker holds the weights, a copy that restores them, and trains all blocks at most; images are left out.
+    needed = workers * sum(memory_needed(seen, images=batch_size, trained=seen.n_parameters, copies=1))
     facts: dict[str, Any] = {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
@@ -135,17 +136,6 @@ def budget_of_time(
             "shorten the steps, with another output folder: this one holds a search of the time that was given"
         )
     return budget, kept
-
-
-def _memory(seen: Backbone, batch_size: int) -> int:
-    """Bytes of one process: interpreter, libraries, weights, the copy that restores them, the file they come from,
-    gradients and two moments of all blocks, activations. Images are left out: the task is not read here."""
-    size = seen.weights_bytes // max(1, seen.n_parameters)
-    gradients = size * seen.n_parameters
-    counted = pass_bytes(seen, batch_size, training=True)
-    if counted is None:
-        counted = batch_size * seen.tokens * seen.hidden_size * 34 * 2 * seen.n_blocks + gradients
-    return process_bytes() + LIBRARIES + 3 * seen.weights_bytes + 2 * gradients + max(counted, gradients)
 
 
 def _speed(device: str) -> float:

@@ -245,21 +245,3 @@ class Space:
         """
         share = self.params(trial.mask) / max(1, sum(self.block_params))
         return (2.0 + share) / 3.0
-
-
-def structured_masks(space: Space, family: str) -> list[Mask]:
-    """Allowed plans of a simple family, fewest trained blocks first.
-
-    `prefix` trains the first k blocks, `suffix` the last k, `contiguous` any one run of blocks.
-    """
-    n = space.n_blocks
-    if family == "prefix":
-        spans = [(0, k) for k in range(n + 1)]
-    elif family == "suffix":
-        spans = [(n - k, n) for k in range(n + 1)]
-    elif family == "contiguous":
-        spans = [(0, 0)] + [(start, start + k) for k in range(1, n + 1) for start in range(n - k + 1)]
-    else:
-        raise UsageError(f"unknown family '{family}'; families: prefix, suffix, contiguous")
-    masks = [mask_of(range(start, stop), n) for start, stop in spans]
-    return [mask for mask in dict.fromkeys(masks) if space.allows(mask)]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from layerprobe.locks import usable_cores
+
 ORPHAN_SECONDS = 2.0
 """How often a helper process looks for the process that started it."""
 
@@ -27,7 +29,7 @@ Serve = Callable[[Callable[[], bool]], None]
 
 def processes_on(device: str) -> int:
     """Processes of a search that names no number: small models train faster side by side than on many threads."""
-    return min(MOST_PROCESSES, _cores()) if device == "cpu" else 1
+    return min(MOST_PROCESSES, usable_cores()) if device == "cpu" else 1
 
 
 @contextmanager
@@ -89,11 +91,7 @@ def _end_with(parent: int) -> None:
 
 
 def _threads(processes: int) -> int:
-    return max(1, _cores() // processes)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, usable_cores() // processes)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from layerprobe.errors import LayerprobeError, UsageError
+from layerprobe.locks import usable_cores
 from layerprobe.tasks.images import ImageStore, decode_all
 from layerprobe.tasks.pixel_store import PixelStore, limit_bytes, pixel_key, pixels_root
 
@@ -213,5 +214,4 @@ def _raised(made: Tensor | LayerprobeError) -> Tensor:
 
 def _cores() -> int:
     """Workers of one process, of the cores that it may use; several processes of one launch share them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))
+    return max(1, min(MOST_WORKERS, usable_cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))))

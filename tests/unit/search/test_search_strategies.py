@@ -11,7 +11,7 @@ from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.posterior import Comparison, Posterior, candidate_masks
 from layerprobe.search.settings import Settings
-from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of, structured_masks
+from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of
 from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
 from layerprobe.training import Outcome
 
@@ -188,7 +188,6 @@ def test_space_counts_what_combinatorics_says() -> None:
     assert len(list(Space((1,) * 6).masks())) == 64
     limited = Space((1,) * 6, Constraints(min_frozen=4))
     assert len(list(limited.masks())) == 1 + 6 + 15
-    assert len(structured_masks(Space((1,) * 6), "contiguous")) == 1 + 6 * 7 // 2
 
 
 def test_cost_is_one_for_everything_and_two_thirds_for_nothing() -> None:
