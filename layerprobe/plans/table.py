@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from layerprobe.layers import format_blocks
+from layerprobe.layers import name_blocks
 from layerprobe.plans.plan import ADAPTER, FROZEN, GROUPS, PARTIAL, TRAINABLE, PlanData, group_states
 from layerprobe.records import Record
 from layerprobe.tables import tidy
@@ -46,7 +46,7 @@ class PlanTable(Record):
                 n_trained, n_all = (
                     sum(sizes) for sizes in zip(*(blocks[i][2:] for i in indices), strict=True)
                 )
-                parts.append((f"blocks {format_blocks(indices)}", state, n_trained, n_all))
+                parts.append((f"blocks {name_blocks(indices)}", state, n_trained, n_all))
         parts += around
         parts += [(part, self.plan.states[part], None, None) for part in ("stem", "head")]
         return [dict(zip(("part", "state", "trained", "parameters"), part, strict=True)) for part in parts]

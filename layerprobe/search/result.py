@@ -14,11 +14,12 @@ from layerprobe.files import write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
 from layerprobe.records import Estimate, Record
-from layerprobe.search.baselines import PLAN, BaselineResult, Report
+from layerprobe.search.baselines import ALL, PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
+from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
@@ -108,18 +109,23 @@ class SearchResult(Record):
         )
 
     def arm_rows(self) -> list[dict[str, Any]]:
-        """The plan and the baselines for a terminal, in percent."""
+        """The plan, the baselines and the probes for a terminal, in percent."""
+        everything = {row["plan"] for row in self.baselines.to_dict("records") if row["arm"] == ALL}
         return [
             {
                 "arm": row["arm"],
                 "blocks": "".join("■" if mark == "#" else "□" for mark in row["plan"].split("+")[0]),
                 "trained parameters": f"{row['trainable_parameters']:,}",
-                "lr": f"{row['lr']:g}",
+                "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",
                 "test %": None if row["test_accuracy"] is None else round(100 * row["test_accuracy"], 1),
                 "95 % interval": None
                 if pd.isna(row["low"])
                 else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-                "against all": None if pd.isna(row["minus_all"]) else f"{100 * row['minus_all']:+.1f}",
+                "against all": "same plan"
+                if row["plan"] in everything and row["arm"] != ALL
+                else None
+                if pd.isna(row["minus_all"])
+                else f"{100 * row['minus_all']:+.1f}",
                 "seeds": row["n_seeds"],
             }
             for row in self.baselines.to_dict("records")
@@ -161,6 +167,7 @@ def make_result(
     report: Report,
     records: Sequence[Finished],
     scores: pd.DataFrame,
+    probes: Sequence[ProbeBaseline] = (),
 ) -> SearchResult:
     """The record of a finished search.
 
@@ -176,10 +183,12 @@ def make_result(
         Every training of pilot, search and report.
     scores : pd.DataFrame
         Long table of transfer scores; may be empty.
+    probes : Sequence[ProbeBaseline]
+        Linear probes of the same images, which stand among the baselines.
     """
     task, space, settings, verdict = evaluator.task, budget.space, budget.settings, report.verdict
     own = next(line for line in report.lines if line.baseline.mask == verdict.mask and line.baseline.is_plan)
-    answer = sentence(
+    answer = probes_in_words(probes, report) + sentence(
         verdict,
         space,
         test=own.accuracy,
@@ -224,7 +233,7 @@ def make_result(
         kind=verdict.kind,
         table=layer_frame(budget, verdict.mask, wide),
         trials=trial_frame(records, space),
-        baselines=baseline_frame(report.lines),
+        baselines=baseline_frame(report, probes),
         plans=plans,
         facts=facts,
     )
@@ -262,7 +271,8 @@ def _facts(
             "trainable_parameters": own.params,
         },
         "searched_plan": strip(report.line(PLAN).baseline.mask),
-        "against_all": estimate_row(own.against_all) if own.against_all else None,
+        "recommended": own.baseline.name,
+        "against_all": estimate_row(own.against[ALL]) if own.against[ALL] else None,
         "differences": [
             {"arm": first, "versus": second, **estimate_row(found)}
             for (first, second), found in verdict.differences.items()
@@ -275,6 +285,8 @@ def _facts(
         "steps": steps,
         "lrs": list(budget.lrs),
         "lr_at_edge": at_edge,
+        "head": settings.finetune.head,
+        "stop_margin": settings.margin,
         "objective": settings.objective,
         "strategy": settings.strategy,
         "budget": budget.total,
