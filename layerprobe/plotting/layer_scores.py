@@ -43,6 +43,13 @@ TITLES = {
 }
 
 
+FEATURE_TITLES = {
+    "max_offset_sigma": "largest |mean| of a column,\nin standard deviations",
+    "mean_norm": "mean norm of an image's features",
+    "mean_column_std": "mean standard deviation of a column",
+}
+
+
 def plot_transfer(
     frame: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None, **style: Any
 ) -> Axes:
@@ -83,6 +90,24 @@ def transfer_figure(frame: pd.DataFrame) -> Figure:
         for panel, metric in zip(_panels(band, len(metrics), columns), metrics, strict=True):
             plot_transfer(frame, metric, ax=panel)
     return figure
+
+
+def plot_features(
+    frame: pd.DataFrame, metric: str = "max_offset_sigma", *, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """How features look from input to output: by default the largest offset of a column, in its deviations.
+
+    `frame` is `Features.to_frame()`; `metric` may also be "mean_norm" or "mean_column_std".
+    """
+    rows = _of_metric(frame, metric, "statistic")
+    rows = rows[rows["split"] == rows["split"].iloc[0]]
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 3.4)
+    names = look.layer_names(rows)
+    look.draw_line(ax, range(len(names)), rows["value"].astype(float), **{"color": look.BLUE, **style})
+    look.layer_axis(ax, names)
+    ax.set(xlabel="layer (input → output)", ylim=(0, None), ylabel=FEATURE_TITLES.get(metric, metric))
+    ax.set_title(f"{look.only_name(rows, 'model')} on {look.only_name(rows, 'task')}", loc="left")
+    return ax
 
 
 def plot_attribution(

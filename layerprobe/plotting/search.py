@@ -99,6 +99,12 @@ def plot_ranking(
     return ax
 
 
+def plot_arms(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
+    """`plot_ranking` of `SearchResult.to_frame()`."""
+    rows = frame[frame["metric"] == "test_accuracy"]
+    return plot_ranking(rows.rename(columns={"value": "test_accuracy", "n": "n_seeds"}), ax=ax, **style)
+
+
 def plot_differences(
     frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None, **style: Any
 ) -> Axes:

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from layerprobe.files import write_json
+from layerprobe.errors import BrokenFileError
+from layerprobe.files import read_json, write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
+from layerprobe.reading import check_fields
 from layerprobe.records import Estimate, Record
 from layerprobe.search.baselines import ALL, PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
@@ -23,7 +25,7 @@ from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import read_frame, strict_rows, strict_value, tidy, write_frame
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -130,6 +132,31 @@ class SearchResult(Record):
             }
             for row in self.baselines.to_dict("records")
         ]
+
+    def shown_rows(self) -> list[dict[str, Any]]:
+        return self.arm_rows()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SearchResult:
+        """Read back a run folder, see `layerprobe.load`; BrokenFileError where a file of it is missing or damaged."""
+        source = Path(folder)
+        file = source / "search.json"
+        found = read_json(file, what="search", inside=source)
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+        check_fields(found, {"answer": str, "kind": str, "provenance?": (dict, type(None))}, file)
+        names = {"table": "layers", "trials": "trials", "baselines": "baselines", "plans": "plans"}
+        frames = {key: read_frame(source / f"{name}.csv", inside=source) for key, name in names.items()}
+        apart = ("schema", "answer", "kind", "provenance", "baselines", "plans")
+        return cls(
+            plan=FreezePlan.load(source / "plan.json"),
+            answer=found["answer"],
+            kind=found["kind"],
+            facts={key: value for key, value in found.items() if key not in apart},
+            provenance=found.get("provenance") or {},
+            folder=source,
+            **frames,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
