@@ -204,7 +204,11 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise UsageError(f"there is no file {source}")
     if source.suffix in (".csv", ".parquet"):
         frame = read_frame(source)
-        facts: dict[str, Any] = {"answer": f"{len(frame):,} rows of {source.name}", "rows": [], "provenance": {}}
+        facts: dict[str, Any] = {
+            "answer": f"{len(frame):,} rows of {source.name}",
+            "rows": [],
+            "provenance": {},
+        }
         return SavedRecord(command=source.stem, frame=frame, **facts)
     content = read_json(source, what="record")
     schema = str(content.get("schema", "")) if isinstance(content, dict) else ""

@@ -119,7 +119,12 @@ def dict_rows(rows: Rows) -> Iterator[dict[str, object]]:
 
 
 def write_tables(
-    rows: Rows, csv: TextIO | None, body: TextIO | None, *, named: Mapping[str, str], facts: Mapping[str, object]
+    rows: Rows,
+    csv: TextIO | None,
+    body: TextIO | None,
+    *,
+    named: Mapping[str, str],
+    facts: Mapping[str, object],
 ) -> None:
     """Write the rows, in one pass, as the CSV that a data frame would write and as a record's JSON object.
 

@@ -106,7 +106,9 @@ def plot_features(
     look.draw_line(ax, range(len(names)), rows["value"].astype(float), **{"color": look.BLUE, **style})
     look.layer_axis(ax, names)
     ax.set(xlabel="layer (input → output)", ylim=(0, None), ylabel=FEATURE_TITLES.get(metric, metric))
-    ax.set_title(f"{look.only_name(rows, 'model')} on {look.only_name(rows, 'task')}", loc="left")
+    ax.set_title(
+        f"{look.only_name(rows, 'model')} on {look.only_name(rows, 'task')}", loc="left", fontsize=10
+    )
     return ax
 
 

@@ -59,7 +59,8 @@ def plot_outlier_depth(
         ax.set_ylim(bottom=0)
     look.whole_numbers(ax)
     beyond = f"entries beyond {n_sigma:g}σ of their tensor (%)"
-    ax.set(xlabel=look.BLOCKS, ylabel=beyond, title=_title(frame))
+    ax.set(xlabel=look.BLOCKS, ylabel=beyond)
+    ax.set_title(_title(frame), loc="left", fontsize=10)
     look.name_lines(ax)
     return ax
 
@@ -89,7 +90,8 @@ def plot_outlier_heatmap(
     seaborn.heatmap(table, ax=ax, **options)
     ax.set_facecolor(look.CELL_GREY)
     ax.tick_params(axis="both", rotation=0)
-    ax.set(xlabel=look.BLOCKS, ylabel="", title=_title(frame))
+    ax.set(xlabel=look.BLOCKS, ylabel="")
+    ax.set_title(_title(frame), loc="left", fontsize=10)
     return ax
 
 
@@ -111,7 +113,8 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
         look.draw_line(ax, part["k"], part["value"], **line)
     k = np.linspace(rows["k"].min(), rows["k"].max(), 200)
     ax.plot(k, [erfc(x / sqrt(2)) for x in k], "--", color=look.LINE_GREY, linewidth=1, label="Gaussian")
-    ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1), title=_title(frame) if one else "")
+    ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1))
+    ax.set_title(_title(frame) if one else "", loc="left", fontsize=10)
     ax.set(xlabel="k (deviations of the tensor)", ylabel="share of entries beyond kσ")
     look.name_lines(ax)
     return ax
@@ -156,7 +159,7 @@ def plot_outlier_comparison(
 def _name_pairs(ax: Axes, n_pairs: int) -> None:
     """One pair is the title; several are a legend below, where long names have room."""
     if n_pairs == 1:
-        ax.set_title(str(ax.get_legend_handles_labels()[1][0]))
+        ax.set_title(str(ax.get_legend_handles_labels()[1][0]), loc="left", fontsize=10)
     else:
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, ncols=2)
 

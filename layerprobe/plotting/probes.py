@@ -55,7 +55,7 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     look.layer_axis(ax, layers)
     task, n = look.only_name(frame, "task"), main["n"].dropna()
     counted = f"{int(n.iloc[0]):,} test images" if len(n) else "no test images"
-    ax.set_title(f"{task}, {counted}" if task else counted)
+    ax.set_title(f"{task}, {counted}" if task else counted, loc="left", fontsize=10)
     ax.set(xlabel="layer (input → output)", ylim=(0, None))
     ax.set_ylabel("test accuracy (%)\nband: 95 % Wilson interval")
     look.name_lines(ax)

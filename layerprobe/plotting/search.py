@@ -92,7 +92,7 @@ def plot_ranking(
     sizes = known["trainable_parameters"].to_numpy(float) / 1e6
     labels = [f"{arm}  ({size:.2g} M)" for arm, size in zip(known["arm"], sizes, strict=True)]
     ax.set_yticks(range(len(labels)), labels)
-    ax.set_title("arm (trained parameters of the backbone)")
+    ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize=10)
     look.show_chance(ax, None if chance is None else 100 * chance, vertical=True)
     seeds = int(known["n_seeds"].max())
     ax.set(xlabel=f"test accuracy, % (mean and 95 % interval, {seeds} unseen seeds)", ylabel="")
@@ -135,10 +135,10 @@ def plot_differences(
         if pd.notna(accuracy):
             text = f"{100 * accuracy:.1f} %"
             ax.text(1.02, place, text, transform=ax.get_yaxis_transform(), va="center")
-    ax.set_title("test\naccuracy", loc="right")
+    ax.set_title("test\naccuracy", loc="right", fontsize=10)
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    band = "" if margin is None else f"; grey: within {100 * margin:.1f} points"
-    ax.set(xlabel=f"points above {versus} (95 % intervals{band})", ylabel="")
+    band = "" if margin is None else f"; grey: ±{100 * margin:.1f} points"
+    ax.set(xlabel=f"points above {versus}\n(95 % intervals{band})", ylabel="")
     return ax
 
 

@@ -64,7 +64,7 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     ax.tick_params(axis="y", rotation=0)
     model, other = look.only_name(frame, "model", "A"), look.only_name(frame, "model_y", "B")
     ax.set(xlabel=f"layer of {other}", ylabel=f"layer of {model}")
-    ax.set_title(_title(frame), loc="left")
+    ax.set_title(_title(frame), loc="left", fontsize=10)
     notes = ["framed: closest layer of the row"]
     if chance.any():
         mark = "in brackets" if intervals else "crossed"
@@ -121,7 +121,7 @@ def plot_cka_closest(frame: pd.DataFrame, *, ax: Axes | None = None, **style: An
     ax.margins(y=0.15)
     model, other = look.only_name(frame, "model", "A"), look.only_name(frame, "model_y", "B")
     ax.set(xlabel=f"layer of {model}", ylabel="debiased linear CKA")
-    ax.set_title(f"closest layer of {other} (named above each point)")
+    ax.set_title(f"closest layer of {other} (named above each point)", loc="left", fontsize=10)
     ax.legend(frameon=False, loc="best", fontsize=9)
     return ax
 

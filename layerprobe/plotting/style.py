@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -60,6 +61,12 @@ def new_axes(width: float, height: float) -> Axes:
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
+def loose_axes(width: float, height: float) -> Axes:
+    """`new_axes` of a figure that pyplot does not know: nothing to close, and no backend is chosen."""
+    with seaborn.axes_style("ticks"), plt.rc_context(STYLE):
+        return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -67,7 +74,6 @@ STYLE: dict[str, Any] = {
     "xtick.labelsize": 10,
     "ytick.labelsize": 10,
     "legend.fontsize": 10,
-    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": LINE_GREY,
