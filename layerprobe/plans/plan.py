@@ -60,7 +60,7 @@ class Parameter:
         return int(self.group[6:]) if self.group.startswith("block.") else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanData:
     """The contents of a plan; `FreezePlan` describes them and adds what is done with a plan."""
 
@@ -242,7 +242,7 @@ class PlanData:
             text += f", adapters of {named} on {len(self.adapters)} modules"
             text += f" (blocks {name_blocks(blocks)})" if blocks else ""
         share = self.trained_parameters / (trained + frozen) if trained + frozen else 0.0
-        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({share:.1%})"
+        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({100 * share:.1f} %)"
 
     def content_hash(self) -> str:
         """32 hexadecimal digits over the states and the trainable names: what the plan does, not how it was found."""
