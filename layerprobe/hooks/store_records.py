@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from layerprobe.errors import LayerprobeError
+from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import read_json
 from layerprobe.layers import LayerRef
 from layerprobe.reading import open_file

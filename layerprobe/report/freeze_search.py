@@ -145,7 +145,7 @@ def _sureness(run: SearchRun) -> str:
         rows.append([f"{n_seeds}{note}", size, _cost(run, arms * n_seeds)])
     low, high = run.recommended.get("low"), run.recommended.get("high")
     images = (
-        f" Seeds and the sampling of test images together leave the accuracy of the recommended plan between "
+        " Seeds and the sampling of test images together leave the accuracy of the recommended plan at "
         f"{html.interval(low, high)} % (95 % interval); more seeds do not narrow the images' part."
         if low is not None and high is not None
         else ""

@@ -22,6 +22,7 @@ from layerprobe.training.classifier import autocast, in_batches
 from layerprobe.training.finetune import few_shot_rows
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
+ARMS = {"plan": "the chosen plan", "all": "all blocks trained", "none": "no block trained"}
 SPLITS = ("train", "validation", "test")
 
 
@@ -132,6 +133,6 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
     )
     return (
         f"{lead}: {100 * probe.accuracy:.1f} % of the test images against {100 * (best.accuracy.value or 0.0):.1f} % "
-        f"({best.baseline.name}; difference {100 * (gap.value or 0.0):+.1f} points, 95 % interval "
+        f"({ARMS.get(best.baseline.name, best.baseline.name)}; difference {100 * (gap.value or 0.0):+.1f} points, 95 % interval "
         f"{interval_in_words(gap.low, gap.high, sign=True)}). "
     )
