@@ -79,7 +79,7 @@ def _evaluate() -> list[dict[str, Any]]:
             seen = value + 0.01 * seed
             rows.append({"metric": "test_accuracy", "split": "test", "value": seen, "seed": seed, **facts})
         mean = {"metric": "test_accuracy_mean", "split": "test", "value": value, "arm": arm}
-        rows.append({**mean, "low": value - 0.05, "high": value + 0.05, "interval": "t 95% over 2 seeds"})
+        rows.append({**mean, "low": value - 0.05, "high": value + 0.05, "interval": "t 95 % over 2 seeds"})
     return rows
 
 

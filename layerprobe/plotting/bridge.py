@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 
 from layerprobe.plotting import style as look
 
-COST_LABELS = {
-    "train_flops": "training cost (FLOP in the blocks)",
-    "train_seconds": "training time (s)",
-    "trainable_parameters": "parameters trained in fine-tuning",
+COSTS = {
+    "train_flops": ("training cost (TFLOP in the blocks)", 1e12),
+    "train_seconds": ("training time (s)", 1.0),
+    "trainable_parameters": ("parameters trained in fine-tuning (millions)", 1e6),
 }
+"""What an axis is called, and its unit."""
 
 
 def plot_bridge_curve(
@@ -64,6 +66,8 @@ def plot_accuracy_against(
 ) -> Axes:
     """Test accuracy of each arm against what it cost, with its interval; seeds as small dots.
 
+    An interval that leaves the scale of accuracies, as few seeds give it, is not drawn.
+
     Parameters
     ----------
     frame : pd.DataFrame
@@ -74,19 +78,19 @@ def plot_accuracy_against(
     ax = ax if ax is not None else look.new_axes(6, 4)
     means = frame[(frame["metric"] == "test_accuracy_mean") & frame["value"].notna()]
     seeds = frame[(frame["metric"] == "test_accuracy") & frame["arm"].isin(means["arm"])]
-    cost = seeds[x].astype(float).groupby(seeds["arm"]).transform("mean")
+    words, unit = COSTS[x]
+    cost = seeds[x].astype(float).groupby(seeds["arm"]).transform("mean") / unit
     seeds = seeds.assign(cost=cost, percent=100 * seeds["value"].astype(float))
     dots = {"size": 3.2, "alpha": 0.5, "jitter": False, "native_scale": True, "legend": False}
     colours = {arm: look.training_colour(arm) for arm in means["arm"]}
     seaborn.stripplot(seeds, x="cost", y="percent", hue="arm", palette=colours, ax=ax, **dots)
     for arm, own in seeds.groupby("arm", sort=False):
         known = 100 * means.loc[means["arm"] == arm, ["value", "low", "high"]].astype(float)
-        line = {"color": colours[arm], "linestyle": "", "markersize": 6, **style}
+        known.loc[(known["low"] < 0) | (known["high"] > 100), ["low", "high"]] = np.nan
+        line = {"color": colours[arm], "linestyle": "", "markersize": 6, "label": str(arm), **style}
         look.draw_line(ax, own["cost"].iloc[:1], *known.T.to_numpy(), bars=True, **line)
-        place = (float(own["cost"].iloc[0]), float(known["value"].iloc[0]))
-        ax.annotate(str(arm), place, (7, 0), textcoords="offset points", va="center")
-    ax.margins(x=0.18)
-    ax.set_xlabel(COST_LABELS[x])
+    ax.set_xlabel(words)
     kinds = sorted({str(kind) for kind in means["interval"].dropna()})
     ax.set_ylabel("test accuracy (%)" + (f"\nbars: {'; '.join(kinds)}" if kinds else ""))
+    look.name_lines(ax)
     return ax

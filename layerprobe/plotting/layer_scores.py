@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -213,6 +214,7 @@ def _small_panel(ax: Axes, places: Sequence[float], title: str, remark: str) -> 
     ax.set_xlabel(look.BLOCKS)
     ax.set_title(title, fontsize=10)
     ax.tick_params(labelsize=9)
+    seaborn.despine(ax=ax)
     ax.text(0.5, 0.5, remark, transform=ax.transAxes, ha="center", color=look.LINE_GREY)
 
 

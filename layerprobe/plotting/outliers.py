@@ -115,6 +115,7 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
     ax.plot(k, [erfc(x / sqrt(2)) for x in k], "--", color=look.LINE_GREY, linewidth=1, label="Gaussian")
     ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1))
     ax.set_title(_title(frame) if one else "", loc="left", fontsize=10)
+    look.whole_numbers(ax)
     ax.set(xlabel="k (deviations of the tensor)", ylabel="share of entries beyond kσ")
     look.name_lines(ax)
     return ax

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
@@ -158,15 +159,12 @@ def name_lines(ax: Axes, **legend: Any) -> None:
         heights.append(max(height, heights[-1] + step) if heights else height)
     over = max(0.0, heights[-1] - 1.0) if heights else 0.0
     for height, (_, line) in zip(heights, ends, strict=True):
-        name = ax.text(1.02, height - over, f"{line.get_label()}", transform=ax.transAxes, va="center")
-        name.set_in_layout(True)
-        mark = {
-            "color": line.get_color(),
-            "linestyle": line.get_linestyle(),
-            "clip_on": False,
-            "linewidth": 2,
-        }
-        ax.plot([1.0, 1.015], [height - over] * 2, transform=ax.transAxes, scalex=False, scaley=False, **mark)
+        at = height - over
+        ax.text(1.025, at, f"{line.get_label()}", transform=ax.transAxes, va="center")
+        mark: dict[str, Any] = {"color": line.get_color(), "linestyle": line.get_linestyle(), "linewidth": 2}
+        if str(line.get_linestyle()) == "None":
+            mark |= {"marker": line.get_marker(), "markersize": 5, "markevery": [1]}
+        ax.add_line(Line2D([1.0, 1.012], [at, at], transform=ax.transAxes, clip_on=False, **mark))
 
 
 def whole_numbers(ax: Axes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +50,9 @@ def drawn(draw: Draw, caption: str, *, name: str, height: float = 3.4) -> str:
 def svg(draw: Draw, caption: str, *, name: str, width: float, height: float, kind: str) -> str:
     """One SVG element. Names of models and tasks are text in it: dollars are no formulas."""
     options: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
-    with mpl.rc_context(options):
+    with mpl.rc_context(options), warnings.catch_warnings():
+        # The reader's fonts draw the text, whatever glyphs ours lacks.
+        warnings.filterwarnings("ignore", message="Glyph")
         ax = look.loose_axes(width, height)
         draw(ax)
         stream = io.StringIO()

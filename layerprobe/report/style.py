@@ -74,7 +74,7 @@ th:first-child, td:first-child, td.t, th.t { text-align: left; }
 tbody th { font-weight: 400; }
 tr.mark th, tr.mark td { background: var(--mark); font-weight: 600; }
 table.stack td { white-space: nowrap; }
-.words td { text-align: left; }
+.words td, .words thead th { text-align: left; }
 .long td, .words td { white-space: normal !important; }
 .wide { overflow-x: auto; }
 .wide th, .wide td { white-space: nowrap; }

@@ -125,7 +125,7 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
     gap = probe.minus(best, report)
     if gap.low is None or gap.high is None:
         return ""
-    what = PROBE_NAMES[probe.name]
+    what, arm = PROBE_NAMES[probe.name], ARMS.get(best.baseline.name, best.baseline.name)
     lead = (
         f"{what[0].upper()}{what[1:]} beats every trained plan"
         if gap.low > 0
@@ -133,6 +133,6 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
     )
     return (
         f"{lead}: {100 * probe.accuracy:.1f} % of the test images against {100 * (best.accuracy.value or 0.0):.1f} % "
-        f"({ARMS.get(best.baseline.name, best.baseline.name)}; difference {100 * (gap.value or 0.0):+.1f} points, 95 % interval "
+        f"({arm}; difference {100 * (gap.value or 0.0):+.1f} points, 95 % interval "
         f"{interval_in_words(gap.low, gap.high, sign=True)}). "
     )

@@ -178,8 +178,12 @@ class Evaluation(Record):
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {self.confidence:.0%} over {n_seeds} seeds"
-        return f"Wilson {self.confidence:.0%} over {self._n_test(arm):,} images, 1 seed" if n_seeds else None
+            return f"t {100 * self.confidence:.0f} % over {n_seeds} seeds"
+        return (
+            f"Wilson {100 * self.confidence:.0f} % over {self._n_test(arm):,} images, 1 seed"
+            if n_seeds
+            else None
+        )
 
     def _n_test(self, arm: str) -> int:
         return next(t.n_test or 0 for t in self.of(arm) if t.test_accuracy is not None)
@@ -198,7 +202,7 @@ class Evaluation(Record):
             else:
                 pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
                 row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {self.confidence:.0%} over {len(common)} paired seeds"
+                row["interval"] = f"t {100 * self.confidence:.0f} % over {len(common)} paired seeds"
             rows.append(row)
         return rows
 
@@ -207,7 +211,8 @@ class Evaluation(Record):
         for arm in arms:
             recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
             if recalls and np.mean(recalls) < LEAST_RECALL:
-                return f"{arm} recalls {np.mean(recalls):.0%} of its random labels, below {LEAST_RECALL:.0%}"
+                recalled, least = 100 * float(np.mean(recalls)), 100 * LEAST_RECALL
+                return f"{arm} recalls {recalled:.0f} % of its random labels, below {least:.0f} %"
         return ""
 
     def to_frame(self) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import transformers
 from matplotlib.axes import Axes
 from records_of_commands import ROWS, example
 from safetensors import safe_open
@@ -90,16 +91,22 @@ def test_public_names() -> None:
     assert (Path(lp.__file__).parent / "py.typed").exists()
 
 
-def test_backbone_and_task_show_themselves_in_short(tiny_model: Path) -> None:
-    backbone, task = lp.load_backbone(str(tiny_model), patch_size=4), lp.load_task("digits", limit=60)
+def tiny() -> tuple[lp.Backbone, lp.Task]:
+    config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=32)
+    backbone = lp.load_backbone(transformers.GPT2Model(config), patch_size=4)
+    return backbone, lp.load_task("digits", limit=60)
+
+
+def test_backbone_and_task_show_themselves_in_short() -> None:
+    backbone, task = tiny()
     assert isinstance(backbone, lp.Backbone)
     assert repr(backbone).count("\n") == 0 and "3 blocks" in repr(backbone)
     assert "<table" in backbone._repr_html_() and "patch_size" in backbone._repr_html_()
     assert "10 classes" in task._repr_html_() and "validation" in task._repr_html_()
 
 
-def test_features_become_files_of_other_programs(tiny_model: Path, tmp_path: Path) -> None:
-    backbone, task = lp.load_backbone(str(tiny_model), patch_size=4), lp.load_task("digits", limit=60)
+def test_features_become_files_of_other_programs(tmp_path: Path) -> None:
+    backbone, task = tiny()
     parts = [
         lp.extract_features(backbone, task, name, cache_dir=tmp_path, quiet=True) for name in task.splits
     ]
