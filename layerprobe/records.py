@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
@@ -118,8 +119,7 @@ class Record(ABC):
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
         """Draw the record's main figure into `ax`, or into a new one; UsageError where nothing is defined."""
-        axes: Axes = figure_of(self.command)(self.to_frame(), ax=ax, **style)
-        return axes
+        return figure_of(self.command)(self.to_frame(), ax=ax, **style)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()}>"
@@ -140,12 +140,13 @@ def cell_known(value: object) -> bool:
     return value is not None and value == value
 
 
-def figure_of(command: str) -> Any:
+def figure_of(command: str) -> Callable[..., Axes]:
     """The function of `layerprobe.plotting` that draws the table of a command's record."""
     if command not in FIGURES:
         raise UsageError(f"a '{command}' record has no figure; see layerprobe.plotting")
     module, function = FIGURES[command].split(".")
-    return getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
+    draw: Callable[..., Axes] = getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
+    return draw
 
 
 @dataclass(repr=False, kw_only=True)

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from layerprobe.analyzers.feature_export import export_features
 from layerprobe.backbones.backbone import Backbone, evaluating, pool
 from layerprobe.backbones.choices import POOLINGS
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
@@ -96,9 +97,7 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         return self.arrays[LayerRef(index, site)]
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the arrays for other programs, see `layerprobe.analyzers.feature_table.export_features`."""
-        from layerprobe.analyzers.feature_table import export_features
-
+        """Write the arrays for other programs, see `layerprobe.analyzers.feature_export.export_features`."""
         return export_features(self, path)
 
     def summary(self) -> str:

@@ -6,7 +6,6 @@ The names below are bound on first use, so that nothing is drawn with before it 
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 _FUNCTIONS = {
     "bridge": ("plot_bridge_curve", "plot_weight_drift", "plot_accuracy_against"),
@@ -29,7 +28,7 @@ _MODULE_OF = {name: module for module, names in _FUNCTIONS.items() for name in n
 __all__ = sorted([*_FUNCTIONS, *_MODULE_OF, "style"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _MODULE_OF:
         return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     if name in __all__:

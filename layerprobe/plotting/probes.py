@@ -115,5 +115,5 @@ def _one_line_a_layer(rows: pd.DataFrame, x: str, ax: Axes, style: dict[str, Any
     colours = dict(zip(layers, shades, strict=True))
     plot_lines(rows, x, "layer", ax=ax, colours=colours, **{"marker": ".", **style})
     ax.set_xscale("log")
-    look.name_lines(ax, title="layer", ncols=1 + len(layers) // 14)
+    look.name_lines(ax, "layer", ncols=1 + len(layers) // 14)
     return colours

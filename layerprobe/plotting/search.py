@@ -99,14 +99,14 @@ def plot_ranking(
     return ax
 
 
-def plot_arms(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
+def plot_arms(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
     """`plot_ranking` of `SearchResult.to_frame()`."""
     rows = frame[frame["metric"] == "test_accuracy"]
     return plot_ranking(rows.rename(columns={"value": "test_accuracy", "n": "n_seeds"}), ax=ax, **style)
 
 
 def plot_differences(
-    frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None, **style: object
 ) -> Axes:
     """Draw how far other ways of training are from one of them: points with 95 % intervals, and the zero line.
 
@@ -143,7 +143,7 @@ def plot_differences(
 
 
 def plot_trials(
-    frame: pd.DataFrame, *, chance: float | None = None, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, *, chance: float | None = None, ax: Axes | None = None, **style: object
 ) -> Axes:
     """Draw the validation accuracy of every training against what had been spent by then, and the best so far.
 
@@ -185,7 +185,7 @@ def plot_trials(
     return ax
 
 
-def _points(ax: Axes, arms: Sequence[Any], estimates: np.ndarray, style: dict[str, Any]) -> None:
+def _points(ax: Axes, arms: Sequence[object], estimates: np.ndarray, style: dict[str, Any]) -> None:
     """One estimate a row with its interval, from the bottom up, in the colour of its arm."""
     for row, (arm, estimate) in enumerate(zip(arms, estimates, strict=True)):
         mean, low, high = estimate[:, None]

@@ -135,15 +135,14 @@ def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: A
     draw(value, **{"color": LINE_GREY, "linestyle": "--", "linewidth": 1, **style})
 
 
-def name_lines(ax: Axes, **legend: Any) -> None:
+def name_lines(ax: Axes, title: str | None = None, *, ncols: int = 1) -> None:
     """Names of the lines drawn with a label: beside their right ends up to four, else as a legend outside.
 
-    To be called last, when the limits of the axes are final; `legend` is passed on to the legend.
+    To be called last, when the limits of the axes are final. With a title there is always a legend.
     """
     lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-    if not 0 < len(lines) <= MOST_DIRECT_LABELS or legend:
-        if lines:
-            ax.legend(**{"loc": "upper left", "bbox_to_anchor": (1.01, 1), "frameon": False, **legend})
+    if title is not None or len(lines) > MOST_DIRECT_LABELS:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title=title, ncols=ncols)
         return
     ends = []
     for line in lines:
