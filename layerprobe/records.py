@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json, write_json
-from layerprobe.reading import check_fields, is_folder, is_there
+from layerprobe.reading import Schema, check_fields, is_folder, is_there
 from layerprobe.tables import envelope, read_frame, render_table, strict_rows, strict_value, write_frame
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ FIGURES = {
     "attribute": "layer_scores.plot_attribution",
     "bridge": "bridge.plot_weight_drift",
     "evaluate": "bridge.plot_accuracy_against",
-    "freeze-search": "search.plot_arms",
+    "freeze-search": "search.plot_ranking",
     "plan-show": "search.plot_plan",
 }
 """Command → `module.function` of `layerprobe.plotting` that draws the table of its record."""
@@ -220,7 +220,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     return saved_record(content, source)
 
 
-RECORD_FIELDS = {
+RECORD_FIELDS: dict[str, Schema] = {
     "schema": str, "rows": [dict], "provenance?": (dict, type(None)), "summary?": str, "table?": [dict],
 }  # fmt: skip
 
@@ -229,6 +229,8 @@ def saved_record(content: object, file: Path) -> SavedRecord:
     """The record in the JSON object of `file`; BrokenFileError where it is none."""
     import pandas as pd
 
+    if not isinstance(content, dict):
+        raise BrokenFileError(f"cannot read {file}: it is not one object")
     body = check_fields(content, RECORD_FIELDS, file)
     schema = body["schema"]
     if not schema.startswith("layerprobe."):

@@ -18,7 +18,7 @@ _FUNCTIONS = {
     ),
     "probes": ("plot_probe_accuracy", "plot_probe_strength", "plot_few_shot"),
     "search": (
-        "plot_pareto", "plot_ranking", "plot_arms", "plot_differences", "plot_trials", "plot_strips", "plot_plan",
+        "plot_pareto", "plot_ranking", "plot_differences", "plot_trials", "plot_strips", "plot_plan",
     ),
     "similarity": ("plot_cka", "plot_cka_closest"),
     "studies": ("plot_lines", "plot_claims", "draw_levels"),

@@ -94,7 +94,7 @@ def transfer_figure(frame: pd.DataFrame) -> Figure:
 
 
 def plot_features(
-    frame: pd.DataFrame, metric: str = "max_offset_sigma", *, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, metric: str = "max_offset_sigma", *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """How features look from input to output: by default the largest offset of a column, in its deviations.
 

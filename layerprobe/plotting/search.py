@@ -76,13 +76,16 @@ def plot_ranking(
     Parameters
     ----------
     frame : pd.DataFrame
-        `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
-        `trainable_parameters`. Arms without a value are left out.
+        `SearchResult.to_frame()`, or `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`,
+        `n_seeds`, `trainable_parameters`. Arms without a value are left out.
     chance : float | None
         Accuracy of a guess, drawn as a line.
     style
         Passed on to the points.
     """
+    if "metric" in frame:
+        rows = frame[frame["metric"] == "test_accuracy"]
+        frame = rows.rename(columns={"value": "test_accuracy", "n": "n_seeds"})
     known = frame[frame["test_accuracy"].notna()].sort_values("test_accuracy")
     if known.empty:
         raise UsageError("no arm has a test accuracy, so there is no ranking to draw")
@@ -99,14 +102,8 @@ def plot_ranking(
     return ax
 
 
-def plot_arms(frame: pd.DataFrame, *, ax: Axes | None = None, **style: object) -> Axes:
-    """`plot_ranking` of `SearchResult.to_frame()`."""
-    rows = frame[frame["metric"] == "test_accuracy"]
-    return plot_ranking(rows.rename(columns={"value": "test_accuracy", "n": "n_seeds"}), ax=ax, **style)
-
-
 def plot_differences(
-    frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None, **style: object
+    frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw how far other ways of training are from one of them: points with 95 % intervals, and the zero line.
 
@@ -119,8 +116,6 @@ def plot_differences(
         What the zero line is called.
     margin : float | None
         A band of this half-width around zero, as a share: no difference reaches out of it.
-    style
-        Passed on to the points.
     """
     if frame.empty:
         raise UsageError("there is nothing to compare, so there are no differences to draw")
@@ -129,7 +124,7 @@ def plot_differences(
         ax.axvspan(-100 * margin, 100 * margin, color=look.CELL_GREY, alpha=0.45, linewidth=0)
     look.reference_line(ax, 0.0, vertical=True, color=look.LINE_GREY, linestyle="-")
     rows = frame.iloc[::-1]
-    _points(ax, rows["arm"], 100 * rows[["difference", "low", "high"]].to_numpy(float), style)
+    _points(ax, rows["arm"], 100 * rows[["difference", "low", "high"]].to_numpy(float), {})
     ax.set_yticks(range(len(rows)), [str(name) for name in rows["name"]])
     for place, accuracy in enumerate(rows["test_accuracy"]):
         if pd.notna(accuracy):
@@ -142,9 +137,7 @@ def plot_differences(
     return ax
 
 
-def plot_trials(
-    frame: pd.DataFrame, *, chance: float | None = None, ax: Axes | None = None, **style: object
-) -> Axes:
+def plot_trials(frame: pd.DataFrame, *, chance: float | None = None, ax: Axes | None = None) -> Axes:
     """Draw the validation accuracy of every training against what had been spent by then, and the best so far.
 
     Parameters
@@ -154,8 +147,6 @@ def plot_trials(
         `trained_blocks`. Failed trainings cost and are not drawn.
     chance : float | None
         Accuracy of a guess.
-    style
-        Passed on to the dots.
     """
     rows = frame.sort_values("number").assign(spent=lambda f: f["cost"].astype(float).cumsum())
     rows = rows[rows["validation_accuracy"].notna()]
@@ -174,7 +165,12 @@ def plot_trials(
         chosen = chosen.to_numpy()
         if chosen.any():
             shape = look.MARKERS[list(groups).index(kind)]
-            dots = {"s": 30, "color": look.training_colour(kind), "marker": shape, "zorder": 3, **style}
+            dots: dict[str, Any] = {
+                "s": 30,
+                "color": look.training_colour(kind),
+                "marker": shape,
+                "zorder": 3,
+            }
             ax.scatter(spent[chosen], accuracy[chosen], label=names[kind], **dots)
     best = np.maximum.accumulate(accuracy)
     ax.plot(spent, best, drawstyle="steps-post", color=look.LINE_GREY, lw=1.2, label="best so far", zorder=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -58,17 +59,30 @@ def training_colour(arm: object) -> str:
 
 def new_axes(width: float, height: float) -> Axes:
     """The axes of a new figure, sizes in inches; text of size 10, no frame but the two axes."""
-    with seaborn.axes_style("ticks"), plt.rc_context(STYLE):
+    with seaborn.axes_style("ticks"), settings(STYLE):
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def loose_axes(width: float, height: float) -> Axes:
     """`new_axes` of a figure that pyplot does not know: nothing to close, and no backend is chosen."""
-    with seaborn.axes_style("ticks"), plt.rc_context(STYLE):
+    with seaborn.axes_style("ticks"), settings(STYLE):
         return Figure(figsize=(width, height), layout="constrained").subplots()
 
 
-STYLE: dict[str, Any] = {
+def settings(chosen: Mapping[str, object]) -> AbstractContextManager[None]:
+    """Settings of matplotlib by name, for as long as the context is open."""
+    context: AbstractContextManager[None] = plt.rc_context({**chosen})  # type: ignore[dict-item]
+    return context
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes lie in."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that are drawn lie in a figure"
+    return figure
+
+
+STYLE: dict[str, object] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.labelsize": 10,
@@ -152,7 +166,7 @@ def name_lines(ax: Axes, title: str | None = None, *, ncols: int = 1) -> None:
             ends.append((float(ax.transAxes.inverted().transform(known[-1])[1]), line))
     ends.sort(key=lambda end: end[0])
     # A line of text needs 13 points; what would overlap is moved up, then the stack down into the axes.
-    step = 13 / max(1.0, ax.bbox.height * 72 / ax.get_figure(root=True).dpi)
+    step = 13 / max(1.0, ax.bbox.height * 72 / figure_of(ax).dpi)
     heights: list[float] = []
     for height, _ in ends:
         heights.append(max(height, heights[-1] + step) if heights else height)

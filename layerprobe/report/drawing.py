@@ -7,9 +7,7 @@ import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 
 from layerprobe.plotting import style as look
@@ -49,14 +47,14 @@ def drawn(draw: Draw, caption: str, *, name: str, height: float = 3.4) -> str:
 
 def svg(draw: Draw, caption: str, *, name: str, width: float, height: float, kind: str) -> str:
     """One SVG element. Names of models and tasks are text in it: dollars are no formulas."""
-    options: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
-    with mpl.rc_context(options), warnings.catch_warnings():
+    options = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    with look.settings(options), warnings.catch_warnings():
         # The reader's fonts draw the text, whatever glyphs ours lacks.
         warnings.filterwarnings("ignore", message="Glyph")
         ax = look.loose_axes(width, height)
         draw(ax)
         stream = io.StringIO()
-        ax.get_figure(root=True).savefig(stream, format="svg", transparent=True)
+        look.figure_of(ax).savefig(stream, format="svg", transparent=True)
     # Our own matplotlib wrote this, with whatever text came from the run escaped.
     root = ET.fromstring(NOT_TEXT.sub("\ufffd", stream.getvalue()).encode())
     _clean(root, name)

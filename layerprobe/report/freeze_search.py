@@ -97,7 +97,8 @@ def name_of(row: Mapping[str, Any]) -> str:
 
 def main_figure(run: SearchRun, *, name: str = "differences") -> str:
     """How far the other ways of training are from the recommended one."""
-    mine, rows = run.recommended, []
+    mine = run.recommended
+    rows: list[dict[str, Any]] = []
     for row in run.baselines:
         value, low, high = run.difference(row)
         if row is mine or run.same_plan(row) or value is None:
@@ -135,7 +136,8 @@ def _sureness(run: SearchRun) -> str:
     if not noise:
         return "<p>Too few trainings came through to say how much two trainings of one plan differ.</p>"
     arms = max(2, sum(row["arm"] not in ("probe", "pixels") for row in run.baselines))
-    rows, mark = [], None
+    rows: list[list[str]] = []
+    mark = None
     for n_seeds in sorted({*MORE_SEEDS, seeds}):
         finds = detectable_difference(noise, n_seeds, (arms - 1) * (n_seeds - 1))
         if n_seeds == seeds:

@@ -105,15 +105,16 @@ def _is_record(content: object) -> bool:
 def _words(record: SavedRecord) -> dict[str, str]:
     words = {"other": "itself"}
     for key, column in (("model", "model"), ("task", "task"), ("other", "model_y")):
-        known = record.frame[column].dropna() if column in record.frame else []
-        words[key] = str(known.iloc[0]) if len(known) else words.get(key, f"the {key}")
+        known = record.frame[column].dropna().tolist() if column in record.frame else []
+        words[key] = str(known[0]) if known else words.get(key, f"the {key}")
     return words
 
 
 def question_of(record: SavedRecord) -> str:
     """What a record answers."""
-    question = QUESTIONS.get(record.command, record.command + " of {model}")
-    return question.format_map(_words(record))
+    if record.command not in QUESTIONS:  # the name comes from the file: it is no template
+        return f"What does {record.command} say?"
+    return QUESTIONS[record.command].format_map(_words(record))
 
 
 def record_figure(record: SavedRecord, *, name: str) -> str:

@@ -238,7 +238,7 @@ def report_baselines(
                 recall=float(np.mean(recalls)) if recalls else None,
                 test=accuracies,
                 accuracy=_mean(one.name, pooled, done),
-                right=None if pooled is None or pooled.correct is None else pooled.correct.get(one.name),
+                right=_right(pooled, one.name),
                 against=compared,
             )
         )
@@ -280,6 +280,12 @@ def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:
         return PooledArms(values, n_images=n_images or None, correct=right)
     except UsageError:
         return None
+
+
+def _right(pooled: PooledArms | None, name: str) -> np.ndarray | None:
+    if pooled is None or pooled.correct is None or name not in pooled.correct:
+        return None
+    return np.asarray(pooled.correct[name], dtype=float)
 
 
 def _half_width(difference: Estimate) -> float:

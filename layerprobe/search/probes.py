@@ -108,8 +108,15 @@ def probe_baselines(evaluator: Evaluator, *, quiet: bool = True) -> list[ProbeBa
             continue
         if probe is not None:
             low, high = probe.interval
-            about = {"accuracy": probe.test_accuracy, "low": low, "high": high, "correct": probe.correct}
-            found.append(ProbeBaseline(name=name, C=float(probe.best_C), **about))
+            fitted = ProbeBaseline(
+                name=name,
+                C=float(probe.best_C),
+                accuracy=probe.test_accuracy,
+                low=low,
+                high=high,
+                correct=probe.correct,
+            )
+            found.append(fitted)
     return found
 
 

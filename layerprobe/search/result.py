@@ -299,7 +299,7 @@ def _facts(
         },
         "searched_plan": strip(report.line(PLAN).baseline.mask),
         "recommended": own.baseline.name,
-        "against_all": estimate_row(own.against[ALL]) if own.against[ALL] else None,
+        "against_all": None if (pair := own.against[ALL]) is None else estimate_row(pair),
         "differences": [
             {"arm": first, "versus": second, **estimate_row(found)}
             for (first, second), found in verdict.differences.items()
