@@ -226,8 +226,10 @@ def layer_names(frame: pd.DataFrame, suffix: str = "") -> list[str]:
 
 
 def layer_axis(ax: Axes, names: Sequence[str]) -> None:
-    """Layers at 0, 1, … on the x axis, upright where names are long or many."""
-    upright = any(len(name) > 5 for name in names) or len(names) > 16
+    """Layers at 0, 1, … on the x axis, upright where they would run into each other."""
+    # Inches: a character takes 0.1, what stands beside the axes about 1.6.
+    room = figure_of(ax).get_figwidth() - 1.6
+    upright = 0.1 * len(names) * (1 + max(map(len, names), default=0)) > room
     ax.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
 
 

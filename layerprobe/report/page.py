@@ -15,7 +15,7 @@ from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.provenance import without_secrets
 from layerprobe.reading import Schema, read_file
 from layerprobe.report.style import STYLE
-from layerprobe.tables import render_table
+from layerprobe.tables import cell_text, render_table
 
 MAX_FIGURE_BYTES = 20 << 20
 PROVENANCE_FIELDS: dict[str, Schema] = {
@@ -23,6 +23,8 @@ PROVENANCE_FIELDS: dict[str, Schema] = {
     "command_line?": (str, type(None)),
     "arguments?": (dict, type(None)),
 }
+MOST_LISTED = 60
+"""Rows of a table that a narrow screen shows as lists."""
 NOT_ESTIMABLE = "not estimable"
 NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 """Characters that neither HTML nor XML may hold."""
@@ -177,7 +179,11 @@ def repeat_section(provenance: Mapping[str, Any]) -> str:
 
 
 def records_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows of a record as they are; wide ones move sideways within their frame."""
+    """Rows of a record as they are; wide ones move sideways within their frame, few ones are lists on a phone."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    if 0 < len(rows) <= MOST_LISTED and names:
+        cells = [[text(cell_text(row.get(name))) for name in names] for row in rows]
+        return f'<div class="wide">{table([text_key(name) for name in names], cells)}</div>'
     return render_table(
         [{text_key(key): value for key, value in row.items()} for row in rows],
         "html",

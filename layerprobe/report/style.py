@@ -105,6 +105,8 @@ summary { cursor: pointer; color: var(--soft); }
   table.stack th, table.stack td { padding: .1rem .3rem; }
   table.stack tbody th { font-weight: 600; }
   table.stack td { text-align: right; white-space: normal; }
+  .words table.stack td { text-align: left; }
+  .wide:has(table.stack) { overflow-x: visible; }
   table.stack td::before { content: attr(data-label); color: var(--soft); text-align: left; }
 }
 @media print {
