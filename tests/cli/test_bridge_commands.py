@@ -45,7 +45,7 @@ def run_folder(program, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(folder)])
     assert found.exit_code == 0, found.stderr
-    assert "of the random labels are recalled (a guess: 10.0% of 10)" in found.stdout
+    assert "of the random labels are recalled (a guess: 10 %, 10 labels)" in found.stdout
     return folder
 
 
