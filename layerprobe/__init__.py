@@ -11,8 +11,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "load": "layerprobe.records",
     "load_backbone": "layerprobe.backbones",
+    "Backbone": "layerprobe.backbones",
     "load_task": "layerprobe.tasks",
+    "Task": "layerprobe.tasks",
     "make_task": "layerprobe.tasks",
     "extract_features": "layerprobe.analyzers.features",
     "outlier_report": "layerprobe.analyzers.outliers",

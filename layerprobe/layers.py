@@ -112,3 +112,25 @@ def format_blocks(blocks: Sequence[int]) -> str:
         else:
             runs.append([index, index + 1])
     return ",".join(str(a) if b == a + 1 else f"{a}:{b}" for a, b in runs)
+
+
+def name_blocks(blocks: Sequence[int]) -> str:
+    """Blocks for people to read; runs of more than four are shortened.
+
+    >>> name_blocks([0, 1, 2, 5]), name_blocks([2, *range(4, 12)]), name_blocks([])
+    ('0, 1, 2 and 5', '2 and 4 to 11', 'none')
+    """
+    runs: list[list[int]] = []
+    for index in sorted(set(blocks)):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts = [
+        part
+        for run in runs
+        for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 4 else [str(index) for index in run])
+    ]
+    if not parts:
+        return "none"
+    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)

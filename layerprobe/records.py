@@ -1,4 +1,4 @@
-"""What every analysis returns: a small record that can be tabulated, saved, and shown in a notebook."""
+"""What every analysis returns: a small record that can be tabulated, drawn, saved, read back, and shown."""
 
 from __future__ import annotations
 
@@ -7,17 +7,35 @@ import importlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
-from layerprobe.errors import UsageError
-from layerprobe.files import write_json
-from layerprobe.tables import envelope, render_table, strict_rows, write_frame
+from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.files import read_json, write_json
+from layerprobe.reading import Schema, check_fields, is_folder, is_there
+from layerprobe.tables import envelope, read_frame, render_table, strict_rows, strict_value, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+FIGURES = {
+    "outliers": "outliers.plot_outlier_depth",
+    "compare": "outliers.plot_outlier_comparison",
+    "features": "layer_scores.plot_features",
+    "cka": "similarity.plot_cka",
+    "probe": "probes.plot_probe_accuracy",
+    "transfer": "layer_scores.plot_transfer",
+    "attribute": "layer_scores.plot_attribution",
+    "bridge": "bridge.plot_weight_drift",
+    "evaluate": "bridge.plot_accuracy_against",
+    "freeze-search": "search.plot_ranking",
+    "plan-show": "search.plot_plan",
+}
+"""Command → `module.function` of `layerprobe.plotting` that draws the table of its record."""
+SHOWN_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +74,6 @@ class Record(ABC):
     """
 
     command: ClassVar[str]
-    figure: ClassVar[str | None] = None
-    """`module.function` of `layerprobe.plotting` that `plot` uses; None where no single figure says it all."""
 
     provenance: dict[str, Any]
 
@@ -74,8 +90,13 @@ class Record(ABC):
         return strict_rows(self.to_frame())
 
     def to_json(self) -> dict[str, Any]:
-        """The object that `--json` prints: schema, provenance, rows."""
-        return envelope(self.command, self.to_frame(), self.provenance)
+        """The object that `--json` prints: schema, provenance, rows; and summary and table, for a report."""
+        body = envelope(self.command, self.to_frame(), self.provenance)
+        return {**body, "summary": self.summary(), "table": strict_value(self.shown_rows())}
+
+    def shown_rows(self) -> list[dict[str, Any]]:
+        """`table`, or nothing where that is just the rows of `to_frame`."""
+        return [] if type(self).table is Record.table else self.table()
 
     def write_json(self, stream: TextIO) -> None:
         """Write what `to_json` returns, as strict JSON."""
@@ -97,19 +118,130 @@ class Record(ABC):
         return target
 
     def plot(self, *, ax: Axes | None = None, **style: Any) -> Axes:
-        """Draw the record's main figure into `ax`, or into a new one; UsageError where it has none."""
-        if self.figure is None:
-            raise UsageError(f"a '{self.command}' record has no single figure; see layerprobe.plotting")
-        module, function = self.figure.split(".")
-        draw = getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
-        axes: Axes = draw(self.to_frame(), ax=ax, **style)
-        return axes
+        """Draw the record's main figure into `ax`, or into a new one; UsageError where nothing is defined."""
+        return figure_of(self.command)(self.to_frame(), ax=ax, **style)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        frame = self.to_frame()
-        shown = strict_rows(frame.dropna(axis=1, how="all").head(20))
-        more = "" if len(frame) <= 20 else f"<p>… {len(frame) - 20} more rows in <code>.to_frame()</code></p>"
-        return f"<p>{html.escape(self.summary())}</p>{render_table(shown, 'html')}{more}"
+        """The answer, and one row a layer, block or arm; where a record knows no such table, its first rows."""
+        rows = self.shown_rows() or strict_rows(self.to_frame().head(SHOWN_ROWS))
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        known = [name for name in columns if any(cell_known(row.get(name)) for row in rows)]
+        table = render_table(rows[:SHOWN_ROWS], "html", columns=known)
+        more = f"{len(rows) - SHOWN_ROWS} more rows; " if len(rows) > SHOWN_ROWS else ""
+        where = f"<p>{more}everything is in <code>.to_frame()</code></p>"
+        return f"<p>{html.escape(self.summary())}</p>{table}{where}"
+
+
+def cell_known(value: object) -> bool:
+    """Whether there is anything to show in a cell."""
+    return value is not None and value == value
+
+
+def figure_of(command: str) -> Callable[..., Axes]:
+    """The function of `layerprobe.plotting` that draws the table of a command's record."""
+    if command not in FIGURES:
+        raise UsageError(f"a '{command}' record has no figure; see layerprobe.plotting")
+    module, function = FIGURES[command].split(".")
+    draw: Callable[..., Axes] = getattr(importlib.import_module(f"layerprobe.plotting.{module}"), function)
+    return draw
+
+
+@dataclass(repr=False, kw_only=True)
+class SavedRecord(Record):
+    """A record read back from its file: its table, answer and provenance, and its figure.
+
+    Features, fits and weights are not kept in that file. `command` is the command that made it.
+    """
+
+    command: str  # type: ignore[misc]
+    frame: pd.DataFrame
+    answer: str
+    rows: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def summary(self) -> str:
+        return self.answer
+
+    def table(self) -> list[dict[str, Any]]:
+        return self.rows or strict_rows(self.frame)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read back what a command or `.save` wrote.
+
+    Parameters
+    ----------
+    path : str | os.PathLike[str]
+        A record (`<command>.json`, or .csv and .parquet, which hold the rows alone), the folder of one, a plan,
+        or the run folder of a search.
+
+    Returns
+    -------
+    SavedRecord | SearchResult | FreezePlan
+
+    Raises
+    ------
+    UsageError
+        There is no such file, or the folder holds several records.
+    BrokenFileError
+        It is none of these.
+    """
+    source = Path(path)
+    if is_folder(source):
+        if is_there(source / "search.json"):
+            return importlib.import_module("layerprobe.search.result").SearchResult.load(source)
+        found = [one for one in sorted(source.glob("*.json")) if one.stem in FIGURES]
+        if len(found) != 1:
+            named = ", ".join(one.name for one in found) or "none"
+            raise UsageError(f"{source} should hold one record, and holds {named}; name its file")
+        source = found[0]
+    if not is_there(source):
+        raise UsageError(f"there is no file {source}")
+    if source.suffix in (".csv", ".parquet"):
+        frame = read_frame(source)
+        facts: dict[str, Any] = {
+            "answer": f"{len(frame):,} rows of {source.name}",
+            "rows": [],
+            "provenance": {},
+        }
+        return SavedRecord(command=source.stem, frame=frame, **facts)
+    content = read_json(source, what="record")
+    schema = str(content.get("schema", "")) if isinstance(content, dict) else ""
+    if schema.startswith("freeze-plan/"):
+        return importlib.import_module("layerprobe.plans").FreezePlan.load(source)
+    if schema == "layerprobe.search/v1":
+        return importlib.import_module("layerprobe.search.result").SearchResult.load(source.parent)
+    return saved_record(content, source)
+
+
+RECORD_FIELDS: dict[str, Schema] = {
+    "schema": str, "rows": [dict], "provenance?": (dict, type(None)), "summary?": str, "table?": [dict],
+}  # fmt: skip
+
+
+def saved_record(content: object, file: Path) -> SavedRecord:
+    """The record in the JSON object of `file`; BrokenFileError where it is none."""
+    import pandas as pd
+
+    if not isinstance(content, dict):
+        raise BrokenFileError(f"cannot read {file}: it is not one object")
+    body = check_fields(content, RECORD_FIELDS, file)
+    schema = body["schema"]
+    if not schema.startswith("layerprobe."):
+        raise BrokenFileError(f"{file} is not a record of layerprobe: its schema is '{schema}'")
+    answer = body.get("summary") or (
+        f"{len(body['rows']):,} rows, saved by a version that did not keep the answer beside them."
+    )
+    return SavedRecord(
+        command=schema.removeprefix("layerprobe.").split("/")[0],
+        frame=pd.DataFrame(body["rows"]),
+        answer=answer,
+        rows=body.get("table") or [],
+        provenance=body.get("provenance") or {},
+    )

@@ -76,7 +76,7 @@ class LayerAttribution(Record):
     def table(self) -> list[dict[str, Any]]:
         """One row a block, one column a metric."""
         shown = self.frame["block"].notna() & (self.frame["metric"] != "attribution_completeness_error")
-        rows = self.frame[shown]
+        rows = self.frame[shown].replace({"metric": {r"_accuracy$": "_accuracy_lost"}}, regex=True)
         return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
 
     def save(self, path: str | os.PathLike[str]) -> Path:

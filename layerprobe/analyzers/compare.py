@@ -58,7 +58,6 @@ class OutlierComparison(Record):
     """
 
     command: ClassVar[str] = "compare"
-    figure: ClassVar[str | None] = "outliers.plot_outlier_comparison"
 
     reports: list[OutlierReport]
     groups: dict[str, list[str]]

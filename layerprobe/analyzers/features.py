@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from layerprobe.analyzers.feature_export import export_features
 from layerprobe.backbones.backbone import Backbone, evaluating, pool
 from layerprobe.backbones.choices import POOLINGS
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
@@ -94,6 +96,10 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         """The n×d array of a block's site."""
         return self.arrays[LayerRef(index, site)]
 
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Write the arrays for other programs, see `layerprobe.analyzers.feature_export.export_features`."""
+        return export_features(self, path)
+
     def summary(self) -> str:
         first = next(iter(self.arrays.values()))
         return (
@@ -160,33 +166,6 @@ def _row_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
         )
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
-
-
-@dataclass(eq=False, repr=False)
-class FeatureTable(Record):
-    """Several splits of one backbone as one record: what the `features` command returns."""
-
-    command: ClassVar[str] = "features"
-
-    splits: list[Features]
-
-    def __post_init__(self) -> None:
-        self.provenance = self.splits[0].provenance
-
-    def to_frame(self) -> pd.DataFrame:
-        return pd.concat([part.to_frame() for part in self.splits], ignore_index=True)
-
-    def summary(self) -> str:
-        first = self.splits[0]
-        counts = ", ".join(f"{len(part.ids):,} {part.split}" for part in self.splits)
-        return (
-            f"{len(first)} layers of {first.model} on {first.task} ({counts} images, {first.pooling} pooling) "
-            "are in the feature store."
-        )
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row a layer of the first split."""
-        return self.splits[0].table()
 
 
 def extract_features(

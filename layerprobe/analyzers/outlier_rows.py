@@ -119,18 +119,25 @@ def dict_rows(rows: Rows) -> Iterator[dict[str, object]]:
 
 
 def write_tables(
-    rows: Rows, csv: TextIO | None, body: TextIO | None, *, named: Mapping[str, str], provenance: object
+    rows: Rows,
+    csv: TextIO | None,
+    body: TextIO | None,
+    *,
+    named: Mapping[str, str],
+    facts: Mapping[str, object],
 ) -> None:
     """Write the rows, in one pass, as the CSV that a data frame would write and as a record's JSON object.
 
-    `named` holds model, revision and schema; either stream may be None.
+    `named` holds model, revision and schema, `facts` what else stands in the object; either stream may be None.
     """
     model, revision = named["model"], named["revision"]
     if csv is not None:
         csv.write(",".join((*COLUMNS, *EXTRA)) + "\n")
     if body is not None:
-        body.write('{\n "schema": ' + json.dumps(named["schema"]) + ',\n "provenance": ')
-        body.write(json.dumps(provenance, indent=1, allow_nan=False, ensure_ascii=False).replace("\n", "\n "))
+        body.write('{\n "schema": ' + json.dumps(named["schema"]))
+        for key, value in facts.items():
+            text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+            body.write(f",\n {json.dumps(key)}: " + text.replace("\n", "\n "))
         body.write(',\n "rows": [')
     between = "\n  "
     constants = f'{{"model": {_json(model)}, "revision": {_json(revision)}, "task": null, "split": null, '

@@ -54,7 +54,6 @@ class OutlierReport(Record):
     """
 
     command: ClassVar[str] = "outliers"
-    figure: ClassVar[str | None] = "outliers.plot_outlier_depth"
 
     model: str
     revision: str
@@ -130,7 +129,8 @@ class OutlierReport(Record):
 
     def _write(self, csv: TextIO | None, body: TextIO | None) -> None:
         named = {"model": self.model, "revision": self.revision, "schema": f"layerprobe.{self.command}/v1"}
-        write_tables(self._rows(), csv, body, named=named, provenance=strict_value(self.provenance))
+        facts = {"provenance": self.provenance, "summary": self.summary(), "table": self.table()}
+        write_tables(self._rows(), csv, body, named=named, facts=strict_value(facts))
 
     def _rows(self) -> Iterator[tuple[Owner, list[Cell]]]:
         yield from tensor_rows(self.tensors, self.rules)

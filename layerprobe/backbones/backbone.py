@@ -36,6 +36,7 @@ from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import is_compiled, run_eagerly
 from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
+from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
 
@@ -369,6 +370,9 @@ class Backbone(nn.Module):
             "dtype": str(self.dtype).removeprefix("torch."),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
+
+    __repr__ = backbone_in_words
+    _repr_html_ = backbone_as_html
 
     def provenance(self) -> dict[str, Any]:
         """`describe`, and what the self-check found: None where it has not run."""

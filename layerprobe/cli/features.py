@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
@@ -27,6 +28,7 @@ def features(
         False, "Keep every token instead of pooling; --dry-run tells the size.", "--tokens"
     ),
     workers: int = option(1, "Processes on this machine that share the images and the cores.", min=1),
+    export: Path | None = option(None, "Also write them to FILE.safetensors or FILE.npy, a file a split."),
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Extract and keep the features of a backbone's layers on a task's images.
@@ -37,9 +39,12 @@ def features(
     Example: layerprobe features --model minilm --task digits
     """
     from layerprobe.hooks.feature_store import check_store_dtype
+    from layerprobe.hooks.store_records import check_export
 
     options.check_split(split, "all")
     check_store_dtype(store_dtype)
+    if export is not None:
+        check_export(export)
     if out.dry_run:
         seen = backbone.sketch(task)
         n_layers = len(layers.pick(seen, model=backbone.model))
@@ -57,7 +62,8 @@ def features(
         return
 
     with copies(workers):
-        from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
+        from layerprobe.analyzers.feature_table import FeatureTable
+        from layerprobe.analyzers.features import TOKENS, extract_features
 
         is_first = process_number() == 0
         images = task.load(out)
@@ -78,4 +84,7 @@ def features(
             for name in (images.splits if split == "all" else [split])
         ]
     if is_first:
-        out.finish(FeatureTable(extracted))
+        record = FeatureTable(extracted)
+        out.finish(record)
+        for path in record.export(export) if export is not None else ():
+            out.say(f"exported: {path}")

@@ -13,20 +13,26 @@ from layerprobe.cli.output import print_body
 
 
 def report(
-    run: Annotated[Path, Argument(metavar="RUN", help="A folder that a command was given with -o.")],
+    runs: Annotated[
+        list[Path],
+        Argument(metavar="RUN...", help="A folder that a command was given with -o; several are compared."),
+    ],
     output: Annotated[
-        Path | None, Option("--output", "-o", help="The HTML file; default: report.html in RUN.")
+        Path | None,
+        Option(
+            "--output", "-o", help="The HTML file; default: report.html, of several comparison.html, in RUN."
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a run: the answer first, then the evidence.
+    """Write one self-contained HTML page about a run, or about several beside each other: the answer first.
 
     Example: layerprobe report quickstart
     """
     from layerprobe.report import write_report
 
-    path = write_report(run, output=output)
+    path = write_report(*runs, output=output)
     if as_json:
-        print_body("report", {"run": str(run)}, {"rows": [{"report": str(path)}]})
+        print_body("report", {"runs": [str(run) for run in runs]}, {"rows": [{"report": str(path)}]})
     else:
         sys.stdout.write(f"{path}\n")

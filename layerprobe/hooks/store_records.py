@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from layerprobe.errors import LayerprobeError
+from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import read_json
 from layerprobe.layers import LayerRef
 from layerprobe.reading import open_file
@@ -70,3 +70,12 @@ def read_progress(folder: Path) -> Progress | None:
     except (LayerprobeError, AttributeError, KeyError, TypeError, ValueError):
         return None
     return Progress(rows, batch_size, sums)
+
+
+EXPORTED = (".safetensors", ".npy")
+
+
+def check_export(path: Path) -> None:
+    """UsageError for a format that features are not exported to."""
+    if path.suffix not in EXPORTED:
+        raise UsageError(f"cannot tell the format of {path}: end it with {' or '.join(EXPORTED)}")

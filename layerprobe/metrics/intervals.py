@@ -254,7 +254,7 @@ def interval_in_words(
     >>> interval_in_words(-0.001, 0.007, sign=True)
     '-0.1 to +0.7'
     """
-    form = f"{'+' if sign else ''}.{digits}f"
+    form = f"{'+' if sign else ''}z.{digits}f"  # z: no minus before a zero
     return f"{scale * low:{form}} to {scale * high:{form}}"
 
 

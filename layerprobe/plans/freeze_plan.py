@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from pathlib import Path
@@ -14,15 +15,11 @@ from layerprobe.plans.export import export_plan
 from layerprobe.plans.hub import pull_plan, push_plan
 from layerprobe.plans.match import check_table
 from layerprobe.plans.plan import (
-    ADAPTER,
-    FROZEN,
-    PARTIAL,
-    TRAINABLE,
     Parameter,
     PlanData,
     derived_fields,
 )
-from layerprobe.plans.table import plan_frame
+from layerprobe.plans.table import block_strip_html, plan_frame
 from layerprobe.plans.validate import claimed_schema, find_mistakes
 from layerprobe.plans.verify import take_fingerprint, verify_plan
 from layerprobe.reading import is_folder, is_there
@@ -159,10 +156,11 @@ class FreezePlan(PlanData):
         """Read a plan from the Hugging Face hub (OWNER/NAME); see `layerprobe.plans.hub.pull_plan` for the errors."""
         return cls.load(pull_plan(repository, revision=revision, offline=offline))
 
+    def __repr__(self) -> str:
+        return f"<FreezePlan: {self.summary()}>"
+
     def _repr_html_(self) -> str:
-        text = self.summary().replace("&", "&amp;").replace("<", "&lt;")
-        marks = {FROZEN: "□", ADAPTER: "◇", PARTIAL: "▪", TRAINABLE: "■"}
-        return f"<p>{text}</p><code>{''.join(marks[state] for state in self.block_states)}</code>"
+        return f"<p>{html.escape(self.summary())}</p>{block_strip_html(self.block_states)}"
 
 
 def _pretty(value: dict[str, Any]) -> str:

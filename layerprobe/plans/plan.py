@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
-from layerprobe.layers import format_blocks
+from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Parameter:
         return int(self.group[6:]) if self.group.startswith("block.") else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PlanData:
     """The contents of a plan; `FreezePlan` describes them and adds what is done with a plan."""
 
@@ -229,9 +229,9 @@ class PlanData:
         trained, frozen = self.counts["trainable_parameters"], self.counts["frozen_parameters"]
         text = f"{self.model_id}: trains {len(self.trainable_blocks)} of {self.n_blocks} blocks"
         if self.trainable_blocks:
-            text += f" ({format_blocks(self.trainable_blocks)})"
+            text += f" ({name_blocks(self.trainable_blocks)})"
         if partly:
-            text += f" and part of {len(partly)} ({format_blocks(partly)})"
+            text += f" and part of {len(partly)} ({name_blocks(partly)})"
         outside = [name for name in _STATE_NAMES.values() if self.states[name] in (TRAINABLE, PARTIAL)]
         if outside:
             text += f", with {', '.join(outside)}"
@@ -240,9 +240,9 @@ class PlanData:
             named = f"rank {ranks[0]}" if len(ranks) == 1 else f"rank {ranks[0]} to {ranks[-1]}"
             blocks = [index for index, state in enumerate(states) if state == ADAPTER]
             text += f", adapters of {named} on {len(self.adapters)} modules"
-            text += f" (blocks {format_blocks(blocks)})" if blocks else ""
+            text += f" (blocks {name_blocks(blocks)})" if blocks else ""
         share = self.trained_parameters / (trained + frozen) if trained + frozen else 0.0
-        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({share:.1%})"
+        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({100 * share:.1f} %)"
 
     def content_hash(self) -> str:
         """32 hexadecimal digits over the states and the trainable names: what the plan does, not how it was found."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from layerprobe.layers import format_blocks
+from layerprobe.layers import name_blocks
 from layerprobe.plans.plan import ADAPTER, FROZEN, GROUPS, PARTIAL, TRAINABLE, PlanData, group_states
 from layerprobe.records import Record
 from layerprobe.tables import tidy
@@ -46,7 +47,7 @@ class PlanTable(Record):
                 n_trained, n_all = (
                     sum(sizes) for sizes in zip(*(blocks[i][2:] for i in indices), strict=True)
                 )
-                parts.append((f"blocks {format_blocks(indices)}", state, n_trained, n_all))
+                parts.append((f"blocks {name_blocks(indices)}", state, n_trained, n_all))
         parts += around
         parts += [(part, self.plan.states[part], None, None) for part in ("stem", "head")]
         return [dict(zip(("part", "state", "trained", "parameters"), part, strict=True)) for part in parts]
@@ -106,3 +107,25 @@ def block_strip(plan: PlanData, *, width: int = 100) -> str:
         lines.append("".join(f"{index:>{step}}" for index in part))
         lines.append("".join(f"{cells[index]:>{step}}" for index in part))
     return "\n".join(lines)
+
+
+STRIP_COLOURS = {FROZEN: "#e9edf1", ADAPTER: "#0072b2", PARTIAL: "#f0c571", TRAINABLE: "#a84300"}
+"""Background of a block in a notebook; white text stands on the dark ones."""
+
+
+def block_strip_html(states: Sequence[str]) -> str:
+    """The blocks in a line, input to output, for a notebook: state by colour, and by name under the pointer."""
+    look = (
+        "display:inline-block;min-width:1.6em;text-align:center;margin:1px;padding:2px 4px;border-radius:3px"
+    )
+    ink = {FROZEN: "#1b1f24", PARTIAL: "#1b1f24"}
+    cells = "".join(
+        f'<span title="block {index}: {state}" style="{look};background:{STRIP_COLOURS[state]};'
+        f'color:{ink.get(state, "#ffffff")}">{index}</span>'
+        for index, state in enumerate(states)
+    )
+    named = {state: STRIP_COLOURS[state] for state in STRIP_COLOURS if state in states}
+    key = ", ".join(
+        f'<span style="border-bottom:3px solid {colour}">{state}</span>' for state, colour in named.items()
+    )
+    return f"<div>{cells}</div><small>blocks from input to output: {key}</small>"

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import seaborn
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 
 from layerprobe.errors import UnknownNameError
@@ -41,8 +44,15 @@ TITLES = {
 }
 
 
+FEATURE_TITLES = {
+    "max_offset_sigma": "largest |mean| of a column,\nin standard deviations",
+    "mean_norm": "mean norm of an image's features",
+    "mean_column_std": "mean standard deviation of a column",
+}
+
+
 def plot_transfer(
-    frame: pd.DataFrame, metric: str = "transfer_logme", *, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """One transfer score from input to output, with its 95 % interval.
 
@@ -50,10 +60,11 @@ def plot_transfer(
     ----------
     frame : pd.DataFrame
         `TransferScores.to_frame()`.
-    metric : str
-        Which score. Where lower is better, the title says so.
+    metric : str | None
+        Which score; default the first one that is defined. Where lower is better, the title says so.
     """
     rows = _of_metric(frame, metric, "score")
+    metric = str(rows["metric"].iloc[0])
     ax = ax if ax is not None else look.new_axes(5, 3.5)
     # The embedding output stands one place before block 0.
     places = rows["block"].astype("float64").fillna(-1.0)
@@ -82,14 +93,35 @@ def transfer_figure(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_features(
+    frame: pd.DataFrame, metric: str = "max_offset_sigma", *, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """How features look from input to output: by default the largest offset of a column, in its deviations.
+
+    `frame` is `Features.to_frame()`; `metric` may also be "mean_norm" or "mean_column_std".
+    """
+    rows = _of_metric(frame, metric, "statistic")
+    rows = rows[rows["split"] == rows["split"].iloc[0]]
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 3.4)
+    names = look.layer_names(rows)
+    look.draw_line(ax, range(len(names)), rows["value"].astype(float), **{"color": look.BLUE, **style})
+    look.layer_axis(ax, names)
+    ax.set(xlabel="layer (input → output)", ylim=(0, None), ylabel=FEATURE_TITLES.get(metric, metric))
+    ax.set_title(
+        f"{look.only_name(rows, 'model')} on {look.only_name(rows, 'task')}", loc="left", fontsize=10
+    )
+    return ax
+
+
 def plot_attribution(
-    frame: pd.DataFrame, metric: str = "attribution_skip", *, ax: Axes | None = None, **style: Any
+    frame: pd.DataFrame, metric: str | None = None, *, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """One importance by block, from input to output; bars are ± one standard error over images.
 
-    `frame` is `LayerAttribution.to_frame()`.
+    `frame` is `LayerAttribution.to_frame()`, `metric` by default the first one that is defined.
     """
     rows = _of_metric(frame, metric, "attribution")
+    metric = str(rows["metric"].iloc[0])
     ax = ax if ax is not None else look.new_axes(5, 3.5)
     blocks = rows["block"].astype(int)
     values, errors = (rows[name].astype("float64") for name in ("value", "stderr"))
@@ -134,7 +166,10 @@ def plot_patch_map(
 def patch_maps_figure(
     maps: pd.DataFrame, pictures: Mapping[str, np.ndarray], *, classes: list[str] | None = None
 ) -> Figure:
-    """One row an image: the picture, then the map of the embedding and of every block, each on its own scale."""
+    """One row an image: the picture, then the map of the embedding and of every block, each on its own scale.
+
+    One colour key says what the two ends mean.
+    """
     blocks = [None, *sorted(maps["block"].dropna().unique())]
     images = list(dict.fromkeys(maps["image"]))
     figure = Figure(figsize=(1.25 * (len(blocks) + 1) + 0.6, 1.45 * len(images) + 0.5), layout="constrained")
@@ -153,10 +188,18 @@ def patch_maps_figure(
             plot_patch_map(rows, picture=picture, ax=panel)
     for panel, block in zip(panels[0][1:], blocks, strict=True):
         panel.set_title("embed" if block is None else f"block {block:.0f}", fontsize=8)
+    key = ScalarMappable(Normalize(-1, 1), "RdBu_r")
+    bar = figure.colorbar(key, ax=panels, orientation="horizontal", shrink=0.5, aspect=40, pad=0.02)
+    bar.set_ticks([-1, 0, 1], labels=["against the prediction", "0", "for the prediction"])
+    bar.set_label("each map on its own scale, from its largest value down to minus that", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
-def _of_metric(frame: pd.DataFrame, metric: str, what: str) -> pd.DataFrame:
+def _of_metric(frame: pd.DataFrame, metric: str | None, what: str) -> pd.DataFrame:
+    if metric is None:
+        defined = frame.loc[frame["value"].notna() & frame["block"].notna(), "metric"]
+        metric = str((defined if len(defined) else frame["metric"]).iloc[0])
     rows = frame[frame["metric"] == metric]
     if rows.empty:
         known = ", ".join(str(name) for name in frame["metric"].unique())
@@ -168,9 +211,10 @@ def _small_panel(ax: Axes, places: Sequence[float], title: str, remark: str) -> 
     """Small labels, blocks on the x axis, and a remark in the middle where there is nothing to see."""
     shown = places[:: -(-len(places) // 12)]
     ax.set(xticks=shown, xticklabels=["emb" if place < 0 else f"{place:.0f}" for place in shown], ylabel="")
-    ax.set_xlabel(look.BLOCKS, fontsize=9)
+    ax.set_xlabel(look.BLOCKS)
     ax.set_title(title, fontsize=10)
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=9)
+    seaborn.despine(ax=ax)
     ax.text(0.5, 0.5, remark, transform=ax.transAxes, ha="center", color=look.LINE_GREY)
 
 

@@ -11,7 +11,6 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.ticker import MaxNLocator
 
 from layerprobe.errors import UsageError
 from layerprobe.plotting import style as look
@@ -48,7 +47,7 @@ def plot_outlier_depth(
     frame: pd.DataFrame, *, n_sigma: float = 3.0, ax: Axes | None = None, **style: Any
 ) -> Axes:
     """Outlier ratio of each module kind against the block, input to output, with the Gaussian's share dashed."""
-    ax = ax if ax is not None else look.new_axes(8, 4.5)
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 3.9)
     table = _percent_by_kind(frame, n_sigma)
     for kind in table.columns:
         line = {"color": _KIND_COLOURS[kind], "markersize": 3.5, "label": kind, **style}
@@ -58,10 +57,11 @@ def plot_outlier_depth(
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    look.whole_numbers(ax)
     beyond = f"entries beyond {n_sigma:g}σ of their tensor (%)"
-    ax.set(xlabel=look.BLOCKS, ylabel=beyond, title=_title(frame))
-    look.legend_outside(ax)
+    ax.set(xlabel=look.BLOCKS, ylabel=beyond)
+    ax.set_title(_title(frame), loc="left", fontsize=10)
+    look.name_lines(ax)
     return ax
 
 
@@ -83,20 +83,21 @@ def plot_outlier_heatmap(
         "cmap": mpl.colormaps["viridis"].with_extremes(bad=look.CELL_GREY),
         "annot": n_blocks <= 12,
         "fmt": ".2g",
-        "annot_kws": {"fontsize": 7},
+        "annot_kws": {"fontsize": 8},
         "cbar_kws": {"label": f"beyond {n_sigma:g}σ (%)"},
         **style,
     }
     seaborn.heatmap(table, ax=ax, **options)
     ax.set_facecolor(look.CELL_GREY)
     ax.tick_params(axis="both", rotation=0)
-    ax.set(xlabel=look.BLOCKS, ylabel="", title=_title(frame))
+    ax.set(xlabel=look.BLOCKS, ylabel="")
+    ax.set_title(_title(frame), loc="left", fontsize=10)
     return ax
 
 
 def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
     """Share of entries beyond kσ against k, on a log axis, per group of weights, beside the Gaussian's."""
-    ax = ax if ax is not None else look.new_axes(6.5, 4.5)
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 4.2)
     rows = frame[(frame["level"] == "group") & frame["metric"].str.fullmatch(r"outlier_ratio_[\d.]+sigma")]
     rows = rows.assign(k=rows["metric"].str.extract(r"_([\d.]+)sigma", expand=False).astype(float))
     if rows.empty:
@@ -112,9 +113,11 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
         look.draw_line(ax, part["k"], part["value"], **line)
     k = np.linspace(rows["k"].min(), rows["k"].max(), 200)
     ax.plot(k, [erfc(x / sqrt(2)) for x in k], "--", color=look.LINE_GREY, linewidth=1, label="Gaussian")
-    ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1), title=_title(frame) if one else "")
+    ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1))
+    ax.set_title(_title(frame) if one else "", loc="left", fontsize=10)
+    look.whole_numbers(ax)
     ax.set(xlabel="k (deviations of the tensor)", ylabel="share of entries beyond kσ")
-    ax.legend(frameon=False)
+    look.name_lines(ax)
     return ax
 
 
@@ -132,7 +135,11 @@ def plot_outlier_comparison(
     labels = list(dict.fromkeys(zip(rows["part"], rows["depth"], strict=True)))
     labels.sort(key=lambda label: (_COMPARED.index(label[0]), _DEPTHS.index(label[1])))
     pairs = list(dict.fromkeys(zip(rows["model"], rows["model_y"], strict=True)))
-    ax = ax if ax is not None else look.new_axes(8, 1.5 + len(labels) * max(0.32, 0.13 * len(pairs)))
+    ax = (
+        ax
+        if ax is not None
+        else look.new_axes(look.PRINT_WIDTH, 1.5 + len(labels) * max(0.32, 0.13 * len(pairs)))
+    )
     for index, (x, y) in enumerate(pairs):
         part = rows[(rows["model"] == x) & (rows["model_y"] == y)]
         offset = (index - (len(pairs) - 1) / 2) * 0.8 / len(pairs)
@@ -145,9 +152,17 @@ def plot_outlier_comparison(
     look.ratio_axis(ax, (1, 2, 5))
     names = [part if depth == "all" else f"{depth} third" for part, depth in labels]
     ax.set(yticks=range(len(labels)), yticklabels=names, ylim=(len(labels) - 0.4, -0.6), ylabel="")
-    ax.set_xlabel(f"outlier ratio beyond {n_sigma:g}σ, first : second (bars: 95 % bootstrap interval)")
-    look.legend_outside(ax, fontsize=8)
+    ax.set_xlabel(f"outlier ratio beyond {n_sigma:g}σ, first : second\n(bars: 95 % bootstrap interval)")
+    _name_pairs(ax, len(pairs))
     return ax
+
+
+def _name_pairs(ax: Axes, n_pairs: int) -> None:
+    """One pair is the title; several are a legend below, where long names have room."""
+    if n_pairs == 1:
+        ax.set_title(str(ax.get_legend_handles_labels()[1][0]), loc="left", fontsize=10)
+    else:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False, ncols=2)
 
 
 def _percent_by_kind(frame: pd.DataFrame, n_sigma: float) -> pd.DataFrame:

@@ -30,36 +30,35 @@ def plot_probe_accuracy(frame: pd.DataFrame, *, ax: Axes | None = None, **style:
     main = tested[tested["control"].isna()]
     if main.empty:
         raise UsageError("there is nothing to draw: the table holds no test accuracy of a layer")
-    ax = ax if ax is not None else look.new_axes(max(7.4, 4.4 + 0.36 * len(main)), 3.9)
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 3.6)
     layers = list(dict.fromkeys(main["layer"]))
     name = look.only_name(main, "model", "layers probed")
     _curve(ax, layers, main, {"color": look.BLUE, "label": name, **style})
     random = tested[tested["control"] == "random"]
     if len(random):
-        dashed = {"color": look.ORANGE, "label": "random init", "linestyle": "--", "marker": "s"}
+        dashed = {
+            "color": look.training_colour("random"),
+            "label": "random init",
+            "linestyle": "--",
+            "marker": "s",
+        }
         _curve(ax, layers, random, dashed)
-    for control, name in (("pixels", "raw pixels"), ("chance", "chance: most frequent class")):
-        colour, dashes = (look.GREEN, "-.") if control == "pixels" else (look.LINE_GREY, ":")
+    for control, name in (("pixels", "raw pixels"), ("chance", "chance")):
+        colour = look.training_colour("pixels") if control == "pixels" else look.LINE_GREY
+        dashes = "-." if control == "pixels" else ":"
         rows = tested[tested["control"] == control]
         for value, low, high in 100 * rows[["value", "low", "high"]].to_numpy(float):
             label = f"{name}, {value:.1f} %"
             look.reference_line(ax, value, color=colour, linestyle=dashes, linewidth=1.5, label=label)
             if control == "pixels":
                 ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
-    memorised = frame[(frame["metric"] == "control_accuracy") & (frame["split"] == "train")]
-    memorised = memorised[memorised["control"] == "labels"]
-    memorised = _with_layers(memorised[memorised["model"].isna() | memorised["model"].isin(main["model"])])
-    if len(memorised):
-        memorised = memorised.assign(low=np.nan, high=np.nan)
-        dashed = {"color": look.PINK, "label": "random labels memorised", "linestyle": "--", "marker": "x"}
-        _curve(ax, layers, memorised, dashed)
     look.layer_axis(ax, layers)
     task, n = look.only_name(frame, "task"), main["n"].dropna()
     counted = f"{int(n.iloc[0]):,} test images" if len(n) else "no test images"
-    ax.set_title(f"{task}, {counted}" if task else counted, fontsize=9)
-    ax.set(xlabel="layer (block, its output unless a site is named)", ylim=(0, None))
-    ax.set_ylabel("accuracy (%), band: 95 % Wilson interval")
-    look.legend_outside(ax, fontsize=7)
+    ax.set_title(f"{task}, {counted}" if task else counted, loc="left", fontsize=10)
+    ax.set(xlabel="layer (input → output)", ylim=(0, None))
+    ax.set_ylabel("test accuracy (%)\nband: 95 % Wilson interval")
+    look.name_lines(ax)
     return ax
 
 
@@ -94,7 +93,7 @@ def plot_few_shot(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) 
     shots = sorted(int(value) for value in rows["shots"].unique())
     ax.set(xticks=shots, xticklabels=shots, ylim=(0, None))
     ax.minorticks_off()
-    ax.set(xlabel="training images per class", ylabel="test accuracy (%), bar: 95 % t interval")
+    ax.set(xlabel="training images per class", ylabel="test accuracy (%)\nbar: 95 % t interval")
     return ax
 
 
@@ -116,5 +115,5 @@ def _one_line_a_layer(rows: pd.DataFrame, x: str, ax: Axes, style: dict[str, Any
     colours = dict(zip(layers, shades, strict=True))
     plot_lines(rows, x, "layer", ax=ax, colours=colours, **{"marker": ".", **style})
     ax.set_xscale("log")
-    ax.legend(title="layer", frameon=False, fontsize=7, title_fontsize=7, ncols=1 + len(layers) // 14)
+    look.name_lines(ax, "layer", ncols=1 + len(layers) // 14)
     return colours

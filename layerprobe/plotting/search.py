@@ -14,7 +14,6 @@ from matplotlib.patches import Patch, Rectangle
 from layerprobe.errors import UsageError
 from layerprobe.plotting import style as look
 
-OTHER_COLOUR = "#9AA5B1"
 MOST_STRIPS = 10
 STATE_COLOURS = {"frozen": "#D9DEE4", "partial": "#F0C571", "trainable": look.ORANGE}
 """One colour per state of a block; told apart by brightness as well as by hue."""
@@ -40,15 +39,15 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     """
     if frame.empty:
         raise UsageError("no plan was trained, so there is no front to draw")
-    ax = ax if ax is not None else look.new_axes(6.4, 4.2)
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 4)
     rows = frame.sort_values("trainable_parameters")
     x = rows["trainable_parameters"].to_numpy(float) / 1e6
     y, low, high = (100 * rows[name].to_numpy(float) for name in ("validation_accuracy", "low", "high"))
     front, chosen = (rows[column].astype(bool).to_numpy() for column in ("on_front", "chosen"))
     ax.plot(x[front], y[front], color=look.BLUE, lw=1.2, drawstyle="steps-post", zorder=1)
     bars = np.clip([y - low, high - y], 0, None)
-    ax.errorbar(x, y, bars, fmt="none", ecolor=OTHER_COLOUR, lw=1, zorder=2)
-    colours = np.where(front, look.BLUE, OTHER_COLOUR)
+    ax.errorbar(x, y, bars, fmt="none", ecolor=look.OTHER_COLOUR, lw=1, zorder=2)
+    colours = np.where(front, look.BLUE, look.OTHER_COLOUR)
     dots: dict[str, Any] = {"s": 34, "zorder": 3, **style}
     ax.scatter(x, y, c=colours, label="a plan, with its 95 % interval", **dots)
     if chosen.any():
@@ -65,8 +64,7 @@ def plot_pareto(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
         )
     ax.set(xlabel="trainable parameters in blocks, millions", ylabel="expected validation accuracy, %")
     ax.margins(x=0.06)
-    ax.legend(frameon=False, fontsize="small")
-    seaborn.despine(ax=ax)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return ax
 
 
@@ -78,38 +76,119 @@ def plot_ranking(
     Parameters
     ----------
     frame : pd.DataFrame
-        `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`, `n_seeds`,
-        `trainable_parameters`. Arms without a value are left out.
+        `SearchResult.to_frame()`, or `SearchResult.baselines` (baselines.csv): `arm`, `test_accuracy`, `low`, `high`,
+        `n_seeds`, `trainable_parameters`. Arms without a value are left out.
     chance : float | None
         Accuracy of a guess, drawn as a line.
     style
         Passed on to the points.
     """
+    if "metric" in frame:
+        rows = frame[frame["metric"] == "test_accuracy"]
+        frame = rows.rename(columns={"value": "test_accuracy", "n": "n_seeds"})
     known = frame[frame["test_accuracy"].notna()].sort_values("test_accuracy")
     if known.empty:
         raise UsageError("no arm has a test accuracy, so there is no ranking to draw")
-    ax = ax if ax is not None else look.new_axes(6.4, 1.2 + 0.36 * len(known))
-    colours = {"plan": look.ORANGE, "all": look.BLUE}
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 1.2 + 0.36 * len(known))
     estimates = 100 * known[["test_accuracy", "low", "high"]].to_numpy(float)
-    for row, (arm, estimate) in enumerate(zip(known["arm"], estimates, strict=True)):
-        mean, low, high = estimate[:, None]
-        point = {"color": colours.get(arm, OTHER_COLOUR), "markersize": 6, **style}
-        look.draw_line(ax, mean, [row], low, high, bars=True, orient="y", **point)
+    _points(ax, known["arm"], estimates, style)
     sizes = known["trainable_parameters"].to_numpy(float) / 1e6
     labels = [f"{arm}  ({size:.2g} M)" for arm, size in zip(known["arm"], sizes, strict=True)]
     ax.set_yticks(range(len(labels)), labels)
-    ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize="small")
-    if chance is not None:
-        look.reference_line(ax, 100 * chance, vertical=True, color="black", linewidth=0.8, linestyle=":")
-        # Rounding may put a point on the axis outside it, and matplotlib would leave the text out.
-        where = ("data", "axes fraction")
-        note = ax.annotate("chance", (100 * chance, 0), (3, 3), where, "offset points", fontsize="small")
-        note.set_annotation_clip(False)
+    ax.set_title("arm (trained parameters of the backbone)", loc="left", fontsize=10)
+    look.show_chance(ax, None if chance is None else 100 * chance, vertical=True)
     seeds = int(known["n_seeds"].max())
     ax.set(xlabel=f"test accuracy, % (mean and 95 % interval, {seeds} unseen seeds)", ylabel="")
+    return ax
+
+
+def plot_differences(
+    frame: pd.DataFrame, versus: str, *, margin: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw how far other ways of training are from one of them: points with 95 % intervals, and the zero line.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        Rows with `arm` (its kind, for the colour), `name`, `difference`, `low` and `high` as shares, and
+        `test_accuracy`; drawn from top to bottom. A row without a difference keeps its place.
+    versus : str
+        What the zero line is called.
+    margin : float | None
+        A band of this half-width around zero, as a share: no difference reaches out of it.
+    """
+    if frame.empty:
+        raise UsageError("there is nothing to compare, so there are no differences to draw")
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 1.3 + 0.36 * len(frame))
+    if margin is not None:
+        ax.axvspan(-100 * margin, 100 * margin, color=look.CELL_GREY, alpha=0.45, linewidth=0)
+    look.reference_line(ax, 0.0, vertical=True, color=look.LINE_GREY, linestyle="-")
+    rows = frame.iloc[::-1]
+    _points(ax, rows["arm"], 100 * rows[["difference", "low", "high"]].to_numpy(float), {})
+    ax.set_yticks(range(len(rows)), [str(name) for name in rows["name"]])
+    for place, accuracy in enumerate(rows["test_accuracy"]):
+        if pd.notna(accuracy):
+            text = f"{100 * accuracy:.1f} %"
+            ax.text(1.02, place, text, transform=ax.get_yaxis_transform(), va="center")
+    ax.set_title("test\naccuracy", loc="right", fontsize=10)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    band = "" if margin is None else f"; grey: ±{100 * margin:.1f} points"
+    ax.set(xlabel=f"points above {versus}\n(95 % intervals{band})", ylabel="")
+    return ax
+
+
+def plot_trials(frame: pd.DataFrame, *, chance: float | None = None, ax: Axes | None = None) -> Axes:
+    """Draw the validation accuracy of every training against what had been spent by then, and the best so far.
+
+    Parameters
+    ----------
+    frame : pd.DataFrame
+        `SearchResult.trials` (trials.csv): `number`, `cost` in full trainings, `validation_accuracy` in [0, 1],
+        `trained_blocks`. Failed trainings cost and are not drawn.
+    chance : float | None
+        Accuracy of a guess.
+    """
+    rows = frame.sort_values("number").assign(spent=lambda f: f["cost"].astype(float).cumsum())
+    rows = rows[rows["validation_accuracy"].notna()]
+    if rows.empty:
+        raise UsageError("no training has a validation accuracy, so there is nothing to draw")
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 3.4)
+    spent, accuracy = rows["spent"].to_numpy(float), 100 * rows["validation_accuracy"].to_numpy(float)
+    most = rows["trained_blocks"].max()
+    groups = {
+        "all": rows["trained_blocks"] == most,
+        "plan": (rows["trained_blocks"] > 0) & (rows["trained_blocks"] < most),
+        "none": rows["trained_blocks"] == 0,
+    }
+    names = {"all": "all blocks trained", "plan": "some blocks trained", "none": "no block trained"}
+    for kind, chosen in groups.items():
+        chosen = chosen.to_numpy()
+        if chosen.any():
+            shape = look.MARKERS[list(groups).index(kind)]
+            dots: dict[str, Any] = {
+                "s": 30,
+                "color": look.training_colour(kind),
+                "marker": shape,
+                "zorder": 3,
+            }
+            ax.scatter(spent[chosen], accuracy[chosen], label=names[kind], **dots)
+    best = np.maximum.accumulate(accuracy)
+    ax.plot(spent, best, drawstyle="steps-post", color=look.LINE_GREY, lw=1.2, label="best so far", zorder=1)
+    ax.set_xlim(0, None)
+    look.show_chance(ax, None if chance is None else 100 * chance)
+    ax.set(xlabel="cost so far, in full trainings", ylabel="validation accuracy, %")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, handletextpad=0.3)
+    return ax
+
+
+def _points(ax: Axes, arms: Sequence[object], estimates: np.ndarray, style: dict[str, Any]) -> None:
+    """One estimate a row with its interval, from the bottom up, in the colour of its arm."""
+    for row, (arm, estimate) in enumerate(zip(arms, estimates, strict=True)):
+        mean, low, high = estimate[:, None]
+        point = {"color": look.training_colour(arm), "markersize": 6, **style}
+        look.draw_line(ax, mean, [row], low, high, bars=True, orient="y", **point)
     ax.tick_params(axis="y", length=0)
     seaborn.despine(ax=ax, left=True)
-    return ax
 
 
 def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
@@ -135,7 +214,7 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
         cells.append({block: trained if mark == "#" else legend["frozen"] for block, mark in enumerate(plan)})
         notes.append(f"{100 * accuracy:.1f} %" + ("  ← chosen" if chosen else ""))
     ax = _strips(ax, cells, notes, legend, style)
-    ax.set(xlim=(-0.6, 1.25 * len(cells[0]) + 1.2), yticks=[])
+    ax.set(xlim=(-0.6, 1.3 * len(cells[0]) + 1.4), yticks=[])
     ax.set_xlabel("block, input to output; right: expected validation accuracy")
     return ax
 
@@ -166,11 +245,11 @@ def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> A
     states = [inside[inside["plan"] == name].set_index("block")["state"] for name in names]
     cells = [of_plan.map(STATE_COLOURS).to_dict() for of_plan in states]
     sums = frame.groupby("plan")[["value", "n"]].sum().loc[names]
-    notes = [f"{share:.1%}" for share in sums["value"] / sums["n"]]
+    notes = [f"{100 * share:.1f} %" for share in sums["value"] / sums["n"]]
     legend = {state: colour for state, colour in STATE_COLOURS.items() if (inside["state"] == state).any()}
     ax = _strips(ax, cells, notes, legend, style)
     ax.set_yticks(range(len(names)), names)
-    ax.set_xlabel("block, input to output; right: share of parameters trained")
+    ax.set_xlabel("block, input to output; right: share of the backbone's parameters that train")
     return ax
 
 
@@ -188,7 +267,7 @@ def _strips(
         for block, colour in colours.items():
             cell = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.0, **style}
             ax.add_patch(Rectangle((block - 0.5, row - 0.4), 1.0, 0.8, **cell))
-        ax.text(n_blocks - 0.3, row, note, va="center", ha="left", fontsize="small")
+        ax.text(n_blocks - 0.3, row, note, va="center", ha="left")
     ax.set(xlim=(-0.6, 1.06 * n_blocks + 0.9), ylim=(len(cells) - 0.4, -0.6))
     look.block_axis(ax, n_blocks)
     ax.tick_params(length=0)

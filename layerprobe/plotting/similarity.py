@@ -40,7 +40,7 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     chance = (pvalues > SIGNIFICANT).to_numpy()
     n_rows, n_columns = values.shape
     if ax is None:
-        width, height = (0.78, 0.52) if intervals else (0.42, 0.36)
+        width, height = (0.78, 0.52) if intervals else (0.34, 0.32)
         ax = look.new_axes(max(4.6, 2.4 + width * n_columns), max(3.6, 1.8 + height * n_rows))
     options = {
         "cmap": "viridis",
@@ -64,7 +64,7 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     ax.tick_params(axis="y", rotation=0)
     model, other = look.only_name(frame, "model", "A"), look.only_name(frame, "model_y", "B")
     ax.set(xlabel=f"layer of {other}", ylabel=f"layer of {model}")
-    ax.set_title(_title(frame), fontsize=9)
+    ax.set_title(_title(frame), loc="left", fontsize=10)
     notes = ["framed: closest layer of the row"]
     if chance.any():
         mark = "in brackets" if intervals else "crossed"
@@ -72,7 +72,7 @@ def plot_cka(frame: pd.DataFrame, *, ax: Axes | None = None, intervals: bool = F
     if intervals:
         notes.append("±: half-width of the 95 % interval")
     below = (0, -84 if upright else -44)
-    ax.annotate("; ".join(notes), (0, 0), below, "axes fraction", "offset points", fontsize=7, va="top")
+    ax.annotate("\n".join(notes), (0, 0), below, "axes fraction", "offset points", fontsize=9, va="top")
     return ax
 
 
@@ -103,7 +103,7 @@ def plot_cka_closest(frame: pd.DataFrame, *, ax: Axes | None = None, **style: An
 
     `frame` is `CKAMatrix.closest()`. Hollow points are no more than chance after correction.
     """
-    ax = ax if ax is not None else look.new_axes(max(4.6, 2.4 + 0.5 * len(frame)), 5.0)
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 4.4)
     value, low, high, p = (frame[c].to_numpy(float) for c in ("value", "low", "high", "pvalue_max"))
     x, half = np.arange(len(frame)), (high - low) / 2
     options = {"color": look.BLUE, "linestyle": "", "markersize": 6, "linewidth": 1.2, **style}
@@ -115,14 +115,14 @@ def plot_cka_closest(frame: pd.DataFrame, *, ax: Axes | None = None, **style: An
             ax.plot(x[mask], value[mask], "o", color=colour, markerfacecolor=face, label=name)
     for place, (name, top) in enumerate(zip(look.layer_names(frame, "_y"), value + half, strict=True)):
         if np.isfinite(top):
-            ax.annotate(name, (place, top), (0, 4), textcoords="offset points", ha="center", fontsize=7)
+            ax.annotate(name, (place, top), (0, 4), textcoords="offset points", ha="center", fontsize=8)
     look.reference_line(ax, 0)
     look.layer_axis(ax, look.layer_names(frame))
     ax.margins(y=0.15)
     model, other = look.only_name(frame, "model", "A"), look.only_name(frame, "model_y", "B")
     ax.set(xlabel=f"layer of {model}", ylabel="debiased linear CKA")
-    ax.set_title(f"closest layer of {other} (named above each point)", fontsize=9)
-    ax.legend(frameon=False, fontsize=7)
+    ax.set_title(f"closest layer of {other} (named above each point)", loc="left", fontsize=10)
+    ax.legend(frameon=False, loc="best", fontsize=9)
     return ax
 
 

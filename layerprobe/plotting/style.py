@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,9 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -20,11 +23,81 @@ BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, BLACK, GREY = CYCLE
 LINE_GREY, CELL_GREY = "#666666", "#D9D9D9"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 BLOCKS = "block (input → output)"
+INK = "#1B1F24"
+PRINT_WIDTH = 6.3
+"""Inches between the margins of a page of A4: at this width, text of size 10 is printed as such."""
+MOST_DIRECT_LABELS = 4
+
+TRAINING_COLOURS = {
+    # arms of a search
+    "plan": ORANGE,
+    "all": BLUE,
+    "none": GREY,
+    "norms": YELLOW,
+    # what reads features without training the backbone
+    "probe": BLACK,
+    "pixels": "#882255",
+    # arms of an evaluation: the same kind of training, the same colour
+    "language": BLUE,
+    "partial": ORANGE,
+    "bridge": GREEN,
+    "full-bridge": SKY,
+    "random": PINK,
+    "random-bridge": YELLOW,
+    "shuffled": "#AA4499",  # beyond Okabe and Ito's eight: Tol's purple, teal and, above, wine
+    "matched": "#44AA99",
+    "model": BLACK,
+}
+"""One colour a kind of training in every figure: blue trains everything, orange trains a plan."""
+OTHER_COLOUR = "#7B8794"
+
+
+def training_colour(arm: object) -> str:
+    """The colour of an arm; one grey for those without a colour of their own."""
+    return TRAINING_COLOURS.get(str(arm), OTHER_COLOUR)
 
 
 def new_axes(width: float, height: float) -> Axes:
-    """The axes of a new figure, sizes in inches."""
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    """The axes of a new figure, sizes in inches; text of size 10, no frame but the two axes."""
+    with seaborn.axes_style("ticks"), settings(STYLE):
+        return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def loose_axes(width: float, height: float) -> Axes:
+    """`new_axes` of a figure that pyplot does not know: nothing to close, and no backend is chosen."""
+    with seaborn.axes_style("ticks"), settings(STYLE):
+        return Figure(figsize=(width, height), layout="constrained").subplots()
+
+
+def settings(chosen: Mapping[str, object]) -> AbstractContextManager[None]:
+    """Settings of matplotlib by name, for as long as the context is open."""
+    context: AbstractContextManager[None] = plt.rc_context({**chosen})  # type: ignore[dict-item]
+    return context
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes lie in."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that are drawn lie in a figure"
+    return figure
+
+
+STYLE: dict[str, object] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": LINE_GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+"""What every new axes has; seaborn's "ticks" is the rest."""
 
 
 def draw_line(
@@ -76,9 +149,60 @@ def reference_line(ax: Axes, value: float, *, vertical: bool = False, **style: A
     draw(value, **{"color": LINE_GREY, "linestyle": "--", "linewidth": 1, **style})
 
 
-def legend_outside(ax: Axes, fontsize: float | None = None) -> None:
-    """The legend beside the axes, where no curve can run through it."""
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=fontsize)
+def name_lines(ax: Axes, title: str | None = None, *, ncols: int = 1) -> None:
+    """Names of the lines drawn with a label: beside their right ends up to four, else as a legend outside.
+
+    To be called last, when the limits of the axes are final. With a title there is always a legend.
+    """
+    lines = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+    if title is not None or len(lines) > MOST_DIRECT_LABELS:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, title=title, ncols=ncols)
+        return
+    ends = []
+    for line in lines:
+        places = np.asarray(line.get_transform().transform(np.column_stack(line.get_data())), dtype=float)
+        known = places[np.isfinite(places).all(axis=1)]
+        if len(known):
+            ends.append((float(ax.transAxes.inverted().transform(known[-1])[1]), line))
+    ends.sort(key=lambda end: end[0])
+    # A line of text needs 13 points; what would overlap is moved up, then the stack down into the axes.
+    step = 13 / max(1.0, ax.bbox.height * 72 / figure_of(ax).dpi)
+    heights: list[float] = []
+    for height, _ in ends:
+        heights.append(max(height, heights[-1] + step) if heights else height)
+    over = max(0.0, heights[-1] - 1.0) if heights else 0.0
+    for height, (_, line) in zip(heights, ends, strict=True):
+        at = height - over
+        ax.text(1.025, at, f"{line.get_label()}", transform=ax.transAxes, va="center")
+        mark: dict[str, Any] = {"color": line.get_color(), "linestyle": line.get_linestyle(), "linewidth": 2}
+        if str(line.get_linestyle()) == "None":
+            mark |= {"marker": line.get_marker(), "markersize": 5, "markevery": [1]}
+        ax.add_line(Line2D([1.0, 1.012], [at, at], transform=ax.transAxes, clip_on=False, **mark))
+
+
+def whole_numbers(ax: Axes) -> None:
+    """Ticks of the x axis at whole numbers alone: blocks and steps have no halves."""
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def show_chance(ax: Axes, chance: float | None, *, vertical: bool = False, name: str = "chance") -> None:
+    """A dotted line at `chance`, named; where it would squeeze what is shown to less than a third of the axis,
+    words at that end of the axis instead."""
+    if chance is None:
+        return
+    low, high = ax.get_xlim() if vertical else ax.get_ylim()
+    text = f"{name} {chance:.3g} %"
+    if low <= chance or high - low >= (high - chance) / 3:
+        reference_line(ax, chance, vertical=vertical, color=LINE_GREY, linestyle=":")
+        at = (chance, 1.0) if vertical else (0.0, chance)
+        where = ("data", "axes fraction") if vertical else ("axes fraction", "data")
+        shift = (3, -2) if vertical else (3, 2)
+        note = ax.annotate(text, at, shift, where, "offset points", va="top" if vertical else "bottom")
+    else:
+        text = f"← {text}" if vertical else f"↓ {text}"
+        note = ax.annotate(text, (0, 0), (3, 3), "axes fraction", "offset points", va="bottom")
+    # Rounding may put a point on the axis outside it, and matplotlib would leave the text out.
+    note.set_annotation_clip(False)
 
 
 def ratio_axis(ax: Axes, ticks: Sequence[float]) -> None:
@@ -102,8 +226,10 @@ def layer_names(frame: pd.DataFrame, suffix: str = "") -> list[str]:
 
 
 def layer_axis(ax: Axes, names: Sequence[str]) -> None:
-    """Layers at 0, 1, … on the x axis, upright where names are long or many."""
-    upright = any(len(name) > 5 for name in names) or len(names) > 16
+    """Layers at 0, 1, … on the x axis, upright where they would run into each other."""
+    # Inches: a character takes 0.1, what stands beside the axes about 1.6.
+    room = figure_of(ax).get_figwidth() - 1.6
+    upright = 0.1 * len(names) * (1 + max(map(len, names), default=0)) > room
     ax.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
 
 

@@ -1,4 +1,4 @@
-"""The page of a freeze search: the answer first, then the evidence, then how to repeat it."""
+"""The page of a freeze search: the answer and the figure that carries it, how sure it is, then the evidence."""
 
 from __future__ import annotations
 
@@ -6,54 +6,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerprobe.errors import BrokenFileError
-from layerprobe.files import read_json
-from layerprobe.plans import FreezePlan
-from layerprobe.reading import Schema, check_fields, check_plain
-from layerprobe.report import page as html
-from layerprobe.report.page import PROVENANCE_FIELDS
-from layerprobe.tables import cell_text, read_frame, render_table, strict_rows
+import pandas as pd
 
-SCHEMA = "layerprobe.search/v1"
+from layerprobe.errors import UsageError
+from layerprobe.layers import name_blocks
+from layerprobe.metrics.inference import detectable_difference
+from layerprobe.plans import FreezePlan
+from layerprobe.plotting.search import plot_differences, plot_trials
+from layerprobe.report import page as html
+from layerprobe.report.drawing import drawn
+from layerprobe.report.search_run import SearchRun
+from layerprobe.tables import cell_text
 
 ARM_NAMES = {
     "plan": "the chosen plan",
-    "all": "all blocks trained",
-    "none": "no block (stem and head only)",
+    "all": "all blocks",
+    "none": "no block",
     "norms": "norms only",
     "first-5": "first five blocks",
     "last-5": "last five blocks",
     "first-half": "first half",
     "last-half": "last half",
-    "rgn-half": "blocks of large gradient-to-weight ratio",
-    "auto-rgn": "all blocks, rates by gradient-to-weight ratio",
-    "greedy": "greedy forward selection, same budget",
+    "rgn-half": "large gradient-to-weight ratio",
+    "auto-rgn": "all, rates by gradient-to-weight",
+    "greedy": "greedy selection, same budget",
+    "probe": "probe of frozen features",
+    "pixels": "probe of raw pixels",
 }
-
-_NUMBER = (float, type(None))
-SEARCH_FIELDS: dict[str, Schema] = {
-    "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
-    "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int, "steps": int,
-    "noise": _NUMBER,
-    "provenance?": ({"backbone?": (dict, type(None)), **PROVENANCE_FIELDS}, type(None)),
-}  # fmt: skip
-ROW_FIELDS: dict[str, dict[str, Schema]] = {
-    "baselines": {
-        "arm": str, "trainable_parameters": _NUMBER, "lr": _NUMBER, "test_accuracy": _NUMBER, "low": _NUMBER,
-        "high": _NUMBER, "p_better_than_plan?": _NUMBER, "minus_plan?": _NUMBER, "minus_plan_low?": _NUMBER,
-        "minus_plan_high?": _NUMBER,
-    },
-    "layers": {"block": int, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER},
-    "trials": {"validation_accuracy": _NUMBER},
-}  # fmt: skip
-"""What is read of `search.json` and of the tables beside it."""
-
-FIGURE_CAPTIONS = {
-    "pareto": "Expected validation accuracy against trainable parameters, every plan that was trained, given all "
-    "trainings of the search. Selection looked at these numbers; the test table above was not looked at.",
-    "ranking": "Test accuracy of the plan and the baselines on unseen seeds, with 95 % intervals.",
-    "plans": "The best plans by expected validation accuracy: which blocks each of them trains.",
+HEADS = {
+    "probe": "the head starts from a logistic regression on the frozen features",
+    "random": "the head starts from random weights",
 }
+MORE_SEEDS = (3, 5, 8, 12, 20)
+SHOWN_PLANS = 8
 
 
 def search_sections(folder: Path) -> tuple[str, list[str]]:
@@ -64,175 +49,331 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
     BrokenFileError
         a file of the run is missing or of another schema.
     """
-    file = folder / "search.json"
-    found = read_json(file, what="search", inside=folder)
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
-    check_fields(found, SEARCH_FIELDS, file)
-    check_plain(folder / "plan.json", what="freeze plan", inside=folder)
-    plan = FreezePlan.load(folder / "plan.json")
-    try:
-        baselines, layers, trials = (_rows(folder, name) for name in ROW_FIELDS)
-        sections = [
-            f"<h1>Which blocks of {html.text(found['model'])} to train for {html.text(found['task'])}</h1>",
-            f'<p class="answer">{html.text(found["answer"])}</p>',
-            html.strip(plan.chosen_blocks),
-            _facts(found, plan),
-            "<h2>Against the baselines, on unseen seeds</h2>",
-            _baselines(baselines, found),
-            "<h2>Block by block</h2>",
-            _layers(layers),
-            "<h2>Figures</h2>",
-            *_figures(folder),
-            "<h2>Trials</h2>",
-            _trials(trials, found),
-            "<h2>What to do with the plan</h2>",
-            _next_steps(folder, found),
-            html.repeat_section(found.get("provenance") or {}),
-        ]
-    except KeyError as error:
-        raise BrokenFileError(f"the run in {folder} lacks the entry {error}; run the search again") from error
-    return f"layerprobe: {found['model']} on {found['task']}", sections
+    run = SearchRun.read(folder)
+    found = run.found
+    sections = [
+        html.heading(run.question, found["answer"]),
+        html.strip(run.plan.chosen_blocks),
+        _share(run.plan),
+        main_figure(run),
+        "<h2>How sure, and what it would take to be surer</h2>",
+        _sureness(run),
+        "<h2>Every way of training, on unseen seeds</h2>",
+        _baselines(run),
+        "<h2>Block by block</h2>",
+        _layers(run),
+        "<h2>What the search tried</h2>",
+        _trials(run),
+        "<h2>What to do next</h2>",
+        _next_steps(run),
+        "<h2>How it was measured</h2>",
+        _method(run),
+        html.repeat_section(found.get("provenance") or {}),
+    ]
+    return run.question, sections
 
 
-def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / f"{name}.csv"
-    return check_fields(strict_rows(read_frame(path, inside=folder)), [ROW_FIELDS[name]], path)
+def _share(plan: FreezePlan) -> str:
+    """How much trains, once, with its base."""
+    trained, blocks = (
+        plan.trained_parameters,
+        sum(p.size for p in plan.parameters.values() if p.block is not None),
+    )
+    if plan.adapters:
+        return f"<p>Adapters hold {cell_text(trained)} parameters; stem and head train besides.</p>"
+    if not trained:
+        return "<p>Only the image stem and the head train; the backbone stays as it is.</p>"
+    share = html.percent(trained / max(1, blocks))
+    return (
+        f"<p>{cell_text(trained)} parameters train, {share} % of the {cell_text(blocks)} in the blocks; stem and head "
+        "train besides.</p>"
+    )
 
 
-def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
-    trainable = plan.trained_parameters
-    share = trainable / max(1, plan.counts["trainable_parameters"] + plan.counts["frozen_parameters"])
-    chosen = plan.chosen_blocks
-    does = "places adapters on" if plan.adapters else "trains"
-    frugal = "fewest trainable parameters within one standard error of the best"
-    rule = frugal if found["objective"] == "frugal" else "highest expected validation accuracy"
-    bridge = (
-        f"a random-label bridge of {html.text(found['bridge_steps'])} steps and "
-        if found["bridge_steps"]
+def name_of(row: Mapping[str, Any]) -> str:
+    """An arm in words."""
+    return ARM_NAMES.get(row["arm"], str(row["arm"]))
+
+
+def main_figure(run: SearchRun, *, name: str = "differences") -> str:
+    """How far the other ways of training are from the recommended one."""
+    mine = run.recommended
+    rows: list[dict[str, Any]] = []
+    for row in run.baselines:
+        value, low, high = run.difference(row)
+        if row is mine or run.same_plan(row) or value is None:
+            continue
+        wide = html.interval(low, high) == html.NOT_ESTIMABLE
+        ends = {"low": None, "high": None} if wide else {"low": low, "high": high}
+        about = {"arm": row["arm"], "name": name_of(row), "test_accuracy": row["test_accuracy"]}
+        rows.append({**about, "difference": value, **ends})
+    if not rows:
+        return '<p class="soft">There are no differences to draw: too few trainings came through.</p>'
+    frame = pd.DataFrame(rows).astype({"difference": float, "low": float, "high": float})
+    margin = run.found.get("margin") if run.found.get("kind") == "no difference" else None
+    what = "training " + (name_blocks(_blocks_of(mine)) if _blocks_of(mine) else "no block")
+    seeds = run.found["seeds"]
+    caption = (
+        "Test accuracy of other ways of training minus that of the recommended one "
+        f"({html.percent(mine.get('test_accuracy'))} %), on {seeds} seeds that selected nothing, with 95 % intervals. "
+        "An interval that holds 0 shows no difference."
+    )
+    return drawn(
+        lambda ax: plot_differences(frame, what, margin=margin, ax=ax),
+        caption,
+        name=name,
+        height=1.4 + 0.36 * len(frame),
+    )
+
+
+def _blocks_of(row: Mapping[str, Any]) -> list[int]:
+    return [index for index, mark in enumerate(str(row.get("plan") or "").split("+")[0]) if mark == "#"]
+
+
+def _sureness(run: SearchRun) -> str:
+    found = run.found
+    noise, seeds = found["noise"], found["seeds"]
+    if not noise:
+        return "<p>Too few trainings came through to say how much two trainings of one plan differ.</p>"
+    arms = max(2, sum(row["arm"] not in ("probe", "pixels") for row in run.baselines))
+    rows: list[list[str]] = []
+    mark = None
+    for n_seeds in sorted({*MORE_SEEDS, seeds}):
+        finds = detectable_difference(noise, n_seeds, (arms - 1) * (n_seeds - 1))
+        if n_seeds == seeds:
+            mark = len(rows)
+        note = " (this run)" if n_seeds == seeds else ""
+        size = html.NOT_ESTIMABLE if finds > 1 else f"{100 * finds:.1f} points"
+        rows.append([f"{n_seeds}{note}", size, _cost(run, arms * n_seeds)])
+    low, high = run.recommended.get("low"), run.recommended.get("high")
+    images = (
+        " Seeds and the sampling of test images together leave the accuracy of the recommended plan at "
+        f"{html.interval(low, high)} % (95 % interval); more seeds do not narrow the images' part."
+        if low is not None and high is not None
         else ""
     )
-    return (
-        f"<p>The plan {does} {sum(chosen)} of {len(chosen)} blocks, {cell_text(trainable)} parameters of the "
-        f"backbone ({html.percent(share)} %), beside the image stem and the head. Plans were valued by validation "
-        f"accuracy after {bridge}fine-tuning for {html.text(found['steps'])} steps under each plan "
-        f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "
-        f"{cell_text(round(float(found['spent']), 2))} of {cell_text(float(found['budget']))} full trainings spent); "
-        f"the rule is <em>{rule}</em>. One training varies by {_points(found['noise'])} points around its plan and "
-        f"seed. Chance is {html.percent(float(found['chance']))}&nbsp;%.</p>"
-    )
-
-
-def _points(share: float | None) -> str:
-    return "an unknown number of" if share is None else html.percent(share)
-
-
-def _baselines(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
-    shown = [
-        {
-            "arm": ARM_NAMES.get(row["arm"], row["arm"]),
-            "trained parameters": row["trainable_parameters"],
-            "rate": row["lr"],
-            "test accuracy, %": _estimate(row["test_accuracy"], row["low"], row["high"]),
-            "plan minus this, points": _estimate(*_turned(row), sign=True),
-            "P(plan better)": _complement(row.get("p_better_than_plan")),
-        }
-        for row in rows
-    ]
-    return (
-        render_table(shown, "html", mark=ARM_NAMES["plan"])
-        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all arms) '
-        f"and the sampling of test images. Each arm has its own learning rate, chosen on validation; "
-        f"{html.text(found['seeds'])} seeds that selected nothing. The chance in which plan the search chose is not "
-        "in them.</p>"
-    )
-
-
-def _estimate(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
-    return (
-        f"{html.percent(value, sign=sign)} ({html.interval(low, high, sign=sign)})"
-        if value is not None
-        else "–"
-    )
-
-
-def _complement(share: float | None) -> float | None:
-    return None if share is None else round(1 - float(share), 3)
-
-
-def _turned(row: Mapping[str, Any]) -> list[float | None]:
-    """Plan minus arm with its interval, from the columns of arm minus plan."""
-    known = (row.get(f"minus_plan{end}") for end in ("", "_high", "_low"))
-    return [None if value is None else -float(value) for value in known]
-
-
-def _layers(rows: list[dict[str, Any]]) -> str:
-    names = {"train_gain": "gain from training it, points", "train_gain_stderr": "± s.e."}
-    left_out = ("block", "in_plan", "site", "train_gain_low", "train_gain_high")
-    shown = []
-    for row in rows:
-        state = "trained" if row["in_plan"] else "frozen"
-        line: dict[str, Any] = {"block": row["block"], "in the plan": state}
-        for column, value in row.items():
-            if column in names:
-                line[names[column]] = html.percent(value, sign=column == "train_gain")
-            elif column not in left_out:
-                line[column.removeprefix("transfer_")] = value
-        shown.append(line)
-    columns = shown[0] if shown else {}
-    kept = [column for column in columns if any(row[column] not in (None, "–") for row in shown)]
-    gain = (
-        "The gain is the expected gain from training the block, averaged over plans of the others, given all trainings "
-        "of the search. "
-        if names["train_gain"] in kept
-        else "There were too few trials to tell the gain from training each block. "
-    )
-    return (
-        render_table(shown, "html", columns=kept) + f'<p class="soft">{gain}'
-        "The other columns are transfer scores of two kinds that are never mixed: readable (what the block's output "
-        "says about the task already) and trainable (what gradients say training it would change). "
-        "They propose plans; training decides.</p>"
-    )
-
-
-def _figures(folder: Path) -> list[str]:
-    figures = [
-        html.figure(
-            path, folder, FIGURE_CAPTIONS.get(path.stem, path.stem.replace("_", " ").replace("-", " "))
+    more = max(2 * seeds, 8)
+    line = (found.get("provenance") or {}).get("command_line")
+    surer = (
+        html.commands(
+            f"{line} --seeds {more} --max-seeds {more} -o {html.quoted(run.folder.name + '-surer')}"
         )
-        for path in [*sorted(folder.glob("*.png")), *sorted((folder / "bridge").glob("*.png"))]
-    ]
-    return figures or ['<p class="soft">none were drawn</p>']
-
-
-def _trials(rows: list[dict[str, Any]], found: Mapping[str, Any]) -> str:
-    columns = [
-        "number", "plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds", "reason",
-    ]  # fmt: skip
-    failed = sum(row["validation_accuracy"] is None for row in rows)
-    seconds = cell_text(round(float(found["train_seconds"])))
-    note = f"{len(rows)} trainings in {seconds} seconds of training" + (
-        f"; {failed} failed." if failed else "."
+        if line
+        else f"<p>From Python: <code>freeze_search(…, seeds={more}, max_seeds={more})</code>.</p>"
     )
-    return f"<p>{note}</p>" + html.folded("every training", render_table(rows, "html", columns=columns))
+    columns = ["unseen seeds", "difference found in 8 of 10 cases", "training time"]
+    return (
+        f"<p>Two trainings of one plan differ by {html.percent(noise)} points (standard deviation)."
+        f"{images}</p>{html.table(columns, rows, mark=mark)}"
+        f"<p>To be surer, with {more} seeds:</p>{surer}"
+    )
 
 
-def _next_steps(folder: Path, found: Mapping[str, Any]) -> str:
-    model, task, run = found["model"], found["task"], folder.name
+def _cost(run: SearchRun, trainings: int) -> str:
+    seconds = [row["seconds"] for row in run.baselines if row.get("seconds")]
+    if not seconds:
+        return "–"
+    total = trainings * sum(seconds) / len(seconds)
+    return f"{total / 60:.0f} min" if total >= 90 else f"{total:.0f} s"
+
+
+def _baselines(run: SearchRun) -> str:
+    mine = run.recommended
+    rows, mark = [], None
+    for index, row in enumerate(run.baselines):
+        if row is mine:
+            mark, against = index, "recommended"
+        elif run.same_plan(row):
+            against = "same plan"
+        else:
+            against = html.estimate(*run.difference(row), sign=True)
+        probe = row["arm"] in ("probe", "pixels")
+        picture = "" if probe or not row.get("plan") else html.strip(_flags(row), legend=False)
+        accuracy = html.estimate(row["test_accuracy"], row["low"], row["high"])
+        lr = "–" if row["lr"] is None else f"{row['lr']:g}"
+        rows.append([f"{html.text(name_of(row))}", picture or "–", accuracy, against, lr])
+    columns = ["way of training", "blocks", "test accuracy, %", "minus recommended, points", "learning rate"]
+    return (
+        html.table(columns, rows, mark=mark)
+        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all ways) and '
+        f"the sampling of test images; for the probes, of the images alone. {html.text(run.found['seeds'])} seeds that "
+        "selected nothing. Each way has its own learning rate, chosen on validation, as is the strength of each "
+        "probe. The chance in which plan the search chose is not in the intervals.</p>"
+    )
+
+
+def _flags(row: Mapping[str, Any]) -> list[bool]:
+    return [mark == "#" for mark in str(row["plan"]).split("+")[0]]
+
+
+def _layers(run: SearchRun) -> str:
+    accuracies = [row["test_accuracy"] for row in run.baselines if row["test_accuracy"] is not None]
+    scale = max([*accuracies, run.found["chance"] + 0.01]) - run.found["chance"]
+    gains = [row["train_gain"] for row in run.layers if row["train_gain"] is not None]
+    reach = max((abs(gain) for gain in gains), default=0.0)
+    known = [_gain_known(row, scale) for row in run.layers]
+    rows = []
+    for row, shown in zip(run.layers, known, strict=True):
+        state = "trained" if row["in_plan"] else "frozen"
+        gain = html.NOT_ESTIMABLE
+        if shown:
+            ends = html.interval(*_gain_interval(row), sign=True)
+            gain = (
+                f"{html.percent(row['train_gain'], sign=True)} ({ends}){html.bar(row['train_gain'], reach)}"
+            )
+        rows.append([str(row["block"]), state, gain])
+    said = (
+        "The expected gain in validation accuracy from training the block, averaged over plans of the others, given "
+        "all trainings of the search; in brackets its 95 % interval."
+        if any(known)
+        else "There were too few trainings to tell the gain from training each block."
+    )
+    columns = ["block", "in the plan", "gain from training it, points"]
+    body = html.table(
+        columns if any(known) else columns[:2], rows if any(known) else [row[:2] for row in rows]
+    )
+    return body + f'<p class="soft">{said}</p>' + _scores(run.layers)
+
+
+def _gain_interval(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
+    low, high = row.get("train_gain_low"), row.get("train_gain_high")
+    if low is not None and high is not None:
+        return low, high
+    gain, error = row["train_gain"], row["train_gain_stderr"]
+    return (None, None) if gain is None or error is None else (gain - 1.96 * error, gain + 1.96 * error)
+
+
+def _gain_known(row: Mapping[str, Any], scale: float) -> bool:
+    low, high = _gain_interval(row)
+    return row["train_gain"] is not None and low is not None and high is not None and high - low <= scale
+
+
+def _scores(rows: list[dict[str, Any]]) -> str:
+    names = [name for name in (rows[0] if rows else {}) if str(name).startswith("transfer_")]
+    names = [name for name in names if any(row.get(name) is not None for row in rows)]
+    if not names:
+        return ""
+    shown = [
+        {"block": row["block"], **{n.removeprefix("transfer_"): row.get(n) for n in names}} for row in rows
+    ]
+    words = (
+        '<p class="soft">Readable scores say what the block\'s output tells of the task already; trainable ones what '
+        "gradients say that training it would change. They are never mixed. They propose plans; training decides.</p>"
+    )
+    return html.folded("transfer scores of each block", words + html.records_table(shown))
+
+
+def _trials(run: SearchRun) -> str:
+    found = run.found
+    failed = sum(row["validation_accuracy"] is None for row in run.trials)
+    frame = pd.DataFrame(run.trials)
+    caption = (
+        f"Every training in the order in which they finished: {len(run.trials)} of them, "
+        f"{cell_text(round(float(found['train_seconds'])))} seconds of training"
+        + (f", {failed} failed" if failed else "")
+        + f"; {found['spent']:.3g} of {found['budget']:.3g} full trainings went into the search, the others into the "
+        "pilot and the unseen seeds. Validation accuracy selected; test accuracy was not looked at."
+    )
+    try:
+        picture = drawn(lambda ax: plot_trials(frame, chance=found["chance"], ax=ax), caption, name="trials")
+    except UsageError:
+        picture = "<p>No training has a validation accuracy.</p>"
+    best = sorted(run.plans, key=lambda row: row["validation_accuracy"] or 0.0, reverse=True)
+    shown = best[:SHOWN_PLANS] + [row for row in best[SHOWN_PLANS:] if row["chosen"]]
+    rows = [
+        [
+            html.strip(_flags(row), legend=False),
+            html.estimate(row["validation_accuracy"], row["low"], row["high"]),
+            cell_text(row["trainable_parameters"]),
+            cell_text(row.get("n_trainings")),
+        ]
+        for row in shown
+    ]
+    marks = [index for index, row in enumerate(shown) if row["chosen"]]
+    columns = ["plan", "expected validation accuracy, %", "trained parameters", "trainings"]
+    table = html.table(columns, rows, mark=marks[0] if marks else None)
+    every = [
+        "number",
+        "plan",
+        "lr",
+        "repeat",
+        "fidelity",
+        "validation_accuracy",
+        "test_accuracy",
+        "seconds",
+        "reason",
+    ]
+    return (
+        picture
+        + html.folded(f"the best of {len(run.plans)} plans, given all trainings", table)
+        + html.folded("every training", html.records_table(run.trials, every))
+    )
+
+
+def _next_steps(run: SearchRun) -> str:
+    found, folder = run.found, run.folder
     backbone = (found.get("provenance") or {}).get("backbone") or {}
     # The flags that let images enter a language backbone as they did in the search.
-    stem = f" --stem {backbone.get('stem')} --patch-size {backbone.get('patch_size')}"
+    stem = (
+        f" --stem {html.quoted(backbone.get('stem'))} --patch-size {html.quoted(backbone.get('patch_size'))}"
+    )
     how = stem if backbone.get("modality") == "language" else ""
-    lines = [
-        f"layerprobe plan show {run}/plan.json",
-        f"layerprobe bridge --model {model} --task {task} --plan {run}/plan.json{how} -o BRIDGE",
-        f"layerprobe evaluate --model BRIDGE --task {task} --seeds 3",
-        f"layerprobe plan export {run}/plan.json --to regex",
-    ]
+    model, task, plan = (html.quoted(v) for v in (found["model"], found["task"], f"{folder.name}/plan.json"))
     kept = (
-        f"<p>The bridge-trained backbone of this plan is in <code>{html.text(run)}/bridge/final/backbone</code> "
-        "and loads with <code>AutoModel.from_pretrained</code>.</p>"
+        "<p>The bridge-trained backbone of this plan loads with <code>AutoModel.from_pretrained</code>: "
+        f"<code>{html.text(folder.name)}/bridge/final/backbone</code></p>"
         if (folder / "bridge").is_dir()
         else ""
     )
-    return kept + f"<pre>{html.text(chr(10).join(lines))}</pre>"
+    return (
+        kept
+        + "<p>Look at the plan, and hand it to your own trainer:</p>"
+        + html.commands(f"layerprobe plan show {plan}", f"layerprobe plan export {plan} --to regex")
+        + "<p>Train a bridge under it, and measure what that brings:</p>"
+        + html.commands(
+            f"layerprobe bridge --model {model} --task {task} --plan {plan}{how} -o BRIDGE",
+            f"layerprobe evaluate --model BRIDGE --task {task} --seeds 3",
+        )
+    )
+
+
+def _method(run: SearchRun) -> str:
+    found = run.found
+    settings = (found.get("provenance") or {}).get("arguments") or {}
+    pilot = found.get("pilot") or {}
+    head = found.get("head") or settings.get("head")
+    margin = found.get("stop_margin", settings.get("margin"))
+    frugal = "the fewest trained parameters within one standard error of the best"
+    rates = ", ".join(f"{lr:g}" for lr in pilot.get("lrs") or ())
+    reached = "; ".join(
+        f"{100 * a:.1f} % after {n} steps" for n, a in (pilot.get("accuracies") or {}).items()
+    )
+    plateau = pilot.get("plateau")
+    bridge = f"{found['bridge_steps']} steps on random labels, then " if found["bridge_steps"] else ""
+    facts = {
+        "one training": f"{bridge}{found['steps']} steps on the task's labels",
+        "head": HEADS.get(str(head), str(head or "not recorded")),
+        "pilot, all blocks": reached or "not recorded",
+        "plateau": (
+            "not asked for: the number of steps was given"
+            if plateau is None
+            else f"{100 * plateau:.1f} %, "
+            + (
+                "reached to 95 %"
+                if pilot.get("reached")
+                else "not reached: longer trainings may change the answer"
+            )
+        ),
+        "learning rates": rates or "not recorded",
+        "search": f"{found['strategy']}, {found['trainings']} trainings in all, "
+        f"{found['spent']:.3g} of {found['budget']:.3g} full trainings spent",
+        "margin δ": (
+            "not recorded"
+            if margin is None
+            else f"{100 * margin:.1f} points: the search ends when no plan is likely to be better by as much"
+        ),
+        "choice": frugal if found["objective"] == "frugal" else "the highest expected validation accuracy",
+        "chance": f"{html.percent(float(found['chance']))} %",
+    }
+    rows = [[html.text(key), html.text(value)] for key, value in facts.items()]
+    return f'<div class="words">{html.table(["setting", "value"], rows)}</div>'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import html
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.provenance import without_secrets
 from layerprobe.reading import Schema, read_file
-from layerprobe.tables import render_table
+from layerprobe.report.style import STYLE
+from layerprobe.tables import cell_text, render_table
 
 MAX_FIGURE_BYTES = 20 << 20
 PROVENANCE_FIELDS: dict[str, Schema] = {
@@ -20,32 +23,11 @@ PROVENANCE_FIELDS: dict[str, Schema] = {
     "command_line?": (str, type(None)),
     "arguments?": (dict, type(None)),
 }
-
-STYLE = """
-:root { --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --train: #d55e00; --frozen: #e8ecef; }
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); }
-body { max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .3rem; }
-h2 { font-size: 1.15rem; margin-top: 2.4rem; }
-.answer { font-size: 1.15rem; border-left: 4px solid var(--train); padding: .4rem 0 .4rem 1rem; }
-.soft { color: var(--soft); font-size: .9rem; }
-.strip { display: flex; gap: 3px; margin: 1rem 0 .2rem; }
-.strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; }
-.strip span { background: var(--frozen); }
-.strip span.on { background: var(--train); color: #fff; font-weight: 600; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-td.t, th.t { text-align: left; }
-tr.mark td { background: #fdf0e6; font-weight: 600; }
-figure { margin: 1.2rem 0; }
-figure img { max-width: min(100%, 44rem); }
-figcaption { color: var(--soft); font-size: .88rem; }
-pre { background: #f6f8fa; padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; color: var(--soft); }
-"""
+MOST_LISTED = 60
+"""Rows of a table that a narrow screen shows as lists."""
+NOT_ESTIMABLE = "not estimable"
+NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+"""Characters that neither HTML nor XML may hold."""
 
 
 def page(title: str, sections: Sequence[str]) -> str:
@@ -56,23 +38,58 @@ def page(title: str, sections: Sequence[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
         "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
     )
 
 
-def text(value: Any) -> str:
-    """Escaped text."""
-    return html.escape(str(value))
+def text(value: object) -> str:
+    """Escaped text, without the characters that HTML may not hold."""
+    return html.escape(NOT_TEXT.sub("\ufffd", str(value)))
+
+
+def heading(question: str, answer: str) -> str:
+    """The question of a page, and its answer: the first sentence large, the others below."""
+    first, rest = first_sentence(answer)
+    more = "".join(f"<p>{text(line)}</p>" for line in rest.splitlines() if line.strip())
+    return f'<h1>{text(question)}</h1>\n<p class="answer">{text(first)}</p>{more}'
+
+
+def first_sentence(answer: str) -> tuple[str, str]:
+    """
+    >>> first_sentence("Train block 0. Test accuracy 95.1 %. Sure.")
+    ('Train block 0.', 'Test accuracy 95.1 %. Sure.')
+    """
+    found = re.match(r"(.+?[.?!])(?:\s+(?=[A-Z+-])|\s*\n|$)(.*)", answer.strip(), re.DOTALL)
+    return (found.group(1), found.group(2)) if found else (answer, "")
 
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent with one decimal."""
-    return "–" if value is None or value != value else f"{100 * value:{'+' if sign else ''}.1f}"
+    return "–" if value is None or value != value else f"{100 * value:{'+' if sign else ''}z.1f}"
 
 
-def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    """`low to high` in per cent, or a dash."""
-    return "–" if low is None or high is None else interval_in_words(low, high, sign=sign)
+def interval(low: float | None, high: float | None, *, sign: bool = False, scale: float = 1.0) -> str:
+    """`low to high` in per cent, a dash, or "not estimable" where it is wider than the scale of the quantity."""
+    if low is None or high is None or low != low or high != high:
+        return "–"
+    return NOT_ESTIMABLE if high - low > scale else interval_in_words(low, high, sign=sign)
+
+
+def estimate(
+    value: float | None,
+    low: float | None,
+    high: float | None,
+    *,
+    sign: bool = False,
+    scale: float = 1.0,
+) -> str:
+    """A share and its interval, or "not estimable"."""
+    if value is None or value != value:
+        return "–"
+    ends = interval(low, high, sign=sign, scale=scale)
+    if ends == NOT_ESTIMABLE:
+        return NOT_ESTIMABLE
+    return percent(value, sign=sign) if ends == "–" else f"{percent(value, sign=sign)} ({ends})"
 
 
 def figure(path: Path, folder: Path, caption: str) -> str:
@@ -91,12 +108,39 @@ def figure(path: Path, folder: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def strip(flags: Sequence[bool]) -> str:
+def strip(flags: Sequence[bool], *, legend: bool = True) -> str:
     """The blocks of a plan from input to output, trained ones filled."""
     looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
     cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
-    legend = "blocks from input to output; filled = trained, pale = frozen"
-    return f'<div class="strip">{cells}</div><p class="soft">{legend}</p>'
+    words = (
+        '<p class="soft">Blocks from input to output; filled: trained, pale: frozen.</p>' if legend else ""
+    )
+    return f'<div class="strip{"" if legend else " small"}">{cells}</div>{words}'
+
+
+def bar(value: float | None, reach: float) -> str:
+    """A small bar around zero in a cell; `reach` is the value that fills one half."""
+    if value is None or value != value or reach <= 0:
+        return ""
+    width = min(50.0, 50 * abs(value) / reach)
+    left = 50.0 if value >= 0 else 50 - width
+    kind = "up" if value >= 0 else "down"
+    return f'<span class="bar"><i class="{kind}" style="left:{left:.1f}%;width:{width:.1f}%"></i></span>'
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, mark: int | None = None) -> str:
+    """Cells of ready HTML, the first of each row its heading; on a narrow screen every row is a small list."""
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
+    lines = []
+    for index, row in enumerate(rows):
+        cells = [f'<th scope="row">{row[0]}</th>']
+        cells += [
+            f'<td data-label="{text(name)}">{cell}</td>'
+            for name, cell in zip(columns[1:], row[1:], strict=True)
+        ]
+        opening = '<tr class="mark">' if index == mark else "<tr>"
+        lines.append(f"{opening}{''.join(cells)}</tr>")
+    return f'<table class="stack"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def folded(title: str, inner: str) -> str:
@@ -104,8 +148,18 @@ def folded(title: str, inner: str) -> str:
     return f"<details><summary>{text(title)}</summary>{inner}</details>"
 
 
+def commands(*lines: str) -> str:
+    """Lines to copy into a shell."""
+    return f"<pre>{text(chr(10).join(lines))}</pre>"
+
+
+def quoted(word: object) -> str:
+    """A word from a file as a shell takes it: whatever it holds, it stays one word."""
+    return shlex.quote(NOT_TEXT.sub("", str(word)).replace("\n", " ").replace("\r", " "))
+
+
 def repeat_section(provenance: Mapping[str, Any]) -> str:
-    """The command that repeats a result, and the versions and machine it was made with."""
+    """The command that repeats a result, and, folded, the versions and machine it was made with."""
     # Records of earlier versions may hold a password.
     provenance = without_secrets(provenance)
     given = (provenance.get("arguments") or {}).items()
@@ -117,6 +171,26 @@ def repeat_section(provenance: Mapping[str, Any]) -> str:
             entries += [(f"{section}.{key}", value) for key, value in values.items()]
         elif section != "command_line":
             entries.append((section, values))
-    known = [{"entry": entry, "value": str(value)} for entry, value in entries if value is not None]
-    details = folded("arguments, versions, machine", render_table(known, "html"))
-    return f"<h2>How to repeat this</h2><pre>{text(line)}</pre>{details}"
+    known = [[text(entry), text(value)] for entry, value in entries if value is not None]
+    details = folded(
+        "arguments, versions, machine", f'<div class="long">{table(["entry", "value"], known)}</div>'
+    )
+    return f"<h2>How to repeat this</h2>{commands(line)}{details}"
+
+
+def records_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows of a record as they are; wide ones move sideways within their frame, few ones are lists on a phone."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    if 0 < len(rows) <= MOST_LISTED and names:
+        cells = [[text(cell_text(row.get(name))) for name in names] for row in rows]
+        return f'<div class="wide">{table([text_key(name) for name in names], cells)}</div>'
+    return render_table(
+        [{text_key(key): value for key, value in row.items()} for row in rows],
+        "html",
+        columns=None if columns is None else [text_key(name) for name in columns],
+    )
+
+
+def text_key(key: object) -> str:
+    """A column's name without characters that HTML may not hold."""
+    return NOT_TEXT.sub("\ufffd", str(key))

@@ -71,8 +71,11 @@ class BaselineResult:
         Mean of its steps.
     recall : float | None
         Share of the random labels that the bridges recalled, None without a bridge.
-    against_all, against_plan : Estimate | None
-        Difference to training everything and to the plan; None for that line itself, or without an estimate.
+    right : np.ndarray | None
+        Per test image, the share of seeds that are right.
+    against : dict[str, Estimate | None]
+        Difference to the plan, to training everything and to training no block; None for that line itself, or
+        without an estimate.
     """
 
     baseline: Baseline
@@ -83,8 +86,8 @@ class BaselineResult:
     recall: float | None
     test: tuple[float | None, ...]
     accuracy: Estimate
-    against_all: Estimate | None
-    against_plan: Estimate | None
+    right: np.ndarray | None
+    against: dict[str, Estimate | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +104,15 @@ class Report:
         Unseen seeds of these three, by their number.
     noise : float | None
         Standard deviation of one training around its arm and seed, as a share.
+    freedom : int
+        Its degrees of freedom.
     """
 
     lines: list[BaselineResult]
     verdict: Verdict
     seeds: list[int]
     noise: float | None
+    freedom: int = 0
 
     def line(self, name: str) -> BaselineResult:
         """The line of a baseline."""
@@ -220,7 +226,7 @@ def report_baselines(
         recalls = [o.bridge_accuracy for o in done if o.bridge_accuracy is not None]
         compared = {
             name: None if pooled is None or one.name == name else pooled.difference(one.name, name)
-            for name in (ALL, PLAN)
+            for name in JUDGED
         }
         lines.append(
             BaselineResult(
@@ -232,12 +238,12 @@ def report_baselines(
                 recall=float(np.mean(recalls)) if recalls else None,
                 test=accuracies,
                 accuracy=_mean(one.name, pooled, done),
-                against_all=compared[ALL],
-                against_plan=compared[PLAN],
+                right=_right(pooled, one.name),
+                against=compared,
             )
         )
-    noise = None if pooled is None else pooled.noise
-    return Report(lines=lines, verdict=verdict, seeds=list(range(n_seeds)), noise=noise)
+    noise, freedom = (None, 0) if pooled is None else (pooled.noise, pooled.freedom)
+    return Report(lines=lines, verdict=verdict, seeds=list(range(n_seeds)), noise=noise, freedom=freedom)
 
 
 def _rates(everyone: Sequence[Baseline], budget: TrialBudget, train_batch: TrainBatch) -> dict[str, float]:
@@ -274,6 +280,12 @@ def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:
         return PooledArms(values, n_images=n_images or None, correct=right)
     except UsageError:
         return None
+
+
+def _right(pooled: PooledArms | None, name: str) -> np.ndarray | None:
+    if pooled is None or pooled.correct is None or name not in pooled.correct:
+        return None
+    return np.asarray(pooled.correct[name], dtype=float)
 
 
 def _half_width(difference: Estimate) -> float:

@@ -20,7 +20,7 @@ from layerprobe.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
-    from layerprobe.tasks import Task
+    from layerprobe.tasks import ImageSplit, Task
 
 PROPOSING = ("rgn", "gradient_snr", "taylor")
 """Trainable scores that propose plans. Readable scores stand in the layer table and propose nothing:
@@ -45,13 +45,18 @@ class Evaluator:
     settings: Settings
 
     @cached_property
-    def tensors(self) -> TaskTensors:
-        """The task's splits as the backbone takes them; of the validation images, those that trials are judged on."""
+    def splits(self) -> dict[str, ImageSplit]:
+        """The task's splits; of the validation images, those that trials are judged on."""
         splits = dict(self.task.splits)
         # Rows stand in a fixed order in which every prefix holds the classes in proportion.
         if len(splits["validation"]) > MAX_VALIDATION:
             splits["validation"] = splits["validation"].subset(range(MAX_VALIDATION))
-        return TaskTensors.of(self.backbone, replace(self.task, splits=splits))
+        return splits
+
+    @cached_property
+    def tensors(self) -> TaskTensors:
+        """`splits` as the backbone takes them."""
+        return TaskTensors.of(self.backbone, replace(self.task, splits=self.splits))
 
     @cached_property
     def plans(self) -> dict[str, FreezePlan]:

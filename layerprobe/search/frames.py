@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from layerprobe.search.baselines import BaselineResult
+from layerprobe.records import Estimate
+from layerprobe.search.baselines import ALL, JUDGED, NONE, PLAN, Report
 from layerprobe.search.budget import TrialBudget
+from layerprobe.search.probes import ProbeBaseline
 from layerprobe.search.space import Mask, Space, describe_mask, strip
 from layerprobe.search.trials import Finished
 
@@ -43,10 +45,10 @@ def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
     )
 
 
-def baseline_frame(report: Sequence[BaselineResult]) -> pd.DataFrame:
-    """One row a baseline: test accuracy with its t interval, and paired differences."""
-    rows = []
-    for line in report:
+def baseline_frame(report: Report, probes: Sequence[ProbeBaseline] = ()) -> pd.DataFrame:
+    """One row a baseline: test accuracy with its t interval, and paired differences; then one a probe."""
+    rows: list[dict[str, Any]] = []
+    for line in report.lines:
         row: dict[str, Any] = {
             "arm": line.baseline.name,
             "plan": line.baseline.trial(line.lr).name,
@@ -61,16 +63,40 @@ def baseline_frame(report: Sequence[BaselineResult]) -> pd.DataFrame:
             "cost": line.cost,
             "seconds": round(line.seconds, 3),
         }
-        for label, pair in (("all", line.against_all), ("plan", line.against_plan)):
-            row[f"minus_{label}"] = pair.value if pair else None
-            row[f"minus_{label}_low"] = pair.low if pair else None
-            row[f"minus_{label}_high"] = pair.high if pair else None
-            row[f"p_better_than_{label}"] = pair.probability if pair else None
+        row |= _differences(line.against)
         row["random_label_recall"] = line.recall
         row["test_per_seed"] = " ".join("" if value is None else f"{value:.6f}" for value in line.test)
         row["reason"] = line.accuracy.reason
         rows.append(row)
+    rows += [_probe_row(probe, report) for probe in probes]
     return pd.DataFrame(rows)
+
+
+def _differences(against: Mapping[str, Estimate | None]) -> dict[str, float | None]:
+    row: dict[str, float | None] = {}
+    for label in (ALL, PLAN, NONE):
+        pair = against.get(label)
+        row[f"minus_{label}"] = pair.value if pair else None
+        row[f"minus_{label}_low"] = pair.low if pair else None
+        row[f"minus_{label}_high"] = pair.high if pair else None
+        row[f"p_better_than_{label}"] = pair.probability if pair else None
+    return row
+
+
+def _probe_row(probe: ProbeBaseline, report: Report) -> dict[str, Any]:
+    judged = {line.baseline.name: line for line in report.lines if line.baseline.name in JUDGED}
+    return {
+        "arm": probe.name,
+        "plan": strip((False,) * len(report.lines[0].baseline.mask)),
+        "trained_blocks": 0,
+        "trainable_parameters": 0,
+        "test_accuracy": probe.accuracy,
+        "low": probe.low,
+        "high": probe.high,
+        "n_seeds": 1,
+        **_differences({name: probe.minus(line, report) for name, line in judged.items()}),
+        "test_per_seed": f"{probe.accuracy:.6f}",
+    }
 
 
 def _about(mask: Mask, space: Space) -> dict[str, Any]:

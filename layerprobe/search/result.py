@@ -10,19 +10,22 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from layerprobe.files import write_json
+from layerprobe.errors import BrokenFileError
+from layerprobe.files import read_json, write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
+from layerprobe.reading import check_fields
 from layerprobe.records import Estimate, Record
-from layerprobe.search.baselines import PLAN, BaselineResult, Report
+from layerprobe.search.baselines import ALL, PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
+from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import read_frame, strict_rows, strict_value, tidy, write_frame
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -108,22 +111,52 @@ class SearchResult(Record):
         )
 
     def arm_rows(self) -> list[dict[str, Any]]:
-        """The plan and the baselines for a terminal, in percent."""
+        """The plan, the baselines and the probes for a terminal, in percent."""
+        everything = {row["plan"] for row in self.baselines.to_dict("records") if row["arm"] == ALL}
         return [
             {
                 "arm": row["arm"],
                 "blocks": "".join("■" if mark == "#" else "□" for mark in row["plan"].split("+")[0]),
                 "trained parameters": f"{row['trainable_parameters']:,}",
-                "lr": f"{row['lr']:g}",
+                "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",
                 "test %": None if row["test_accuracy"] is None else round(100 * row["test_accuracy"], 1),
                 "95 % interval": None
                 if pd.isna(row["low"])
                 else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-                "against all": None if pd.isna(row["minus_all"]) else f"{100 * row['minus_all']:+.1f}",
+                "against all": "same plan"
+                if row["plan"] in everything and row["arm"] != ALL
+                else None
+                if pd.isna(row["minus_all"])
+                else f"{100 * row['minus_all']:+.1f}",
                 "seeds": row["n_seeds"],
             }
             for row in self.baselines.to_dict("records")
         ]
+
+    def shown_rows(self) -> list[dict[str, Any]]:
+        return self.arm_rows()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> SearchResult:
+        """Read back a run folder, see `layerprobe.load`; BrokenFileError where a file of it is missing or damaged."""
+        source = Path(folder)
+        file = source / "search.json"
+        found = read_json(file, what="search", inside=source)
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+        check_fields(found, {"answer": str, "kind": str, "provenance?": (dict, type(None))}, file)
+        names = {"table": "layers", "trials": "trials", "baselines": "baselines", "plans": "plans"}
+        frames = {key: read_frame(source / f"{name}.csv", inside=source) for key, name in names.items()}
+        apart = ("schema", "answer", "kind", "provenance", "baselines", "plans")
+        return cls(
+            plan=FreezePlan.load(source / "plan.json"),
+            answer=found["answer"],
+            kind=found["kind"],
+            facts={key: value for key, value in found.items() if key not in apart},
+            provenance=found.get("provenance") or {},
+            folder=source,
+            **frames,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
@@ -161,6 +194,7 @@ def make_result(
     report: Report,
     records: Sequence[Finished],
     scores: pd.DataFrame,
+    probes: Sequence[ProbeBaseline] = (),
 ) -> SearchResult:
     """The record of a finished search.
 
@@ -176,10 +210,12 @@ def make_result(
         Every training of pilot, search and report.
     scores : pd.DataFrame
         Long table of transfer scores; may be empty.
+    probes : Sequence[ProbeBaseline]
+        Linear probes of the same images, which stand among the baselines.
     """
     task, space, settings, verdict = evaluator.task, budget.space, budget.settings, report.verdict
     own = next(line for line in report.lines if line.baseline.mask == verdict.mask and line.baseline.is_plan)
-    answer = sentence(
+    answer = probes_in_words(probes, report) + sentence(
         verdict,
         space,
         test=own.accuracy,
@@ -224,7 +260,7 @@ def make_result(
         kind=verdict.kind,
         table=layer_frame(budget, verdict.mask, wide),
         trials=trial_frame(records, space),
-        baselines=baseline_frame(report.lines),
+        baselines=baseline_frame(report, probes),
         plans=plans,
         facts=facts,
     )
@@ -262,7 +298,8 @@ def _facts(
             "trainable_parameters": own.params,
         },
         "searched_plan": strip(report.line(PLAN).baseline.mask),
-        "against_all": estimate_row(own.against_all) if own.against_all else None,
+        "recommended": own.baseline.name,
+        "against_all": None if (pair := own.against[ALL]) is None else estimate_row(pair),
         "differences": [
             {"arm": first, "versus": second, **estimate_row(found)}
             for (first, second), found in verdict.differences.items()
@@ -275,6 +312,8 @@ def _facts(
         "steps": steps,
         "lrs": list(budget.lrs),
         "lr_at_edge": at_edge,
+        "head": settings.finetune.head,
+        "stop_margin": settings.margin,
         "objective": settings.objective,
         "strategy": settings.strategy,
         "budget": budget.total,

@@ -26,6 +26,7 @@ from layerprobe.search.budget import Scores, TrialBudget
 from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
 from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
 from layerprobe.search.pilot import Pilot, run_pilot
+from layerprobe.search.probes import ProbeBaseline, probe_baselines
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, identify, make_settings
 from layerprobe.search.space import Space, Trial, describe_mask
@@ -158,6 +159,13 @@ class TrialRunner:
             self.store.put("scores", strict_rows(frame[SCORE_COLUMNS]))
         return pd.DataFrame(self.store.get("scores"), columns=SCORE_COLUMNS)
 
+    def probes(self, *, quiet: bool = True) -> list[ProbeBaseline]:
+        """Linear probes of frozen features and raw pixels, fitted once and kept with the trials."""
+        if self.store.get("probes") is None:
+            found = probe_baselines(self.evaluator, quiet=quiet)
+            self.store.put("probes", [probe.to_dict() for probe in found])
+        return [ProbeBaseline.from_dict(one) for one in self.store.get("probes")]
+
 
 def prepare(
     backbone: Backbone, task: Task, settings: Settings, storage: str | os.PathLike[str], **also: Any
@@ -191,6 +199,7 @@ class _Search:
         with self.runner.helpers(self.workers - 1):
             settings, space = self.settings, self.space
             pilot = self.pilot()
+            probes = self.runner.probes(quiet=self.quiet)
             scores = pd.DataFrame(columns=SCORE_COLUMNS)
             if settings.use_scores:
                 scores = self.runner.scores(quiet=self.quiet)
@@ -214,7 +223,8 @@ class _Search:
                 tolerance=budget.tolerance(posterior),
                 rates={PLAN: lr, **rates},
             )
-        return make_result(self.runner.evaluator, budget, pilot, report, self.runner.store.records(), scores)
+        records = self.runner.store.records()
+        return make_result(self.runner.evaluator, budget, pilot, report, records, scores, probes)
 
     def pilot(self) -> Pilot:
         """Length, rates and duration of a training; found once, and kept with the trials."""

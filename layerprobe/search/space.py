@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import UnknownNameError, UsageError
-from layerprobe.layers import format_blocks
+from layerprobe.layers import name_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,13 +92,13 @@ def mask_of(blocks: Iterable[int], n_blocks: int) -> Mask:
 
 
 def describe_mask(mask: Mask) -> str:
-    """A mask in words: 'all blocks', 'no block', 'blocks 0:2,5'."""
+    """A mask in words: 'all blocks', 'no block', 'blocks 0, 1 and 5'."""
     if all(mask):
         return "all blocks"
     if not any(mask):
         return "no block"
     chosen = blocks_of(mask)
-    return f"block {chosen[0]}" if len(chosen) == 1 else f"blocks {format_blocks(chosen)}"
+    return f"block {chosen[0]}" if len(chosen) == 1 else f"blocks {name_blocks(chosen)}"
 
 
 def trial_seed(seed: int, repeat: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import numpy as np
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.reading import check_plain
+from layerprobe.tables import render_table
 from layerprobe.tasks.decoding import Decoding, Resizer
 from layerprobe.tasks.duplicates import (
     KEEP_BYTES,
@@ -173,6 +175,18 @@ class Task:
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         return f"Task({self.name!r}: {self.n_classes} classes; {counts} images)"
+
+    def _repr_html_(self) -> str:
+        counts = [np.bincount(split.labels, minlength=self.n_classes) for split in self.splits.values()]
+        rows = [
+            {"split": name, "images": len(split), "fewest of a class": int(n.min()), "most": int(n.max())}
+            for (name, split), n in zip(self.splits.items(), counts, strict=True)
+        ]
+        names = ", ".join(self.classes[:10]) + (", …" if self.n_classes > 10 else "")
+        size = f"{self.image_size}×{self.image_size}" if self.image_size else "several sizes"
+        about = f"{self.name}: {self.n_classes} classes ({names}); {size}, {self.channels} channel"
+        about += "s" if self.channels > 1 else ""
+        return f"<p>{html.escape(about)}</p>{render_table(rows, 'html')}"
 
 
 @dataclass

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
-from layerprobe.metrics.intervals import mean_interval, paired_seed_interval, wilson_interval
+from layerprobe.metrics.intervals import (
+    interval_in_words,
+    mean_interval,
+    paired_seed_interval,
+    wilson_interval,
+)
 from layerprobe.records import Estimate, Record
 from layerprobe.tables import tidy
 from layerprobe.training.finetune import Outcome
@@ -173,8 +178,12 @@ class Evaluation(Record):
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {self.confidence:.0%} over {n_seeds} seeds"
-        return f"Wilson {self.confidence:.0%} over {self._n_test(arm):,} images, 1 seed" if n_seeds else None
+            return f"t {100 * self.confidence:.0f} % over {n_seeds} seeds"
+        return (
+            f"Wilson {100 * self.confidence:.0f} % over {self._n_test(arm):,} images, 1 seed"
+            if n_seeds
+            else None
+        )
 
     def _n_test(self, arm: str) -> int:
         return next(t.n_test or 0 for t in self.of(arm) if t.test_accuracy is not None)
@@ -193,7 +202,7 @@ class Evaluation(Record):
             else:
                 pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
                 row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {self.confidence:.0%} over {len(common)} paired seeds"
+                row["interval"] = f"t {100 * self.confidence:.0f} % over {len(common)} paired seeds"
             rows.append(row)
         return rows
 
@@ -202,7 +211,8 @@ class Evaluation(Record):
         for arm in arms:
             recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
             if recalls and np.mean(recalls) < LEAST_RECALL:
-                return f"{arm} recalls {np.mean(recalls):.0%} of its random labels, below {LEAST_RECALL:.0%}"
+                recalled, least = 100 * float(np.mean(recalls)), 100 * LEAST_RECALL
+                return f"{arm} recalls {recalled:.0f} % of its random labels, below {least:.0f} %"
         return ""
 
     def to_frame(self) -> pd.DataFrame:
@@ -239,10 +249,9 @@ class Evaluation(Record):
             rows.append(
                 {
                     "arm": arm,
-                    "test accuracy": _percent(found.value),
-                    "low": _percent(found.low),
-                    "high": _percent(found.high),
-                    "interval": self.interval_kind(arm),
+                    "test accuracy, %": percent(found.value),
+                    "interval": _ends(found),
+                    "basis": self.interval_kind(arm),
                     "lr": self.chosen[arm],
                     "trained parameters": trials[0].trainable_parameters if trials else None,
                     "TFLOP": None if flops is None else round(flops / 1e12, 3),
@@ -253,10 +262,13 @@ class Evaluation(Record):
             rows.append(
                 {
                     "arm": f"{row['arm']} − {row['versus']}",
-                    "test accuracy": f"{100 * row['value']:+.2f} points" if shown else None,
-                    "low": f"{100 * row['low']:+.2f}" if shown else None,
-                    "high": f"{100 * row['high']:+.2f}" if shown else None,
-                    "interval": row["interval"] if shown else row["reason"],
+                    "test accuracy, %": f"{100 * row['value']:+.1f} points" if shown else None,
+                    "interval": _ends(
+                        Estimate(value=row["value"], low=row["low"], high=row["high"]), sign=True
+                    )
+                    if shown
+                    else None,
+                    "basis": row["interval"] if shown else row["reason"],
                 }
             )
         return rows
@@ -264,7 +276,7 @@ class Evaluation(Record):
     def summary(self) -> str:
         found = {arm: self.interval(arm) for arm in self.arms}
         parts = [
-            f"{arm}: no result" if e.value is None else f"{arm} {e.value:.2%} [{e.low:.2%}, {e.high:.2%}]"
+            f"{arm}: no result" if e.value is None else f"{arm} {percent(e.value)} % ({_ends(e)})"
             for arm, e in found.items()
         ]
         kinds = sorted({kind for arm in self.arms if (kind := self.interval_kind(arm)) is not None})
@@ -273,16 +285,28 @@ class Evaluation(Record):
         for row in self.differences():
             if row["value"] is None:
                 continue
-            low, high = 100 * row["low"], 100 * row["high"]
+            low, high = row["low"], row["high"]
             answer = "yes" if low > 0 else "no, it hurts" if high < 0 else "no difference found"
             if forgetful := self.forgetful(row["arm"], row["versus"]):
                 answer = f"no claim, since the bridge of {forgetful}"
+            ends = _ends(Estimate(value=row["value"], low=low, high=high), sign=True)
             text += (
                 f"\n{row['question'].capitalize()}? {answer}: {row['arm']} − {row['versus']} = "
-                f"{100 * row['value']:+.2f} points [{low:+.2f}, {high:+.2f}]."
+                f"{100 * row['value']:+.1f} points ({ends})."
             )
         return text
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.2%}"
+def percent(share: float | None) -> str | None:
+    """A share in per cent with one decimal."""
+    return None if share is None else f"{100 * share:.1f}"
+
+
+def _ends(found: Estimate, *, sign: bool = False) -> str:
+    """The ends of an interval in per cent; one that leaves the scale of the quantity says nothing."""
+    if found.low is None or found.high is None:
+        return "–"
+    lowest = -1.0 if sign else 0.0
+    if found.low < lowest or found.high > 1.0 or found.high - found.low > 1.0:
+        return "not estimable"
+    return interval_in_words(found.low, found.high, sign=sign)

@@ -95,8 +95,8 @@ class BridgeRun(Record):
     def summary(self) -> str:
         k = self.config.random_classes
         text = (
-            f"After {len(self.history):,} steps {self.value('random_label_accuracy'):.1%} of the random labels "
-            f"are recalled (a guess: {1 / k:.1%} of {k}); {self.plan.summary()}."
+            f"After {len(self.history):,} steps {100 * self.value('random_label_accuracy'):.1f} % of the random labels "
+            f"are recalled (a guess: {100 / k:.3g} %, {k} labels); {self.plan.summary()}."
         )
         return text + (f" Model: {self.folder}" if self.folder is not None else "")
 

@@ -45,7 +45,7 @@ def run_folder(program, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(folder)])
     assert found.exit_code == 0, found.stderr
-    assert "of the random labels are recalled (a guess: 10.0% of 10)" in found.stdout
+    assert "of the random labels are recalled (a guess: 10 %, 10 labels)" in found.stdout
     return folder
 
 
@@ -83,7 +83,7 @@ def test_the_run_folder_serves_as_model_and_brings_its_plan(program, run_folder)
     assert body["provenance"]["backbone"]["origin"] == "bridge"
     assert body["provenance"]["plan"] is not None
     mean = next(row for row in body["rows"] if row["metric"] == "test_accuracy_mean")
-    assert mean["interval"] == "t 95% over 2 seeds"
+    assert mean["interval"] == "t 95 % over 2 seeds"
     assert mean["low"] <= mean["value"] <= mean["high"]
 
 

@@ -55,7 +55,7 @@ def test_json_is_strict_and_alone_on_stdout(models: Path) -> None:
     done = run("outliers", "--model", str(models / "heavy"), "--json", "--sigmas", "2.5")
     body = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert body["schema"] == "layerprobe.outliers/v1"
-    assert set(body) == {"schema", "provenance", "rows"}
+    assert set(body) == {"schema", "provenance", "rows", "summary", "table"}
     model = [
         row for row in body["rows"] if row["level"] == "model" and row["metric"] == "outlier_ratio_2.5sigma"
     ]

@@ -241,7 +241,7 @@ def test_the_record_saves_its_maps_and_draws(record, tmp_path):
     assert (tmp_path / "attribution_maps.csv").read_text().count("\n") == len(record.maps) + 1
     assert plot_attribution(record.to_frame(), "attribution_update").get_title().startswith("through")
     assert len([ax for ax in attribution_figure(record.to_frame()).get_axes() if ax.axison]) == 8
-    assert len(patch_maps_figure(record.maps, record.pictures).get_axes()) == 2 * 5
+    assert len(patch_maps_figure(record.maps, record.pictures).get_axes()) == 2 * 5 + 1  # the colour key
     with pytest.raises(UnknownNameError, match="no attribution 'attribution_lrp'"):
         plot_attribution(record.to_frame(), "attribution_lrp")
 

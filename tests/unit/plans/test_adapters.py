@@ -298,5 +298,5 @@ def test_blocks_with_adapters_have_a_mark_of_their_own() -> None:
     assert [plan.block_states[i] for i in (0, 3, 4)] == ["adapter", "trainable", "frozen"]
     strip = block_strip(plan).splitlines()[1].split()
     assert "".join(strip) == "◇◇·■······◇■" and len(strip) == N_BLOCKS
-    assert "adapters of rank 2 on 12 modules (blocks 0:2,10)" in plan.summary()
+    assert "adapters of rank 2 on 12 modules (blocks 0, 1 and 10)" in plan.summary()
     assert all(word in WRAPPED for word in HEADED.values())

@@ -15,7 +15,7 @@ def test_the_table_adds_up() -> None:
     rows = PlanTable(plan).table()
     assert [row["part"] for row in rows] == [
         "blocks 3",
-        "blocks 0:3,4:12",
+        "blocks 0, 1, 2 and 4 to 11",
         "embeddings",
         "positions",
         "norm",

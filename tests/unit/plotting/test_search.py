@@ -31,7 +31,7 @@ def test_arms_by_accuracy_and_chance_by_name() -> None:
     figure.canvas.draw()
     assert [label.get_text() for label in ax.get_yticklabels()] == ["all  (2 M)", "plan  (1 M)"]
     (chance,) = ax.texts
-    assert chance.get_text() == "chance"
+    assert chance.get_text() == "chance 10 %"
     # matplotlib leaves out an annotation whose point lies outside the axes; then there is no box.
     box = chance.get_tightbbox(figure.canvas.get_renderer())
     assert box is not None
@@ -69,7 +69,7 @@ def test_several_plans_keep_their_order_and_the_callers_axes() -> None:
     ax = plt.subplots()[1]
     assert plot_plan(frame, ax=ax) is ax
     assert [label.get_text() for label in ax.get_yticklabels()] == ["zeta", "alpha"]
-    assert [text.get_text() for text in ax.texts] == ["40.0%", "80.0%"]
+    assert [text.get_text() for text in ax.texts] == ["40.0 %", "80.0 %"]
     plt.close(ax.figure)
 
 

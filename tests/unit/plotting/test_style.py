@@ -7,7 +7,19 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from layerprobe.plotting.style import draw_line, layer_names, only_name
+from layerprobe.plotting.layer_scores import patch_maps_figure
+from layerprobe.plotting.style import (
+    BLUE,
+    ORANGE,
+    OTHER_COLOUR,
+    draw_line,
+    layer_names,
+    name_lines,
+    only_name,
+    show_chance,
+    training_colour,
+    whole_numbers,
+)
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])
@@ -42,3 +54,52 @@ def test_layers_are_named_by_block_and_unusual_site() -> None:
     assert layer_names(frame.iloc[:0]) == []
     assert only_name(frame, "model") == "b"
     assert only_name(frame, "block", "several") == "several"
+
+
+def test_up_to_four_lines_are_named_where_they_end_and_names_do_not_overlap() -> None:
+    ax = Figure(figsize=(4, 3)).subplots()
+    for index in range(4):
+        ax.plot([0, 1], [0.0, 1.0 + 0.001 * index], label=f"line {index}")
+    name_lines(ax)
+    assert ax.get_legend() is None
+    assert [text.get_text() for text in ax.texts] == [f"line {index}" for index in range(4)]
+    heights = [text.get_position()[1] for text in ax.texts]
+    assert np.diff(heights).min() * 3 * 72 * 0.7 > 9  # about a line of text of size 10 apart
+    assert max(heights) <= 1.0 + 1e-9
+    ax.plot([0, 1], [0, 1], label="a fifth")
+    name_lines(ax)
+    assert len(ax.get_legend().get_texts()) == 5
+
+
+def test_chance_is_a_line_or_is_said() -> None:
+    ax = Figure().subplots()
+    ax.set_ylim(0, 100)
+    show_chance(ax, 10.0)
+    assert ax.texts[0].get_text() == "chance 10 %" and len(ax.lines) == 1
+    narrow = Figure().subplots()
+    narrow.set_ylim(93, 97)
+    show_chance(narrow, 10.0)
+    assert narrow.texts[0].get_text() == "↓ chance 10 %" and not narrow.lines
+    assert narrow.get_ylim() == (93, 97)
+
+
+def test_blocks_and_steps_have_no_halves() -> None:
+    ax = Figure(figsize=(3, 2)).subplots()
+    ax.plot([0, 5], [0, 1])
+    whole_numbers(ax)
+    assert all(float(tick).is_integer() for tick in ax.get_xticks())
+
+
+def test_one_colour_a_kind_of_training() -> None:
+    assert training_colour("plan") == training_colour("partial") == ORANGE
+    assert training_colour("all") == training_colour("language") == BLUE
+    assert training_colour("first-half") == OTHER_COLOUR
+
+
+def test_maps_have_a_colour_key() -> None:
+    cells = [{"row": r, "column": c, "value": r - c} for r in range(2) for c in range(2)]
+    about = {"image": "a", "label": 0, "prediction": 1}
+    rows = [{**cell, **about, "block": block} for block in (None, 0) for cell in cells]
+    figure = patch_maps_figure(pd.DataFrame(rows), {})
+    words = [text.get_text() for ax in figure.axes for text in ax.get_xticklabels()]
+    assert {"against the prediction", "for the prediction"} <= set(words)

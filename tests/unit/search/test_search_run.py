@@ -117,7 +117,9 @@ def test_selection_never_saw_the_test_split_and_the_report_uses_other_seeds(fini
 
 def test_baselines_stand_at_equal_length_with_paired_differences(finished) -> None:
     baselines = finished[0].baselines.set_index("arm")
-    assert {"plan", "all", "none", "norms", "first-half", "last-half"} == set(baselines.index)
+    assert {"plan", "all", "none", "norms", "first-half", "last-half", "probe", "pixels"} == set(
+        baselines.index
+    )
     per_seed = {
         arm: [float(v) for v in baselines.loc[arm, "test_per_seed"].split()] for arm in baselines.index
     }
@@ -142,7 +144,7 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
             backbone, task, output=tmp_path, **{**made_up, "budget": 16.0, "baselines": names}
         )
     baselines = found.baselines.set_index("arm")
-    assert set(baselines.index) == {"plan", "none", *names}
+    assert set(baselines.index) == {"plan", "none", *names, "probe", "pixels"}
     assert baselines.loc["auto-rgn", "plan"] == "###+auto-rgn"
     # Two learning rates and two seeds of the report.
     assert sum(asked) == 4 and set(found.trials["plan"][found.trials["plan"].str.contains("rgn")]) == {

@@ -117,8 +117,8 @@ def test_seeds_are_added_until_the_intervals_are_as_narrow_as_asked_for() -> Non
 def test_equal_plans_stand_once_in_the_verdict() -> None:
     found, _ = report({ALL: 0.8, ONE: 0.8, NONE: 0.6}, noise=0.002)
     assert set(found.verdict.differences) == {("plan", "all"), ("plan", "none"), ("all", "none")}
-    assert found.line("plan").against_all.value == pytest.approx(0.0, abs=0.01)
-    assert found.line("all").against_all is None and found.noise == pytest.approx(0.002, rel=0.8)
+    assert found.line("plan").against["all"].value == pytest.approx(0.0, abs=0.01)
+    assert found.line("all").against["all"] is None and found.noise == pytest.approx(0.002, rel=0.8)
 
 
 def learning(plateau: float, tau: float, best_lr: float = 1e-3):
