@@ -368,7 +368,6 @@ def _train_bridge(
         plan=found.plan,
         config=config,
         output=target,
-        resume=checkpoint is not None,
         quiet=quiet,
     )
 

@@ -141,7 +141,7 @@ def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
             ["bridge", "--plan", "nowhere.json"],
             "there is no plan nowhere.json: name a plan file, or a run folder",
         ),
-        (["bridge", "--resume"], "--resume continues the run in a folder; name that with -o"),
+        (["bridge"], "--resume continues the run in a folder; name that with -o"),
         (["bridge", "--precision", "float8"], "precision is one of float32, bfloat16, not 'float8'"),
         (["bridge", "--device", "cuda:77"], "cuda:77"),
         (["evaluate", "--seeds", "none"], "'none' is no number of seeds"),
@@ -170,7 +170,7 @@ def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
 
 def test_resuming_nothing_is_said_aloud(program, model, tmp_path):
     arguments = [word for word in common("bridge", model) if word != "-q"]
-    found = CliRunner().invoke(program, [*arguments, "--resume", "-o", str(tmp_path), "--dry-run"])
+    found = CliRunner().invoke(program, [*arguments, "-o", str(tmp_path), "--dry-run"])
     assert found.exit_code == 0, found.stderr
     assert f"nothing to resume in {tmp_path}, starting anew" in found.stderr
 

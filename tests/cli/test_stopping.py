@@ -51,7 +51,7 @@ def test_a_bridge_saves_and_continues(llama: Path, tmp_path: Path, number: int, 
     found, said = stop_when(stopped, "layerprobe_run.json", start(*arguments, "-o", stopped), number)
     assert found == code and said.strip().endswith(f"{word}; finished work is kept")
     assert not (stopped / ".layerprobe.lock").exists()
-    again = start(*arguments, "-o", stopped, "--resume")
+    again = start(*arguments, "-o", stopped)
     undisturbed = start(*arguments, "-o", whole)
     assert again.wait(120) == 0 and undisturbed.wait(120) == 0
     for name in ("backbone/model.safetensors", "stem.safetensors", "head.safetensors"):

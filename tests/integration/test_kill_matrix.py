@@ -29,8 +29,8 @@ SEARCH = ("freeze-search", "--budget", "5", "--bridge-steps", "2", "--finetune-s
           "--seeds", "2", "--no-scores", "--workers", "2")  # fmt: skip
 JOBS: dict[str, tuple[str, ...]] = {
     "features": ("features", "--batch-size", "1"),
-    "bridge": ("bridge", "--steps", "60", "--batch-size", "16", "--checkpoint-every", "7", "--resume"),
-    "bridge-2": ("bridge", "--steps", "30", "--batch-size", "16", "--checkpoint-every", "7", "--resume"),
+    "bridge": ("bridge", "--steps", "60", "--batch-size", "16", "--checkpoint-every", "7"),
+    "bridge-2": ("bridge", "--steps", "30", "--batch-size", "16", "--checkpoint-every", "7"),
     "search": SEARCH,
     "search-postgresql": SEARCH,
     "evaluate": (
