@@ -132,6 +132,7 @@ def render_table(
     *,
     columns: Sequence[str] | None = None,
     mark: str | None = None,
+    width: int | None = None,
 ) -> str:
     """Rows as a table; text to the left, numbers to the right.
 
@@ -139,7 +140,10 @@ def render_table(
     ----------
     columns : which, in order; default: all, as they come.
     mark : in HTML, the row whose first cell equals it is highlighted.
+    width : in text, lines are no longer: what does not fit stands below, behind the first column once more.
     """
+    if width is not None:
+        return "\n\n".join(render_table(rows, columns=part) for part in _fitting(rows, columns, width))
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]
@@ -153,6 +157,21 @@ def render_table(
         f"{{:{'<' if text else '>'}{width}}}" for text, width in zip(is_text, widths, strict=True)
     )
     return "\n".join(layout.format(*line).rstrip() for line in [names, *body])
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None, width: int) -> list[list[str]]:
+    """Columns in groups that fit `width`, each behind the first one; those without any value are left out."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    first, *others = names
+    sizes = {n: max(len(n), *(len(cell_text(row.get(n))) for row in rows)) for n in names}
+    groups: list[list[str]] = [[first]]
+    for name in others:
+        if all(cell_text(row.get(name)) == "–" for row in rows):
+            continue
+        if len(groups[-1]) > 1 and sum(sizes[n] + 2 for n in groups[-1]) + sizes[name] > width:
+            groups.append([first])
+        groups[-1].append(name)
+    return groups
 
 
 def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], mark: str | None) -> str:

@@ -10,24 +10,62 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from layerprobe import __version__
 from layerprobe.errors import LayerprobeError, Terminated, stopped_by
-from layerprobe.progress import error_line, silence_notes
+from layerprobe.progress import error_line, line_for_people, silence_notes
 
 COMMANDS = (
-    "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
-    "report", "env",
+    "demo", "freeze-search", "watch", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe",
+    "transfer", "attribute", "report", "env",
 )  # fmt: skip
 """In the order of the help; each stands in the file of its name, in a function of its name."""
 
 
+WELCOME = """\
+Which layers of a language-pretrained transformer already serve vision, and
+which should be trained? The road to an answer:
+
+  layerprobe demo
+      a first look, under a minute
+  layerprobe probe MODEL --task TASK
+      what each layer knows as it is
+  layerprobe freeze-search MODEL --task TASK
+      which blocks to train: a freeze plan
+  layerprobe evaluate MODEL --task TASK --plan RUN --arms partial,language
+      the plan against training everything, on unseen seeds
+  layerprobe report RUN
+      a run as a page to send
+
+MODEL is minilm, gpt2, a hub id or a folder. TASK is digits, cifar100, a data set
+of the hub or a folder of images. RUN is a folder below runs/, or that of -o.
+All commands: layerprobe --help. Names: layerprobe ls models, layerprobe ls tasks.
+"""
+UsageMistake: Any = typer.BadParameter.__mro__[2]
+"""click's own class of what a user typed wrongly, wherever typer keeps its click."""
+
+
 class Program(TyperGroup):
     """The command group. A known error becomes `error: …` on stderr and its exit code; bugs keep their traceback."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run a call; what was typed wrongly is one line, too."""
+        try:
+            code = super().main(*arguments, standalone_mode=False, **options)
+        except UsageMistake as mistake:
+            if not standalone_mode:
+                raise
+            sys.stderr.write(f"error: {_mistake_line(mistake)}\n")
+            sys.exit(mistake.exit_code)
+        except typer.Abort:
+            sys.exit(1)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,6 +82,14 @@ class Program(TyperGroup):
             sys.exit(1)
         finally:
             silence_notes(False)
+
+
+def _mistake_line(mistake: Any) -> str:
+    """What click says of an option, a value or a command, and where to look."""
+    text = " ".join(str(mistake.format_message()).split())
+    context = getattr(mistake, "ctx", None)
+    where = "layerprobe" if context is None else context.command_path
+    return line_for_people(f"{text[:1].lower()}{text[1:].rstrip('.')}; see: {where} --help")
 
 
 def _leave(stop: KeyboardInterrupt) -> NoReturn:
@@ -72,18 +118,12 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
 app = typer.Typer(
     name="layerprobe",
     cls=Program,
-    no_args_is_help=True,
-    add_completion=False,
+    no_args_is_help=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    help=(
-        "Find out which layers of a language-pretrained transformer already serve vision, and which to train.\n\n"
-        "First steps:\n\n"
-        "  layerprobe freeze-search --model minilm --task digits\n\n"
-        "  layerprobe outliers --model llama-7b\n\n"
-        "  layerprobe ls models"
-    ),
+    help="Find out which layers of a language-pretrained transformer already serve vision, and which to train.",
 )
 
 
@@ -107,11 +147,16 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(
-        False, "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
-    ),
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        sys.stdout.write(WELCOME)
 
 
 def main() -> None:
@@ -121,6 +166,6 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _register()
-        app()
+        app(prog_name="layerprobe")
     except KeyboardInterrupt as stop:  # while the commands were imported
         _leave(stop)

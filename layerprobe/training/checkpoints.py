@@ -363,7 +363,9 @@ def refuse_other_run(
                 + TRY
             )
     if state["trainable_digest"] != now["trainable_digest"]:
-        raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json{TRY}")
+        raise UsageError(
+            f"the run in {run_folder} was begun with another freeze plan, see its plan.json{TRY}"
+        )
     if state["origin"] != now["origin"]:
         raise UsageError(f"the run in {run_folder} started from other weights than these{TRY}")
 
