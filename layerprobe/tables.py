@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,6 +118,26 @@ def cell_text(value: object) -> str:
     return str(value)
 
 
+def count_text(count: int) -> str:
+    """A number of parameters in three digits.
+
+    >>> [count_text(n) for n in (0, 9984, 1774464, 124439808)]
+    ['0', '9.98 k', '1.77 M', '124 M']
+    """
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """
+    >>> percent(0.1234), percent(0.95, 0)
+    ('12.3 %', '95 %')
+    """
+    return f"{100 * share:.{digits}f} %"
+
+
 def bytes_text(count: int) -> str:
     """
     >>> bytes_text(3 << 19), bytes_text(5 << 29)
@@ -184,6 +204,52 @@ def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], ma
         marked = mark is not None and line[0] == mark
         lines.append(('<tr class="mark">' if marked else "<tr>") + row("td", line))
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+SHOWN_AS = {
+    "mean_norm": "mean norm",
+    "mean_column_std": "mean std of a feature",
+    "max_offset_sigma": "largest |mean|/std",
+    "random": "random init, %",
+    "control_accuracy": "control task, %",
+    "selectivity": "selectivity, points",
+    "skip": "skip, logits",
+    "skip_accuracy_lost": "accuracy lost, points",
+    "mean_ablation": "mean instead, logits",
+    "mean_ablation_accuracy_lost": "accuracy lost so, points",
+}
+"""Metric → its column at a terminal, with the unit."""
+
+
+def ranks(frame: pd.DataFrame, *, lower_is_better: Collection[str]) -> pd.Series:
+    """The rank of each row within its metric as text, the first one marked; None where the value is undefined."""
+    import pandas as pd
+
+    values = frame["value"].astype(float)
+    signed = values.where(~frame["metric"].isin(list(lower_is_better)), -values)
+    found = signed.groupby(frame["metric"]).rank(ascending=False, method="min")
+    texts = [None if math.isnan(rank) else f"{rank:.0f}{' ◀' if rank == 1 else ''}" for rank in found]
+    return pd.Series(texts, index=frame.index, dtype=object)
+
+
+def table_by_layer(
+    frame: pd.DataFrame,
+    layers: Sequence[int | str],
+    *,
+    key: str,
+    prefix: str,
+) -> list[dict[str, Any]]:
+    """Long rows as one row a layer (the column `key`) with one column a metric, in their order, numbers in 3 digits.
+
+    Columns are called as `SHOWN_AS` says; one that ends on "points" holds a share and shows it times 100.
+    """
+    names = [SHOWN_AS.get(name := full.removeprefix(prefix), name) for full in frame["metric"]]
+    rows = {layer: {key: layer, **dict.fromkeys(names)} for layer in layers}
+    for layer, name, value in zip(layers, names, frame["value"], strict=True):
+        if isinstance(value, float):
+            value = float(f"{100 * value:.3g}" if name.endswith("points") else f"{value:.3g}")
+        rows[layer][name] = value
+    return list(rows.values())
 
 
 def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:

@@ -40,7 +40,7 @@ def attribute(
     Blocks are skipped or replaced by their mean, and the path from a mean image to each image is integrated, with
     steps that adapt until the completeness error is small. DeepLift, LRP and whole-block sums are refused.
 
-    Example: layerprobe attribute --model minilm --task digits --limit 300 --images 32
+    Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
     from layerprobe.analyzers.attribution import check_methods, check_sizes
 

@@ -43,7 +43,7 @@ def cka(
     architecture at random weights; with --model-b RUN, with itself after a bridge. Patch size, image size and
     attention concern language models; each backbone keeps its own preprocessing.
 
-    Example: layerprobe cka --model minilm --init-b random --task digits
+    Example: layerprobe cka minilm --init-b random --task digits
     """
     other = None
     if model_b is not None or init_b is not None:

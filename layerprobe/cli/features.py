@@ -34,7 +34,7 @@ def features(
     They land in the feature store, where cka, probe and transfer find them again; see: layerprobe ls features
     Several processes (--workers, torchrun, accelerate launch) share the images and end with the bytes of one.
 
-    Example: layerprobe features --model minilm --task digits
+    Example: layerprobe features minilm --task digits
     """
     what = "every layer" if layers.blocks == "all" else f"blocks {layers.blocks}"
     out.start(f"{what} of {backbone.model} on {split} images of {task.task}")

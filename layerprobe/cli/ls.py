@@ -15,7 +15,10 @@ app = Typer(no_args_is_help=True, help="List models, tasks, and features on disk
 
 @app.command("models")
 def models(as_json: options.Json = False) -> None:
-    """List the model aliases. Any hub id or local folder works as well."""
+    """List the model aliases. Any hub id or local folder works as well.
+
+    Example: layerprobe ls models
+    """
     from layerprobe.backbones.catalog import MODELS
 
     rows = [
@@ -27,7 +30,10 @@ def models(as_json: options.Json = False) -> None:
 
 @app.command("tasks")
 def tasks(as_json: options.Json = False) -> None:
-    """List the task aliases. Any image-classification data set on the hub or in a folder works as well."""
+    """List the task aliases. Any image-classification data set on the hub or in a folder works as well.
+
+    Example: layerprobe ls tasks
+    """
     from layerprobe.tasks.catalog import TASKS
 
     rows = [
@@ -44,7 +50,10 @@ def features(
     cache_dir: Annotated[str | None, Option(help="Folder of the feature store.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the feature stores on disk, or delete some."""
+    """List the feature stores on disk, or delete some.
+
+    Example: layerprobe ls features
+    """
     from layerprobe.hooks.feature_store import features_root, list_stores, prune_stores
 
     root = features_root(cache_dir)

@@ -41,9 +41,9 @@ which should be trained? The road to an answer:
   layerprobe report RUN
       a run as a page to send
 
-MODEL is minilm, gpt2, a hub id or a folder. TASK is digits, cifar100, a data set
-of the hub or a folder of images. RUN is a folder below runs/, or that of -o.
-All commands: layerprobe --help. Names: layerprobe ls models, layerprobe ls tasks.
+MODEL is minilm, gpt2, a hub id or a folder. TASK is digits, cifar100, a data
+set of the hub or a folder of images. RUN is a folder below runs/ or of -o.
+Names: layerprobe ls models, layerprobe ls tasks. More: layerprobe --help
 """
 UsageMistake: Any = typer.BadParameter.__mro__[2]
 """click's own class of what a user typed wrongly, wherever typer keeps its click."""

@@ -238,8 +238,8 @@ class OutputOptions:
 class TrainingOptions:
     """What `bridge` and `evaluate` say of a training."""
 
-    epochs: float = option(10.0, "Passes over the training images.", min=0)
-    steps: int | None = option(None, "Optimizer steps, instead of --epochs.", min=1)
+    epochs: float = option(10.0, "Passes over the training images.")
+    steps: int | None = option(None, "Optimizer steps, instead of --epochs.")
     random_classes: int = option(10, "Number K of random labels; our own default.")
     batch_size: int = option(128, "Images per optimizer step, all processes together.")
     stem_lr: float = option(1.0, "Learning rate of the stem, as a multiple of that of the blocks.")

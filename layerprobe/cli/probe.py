@@ -42,7 +42,7 @@ def probe(
     Every fit is driven to within 1e-4 of its optimum and says how far it is from it. Differences from the
     best layer carry paired bootstrap intervals.
 
-    Example: layerprobe probe --model minilm --task digits --controls pixels,random,labels
+    Example: layerprobe probe minilm --task digits --limit 500 --patch-size 4
     """
     asked = chosen_names("control", controls, CONTROLS)
     further = chosen_names("extra", extras, EXTRAS)

@@ -37,7 +37,7 @@ def transfer(
     Two families that are never mixed: readable scores of a layer's output (LogME, H-score, TransRate, GBC, neural
     collapse, leave-one-out ridge, kNN), and trainable scores of a block's gradients (RGN, SNR, Taylor, Fisher).
 
-    Example: layerprobe transfer --model minilm --task digits --limit 300
+    Example: layerprobe transfer minilm --task digits --limit 300
     """
     out.start(f"{' and '.join(FAMILIES[family])} scores of every layer of {backbone.model} on {task.task}")
     seen = backbone.sketch(task)

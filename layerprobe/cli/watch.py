@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument
+from typer import Argument, Option
 
 from layerprobe.cli import options
-from layerprobe.cli.options import option
 from layerprobe.cli.output import print_body
 from layerprobe.errors import UsageError
+from layerprobe.progress import duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,16 +27,18 @@ def watch(
     run: Annotated[
         Path | None, Argument(metavar="[RUN]", help="The folder of a freeze-search.", show_default=False)
     ] = None,
-    storage: str | None = option(None, "The database that the search was given, instead of a folder."),
-    every: float = option(2.0, "Seconds between two looks.", min=0.2),
-    once: bool = option(False, "One look, as plain text.", "--once"),
+    storage: Annotated[
+        str | None, Option(help="The database that the search was given, instead of a folder.")
+    ] = None,
+    every: Annotated[float, Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, Option("--once", help="One look, as plain text.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show a search while it runs: what training each block brings, the best plan, the budget, the time left.
 
     Reads alone, from any machine that reaches the folder or the database; Ctrl-C leaves the search as it is.
 
-    Example: layerprobe watch quickstart --once
+    Example: layerprobe watch run --once
     """
     if (run is None) == (storage is None):
         raise UsageError("name the folder of a search, or its database with --storage")
@@ -152,13 +154,3 @@ def facts(found: Look, run: Path | None) -> dict[str, Any]:
 def finished(run: Path | None) -> bool:
     """Whether the folder holds the search's answer."""
     return run is not None and (run / "search.json").is_file()
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(42), duration(150), duration(9000)
-    ('42 s', '2.5 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

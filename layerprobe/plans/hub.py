@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
+from layerprobe.tables import percent
 
 if TYPE_CHECKING:
     from layerprobe.plans.freeze_plan import FreezePlan
@@ -108,7 +109,7 @@ def plan_card(plan: FreezePlan, repository: str) -> str:
         ]
         if isinstance(low, float) and isinstance(high, float):
             lines.append(
-                f"Test accuracy on {task}: {accuracy['mean']:.1%} ({words}: {low:.1%} to {high:.1%})."
+                f"Test accuracy on {task}: {percent(accuracy['mean'])} ({words}: {percent(low)} to {percent(high)})."
             )
     base = plan.model_id if _REPOSITORY.fullmatch(plan.model_id) else None
     data = ModelCardData(

@@ -9,6 +9,7 @@ import seaborn
 from matplotlib.axes import Axes
 
 from layerprobe.plotting import style as look
+from layerprobe.tables import percent
 
 ARM_COLOURS = {
     "language": look.BLUE,
@@ -45,7 +46,7 @@ def plot_bridge_curve(
     ax.plot(frame["step"], frame["accuracy"], color=options["color"], alpha=0.25, linewidth=0.8)
     look.draw_line(ax, frame["step"], smooth, **options)
     if guess is not None:
-        look.reference_line(ax, guess, label=f"guess, {guess:.1%}")
+        look.reference_line(ax, guess, label=f"guess, {percent(guess)}")
     ax.set(xlabel="optimizer step", ylabel="random labels recalled (share)", ylim=(0, None))
     ax.legend(frameon=False)
     return ax

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
@@ -89,6 +91,12 @@ def look(storage: str | os.PathLike[str]) -> Look:
     """
     url = storage_url(storage)
     shown = hide_password(url)
+    if url.startswith("sqlite:///") and "?" not in url:  # which would be made where it is not there
+        path = sqlalchemy.make_url(url).database or ""
+        if not Path(path).is_file():
+            raise NotAvailableError(f"{shown} holds no search yet: there is no such file")
+        query = {"mode": "ro", "uri": "true"}
+        url = str(sqlalchemy.URL.create("sqlite", database=f"file:{quote(path)}", query=query))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         database = optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"))

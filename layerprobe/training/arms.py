@@ -11,7 +11,7 @@ import numpy as np
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.metrics.intervals import mean_interval, paired_seed_interval, wilson_interval
 from layerprobe.records import Estimate, Record
-from layerprobe.tables import tidy
+from layerprobe.tables import count_text, percent, tidy
 from layerprobe.training.finetune import Outcome
 
 if TYPE_CHECKING:
@@ -173,8 +173,12 @@ class Evaluation(Record):
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {self.confidence:.0%} over {n_seeds} seeds"
-        return f"Wilson {self.confidence:.0%} over {self._n_test(arm):,} images, 1 seed" if n_seeds else None
+            return f"t {percent(self.confidence, 0)} over {n_seeds} seeds"
+        return (
+            f"Wilson {percent(self.confidence, 0)} over {self._n_test(arm):,} images, 1 seed"
+            if n_seeds
+            else None
+        )
 
     def _n_test(self, arm: str) -> int:
         return next(t.n_test or 0 for t in self.of(arm) if t.test_accuracy is not None)
@@ -193,7 +197,7 @@ class Evaluation(Record):
             else:
                 pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
                 row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {self.confidence:.0%} over {len(common)} paired seeds"
+                row["interval"] = f"t {percent(self.confidence, 0)} over {len(common)} paired seeds"
             rows.append(row)
         return rows
 
@@ -202,7 +206,8 @@ class Evaluation(Record):
         for arm in arms:
             recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
             if recalls and np.mean(recalls) < LEAST_RECALL:
-                return f"{arm} recalls {np.mean(recalls):.0%} of its random labels, below {LEAST_RECALL:.0%}"
+                recalled, least = percent(np.mean(recalls), 0), percent(LEAST_RECALL, 0)
+                return f"{arm} recalls {recalled} of its random labels, below {least}"
         return ""
 
     def to_frame(self) -> pd.DataFrame:
@@ -240,12 +245,11 @@ class Evaluation(Record):
                 {
                     "arm": arm,
                     "test accuracy": _percent(found.value),
-                    "low": _percent(found.low),
-                    "high": _percent(found.high),
-                    "interval": self.interval_kind(arm),
-                    "lr": self.chosen[arm],
-                    "trained parameters": trials[0].trainable_parameters if trials else None,
-                    "TFLOP": None if flops is None else round(flops / 1e12, 3),
+                    "95 % interval": _ends(found.low, found.high),
+                    "lr": None if self.chosen[arm] is None else f"{self.chosen[arm]:g}",
+                    "trained": count_text(trials[0].trainable_parameters or 0) if trials else None,
+                    "TFLOP": None if flops is None else f"{flops / 1e12:.3g}",
+                    "interval of": self.interval_kind(arm),
                 }
             )
         for row in self.differences():
@@ -253,10 +257,9 @@ class Evaluation(Record):
             rows.append(
                 {
                     "arm": f"{row['arm']} − {row['versus']}",
-                    "test accuracy": f"{100 * row['value']:+.2f} points" if shown else None,
-                    "low": f"{100 * row['low']:+.2f}" if shown else None,
-                    "high": f"{100 * row['high']:+.2f}" if shown else None,
-                    "interval": row["interval"] if shown else row["reason"],
+                    "test accuracy": f"{100 * row['value']:+.1f} points" if shown else None,
+                    "95 % interval": _ends(row["low"], row["high"], sign="+") if shown else None,
+                    "interval of": row["interval"] if shown else row["reason"],
                 }
             )
         return rows
@@ -264,7 +267,9 @@ class Evaluation(Record):
     def summary(self) -> str:
         found = {arm: self.interval(arm) for arm in self.arms}
         parts = [
-            f"{arm}: no result" if e.value is None else f"{arm} {e.value:.2%} [{e.low:.2%}, {e.high:.2%}]"
+            f"{arm}: no result"
+            if e.value is None
+            else f"{arm} {percent(e.value, 2)} [{percent(e.low, 2)}, {percent(e.high, 2)}]"
             for arm, e in found.items()
         ]
         kinds = sorted({kind for arm in self.arms if (kind := self.interval_kind(arm)) is not None})
@@ -285,4 +290,11 @@ class Evaluation(Record):
 
 
 def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.2%}"
+    return None if share is None else percent(share)
+
+
+def _ends(low: float | None, high: float | None, *, sign: str = "") -> str | None:
+    """An interval in percent."""
+    if low is None or high is None:
+        return None
+    return f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"

@@ -20,7 +20,7 @@ from layerprobe.plans.plan import TRAINABLE
 from layerprobe.plans.verify import Verification
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.tables import write_frame
+from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.choose_rate import choose_rate
@@ -243,7 +243,9 @@ class _Training:
         self.history.add(step, self.config.batch_size, len(self.pixels))
         bar.update(self.config.batch_size)
         guess = 1 / self.config.random_classes
-        bar.set_postfix_str(f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%} (guess {guess:.1%})", False)
+        bar.set_postfix_str(
+            f"loss {step.loss:.3f}, accuracy {percent(step.accuracy)} (guess {percent(guess)})", False
+        )
         if self.config.trackers:
             values = {key: getattr(step, key) for key in ("loss", "accuracy", "lr", "grad_norm")}
             self.accelerator.log(values, step=step.index)

@@ -19,7 +19,7 @@ from layerprobe.plans.adapters import adapter_updates
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.reading import open_file
 from layerprobe.records import Record
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import percent, tidy, write_frame
 from layerprobe.training.classifier import whole
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.loop import Step
@@ -95,8 +95,8 @@ class BridgeRun(Record):
     def summary(self) -> str:
         k = self.config.random_classes
         text = (
-            f"After {len(self.history):,} steps {self.value('random_label_accuracy'):.1%} of the random labels "
-            f"are recalled (a guess: {1 / k:.1%} of {k}); {self.plan.summary()}."
+            f"After {len(self.history):,} steps {percent(self.value('random_label_accuracy'))} of the random labels "
+            f"are recalled (a guess: {percent(1 / k)} of {k}); {self.plan.summary()}."
         )
         return text + (f" Model: {self.folder}" if self.folder is not None else "")
 

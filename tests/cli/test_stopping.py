@@ -73,7 +73,7 @@ def test_features_stop_and_continue(llama: Path, tmp_path: Path) -> None:
 def test_a_search_ends_with_its_helpers(llama: Path, tmp_path: Path) -> None:
     """Also where the search itself is killed: no helper outlives it by more than fifteen seconds."""
     arguments = ("freeze-search", "--model", llama, "--task", "digits", "--limit", 60, "--patch-size", 4,
-                 "--budget", 30, "--bridge-steps", 30, "--finetune-steps", 60, "--no-scores",
+                 "--budget", 30, "--bridge-steps", 30, "--steps", 60, "--no-scores",
                  "--workers", 2)  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGKILL):
         child = start(*arguments, "-o", tmp_path / str(number))

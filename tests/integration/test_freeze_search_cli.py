@@ -16,7 +16,7 @@ import pytest
 
 FAST = [
     "--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "5", "--bridge-steps", "1",
-    "--finetune-steps", "2", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--no-scores",
+    "--steps", "2", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--no-scores",
 ]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def interrupt(process: subprocess.Popen[str]) -> str:
 
 
 def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
-    long = [*FAST, "--finetune-steps", "120", "--budget", "200"]
+    long = [*FAST, "--steps", "120", "--budget", "200"]
     process = subprocess.Popen(
         command("--model", tiny_model, *long, "-o", tmp_path / "run"),
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,

@@ -185,9 +185,7 @@ def test_two_phases_train_the_stem_first_and_then_leave_it(make_backbone, task, 
             plan = block_plan(backbone, [3])
             bridge_train(backbone, task, config=config, plan=plan, output=tmp_path / "r")
     backbone = make_backbone("gpt2")
-    bridge_train(
-        backbone, task, config=config, plan=block_plan(backbone, [3]), output=tmp_path / "r"
-    )
+    bridge_train(backbone, task, config=config, plan=block_plan(backbone, [3]), output=tmp_path / "r")
     assert digests(backbone) == whole
 
 
