@@ -52,11 +52,8 @@ def option(
                 check_name(option_name(parameter), value, choices)
             return value
 
-        among = {
-            "callback": check,
-            "autocompletion": lambda: list(choices),
-            "metavar": f"[{'|'.join(choices)}]",
-        }
+        among = {"callback": check, "autocompletion": lambda: list(choices), "metavar": "WORD"}
+        text = f"{text} One of {', '.join(choices)}."
     info = Option(*names, help=text, min=min, max=max, rich_help_panel=panel, **among)
     made: Any = field(default=default, metadata={"option": info})
     return made
@@ -66,9 +63,7 @@ common_option = functools.partial(option, panel=COMMON)
 
 MODEL_HELP = "Alias, hub id, local folder or bridge run; see: layerprobe ls models"
 Model = Annotated[str, Option("--model", "-m", help=MODEL_HELP)]
-NamedModel = Annotated[
-    str | None, Argument(metavar="[MODEL]", help="The same as --model.", show_default=False)
-]
+NamedModel = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model.", show_default=False)]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit of the hub repository.")]
 BatchSize = Annotated[int, Option("--batch-size", min=1, help="Images per forward pass.")]
 CacheDir = Annotated[

@@ -25,7 +25,7 @@ HALF = 10
 
 def watch(
     run: Annotated[
-        Path | None, Argument(metavar="[RUN]", help="The folder of a freeze-search.", show_default=False)
+        Path | None, Argument(metavar="RUN", help="The folder of a freeze-search.", show_default=False)
     ] = None,
     storage: Annotated[
         str | None, Option(help="The database that the search was given, instead of a folder.")
