@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from typing import Any
 
 from tqdm import tqdm
@@ -72,7 +74,7 @@ class Stages:
         if stage != self._stage or self._bar is None:
             self.close()
             self._stage = stage
-            form = "{desc}{bar} {n:.3g} of {total:.3g} {unit}, {remaining} left{postfix}"
+            form = "{desc} {bar} {n:.3g} of {total:.3g} {unit}, {remaining} left{postfix}"
             how = {"bar_format": form, "smoothing": 0.0, "delay": 0.0} if sys.stderr.isatty() else {}
             self._bar = progress_bar(
                 total=total, initial=done, unit=unit, desc=stage, quiet=self._quiet, **how
@@ -101,7 +103,16 @@ def silence_notes(quiet: bool) -> None:
 def note(message: str) -> None:
     """One remark on stderr; never mixed with results, which go to stdout."""
     if not _quiet:
-        tqdm.write(line_for_people(message), file=sys.stderr)
+        tqdm.write(wrapped(line_for_people(message)), file=sys.stderr)
+
+
+def wrapped(text: str) -> str:
+    """`text` with lines broken between words where stderr is a terminal; as it is elsewhere."""
+    if not sys.stderr.isatty():
+        return text
+    width = max(40, shutil.get_terminal_size().columns)
+    break_at = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, width, **break_at) for line in text.split("\n"))
 
 
 def error_line(error: LayerprobeError) -> str:

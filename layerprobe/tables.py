@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -165,7 +166,7 @@ def render_table(
     if width is not None:
         return "\n\n".join(render_table(rows, columns=part) for part in _fitting(rows, columns, width))
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    is_text = [any(_is_text(row.get(name)) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]
     if form == "html":
         return _html_table(names, body, is_text, mark) if rows else '<p class="soft">none</p>'
@@ -177,6 +178,13 @@ def render_table(
         f"{{:{'<' if text else '>'}{width}}}" for text, width in zip(is_text, widths, strict=True)
     )
     return "\n".join(layout.format(*line).rstrip() for line in [names, *body])
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text, and not a number that was written out, perhaps with a unit or a mark behind it."""
+    return (
+        isinstance(value, str) and re.fullmatch(rf"({MARK})?[+−-]?[\d.,]+(e[+-]?\d+)?( \S+)?", value) is None
+    )
 
 
 def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None, width: int) -> list[list[str]]:
@@ -206,6 +214,8 @@ def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], ma
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
+MARK = "▸ "
+"""Stands before the best number of a column."""
 SHOWN_AS = {
     "mean_norm": "mean norm",
     "mean_column_std": "mean std of a feature",
@@ -228,7 +238,7 @@ def ranks(frame: pd.DataFrame, *, lower_is_better: Collection[str]) -> pd.Series
     values = frame["value"].astype(float)
     signed = values.where(~frame["metric"].isin(list(lower_is_better)), -values)
     found = signed.groupby(frame["metric"]).rank(ascending=False, method="min")
-    texts = [None if math.isnan(rank) else f"{rank:.0f}{' ◀' if rank == 1 else ''}" for rank in found]
+    texts = [None if math.isnan(rank) else f"{MARK if rank == 1 else ''}{rank:.0f}" for rank in found]
     return pd.Series(texts, index=frame.index, dtype=object)
 
 

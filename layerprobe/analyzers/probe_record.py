@@ -15,7 +15,7 @@ from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import paired_bootstrap
 from layerprobe.metrics.probing.logistic import ProbeResult
 from layerprobe.records import Estimate, Record
-from layerprobe.tables import SHOWN_AS, tidy
+from layerprobe.tables import MARK, SHOWN_AS, tidy
 
 
 @dataclass(repr=False, kw_only=True)
@@ -190,8 +190,8 @@ class LinearProbes(Record):
             if result is not None:
                 low, high = result.interval
                 row |= {
-                    "accuracy, %": _in_percent(result.test_accuracy)
-                    + (" ◀" if index == self.best_layer else ""),
+                    "accuracy, %": (MARK if index == self.best_layer else "")
+                    + _in_percent(result.test_accuracy),
                     "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
                     "validation, %": _in_percent(float(result.val_accuracy.max())),
                 }

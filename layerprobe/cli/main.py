@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from layerprobe import __version__
 from layerprobe.errors import LayerprobeError, Terminated, stopped_by
-from layerprobe.progress import error_line, line_for_people, silence_notes
+from layerprobe.progress import error_line, line_for_people, silence_notes, wrapped
 
 COMMANDS = (
     "demo", "freeze-search", "watch", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe",
@@ -69,7 +69,7 @@ class Program(TyperGroup):
         except UsageMistake as mistake:
             if not standalone_mode:
                 raise
-            sys.stderr.write(f"error: {_mistake_line(mistake)}\n")
+            sys.stderr.write(wrapped(f"error: {_mistake_line(mistake)}") + "\n")
             sys.exit(mistake.exit_code)
         except typer.Abort:
             sys.exit(1)
@@ -82,7 +82,7 @@ class Program(TyperGroup):
             with _sigterm_like_ctrl_c():
                 return super().invoke(ctx)
         except LayerprobeError as error:
-            sys.stderr.write(f"error: {error_line(error)}\n")
+            sys.stderr.write(wrapped(f"error: {error_line(error)}") + "\n")
             sys.exit(error.exit_code)
         except KeyboardInterrupt as stop:  # before typer, which would call it "Aborted!", exit code 1
             _leave(stop)

@@ -115,7 +115,7 @@ class BackboneOptions:
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
     dtype: str | None = common_option(None, "Of the computation; default: float32.", choices=DTYPES)
     threads: int | None = common_option(
-        None, "Threads of the computation; default: by model and free cores.", min=1
+        None, "Threads of the computation; default: all cores, one for models below 1 M parameters.", min=1
     )
     offline: Offline = False
     trust_remote_code: TrustRemoteCode = False

@@ -21,7 +21,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run: the answer first, then the evidence.
 
-    Example: layerprobe report run
+    Example: layerprobe report quickstart
     """
     from layerprobe.report import write_report
 

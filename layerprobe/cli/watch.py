@@ -38,7 +38,7 @@ def watch(
 
     Reads alone, from any machine that reaches the folder or the database; Ctrl-C leaves the search as it is.
 
-    Example: layerprobe watch run --once
+    Example: layerprobe watch quickstart --once
     """
     if (run is None) == (storage is None):
         raise UsageError("name the folder of a search, or its database with --storage")

@@ -203,6 +203,7 @@ class _Search:
             total, baselines = self.total(pilot, baselines)
             budget = self.budget(pilot, total, guides)
             self.say(self.plan_in_words(pilot, total, baselines))
+            self.stages.show("search", 0.0, total, unit="full trainings")
             mask, lr = run_strategy(make_strategy(settings.strategy), budget)
             posterior = budget.posterior()
             self.say(power_in_words(posterior.noise, settings))

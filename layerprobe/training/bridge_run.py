@@ -83,11 +83,11 @@ class BridgeRun(Record):
             {
                 "block": int(block),
                 "plan": states[int(block)],
-                "weight change": row["weight_change"],
-                "update rank": row["update_rank"],
-                "σ₁ after/before": row["spectral_norm_ratio"],
-                "outliers > 6σ before": row["outlier_ratio_6sigma_before"],
-                "after": row["outlier_ratio_6sigma_after"],
+                "change, %": _digits(100 * row["weight_change"]),
+                "update rank": _digits(row["update_rank"]),
+                "σ₁ after/before": _digits(row["spectral_norm_ratio"], 4),
+                "> 6σ before, ppm": _digits(1e6 * row["outlier_ratio_6sigma_before"]),
+                "after, ppm": _digits(1e6 * row["outlier_ratio_6sigma_after"]),
             }
             for block, row in wide.iterrows()
         ]
@@ -99,6 +99,10 @@ class BridgeRun(Record):
             f"are recalled (a guess: {percent(1 / k)} of {k}); {self.plan.summary()}."
         )
         return text + (f" Model: {self.folder}" if self.folder is not None else "")
+
+
+def _digits(value: float, digits: int = 3) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 class History:

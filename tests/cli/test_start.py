@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_search import make_study
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -124,13 +125,13 @@ def test_every_help_ends_in_one_example_that_runs(
     *_, last = inspect.getdoc(command.callback).splitlines()
     examples = re.findall(r"^Example: layerprobe (.+)$", inspect.getdoc(command.callback), re.MULTILINE)
     assert len(examples) == 1 and last == f"Example: layerprobe {examples[0]}"
-    shutil.copytree(REPOSITORY / "results" / "quickstart", tmp_path / "run")
+    shutil.copytree(REPOSITORY / "results" / "quickstart", tmp_path / "quickstart")
     shutil.copy(some_plan, tmp_path)
     (tmp_path / "train.yaml").write_text(
         "freeze_layers: 3\nfinetuning_type: freeze\nfreeze_trainable_layers: 2\n"
     )
     if name == "watch":
-        make_study(tmp_path / "run" / "study.db")
+        make_study(tmp_path / "quickstart" / "study.db")
     monkeypatch.chdir(tmp_path)
     words = shlex.split(examples[0])
     assert words[: len(name.split())] == name.split()
@@ -139,29 +140,6 @@ def test_every_help_ends_in_one_example_that_runs(
     dry = ["--dry-run"] if any("--dry-run" in one.opts for one in command.params) else []
     result = run_cli(*words, *dry)
     assert result.code in (0, 1 if name == "plan lint" else 0), result.err
-
-
-def make_study(path: Path) -> None:
-    """A search of three blocks that has trained all and none of them."""
-    from layerprobe.search.pilot import Pilot
-    from layerprobe.search.space import Trial
-    from layerprobe.search.trials import TrialStore
-    from layerprobe.training.finetune import Outcome
-
-    pilot = Pilot(length=1.0, lrs=(1e-3,), accuracies={50: 0.9}, plateau=None, reached=True, seconds=2.0)
-    about = {"model": "tiny", "task": "digits", "strategy": "bayes", "budget": 10.0}
-    store = TrialStore.open(path, about)
-    store.put("pilot", pilot.to_dict())
-    masks = [(True, True, True), (False, False, False), (True, False, False)]
-    wanted = [Trial(mask=mask, lr=1e-3, repeat=repeat) for mask in masks for repeat in (0, 1)]
-    store.outcomes(
-        wanted,
-        lambda trial: Outcome(
-            validation_accuracy=0.5 + 0.4 * trial.mask[0] + 0.01 * trial.repeat,
-            trainable_parameters=100 * sum(trial.mask),
-        ),
-    )
-    store.close()
 
 
 def test_watch_shows_what_a_search_knows(run_cli: Callable, tmp_path: Path) -> None:
