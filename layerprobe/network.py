@@ -10,12 +10,16 @@ from urllib.parse import urlsplit
 SECONDS = 3.0
 
 
-@functools.cache
 def hub_is_out_of_reach() -> bool:
     """Whether the hub's machine takes no connection; False behind a proxy, where only asking tells."""
     from huggingface_hub import constants
 
-    address = urlsplit(constants.ENDPOINT)
+    return _is_out_of_reach(constants.ENDPOINT)
+
+
+@functools.cache
+def _is_out_of_reach(endpoint: str) -> bool:
+    address = urlsplit(endpoint)
     if address.hostname is None or urllib.request.getproxies().get(address.scheme):
         return False
     port = address.port or {"http": 80}.get(address.scheme, 443)

@@ -9,6 +9,7 @@ from typer import Option, Typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import print_body
+from layerprobe.cli.terminal import print_table
 
 app = Typer(no_args_is_help=True, help="List models, tasks, and features on disk.")
 
@@ -67,9 +68,9 @@ def features(
 
 
 def _show(command: str, rows: list[dict[str, Any]], as_json: bool) -> None:
-    from layerprobe.tables import render_table
-
     if as_json:
         print_body(command, {}, {"rows": rows})
+    elif rows:
+        print_table(rows)
     else:
-        sys.stdout.write(f"{render_table(rows) if rows else 'nothing there yet'}\n")
+        sys.stdout.write("nothing there yet\n")

@@ -12,19 +12,26 @@ from layerprobe.errors import printable
 
 def print_answer(answer: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the answer and the rows; in bold where stdout is a terminal, plain and unwrapped where it is none."""
+    if sys.stdout.isatty():
+        write(answer, style="bold", width=terminal_width())
+    else:
+        sys.stdout.write(f"{answer}\n")
+    if rows:
+        sys.stdout.write("\n")
+        print_table(rows)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a table; on a terminal no line is wider than that, and columns that do not fit stand below."""
     from layerprobe.tables import render_table
 
     if not sys.stdout.isatty():
-        table = f"\n{render_table(rows)}\n" if rows else ""
-        sys.stdout.write(f"{answer}\n{table}")
+        sys.stdout.write(f"{render_table(rows)}\n")
         return
-    width = terminal_width()
-    write(answer, style="bold", width=width)
-    if rows:
-        for part in render_table(rows, width=width).split("\n\n"):
-            head, _, body = part.partition("\n")
-            write(f"\n{head}", style="dim")
-            write(body)
+    for number, part in enumerate(render_table(rows, width=terminal_width()).split("\n\n")):
+        head, _, body = part.partition("\n")
+        write(f"\n{head}" if number else head, style="dim")
+        write(body)
 
 
 def write(text: str, *, style: str = "", width: int | None = None) -> None:

@@ -37,7 +37,7 @@ def test_one_seed_has_a_wilson_interval_and_several_a_t_interval():
     one = record_of([trial("model", 0, 0.6)])
     found = one.interval("model")
     assert (found.low, found.high) == pytest.approx(wilson_interval(60, 100))
-    assert one.interval_kind("model") == "Wilson 95% over 100 images, 1 seed"
+    assert one.interval_kind("model") == "Wilson 95 % over 100 images, 1 seed"
     three = record_of([trial("model", s, v) for s, v in enumerate((0.5, 0.6, 0.7))])
     found = three.interval("model")
     # s.d. 0.1 over 3 seeds; t(0.975, 2 d.f.) = 4.302653
@@ -45,7 +45,7 @@ def test_one_seed_has_a_wilson_interval_and_several_a_t_interval():
     assert (found.value, found.high - found.value, found.value - found.low) == pytest.approx(
         (0.6, half, half)
     )
-    assert three.interval_kind("model") == "t 95% over 3 seeds"
+    assert three.interval_kind("model") == "t 95 % over 3 seeds"
 
 
 def test_differences_pair_common_seeds_and_say_what_they_answer():
@@ -96,7 +96,7 @@ def test_nothing_is_claimed_of_a_bridge_that_recalls_few_labels():
     values = {"full-bridge": (0.70, 0.71, 0.72), "language": (0.50, 0.51, 0.52)}
     for recall, words in (
         (0.95, "help? yes"),
-        (0.12, "no claim, since the bridge of full-bridge recalls 12% of"),
+        (0.12, "no claim, since the bridge of full-bridge recalls 12 % of"),
     ):
         trials = [
             dataclasses.replace(trial(arm, s, v), bridge_accuracy=recall if "bridge" in arm else None)
