@@ -72,8 +72,7 @@ def linear_probes(
         Further measurements per layer: "labels" (a control task with random labels: control accuracy and
         selectivity), "knn", "ridge", "mdl" (online code length), "few-shot".
     surface : Sequence[np.ndarray] | None
-        What tells the types of the control task apart, see `control_labels`: n×d arrays of the three splits, such as
-        raw pixels. Default: the first layer that is not constant.
+        See `control_labels`, n×d of each split; default: the first layer that is not constant.
 
     A constant layer is a row with a reason.
 
@@ -86,15 +85,14 @@ def linear_probes(
     check_refit(refit)
     grid = check_grid(Cs)
     _check_extras(extras)
-    splits, classes, facts = _read_splits(
-        (features_train, y_train), (features_val, y_val), (features_test, y_test)
-    )
+    sides = (features_train, y_train), (features_val, y_val), (features_test, y_test)
+    splits, classes, facts = _read_splits(*sides)
     train, _, test = splits
     options: dict[str, Any] = {"Cs": grid, "seed": seed, "tol": tol, "device": device}
-    control = None
+    setting = Setting(n_classes=len(classes), **options)
     if "labels" in extras:
-        control = control_labels(surface or _surface(splits), len(classes), seed=seed)
-    setting = Setting(n_classes=len(classes), control=control, **options)
+        labels = control_labels(surface or _surface(splits), len(classes), seed=seed)
+        setting = setting._replace(control=labels)
     constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
     results: list[ProbeResult | None] = []
     extra_rows: list[Row] = []
@@ -105,7 +103,8 @@ def linear_probes(
         extra_rows += [{**constants, **place(layer), **row} for row in rows]
     arguments = {**options, "Cs": grid.tolist(), "refit": refit, "extras": list(extras)}
     origin = getattr(features_train, "provenance", None)
-    absent = {part.name: _absent(part.labels, classes) for part in splits}
+    facts_of_origin = {"features": origin} if origin else {}
+    absent = {part.name: names for part in splits if (names := _absent(part.labels, classes))}
     return LinearProbes(
         layers=list(splits[0].arrays),
         results=results,
@@ -117,12 +116,7 @@ def linear_probes(
         facts=facts,
         seed=seed,
         extra_rows=extra_rows,
-        provenance=provenance(
-            "probe",
-            arguments,
-            **({"features": origin} if origin else {}),
-            classes_absent={name: names for name, names in absent.items() if names},
-        ),
+        provenance=provenance("probe", arguments, **facts_of_origin, classes_absent=absent),
     )
 
 

@@ -12,8 +12,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -21,6 +21,12 @@ from typer.core import TyperGroup
 from layerprobe import __version__
 from layerprobe.errors import LayerprobeError, Terminated, stopped_by
 from layerprobe.progress import error_line, line_for_people, silence_notes, wrapped
+
+if TYPE_CHECKING:  # typer keeps a click of its own
+    from typer._click.core import Command
+    from typer._click.core import Context as ClickContext
+    from typer._click.exceptions import ClickException
+    from typer._click.formatting import HelpFormatter
 
 COMMANDS = (
     "demo", "freeze-search", "watch", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe",
@@ -48,24 +54,31 @@ MODEL is minilm, gpt2, a hub id or a folder. TASK is digits, cifar100, a data
 set of the hub or a folder of images. RUN is a folder below runs/ or of -o.
 Names: layerprobe ls models, layerprobe ls tasks. More: layerprobe --help
 """
-UsageMistake: Any = typer.BadParameter.__mro__[2]
-"""click's own class of what a user typed wrongly, wherever typer keeps its click."""
+UsageMistake: type[ClickException] = typer.BadParameter.__mro__[2]
+"""What a user typed wrongly: click's own class, wherever typer keeps its click."""
 
 
 class Program(TyperGroup):
     """The command group. A known error becomes `error: …` on stderr and its exit code; bugs keep their traceback."""
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: ClickContext, cmd_name: str) -> Command | None:
         """The command, its help made ready for a terminal."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             _ready_help(command)
         return command
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        *,
+        standalone_mode: bool = True,
+        **options: Any,
+    ) -> object:
         """Run a call; what was typed wrongly is one line, too."""
         try:
-            code = super().main(*arguments, standalone_mode=False, **options)
+            code = super().main(args, prog_name, standalone_mode=False, **options)
         except UsageMistake as mistake:
             if not standalone_mode:
                 raise
@@ -77,7 +90,7 @@ class Program(TyperGroup):
             return code
         sys.exit(code if isinstance(code, int) else 0)
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: ClickContext) -> object:
         try:
             with _sigterm_like_ctrl_c():
                 return super().invoke(ctx)
@@ -94,15 +107,15 @@ class Program(TyperGroup):
             silence_notes(False)
 
 
-def _ready_help(command: Any) -> None:
+def _ready_help(command: Command) -> None:
     """Give a command a help of two columns, which are wide enough at 80; typer's own table has six."""
     for inner in getattr(command, "commands", {}).values():
         _ready_help(inner)
     if not hasattr(command, "commands"):
-        command.format_help = functools.partial(_write_help, command)
+        setattr(command, "format_help", functools.partial(_write_help, command))  # noqa: B010
 
 
-def _write_help(command: Any, context: Any, formatter: Any) -> None:
+def _write_help(command: Command, context: ClickContext, formatter: HelpFormatter) -> None:
     """Usage, what the command does, and its options by panel. Paragraphs flow; nothing in them is read as markup."""
     command.format_usage(context, formatter)
     paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
@@ -127,7 +140,7 @@ def _write_help(command: Any, context: Any, formatter: Any) -> None:
         formatter.write(f"\nExample:\n  {example}\n")
 
 
-def _mistake_line(mistake: Any) -> str:
+def _mistake_line(mistake: ClickException) -> str:
     """What click says of an option, a value or a command, and where to look."""
     text = " ".join(str(mistake.format_message()).split())
     context = getattr(mistake, "ctx", None)

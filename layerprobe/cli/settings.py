@@ -88,7 +88,7 @@ class Call:
         return all(here.get(key) == there.get(key) for key in {*here, *there}.difference(may_differ))
 
 
-def use_config(context: Context, parameter: CallbackParam, path: str | None) -> Any:
+def use_config(context: Context, parameter: CallbackParam, path: str | None) -> Call:
     """What `--config FILE` does: its entries stand in for options that the command line leaves out."""
     if path is not None and not context.resilient_parsing:
         given = read_settings(Path(path))
@@ -153,7 +153,7 @@ def option_name(parameter: Any) -> str:
     return long[0][2:] if long else str(parameter.name).replace("_", "-")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
