@@ -31,7 +31,7 @@ def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> t
     return _Lines(*args, unit=unit, file=sys.stderr, disable=quiet, **kwargs, **pace)
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
+class _Lines(tqdm):
     """A line where tqdm would draw its bar anew."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -111,8 +111,8 @@ def wrapped(text: str) -> str:
     if not sys.stderr.isatty():
         return text
     width = max(40, shutil.get_terminal_size().columns)
-    break_at = {"break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(line, width, **break_at) for line in text.split("\n"))
+    lines = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(lines.fill, text.split("\n")))
 
 
 def error_line(error: LayerprobeError) -> str:

@@ -164,7 +164,16 @@ def render_table(
     width : in text, lines are no longer: what does not fit stands below, behind the first column once more.
     """
     if width is not None:
-        return "\n\n".join(render_table(rows, columns=part) for part in _fitting(rows, columns, width))
+        groups = _fitting(rows, columns, width)
+        most = width - 2 - max(len(cell_text(row.get(groups[0][0]))) for row in rows)
+        cut = [
+            {
+                name: f"{v[: most - 1]}…" if isinstance(v, str) and len(v) > most > 1 else v
+                for name, v in row.items()
+            }
+            for row in rows
+        ]
+        return "\n\n".join(render_table(cut, columns=part) for part in groups)
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     is_text = [any(_is_text(row.get(name)) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]

@@ -33,7 +33,7 @@ class Call:
 
     @property
     def command(self) -> str:
-        return str(self._context.info_name)
+        return str(self._context.command.name)
 
     def settings(self) -> dict[str, Any]:
         """Every option that has a value, by the name of its flag."""
@@ -92,10 +92,10 @@ def use_config(context: Context, parameter: CallbackParam, path: str | None) -> 
     """What `--config FILE` does: its entries stand in for options that the command line leaves out."""
     if path is not None and not context.resilient_parsing:
         given = read_settings(Path(path))
-        command = given.pop("command", context.info_name)
-        if command != context.info_name:
+        command = given.pop("command", context.command.name)
+        if command != context.command.name:
             raise UsageError(
-                f"{path} holds the settings of '{command}', not of '{context.info_name}'; "
+                f"{path} holds the settings of '{command}', not of '{context.command.name}'; "
                 f"try: layerprobe {command} --config {path}"
             )
         known = {option_name(one): one for one in context.command.params}
@@ -104,8 +104,8 @@ def use_config(context: Context, parameter: CallbackParam, path: str | None) -> 
             if name not in known or name in NOT_KEPT - {"storage"}:
                 names = sorted(known.keys() - NOT_KEPT)
                 raise UnknownNameError(
-                    f"{path}: '{context.info_name}' has no option '{name}'.{did_you_mean(name, names)} "
-                    f"See: layerprobe {context.info_name} --help"
+                    f"{path}: '{context.command.name}' has no option '{name}'.{did_you_mean(name, names)} "
+                    f"See: layerprobe {context.command.name} --help"
                 )
             repeated = getattr(known[name], "multiple", False) or getattr(known[name], "nargs", 1) != 1
             listed = isinstance(value, list) and not repeated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,8 @@ def write(text: str, *, style: str = "", width: int | None = None) -> None:
     from rich.text import Text
 
     shown = "\n".join(map(printable, text.split("\n")))
+    if os.environ.get("NO_COLOR"):  # for rich, bold is no colour
+        style = ""
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, width=width)
     console.print(Text(shown, style=style), soft_wrap=width is None)
 

@@ -77,10 +77,9 @@ def screen(found: Look, run: Path | None) -> RenderableType:
     text = Text("\n".join(head(found, run)), style="bold")
     text.append("\n\n")
     for line, gain in zip(bars(found), [None, *found.gains], strict=False):
-        sure = gain is not None and gain.low is not None and gain.high is not None
-        style = (
-            "dim" if gain is None or not sure else "green" if gain.low > 0 else "red" if gain.high < 0 else ""
-        )
+        style = "dim"
+        if gain is not None and gain.low is not None and gain.high is not None:
+            style = "green" if gain.low > 0 else "red" if gain.high < 0 else ""
         text.append(f"{line}\n", style=style)
     return text
 

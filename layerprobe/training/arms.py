@@ -206,7 +206,7 @@ class Evaluation(Record):
         for arm in arms:
             recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
             if recalls and np.mean(recalls) < LEAST_RECALL:
-                recalled, least = percent(np.mean(recalls), 0), percent(LEAST_RECALL, 0)
+                recalled, least = percent(float(np.mean(recalls)), 0), percent(LEAST_RECALL, 0)
                 return f"{arm} recalls {recalled} of its random labels, below {least}"
         return ""
 
@@ -266,12 +266,12 @@ class Evaluation(Record):
 
     def summary(self) -> str:
         found = {arm: self.interval(arm) for arm in self.arms}
-        parts = [
-            f"{arm}: no result"
-            if e.value is None
-            else f"{arm} {percent(e.value, 2)} [{percent(e.low, 2)}, {percent(e.high, 2)}]"
-            for arm, e in found.items()
-        ]
+        parts = []
+        for arm, e in found.items():
+            if e.value is None or e.low is None or e.high is None:
+                parts.append(f"{arm}: no result")
+            else:
+                parts.append(f"{arm} {percent(e.value)} [{_ends(e.low, e.high)}]")
         kinds = sorted({kind for arm in self.arms if (kind := self.interval_kind(arm)) is not None})
         text = f"Test accuracy on {self.about['task']} ({self.mode}): " + "; ".join(parts)
         text += f" ({'; '.join(kinds)})." if kinds else "."

@@ -134,6 +134,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     quickstart = REPOSITORY / "results" / "quickstart"
     shutil.copytree(quickstart, tmp_path / "quickstart")
     (tmp_path / "settings.yaml").write_text("command: bridge\nmodel: minilm\ntask: digits\n")
+    (tmp_path / "train.yaml").write_text(middle_plan().export("axolotl"))
     make_study(tmp_path / "quickstart" / "study.db")
     middle_plan().save(tmp_path / "plan.json")
     (tmp_path / "results").symlink_to(REPOSITORY / "results")
