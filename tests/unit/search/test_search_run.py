@@ -161,7 +161,7 @@ def test_a_log_says_how_long_it_takes_and_how_far_it_is(
     found = lp.freeze_search(backbone, task, **{**made_up, "quiet": False})
     said = capsys.readouterr().err
     assert re.search(
-        r"^bayes over 3 blocks: \S+ full trainings and a report of \S+, about \d+ s$", said, re.M
+        r"^\w+ over 3 blocks: \S+ full trainings and a report of \S+, about \S+ (s|min)$", said, re.M
     )
     done, total = map(
         int, re.findall(r"^report: (\d+) of (\d+) trainings, about \d+ s left$", said, re.M)[-1]
