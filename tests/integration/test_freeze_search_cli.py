@@ -60,7 +60,8 @@ def test_a_search_leaves_a_run_folder_and_says_the_plan(run_cli, tiny_model: Pat
 
     other = run_cli("freeze-search", "--model", tiny_model, *FAST, "--seed", "1", "-o", tmp_path / "run")
     assert other.code == 2
-    assert other.err.strip().count("\n") == 0 and "holds another search" in other.err
+    *before, error = other.err.splitlines()
+    assert len(before) == 1 and error.startswith("error: ") and "holds another search" in error
 
 
 def test_dry_run_loads_nothing_and_tells_cost_and_memory(run_cli, tiny_model: Path) -> None:
