@@ -41,7 +41,9 @@ class _Lines(tqdm):
             self.told = state["elapsed"]
             left = ""
             if state["total"] and state["n"] > state["initial"]:
-                rest = max(0.0, state["total"] - state["n"]) * state["elapsed"] / (state["n"] - state["initial"])
+                rest = (
+                    max(0.0, state["total"] - state["n"]) * state["elapsed"] / (state["n"] - state["initial"])
+                )
                 left = f", about {duration(rest)} left"
             of = f" of {state['total']:,g}" if state["total"] else ""
             name = state["prefix"].rstrip(": ")

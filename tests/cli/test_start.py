@@ -58,7 +58,8 @@ def test_help_of_the_search_says_its_defaults_and_what_the_preset_sets(
 
     monkeypatch.setenv("COLUMNS", "500")
     told = run_cli("freeze-search", "--help").out
-    rows = [row.strip("│ ") for row in told.splitlines()]
+    rows = [" ".join(row.split()) for row in re.split(r"\n  (?=-)", told)]
+    told = " ".join(told.split())
     settings = Settings().to_dict()
     for name in (
         "strategy", "objective", "seeds", "bridge_steps", "batch_size", "precision", "head",
