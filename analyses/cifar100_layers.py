@@ -145,7 +145,7 @@ def _cka_table(frame: pd.DataFrame, other: str) -> list[str]:
 def _attribution_table(frame: pd.DataFrame) -> list[str]:
     shown = {
         "attribution_skip": "skip, logits",
-        "attribution_skip_accuracy": "skip, share of images lost",
+        "attribution_skip_accuracy_lost": "skip, share of images lost",
         "attribution_mean_ablation": "mean ablation, logits",
         "attribution_update": "update, logits",
     }

@@ -221,7 +221,7 @@ def main() -> None:
     make.add_argument("--stem", default="pca")
     make.add_argument("--bridge-steps", type=int, default=0)
     make.add_argument("--random-classes", type=int, default=10)
-    make.add_argument("--finetune-steps", type=int, required=True)
+    make.add_argument("--steps", type=int, required=True)
     make.add_argument("--batch-size", type=int, default=32)
     make.add_argument("--head", default="probe", help="start of the head: probe or random")
     make.add_argument("--head-lr", type=float, default=1.0, help="multiple of the learning rate")

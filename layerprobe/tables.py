@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,6 +119,26 @@ def cell_text(value: object) -> str:
     return str(value)
 
 
+def count_text(count: int) -> str:
+    """A number of parameters in three digits.
+
+    >>> [count_text(n) for n in (0, 9984, 1774464, 124439808)]
+    ['0', '9.98 k', '1.77 M', '124 M']
+    """
+    for size, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """
+    >>> percent(0.1234), percent(0.95, 0)
+    ('12.3 %', '95 %')
+    """
+    return f"{100 * share:.{digits}f} %"
+
+
 def bytes_text(count: int) -> str:
     """
     >>> bytes_text(3 << 19), bytes_text(5 << 29)
@@ -132,6 +153,7 @@ def render_table(
     *,
     columns: Sequence[str] | None = None,
     mark: str | None = None,
+    width: int | None = None,
 ) -> str:
     """Rows as a table; text to the left, numbers to the right.
 
@@ -139,9 +161,21 @@ def render_table(
     ----------
     columns : which, in order; default: all, as they come.
     mark : in HTML, the row whose first cell equals it is highlighted.
+    width : in text, lines are no longer: what does not fit stands below, behind the first column once more.
     """
+    if width is not None:
+        groups = _fitting(rows, columns, width)
+        most = width - 2 - max(len(cell_text(row.get(groups[0][0]))) for row in rows)
+        cut = [
+            {
+                name: f"{v[: most - 1]}…" if isinstance(v, str) and len(v) > most > 1 else v
+                for name, v in row.items()
+            }
+            for row in rows
+        ]
+        return "\n\n".join(render_table(cut, columns=part) for part in groups)
     names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
-    is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    is_text = [any(_is_text(row.get(name)) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]
     if form == "html":
         return _html_table(names, body, is_text, mark) if rows else '<p class="soft">none</p>'
@@ -155,6 +189,28 @@ def render_table(
     return "\n".join(layout.format(*line).rstrip() for line in [names, *body])
 
 
+def _is_text(value: object) -> bool:
+    """Whether a value is text, and not a number that was written out, perhaps with a unit or a mark behind it."""
+    return (
+        isinstance(value, str) and re.fullmatch(rf"({MARK})?[+−-]?[\d.,]+(e[+-]?\d+)?( \S+)?", value) is None
+    )
+
+
+def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None, width: int) -> list[list[str]]:
+    """Columns in groups that fit `width`, each behind the first one; those without any value are left out."""
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
+    first, *others = names
+    sizes = {n: max(len(n), *(len(cell_text(row.get(n))) for row in rows)) for n in names}
+    groups: list[list[str]] = [[first]]
+    for name in others:
+        if all(cell_text(row.get(name)) == "–" for row in rows):
+            continue
+        if len(groups[-1]) > 1 and sum(sizes[n] + 2 for n in groups[-1]) + sizes[name] > width:
+            groups.append([first])
+        groups[-1].append(name)
+    return groups
+
+
 def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], mark: str | None) -> str:
     def row(tag: str, line: list[str]) -> str:
         opening = [f'<{tag} class="t">' if text else f"<{tag}>" for text in is_text]
@@ -165,6 +221,54 @@ def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], ma
         marked = mark is not None and line[0] == mark
         lines.append(('<tr class="mark">' if marked else "<tr>") + row("td", line))
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+MARK = "▸ "
+"""Stands before the best number of a column."""
+SHOWN_AS = {
+    "mean_norm": "mean norm",
+    "mean_column_std": "mean std of a feature",
+    "max_offset_sigma": "largest |mean|/std",
+    "random": "random init, %",
+    "control_accuracy": "control task, %",
+    "selectivity": "selectivity, points",
+    "skip": "skip, logits",
+    "skip_accuracy_lost": "accuracy lost, points",
+    "mean_ablation": "mean instead, logits",
+    "mean_ablation_accuracy_lost": "accuracy lost so, points",
+}
+"""Metric → its column at a terminal, with the unit."""
+
+
+def ranks(frame: pd.DataFrame, *, lower_is_better: Collection[str]) -> pd.Series:
+    """The rank of each row within its metric as text, the first one marked; None where the value is undefined."""
+    import pandas as pd
+
+    values = frame["value"].astype(float)
+    signed = values.where(~frame["metric"].isin(list(lower_is_better)), -values)
+    found = signed.groupby(frame["metric"]).rank(ascending=False, method="min")
+    texts = [None if math.isnan(rank) else f"{MARK if rank == 1 else ''}{rank:.0f}" for rank in found]
+    return pd.Series(texts, index=frame.index, dtype=object)
+
+
+def table_by_layer(
+    frame: pd.DataFrame,
+    layers: Sequence[int | str],
+    *,
+    key: str,
+    prefix: str,
+) -> list[dict[str, Any]]:
+    """Long rows as one row a layer (the column `key`) with one column a metric, in their order, numbers in 3 digits.
+
+    Columns are called as `SHOWN_AS` says; one that ends on "points" holds a share and shows it times 100.
+    """
+    names = [SHOWN_AS.get(name := full.removeprefix(prefix), name) for full in frame["metric"]]
+    rows = {layer: {key: layer, **dict.fromkeys(names)} for layer in layers}
+    for layer, name, value in zip(layers, names, frame["value"], strict=True):
+        if isinstance(value, float):
+            value = float(f"{100 * value:.3g}" if name.endswith("points") else f"{value:.3g}")
+        rows[layer][name] = value
+    return list(rows.values())
 
 
 def write_frame(frame: pd.DataFrame, path: str | os.PathLike[str]) -> Path:

@@ -27,7 +27,7 @@ from layerprobe.analyzers.attribution_path import (
     path_conductance,
     residual_taps,
 )
-from layerprobe.analyzers.features import columns_of, pixel_batches, rows_of_metric, table_by_layer
+from layerprobe.analyzers.features import columns_of, pixel_batches, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
@@ -35,7 +35,7 @@ from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import table_by_layer, tidy, write_frame
 from layerprobe.tasks import ImageSplit, Task
 
 METHODS = ("skip", "mean_ablation", "conductance", "update")
@@ -75,8 +75,8 @@ class LayerAttribution(Record):
 
     def table(self) -> list[dict[str, Any]]:
         """One row a block, one column a metric."""
-        shown = self.frame["block"].notna() & (self.frame["metric"] != "attribution_completeness_error")
-        rows = self.frame[shown].replace({"metric": {r"_accuracy$": "_accuracy_lost"}}, regex=True)
+        shown = self.frame["metric"] != "attribution_completeness_error"
+        rows = self.frame[self.frame["block"].notna() & shown]
         return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -95,7 +95,7 @@ class LayerAttribution(Record):
                 continue
             rows = self.metric(name)
             top = rows.loc[rows["value"].astype(float).idxmax()]
-            lost = self.metric(f"{name}_accuracy").set_index("block")["value"].astype(float)[top["block"]]
+            lost = float(self.metric(f"{name}_accuracy_lost").set_index("block")["value"][top["block"]])
             parts.append(
                 f"Block {int(top['block'])} matters most by {words}: the predicted class loses {top['value']:.3g} ± "
                 f"{top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
@@ -135,8 +135,8 @@ def attribute_layers(
 
     Methods and the metrics they give (`attribution_<name>`, one row a block, ± standard error over images):
 
-    - `skip`: f lost when the block hands on its input; `skip_accuracy`: the share of images lost.
-    - `mean_ablation`, `mean_ablation_accuracy`: the same when its update is replaced by the mean one per token.
+    - `skip`: f lost when the block hands on its input; `skip_accuracy_lost`: the share of images lost.
+    - `mean_ablation`, `mean_ablation_accuracy_lost`: the same when its update is replaced by the mean one per token.
     - `conductance`: mean |conductance| per unit of the block's output. Its plain sum would be the same for all.
     - `update`: conductance through what the block adds (output − input), in logits; the rest of
       f(x) − f(baseline) would pass the block unchanged.
@@ -287,7 +287,7 @@ class _Run:
         n_blocks = len(updates)
         return [
             *_rows(f"attribution_{name}", _per_image(lost, n_blocks)),
-            *_rows(f"attribution_{name}_accuracy", _per_image(misses, n_blocks)),
+            *_rows(f"attribution_{name}_accuracy_lost", _per_image(misses, n_blocks)),
         ]
 
     def path(

@@ -28,7 +28,7 @@ from layerprobe.locks import n_processes, process_number
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import tidy
+from layerprobe.tables import SHOWN_AS, tidy
 from layerprobe.tasks import ImageSplit, Task
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
                 "layer": str(layer),
                 "features": array.shape[-1],
                 **{
-                    name: np.nan if value is None else value
-                    for name, value in sorted(_column_statistics(array).items())
+                    SHOWN_AS[name]: None if value is None else float(f"{value:.3g}")
+                    for name, value in _column_statistics(array).items()
                 },
             }
             for layer, array in self.arrays.items()
@@ -342,17 +342,6 @@ def row_name(block: object, site: object) -> str:
     if pd.isna(block):
         return str(site)
     return f"block {block:.0f}" + ("" if pd.isna(site) or site == "resid_post" else f" {site}")
-
-
-def table_by_layer(
-    frame: pd.DataFrame, layers: Sequence[int | str], *, key: str, prefix: str
-) -> list[dict[str, Any]]:
-    """Long rows as one row a layer (the column `key`) with one column a metric, in their order."""
-    metrics = [name.removeprefix(prefix) for name in frame["metric"]]
-    rows = {layer: {key: layer, **dict.fromkeys(metrics)} for layer in layers}
-    for layer, metric, value in zip(layers, metrics, frame["value"], strict=True):
-        rows[layer][metric] = value
-    return list(rows.values())
 
 
 def rows_of_metric(frame: pd.DataFrame, name: str, *, prefix: str, what: str) -> pd.DataFrame:

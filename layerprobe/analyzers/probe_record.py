@@ -15,7 +15,7 @@ from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import paired_bootstrap
 from layerprobe.metrics.probing.logistic import ProbeResult
 from layerprobe.records import Estimate, Record
-from layerprobe.tables import tidy
+from layerprobe.tables import MARK, SHOWN_AS, tidy
 
 
 @dataclass(repr=False, kw_only=True)
@@ -186,24 +186,28 @@ class LinearProbes(Record):
         """One row a layer."""
         rows: list[dict[str, Any]] = []
         for index, (layer, result) in enumerate(zip(self.layers, self.results, strict=True)):
-            row: dict[str, Any] = {"layer": layer_name(layer), "accuracy": None}
+            row: dict[str, Any] = {"layer": layer_name(layer), "accuracy, %": None}
             if result is not None:
                 low, high = result.interval
                 row |= {
-                    "accuracy": result.test_accuracy,
-                    "95 %": f"{low:.3f} to {high:.3f}",
-                    "validation": float(result.val_accuracy.max()),
-                    "C": result.best_C,
-                    "suboptimality": max(
-                        min(fit.newton_decrement, fit.duality_gap) for fit in [*result.fits, result.probe.fit]
-                    ),
+                    "accuracy, %": (MARK if index == self.best_layer else "")
+                    + _in_percent(result.test_accuracy),
+                    "95 % interval": f"{100 * low:.1f} to {100 * high:.1f}",
+                    "validation, %": _in_percent(float(result.val_accuracy.max())),
                 }
             for name, control in self.controls.items():
                 if len(control.layers) == len(self.layers):
-                    row[name] = float(control.test_accuracy[index])
+                    row[SHOWN_AS.get(name, f"{name}, %")] = _in_percent(float(control.test_accuracy[index]))
             for extra in self.extra_rows:
                 if place(layer).items() <= extra.items() and not extra.get("shots"):
-                    row[extra["metric"].removesuffix("_accuracy")] = extra["value"]
+                    metric = extra["metric"]
+                    is_share = metric.endswith("_accuracy") or metric == "selectivity"
+                    column = SHOWN_AS.get(
+                        metric, f"{metric.removesuffix('_accuracy')}{', %' if is_share else ''}"
+                    )
+                    row[column] = _in_percent(extra["value"]) if is_share else float(f"{extra['value']:.3g}")
+            if result is not None:
+                row["C"] = f"{result.best_C:g}"
             if reason := self.reasons[index]:
                 row["reason"] = reason
             rows.append(row)
@@ -226,6 +230,10 @@ class LinearProbes(Record):
         if unfinished:
             text += f". {unfinished} of {self.converged.size} fits did not reach their optimum"
         return text + "."
+
+
+def _in_percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def accuracy_row(metric: str, accuracy: float, interval: tuple[float, float], n: int) -> dict[str, Any]:

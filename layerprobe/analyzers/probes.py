@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +17,17 @@ from layerprobe.analyzers.features import (
     layer_name,
     place,
 )
-from layerprobe.analyzers.probe_record import LinearProbes, accuracy_row
+from layerprobe.analyzers.probe_extras import EXTRAS, Parts, Row, Setting
+from layerprobe.analyzers.probe_record import LinearProbes
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.layers import EMBED, LayerRef
-from layerprobe.metrics.intervals import mean_interval
-from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
-from layerprobe.metrics.probing.knn_ridge import select_knn, select_ridge
+from layerprobe.metrics.probing.curves import control_labels
 from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
 from layerprobe.metrics.validation import check_features, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tasks import ImageSplit, Task
-from layerprobe.tasks.random_labels import random_labels
 
 SPLITS = ("train", "validation", "test")
 CONSTANT = "constant layer: every image has the same features"
@@ -38,9 +36,6 @@ PIXEL_SIZE = 32
 
 Given = FeatureSet | tuple[FeatureSet, ArrayLike]
 """Features that bring their labels, arrays without labels, or a pair (arrays, labels)."""
-Parts = list[tuple[np.ndarray, np.ndarray]]
-"""One layer's features and labels of train, validation and test."""
-Row = dict[str, Any]
 
 
 def linear_probes(
@@ -57,6 +52,7 @@ def linear_probes(
     seed: int = 0,
     device: str = "cpu",
     extras: Sequence[str] = (),
+    surface: Sequence[np.ndarray] | None = None,
     quiet: bool = False,
 ) -> LinearProbes:
     """Probe every layer with multinomial logistic regression.
@@ -73,8 +69,10 @@ def linear_probes(
     seed : int
         Of the bootstrap, and of the extras.
     extras : Sequence[str]
-        Further measurements per layer: "labels" (random labels: control accuracy and selectivity), "knn",
-        "ridge", "mdl" (online code length), "few-shot".
+        Further measurements per layer: "labels" (a control task with random labels: control accuracy and
+        selectivity), "knn", "ridge", "mdl" (online code length), "few-shot".
+    surface : Sequence[np.ndarray] | None
+        See `control_labels`, n×d of each split; default: the first layer that is not constant.
 
     A constant layer is a row with a reason.
 
@@ -87,12 +85,14 @@ def linear_probes(
     check_refit(refit)
     grid = check_grid(Cs)
     _check_extras(extras)
-    splits, classes, facts = _read_splits(
-        (features_train, y_train), (features_val, y_val), (features_test, y_test)
-    )
+    sides = (features_train, y_train), (features_val, y_val), (features_test, y_test)
+    splits, classes, facts = _read_splits(*sides)
     train, _, test = splits
     options: dict[str, Any] = {"Cs": grid, "seed": seed, "tol": tol, "device": device}
-    setting = _Setting(n_classes=len(classes), train_ids=train.ids, **options)
+    setting = Setting(n_classes=len(classes), **options)
+    if "labels" in extras:
+        labels = control_labels(surface or _surface(splits), len(classes), seed=seed)
+        setting = setting._replace(control=labels)
     constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
     results: list[ProbeResult | None] = []
     extra_rows: list[Row] = []
@@ -103,7 +103,8 @@ def linear_probes(
         extra_rows += [{**constants, **place(layer), **row} for row in rows]
     arguments = {**options, "Cs": grid.tolist(), "refit": refit, "extras": list(extras)}
     origin = getattr(features_train, "provenance", None)
-    absent = {part.name: _absent(part.labels, classes) for part in splits}
+    facts_of_origin = {"features": origin} if origin else {}
+    absent = {part.name: names for part in splits if (names := _absent(part.labels, classes))}
     return LinearProbes(
         layers=list(splits[0].arrays),
         results=results,
@@ -115,12 +116,7 @@ def linear_probes(
         facts=facts,
         seed=seed,
         extra_rows=extra_rows,
-        provenance=provenance(
-            "probe",
-            arguments,
-            **({"features": origin} if origin else {}),
-            classes_absent={name: names for name, names in absent.items() if names},
-        ),
+        provenance=provenance("probe", arguments, **facts_of_origin, classes_absent=absent),
     )
 
 
@@ -133,11 +129,11 @@ def _check_extras(extras: Sequence[str]) -> None:
 
 
 def _probe_layer(
-    parts: Parts, refit: str, extras: Sequence[str], setting: _Setting
+    parts: Parts, refit: str, extras: Sequence[str], setting: Setting
 ) -> tuple[ProbeResult | None, list[Row]]:
     """The probe of one layer, None where it is constant, and the rows of its extras."""
     train, validation, test = parts
-    if bool((train[0][0] == train[0]).all()):
+    if _is_constant(train[0]):
         return None, []
     options: dict[str, Any] = {"Cs": setting.Cs, "tol": setting.tol, "device": setting.device}
     result = select_probe(train, validation, test, setting.n_classes, refit=refit, **options)
@@ -198,12 +194,15 @@ def probe_backbone(
         ]
         return linear_probes(parts[0], parts[1], parts[2], **options, extras=extras)
 
+    raw: list[np.ndarray] | None = None
+    size = min(task.image_size or PIXEL_SIZE, PIXEL_SIZE)
+    if pixels or "labels" in extras:
+        raw = [pixel_features(task.splits[name], size) for name in SPLITS]
+        options["surface"] = raw
     record = probed(backbone)
     if pixels:
-        size = min(task.image_size or PIXEL_SIZE, PIXEL_SIZE)
-        sides = [
-            ([pixel_features(split, size)], split.labels) for split in (task.splits[name] for name in SPLITS)
-        ]
+        assert raw is not None
+        sides = [([rows], task.splits[name].labels) for rows, name in zip(raw, SPLITS, strict=True)]
         control = linear_probes(sides[0], sides[1], sides[2], **options)
         control.layers = [LayerRef(None, EMBED)]
         control.facts = {"model": f"pixels {size}×{size}", "revision": None, "task": task.name}
@@ -211,6 +210,17 @@ def probe_backbone(
     if twin is not None:
         record.controls["random"] = probed(twin)
     return record
+
+
+def _surface(splits: Sequence[_Split]) -> list[np.ndarray]:
+    """Train, validation and test of the first layer that tells images apart."""
+    names = list(splits[0].arrays)
+    varied = [name for name in names if not _is_constant(splits[0].arrays[name])] or names[:1]
+    return [part.arrays[varied[0]] for part in splits]
+
+
+def _is_constant(X: np.ndarray) -> bool:
+    return bool((X[0] == X).all())
 
 
 def pixel_features(split: ImageSplit, size: int) -> np.ndarray:
@@ -223,69 +233,6 @@ def pixel_features(split: ImageSplit, size: int) -> np.ndarray:
         return image.reshape(-1)
 
     return np.stack([flat(image) for image in split.images()]).astype(np.float32) / 255
-
-
-class _Setting(NamedTuple):
-    """What all extras of a run share."""
-
-    n_classes: int
-    train_ids: np.ndarray
-    Cs: np.ndarray
-    seed: int
-    tol: float
-    device: str
-
-
-def _labels(parts: Parts, result: ProbeResult, setting: _Setting) -> list[Row]:
-    X = parts[0][0]
-    labels = random_labels(setting.train_ids, setting.n_classes, setting.seed)
-    share = control_accuracy(X, labels, result.best_C, tol=setting.tol, device=setting.device)
-    common = {"n": len(X), "C": result.best_C, "control": "labels"}
-    return [
-        {"metric": "control_accuracy", "split": "train", "value": share, **common},
-        {"metric": "selectivity", "split": "test", "value": result.test_accuracy - share, **common},
-    ]
-
-
-def _knn(parts: Parts, _: ProbeResult, setting: _Setting) -> list[Row]:
-    found = select_knn(parts[0], parts[1], parts[2], setting.n_classes, device=setting.device)
-    return [accuracy_row("knn_accuracy", found.test_accuracy, found.interval, len(parts[2][1]))]
-
-
-def _ridge(parts: Parts, _: ProbeResult, setting: _Setting) -> list[Row]:
-    X, y = (np.concatenate([parts[0][i], parts[1][i]]) for i in (0, 1))
-    found = select_ridge((X, y), parts[2], setting.n_classes, device=setting.device)
-    return [accuracy_row("ridge_accuracy", found.test_accuracy, found.interval, len(parts[2][1]))]
-
-
-def _mdl(parts: Parts, result: ProbeResult, setting: _Setting) -> list[Row]:
-    X, y = parts[0]
-    options: dict[str, Any] = {"seed": setting.seed, "tol": setting.tol, "device": setting.device}
-    found = online_code_length(X, y, setting.n_classes, C=result.best_C, **options)
-    common = {"split": "train", "n": len(y), "C": result.best_C}
-    return [
-        {"metric": "mdl_bits_per_label", "value": found.bits / len(y), **common},
-        {"metric": "mdl_compression", "value": found.compression, **common},
-    ]
-
-
-def _few_shot(parts: Parts, _: ProbeResult, setting: _Setting) -> Iterator[Row]:
-    options: dict[str, Any] = {"seed": setting.seed, "tol": setting.tol, "device": setting.device}
-    curve = few_shot_curve(parts[0], parts[1], parts[2], setting.n_classes, Cs=list(setting.Cs), **options)
-    for point in curve:
-        found = mean_interval(point.accuracies)
-        row = {name: getattr(found, name) for name in ("value", "stderr", "n", "low", "high")}
-        yield {"metric": "few_shot_accuracy", "split": "test", **row, "shots": point.shots}
-
-
-EXTRAS: dict[str, Callable[[Parts, ProbeResult, _Setting], list[Row] | Iterator[Row]]] = {
-    "labels": _labels,
-    "knn": _knn,
-    "ridge": _ridge,
-    "mdl": _mdl,
-    "few-shot": _few_shot,
-}
-"""Name to measurement; `linear_probes(extras=…)` takes these names."""
 
 
 class _Split(NamedTuple):

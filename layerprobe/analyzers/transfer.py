@@ -24,7 +24,6 @@ from layerprobe.analyzers.features import (
     place,
     row_name,
     rows_of_metric,
-    table_by_layer,
 )
 from layerprobe.analyzers.heads import Predictor, check_head, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
@@ -34,7 +33,7 @@ from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, half_sam
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Estimate, Record
-from layerprobe.tables import tidy
+from layerprobe.tables import ranks, table_by_layer, tidy
 from layerprobe.tasks import Task
 
 if TYPE_CHECKING:
@@ -68,9 +67,11 @@ class TransferScores(Record):
         return rows_of_metric(self.frame, name, prefix="transfer_", what="score")
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a layer, one column a score: readable scores first."""
+        """One row a layer, its rank in each score: 1 is best, or highest where no direction is claimed."""
         layers = [row_name(*where) for where in zip(self.frame["block"], self.frame["site"], strict=True)]
-        return table_by_layer(self.frame, layers, key="layer", prefix="transfer_")
+        lower = {f"transfer_{name}" for name, higher in HIGHER_IS_BETTER.items() if not higher}
+        ranked = self.frame.assign(value=ranks(self.frame, lower_is_better=lower))
+        return table_by_layer(ranked, layers, key="layer", prefix="transfer_")
 
     def summary(self) -> str:
         defined = self.frame[self.frame["value"].notna()]

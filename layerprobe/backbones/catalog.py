@@ -47,7 +47,7 @@ MODELS: dict[str, ModelEntry] = {
     "minilm": ModelEntry(
         "sentence-transformers/all-MiniLM-L6-v2",
         "language",
-        "MiniLM (BERT), 23 M, 6 blocks, bidirectional; also in the extra [demo]",
+        "MiniLM (BERT), 23 M, 6 blocks, bidirectional; in the extra [demo]",
     ),
     "vit-base": ModelEntry("google/vit-base-patch16-224", "vision", "ViT-B/16, 86 M, 12 blocks, ImageNet"),
     "deit-tiny": ModelEntry(

@@ -25,8 +25,10 @@ def attribute(
         "Comma-separated: skip, mean_ablation, conductance, update, gradient_x_activation, "
         "integrated_gradients.",
     ),
-    head: str = option("probe", "Whose prediction: a linear 'probe', or the model's 'own' classifier."),
-    split: str = option("test", "Images to explain: train, validation or test."),
+    head: str = option(
+        "probe", "Whose prediction: a linear probe's, or the model's own classifier's.", choices=options.HEADS
+    ),
+    split: str = option("test", "Images to explain.", choices=options.SPLITS),
     images: int = option(128, "How many images to explain.", min=2),
     maps: int = option(6, "Patch-level maps of the first images.", min=0),
     tolerance: float = option(0.02, "Largest completeness error of path methods, a share."),
@@ -38,17 +40,16 @@ def attribute(
     Blocks are skipped or replaced by their mean, and the path from a mean image to each image is integrated, with
     steps that adapt until the completeness error is small. DeepLift, LRP and whole-block sums are refused.
 
-    Example: layerprobe attribute --model minilm --task digits --limit 300 --images 32
+    Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
     from layerprobe.analyzers.attribution import check_methods, check_sizes
-    from layerprobe.analyzers.heads import check_head
 
     chosen = check_methods(options.name_list(methods))
-    check_head(head)
-    options.check_split(split)
     check_sizes(images, tolerance, max_steps)
+    out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
+    seen = backbone.sketch(task)
     if out.dry_run:
-        facts = forward_facts(backbone.sketch(task), batch_size=batch_size)
+        facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})
         return
 

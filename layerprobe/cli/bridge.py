@@ -11,7 +11,6 @@ from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.cli.processes import own_device
-from layerprobe.errors import UsageError
 
 if TYPE_CHECKING:
     from layerprobe.training.bridge_run import BridgeRun
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
 class BridgeOptions(options.TrainingOptions):
     """All that a bridge training can be told."""
 
-    lr: float = option(1e-3, "Peak learning rate.")
-    lrs: str | None = option(
-        None, "Comma-separated rates to choose from by random-label loss, such as 3e-4,1e-3."
+    lrs: str = option(
+        "1e-3", "Peak learning rate; of several, such as 3e-4,1e-3, the one of lowest random-label loss."
     )
     label_seed: int | None = option(None, "Seed of the labels; default: --seed.")
     micro_batch: int | None = option(None, "Images per forward pass and process; accumulates the rest.")
@@ -37,7 +35,9 @@ class BridgeOptions(options.TrainingOptions):
     checkpoint_every: int | None = option(None, "Steps; default: ten checkpoints a run.")
     keep: int = option(2, "Checkpoints kept.")
     save: str = option(
-        "full", "full keeps whole models; trained only what was trained, beside the base's name."
+        "full",
+        "Keep whole models, or what was trained and the name of its base.",
+        choices=("full", "trained"),
     )
     shard: bool = option(
         False, "Spread the model over the processes (FSDP); a copy on each otherwise.", "--shard"
@@ -49,7 +49,8 @@ class BridgeOptions(options.TrainingOptions):
 
         given = asdict(self)
         given["clip_norm"] = given.pop("clip") or None
-        given["lrs"] = options.learning_rates(self.lrs)
+        rates = options.learning_rates(self.lrs)
+        given["lr"], given["lrs"] = (rates[0], ()) if len(rates) == 1 else (BridgeConfig.lr, rates)
         given["trackers"] = tuple(options.name_list(self.trackers))
         return BridgeConfig(**given, seed=seed)
 
@@ -64,34 +65,40 @@ def bridge(
     training: BridgeOptions,
     out: Output,
     plan: Path | None = option(None, "Freeze plan (plan.json); default: everything trains."),
-    resume: bool = option(False, "Continue the unfinished run in the output folder.", "--resume"),
 ) -> None:
     """Teach a backbone random labels of a task's images; frozen layers stay bit-identical.
 
-    Several devices: accelerate launch -m layerprobe bridge …  The output folder then serves every other
-    command as --model.
+    Without -o the run is kept in runs/bridge-MODEL-TASK. The same command continues there, and another run gets a
+    folder with a number. The folder then serves every other command as model. Several devices: accelerate launch -m
+    layerprobe bridge …
 
-    Example: layerprobe bridge --model minilm --task digits --steps 200 -o run
+    Example: layerprobe bridge minilm --task digits --patch-size 4 --steps 20
     """
     from layerprobe.plans import FreezePlan
 
+    out.own_folder(backbone.model, task.task)
     config = training.config(seed=backbone.seed)
     freeze_plan = FreezePlan.load(plan) if plan is not None else None
-    check_folder(out, resume=resume)
+    length = f"{config.epochs:g} epochs" if config.steps is None else f"{config.steps:,} steps"
+    out.start(
+        f"{length} of {config.random_classes} random labels, {backbone.model} on images of {task.task}; "
+        + ("everything trains" if plan is None else f"what {plan} trains")
+    )
+    check_folder(out.folder, config)
     backbone = replace(backbone, device=own_device(backbone.device))
-    if out.dry_run:
-        from layerprobe.training.loop import tracker_options
+    from layerprobe.training.loop import tracker_options
 
-        tracker_options(config.trackers, out.folder)
-        seen = backbone.sketch(task)
-        check_plan(freeze_plan, seen)
+    tracker_options(config.trackers, out.folder)
+    seen = backbone.sketch(task)
+    check_plan(freeze_plan, seen)
+    if out.dry_run:
         facts = training_facts(
             seen,
             freeze_plan,
             images=config.micro_batch or config.batch_size,
             n_images=sum(count_images(task, out).values()),
         )
-        out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
+        out.show_facts({**facts, "output": str(out.folder)})
         return
 
     from layerprobe.training import bridge_train
@@ -108,13 +115,14 @@ def bridge(
         )
 
     images = task.load(out)
+    network = backbone.load()
+    out.keep_settings()
     run = bridge_train(
-        backbone.load(),
+        network,
         images,
         plan=freeze_plan,
         config=config,
         output=out.folder,
-        resume=resume,
         quiet=out.quiet,
         finish=draw,
     )
@@ -122,17 +130,9 @@ def bridge(
         out.finish(run)
 
 
-def check_folder(out: Output, *, resume: bool) -> None:
-    """Refuse a run folder that is in use, and say where --resume finds nothing.
+def check_folder(folder: Path | None, config: BridgeConfig) -> None:
+    """UsageError where the folder holds a bridge run that was begun with other settings."""
+    from layerprobe.training.checkpoints import find_checkpoint, refuse_other_settings
 
-    Not an error there: a command that is sent again until it is done begins with an empty folder.
-    """
-    from layerprobe.training.checkpoints import find_checkpoint, refuse_used_folder
-
-    if out.folder is None:
-        if resume:
-            raise UsageError("--resume continues the run in a folder; name that with -o")
-        return
-    refuse_used_folder(out.folder, resume=resume)
-    if resume and find_checkpoint(out.folder) is None:
-        out.say(f"nothing to resume in {out.folder}, starting anew")
+    if folder is not None and (found := find_checkpoint(folder)) is not None:
+        refuse_other_settings(found, folder, config)

@@ -31,10 +31,11 @@ def cka(
         "-b",
     ),
     revision_b: str | None = option(None, "Revision of --model-b."),
-    init_b: str | None = option(None, "'pretrained' or 'random' for the other backbone."),
-    split: str = option("test", "train, validation or test."),
+    init_b: str | None = option(None, "Weights of the other backbone.", choices=options.INITS),
+    split: str = option("test", "Which images.", choices=options.SPLITS),
     permutations: int = option(1000, "At least this many shuffles of the images.", min=1),
     intervals: bool = option(False, "Write values and 95 % intervals into the heat map.", "--intervals"),
+    cache_dir: options.CacheDir = None,
 ) -> None:
     """Compare layers by debiased CKA on a task's images: values, intervals, p-values, the closest layers.
 
@@ -42,19 +43,20 @@ def cka(
     architecture at random weights; with --model-b RUN, with itself after a bridge. Patch size, image size and
     attention concern language models; each backbone keeps its own preprocessing.
 
-    Example: layerprobe cka --model minilm --init-b random --task digits
+    Example: layerprobe cka minilm --init-b random --task digits
     """
-    options.check_split(split)
     other = None
     if model_b is not None or init_b is not None:
         other = replace(
             backbone, model=model_b or backbone.model, revision=revision_b, init=init_b or "pretrained"
         )
+    with_whom = "one another" if other is None else f"those of {other.model} ({other.init})"
+    out.start(f"layers of {backbone.model} against {with_whom}, {split} images of {task.task}")
+    seen = backbone.sketch(task)
+    layers.pick(seen, model=backbone.model)
+    if other is not None:
+        layers.pick(other.sketch(task), model=other.model)
     if out.dry_run:
-        seen = backbone.sketch(task)
-        layers.pick(seen, model=backbone.model)
-        if other is not None:
-            layers.pick(other.sketch(task), model=other.model)
         counts = {name: n for name, n in count_images(task, out).items() if name == split}
         facts = forward_facts(
             seen, batch_size=layers.batch_size, models=1 + (other is not None), counts=counts
@@ -75,7 +77,13 @@ def cka(
         network = which.load()
         chosen = layers.pick(network, model=which.model)
         found = extract_features(
-            network, images, split, layers=chosen, batch_size=layers.batch_size, quiet=out.quiet
+            network,
+            images,
+            split,
+            layers=chosen,
+            batch_size=layers.batch_size,
+            cache_dir=cache_dir,
+            quiet=out.quiet,
         )
         return found, str(network.device)
 

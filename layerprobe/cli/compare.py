@@ -24,7 +24,7 @@ def compare(
     group: list[str] | None = option(
         None, "NAME=MODEL,MODEL,…; repeat for each group, e.g. language=gpt2,minilm."
     ),
-    n_sigma: float = option(3.0, "The k of |w - mean| > k·std.", "--n-sigma", "-k", min=0),
+    sigmas: float = option(3.0, "The k of |w - mean| > k·std.", "--sigmas", "-k", min=0),
     confidence: float = option(0.95, "Level of the intervals.", min=0.5, max=0.9999),
     seed: options.Seed = 0,
 ) -> None:
@@ -34,11 +34,11 @@ def compare(
     """
     from layerprobe.analyzers.compare import check_groups, check_number, compare_outliers
 
-    checkpoint.say_unused(out)
     groups = parse_groups(group) if group else None
     members = [*(models or []), *(name for names in (groups or {}).values() for name in names)]
     check_groups(groups)
     check_number(len(set(members)))
+    out.start(f"parameters beyond {sigmas:g}σ of {', '.join(dict.fromkeys(members))}")
     if out.dry_run:
         from layerprobe.analyzers.outlier_scan import checkpoint_facts
 
@@ -48,7 +48,7 @@ def compare(
     record = compare_outliers(
         *(models or []),
         groups=groups,
-        n_sigma=n_sigma,
+        n_sigma=sigmas,
         confidence=confidence,
         seed=seed,
         quiet=out.quiet,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from layerprobe.training import BridgeConfig, FineTuneConfig
 
 TRAINING_MODES = ("finetune", "fewshot")
+MODES = (*TRAINING_MODES, "probe", "own-head")
+SCOPES = ("arm", "plan", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,15 @@ class EvaluateOptions(options.TrainingOptions):
     bridge_epochs: float | None = option(None, "Passes of the bridge, for --arms; default: --epochs.")
     bridge_steps: int | None = option(None, "Optimizer steps of the bridge; default: --steps.")
     shots: int | None = option(None, "Images per class; default in mode fewshot: 5.")
-    mode: str = option("finetune", "finetune, fewshot, probe, or own-head (the checkpoint's classifier).")
+    mode: str = option("finetune", "own-head: the checkpoint's classifier, as it is.", choices=MODES)
     arms: str | None = option(
         None,
         "Comma-separated: language, bridge, full-bridge, partial, none, random, shuffled, matched, random-bridge.",
     )
     plan: Path | None = option(None, "Freeze plan (plan.json); default: a bridge run's own, else all trains.")
-    scope: str = option("arm", "What fine-tuning trains: as the arm says (arm), plan, or all.", "--finetune")
+    scope: str = option(
+        "arm", "What fine-tuning trains: what the arm says, the plan, or all.", "--finetune", choices=SCOPES
+    )
     seeds: str = option("1", "How many (3), or which (0,5,7).")
 
     def _shared(self) -> dict[str, Any]:
@@ -74,22 +78,20 @@ def evaluate(
 
     With --arms, several ways to the same task stand in one table, each at its own learning rate (chosen on
     validation), with paired differences over common seeds. --seed draws the split and the first of --seeds.
+    Without -o the trainings are kept in runs/evaluate-MODEL-TASK, where the same command continues; with more seeds
+    or arms it adds them.
 
-    Example: layerprobe evaluate --model minilm --task digits --steps 100
-
-    Example: layerprobe evaluate --model minilm --task digits --arms language,random --seeds 3 --steps 100
+    Example: layerprobe evaluate minilm --task digits --patch-size 4 --steps 20 --arms language,random --seeds 2
     """
     from layerprobe.plans import FreezePlan
     from layerprobe.training import evaluate as evaluate_one
     from layerprobe.training import evaluate_arms
-    from layerprobe.training.arms import check_arms, check_mode, check_scope, check_seeds, planned_arms
+    from layerprobe.training.arms import check_arms, check_seeds, planned_arms
 
     mode, scope, arms = training.mode, training.scope, options.name_list(training.arms)
     seeds = [backbone.seed + number for number in options.seed_list(training.seeds)]
     finetune, bridge = training.finetune_config(), training.bridge_config()
     plan = FreezePlan.load(training.plan) if training.plan is not None else None
-    check_mode(mode)
-    check_scope(scope)
     check_seeds(seeds)
     trains = mode in TRAINING_MODES
     if arms:
@@ -98,21 +100,31 @@ def evaluate(
             raise UsageError(
                 f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
             )
+    if not trains and len(seeds) > 1:
+        raise UsageError(f"--mode {mode} trains nothing that a seed changes; leave --seeds out")
+    if trains:
+        out.own_folder(backbone.model, task.task, may_differ={"seeds", "arms"} if arms else {"seeds"})
+    n_trainings = (len(finetune.lrs) + len(seeds) - 1 if trains else 0) * max(1, len(arms))
+    ways = f"{', '.join(arms)} of {backbone.model}" if arms else backbone.model
+    length = f"; {n_trainings} trainings" if trains else ""
+    out.start(f"test accuracy of {ways} on {task.task}, by {mode}{length}")
+    seen = backbone.sketch(task)
+    used = plan if arms else plan or run_plan(seen, scope)
+    if planned_arms(arms, scope) if arms else trains:
+        check_plan(used, seen)
     if out.dry_run:
-        seen = backbone.sketch(task)
-        used = plan if arms else plan or run_plan(seen, scope)
-        if planned_arms(arms, scope) if arms else trains:
-            check_plan(used, seen)
         facts = training_facts(
             seen, used, images=training.batch_size, n_images=sum(count_images(task, out).values())
         )
-        facts["trainings"] = (len(finetune.lrs) + len(seeds) - 1 if trains else 0) * max(1, len(arms))
+        facts["trainings"] = n_trainings
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return
 
+    images = task.load(out)
+    if out.folder is not None:
+        out.keep_settings()
     with folder_lock(out.folder, "layerprobe evaluate"):
         shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
-        images = task.load(out)
         if not arms:
             network = backbone.load()
             plan = plan or run_plan(network, scope)

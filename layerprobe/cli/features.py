@@ -22,8 +22,8 @@ def features(
     task: options.TaskOptions,
     layers: options.LayerOptions,
     out: Output,
-    split: str = option("all", "train, validation, test or all."),
-    store_dtype: str = option("float32", "float32, float16 or bfloat16 on disk."),
+    split: str = option("all", "Which images.", choices=(*options.SPLITS, "all")),
+    store_dtype: str = option("float32", "On disk.", choices=options.DTYPES),
     tokens: bool = option(
         False, "Keep every token instead of pooling; --dry-run tells the size.", "--tokens"
     ),
@@ -36,18 +36,17 @@ def features(
     They land in the feature store, where cka, probe and transfer find them again; see: layerprobe ls features
     Several processes (--workers, torchrun, accelerate launch) share the images and end with the bytes of one.
 
-    Example: layerprobe features --model minilm --task digits
+    Example: layerprobe features minilm --task digits
     """
-    from layerprobe.hooks.feature_store import check_store_dtype
     from layerprobe.hooks.store_records import check_export
 
-    options.check_split(split, "all")
-    check_store_dtype(store_dtype)
     if export is not None:
         check_export(export)
+    what = "every layer" if layers.blocks == "all" else f"blocks {layers.blocks}"
+    out.start(f"{what} of {backbone.model} on {split} images of {task.task}")
+    seen = backbone.sketch(task)
+    n_layers = len(layers.pick(seen, model=backbone.model))
     if out.dry_run:
-        seen = backbone.sketch(task)
-        n_layers = len(layers.pick(seen, model=backbone.model))
         loaded = task.load(out)
         counts = {name: len(part) for name, part in loaded.splits.items() if split in ("all", name)}
         n_images = sum(counts.values())

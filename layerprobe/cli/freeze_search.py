@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,17 @@ if TYPE_CHECKING:
     from layerprobe.search import SearchResult
 
 
-def _option(panel: str, text: str, *, default: object = None, min: float | None = None) -> Any:
+def _option(
+    panel: str,
+    text: str,
+    *names: str,
+    default: object = None,
+    min: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
     """The help says the default; the option defaults to None, so that a preset knows what was left open."""
     told = text if default is None else f"{text}; default: {defaults.in_words(default)}."
-    return option(None, told, min=min, panel=panel)
+    return option(None, told, *names, min=min, panel=panel, choices=choices)
 
 
 _search = functools.partial(_option, "Search")
@@ -39,15 +47,16 @@ class SearchOptions:
     time: float | None = _search("Seconds for search and report, instead of a budget.")
     preset: str | None = _search(
         "quickstart, a first look on 2 cores, stands for "
-        f"{defaults.preset_in_words('quickstart')}. What is given beside it wins."
+        f"{defaults.preset_in_words('quickstart')}. What is given beside it wins.",
+        choices=tuple(defaults.PRESETS),
     )
     strategy: str | None = _search(
-        "bayes, exhaustive, greedy, random or tpe",
-        default=defaults.DEFAULT_STRATEGY,
+        "How plans are proposed", default=defaults.DEFAULT_STRATEGY, choices=defaults.STRATEGIES
     )
     objective: str | None = _search(
-        "frugal (fewest parameters within one standard error of the best) or accuracy",
+        "frugal: fewest parameters within one standard error of the best",
         default=defaults.DEFAULT_OBJECTIVE,
+        choices=defaults.OBJECTIVES,
     )
     seeds: int | None = _search("Unseen seeds of the report, 2 or more", default=defaults.DEFAULT_SEEDS)
     max_seeds: int | None = _search(
@@ -75,20 +84,27 @@ class SearchOptions:
     )
     train: str | None = _training("weights, or lora[:RANK] to search where adapters go", default="weights")
     lrs: str | None = _training("Learning rates to choose from, per plan; default: found by the pilot.")
-    head: str | None = _training("Start of the head: probe or random", default=defaults.DEFAULT_HEAD)
+    head: str | None = _training(
+        "Start of the head", default=defaults.DEFAULT_HEAD, choices=("probe", "random")
+    )
     head_lr: float | None = _training("Multiple of the rate for the head", default=defaults.DEFAULT_HEAD_LR)
     bridge_steps: int | None = _training(
         "Random-label steps; 0: none", min=0, default=defaults.DEFAULT_BRIDGE_STEPS
     )
-    finetune_steps: int | None = _training(
-        f"Steps on true labels; default: found by the pilot, at most {defaults.DEFAULT_STEP_LIMIT}.", min=1
+    steps: int | None = _training(
+        f"Optimizer steps on true labels; default: found by the pilot, at most {defaults.DEFAULT_STEP_LIMIT}.",
+        min=1,
     )
     shots: int | None = _training("Training images a class, drawn by the seed; default: all.", min=1)
     batch_size: int | None = _training("Images per step", min=1, default=defaults.DEFAULT_BATCH_SIZE)
     random_classes: int | None = _training(
         "Number K of random labels", min=2, default=defaults.DEFAULT_RANDOM_CLASSES
     )
-    precision: str | None = _training("float32 or bfloat16", default=defaults.DEFAULT_PRECISION)
+    precision: str | None = _training(
+        "bfloat16: autocast over float32 weights",
+        default=defaults.DEFAULT_PRECISION,
+        choices=options.PRECISIONS,
+    )
     min_frozen: int | None = _limits("At least so many frozen blocks.", min=0)
     max_trainable_params: int | None = _limits("In the blocks.", min=0)
     must_freeze: str | None = _limits("Blocks, such as 0:2,-1.")
@@ -96,9 +112,10 @@ class SearchOptions:
 
     def given(self, *, seed: int) -> dict[str, Any]:
         """The settings that the user gave, without those that need the number of blocks."""
-        apart = ("preset", "storage", "workers", "no_scores", "must_freeze", "must_train")
+        apart = ("preset", "storage", "workers", "no_scores", "must_freeze", "must_train", "steps")
         return {
             **{name: value for name, value in vars(self).items() if name not in apart},
+            "finetune_steps": self.steps,
             "lrs": options.learning_rates(self.lrs) or None,
             "baselines": tuple(options.name_list(self.baselines)) or None,
             "keep_bridge": self.keep_bridge or None,
@@ -123,44 +140,54 @@ def freeze_search(
 ) -> None:
     """Find which blocks to train and which to leave frozen, by training plans under a budget.
 
-    The same command again continues what was interrupted; on another machine with the same --storage it joins.
+    Without -o the search is kept in runs/freeze-search-MODEL-TASK. The same command continues there, and another
+    search gets a folder with a number; on another machine with the same --storage it joins. Look in with: layerprobe
+    watch RUN
 
-    Example: layerprobe freeze-search --model minilm --task digits --preset quickstart -o run
+    Example: layerprobe freeze-search minilm --task digits --preset quickstart
     """
-    from layerprobe.search.estimate import search_facts
     from layerprobe.search.settings import make_settings
-    from layerprobe.search.workers import processes_on
 
     given = settings.given(seed=backbone.seed)
-    make_settings(settings.preset, **given)
+    made = make_settings(settings.preset, **given)
+    out.own_folder(backbone.model, task.task)
+    spent = f"{made.time:g} s" if made.budget is None else f"{made.budget:g} full trainings"
+    out.start(f"which blocks of {backbone.model} to train for {task.task}, {spent} by {made.strategy}")
     usual = defaults.PRESET_LOADING.get(settings.preset or "", {})
     backbone = replace(
         backbone,
         stem=backbone.stem or "pca",
         patch_size=backbone.patch_size or usual.get("patch_size"),
     )
+    from layerprobe.search.estimate import check_search, search_facts
+    from layerprobe.search.evaluator import trained_sizes
+    from layerprobe.search.space import Space
+    from layerprobe.search.workers import processes_on
+
+    seen = backbone.sketch(task)
+    given |= settings.blocks(seen.n_blocks, model=seen.name)
+    processes = settings.workers or processes_on(seen.run_device.type)
     if out.dry_run:
-        seen = backbone.sketch(task)
-        given |= settings.blocks(seen.n_blocks, model=seen.name)
-        processes = settings.workers or processes_on(seen.run_device.type)
         facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
-        kept = str(out.folder or "none: pass -o to keep the plan")
-        out.show_facts({**facts, "task": task.task, "output": kept})
+        out.show_facts({**facts, "task": task.task, "output": str(out.folder)})
         return
+    final = make_settings(settings.preset, **given)
+    check_search(final, Space(trained_sizes(seen, final), final.constraints), out.folder)
 
     from layerprobe.search import freeze_search as search
 
     images = task.load(out)
     network = backbone.load()
+    out.keep_settings()
     result = search(
         network,
         images,
         preset=settings.preset,
         storage=settings.storage,
-        workers=settings.workers or processes_on(network.run_device.type),
+        workers=processes,
         output=out.folder,
         quiet=out.quiet,
-        **given | settings.blocks(network.n_blocks, model=network.name),
+        **given,
     )
     with folder_lock(out.folder, "layerprobe freeze-search", wait=True):
         out.finish(result, table=result.arm_rows(), figures=figures(result))

@@ -9,13 +9,17 @@ from typer import Option, Typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import print_body
+from layerprobe.cli.terminal import print_table
 
 app = Typer(no_args_is_help=True, help="List models, tasks, and features on disk.")
 
 
 @app.command("models")
 def models(as_json: options.Json = False) -> None:
-    """List the model aliases. Any hub id or local folder works as well."""
+    """List the model aliases. Any hub id or local folder works as well.
+
+    Example: layerprobe ls models
+    """
     from layerprobe.backbones.catalog import MODELS
 
     rows = [
@@ -27,7 +31,10 @@ def models(as_json: options.Json = False) -> None:
 
 @app.command("tasks")
 def tasks(as_json: options.Json = False) -> None:
-    """List the task aliases. Any image-classification data set on the hub or in a folder works as well."""
+    """List the task aliases. Any image-classification data set on the hub or in a folder works as well.
+
+    Example: layerprobe ls tasks
+    """
     from layerprobe.tasks.catalog import TASKS
 
     rows = [
@@ -44,7 +51,10 @@ def features(
     cache_dir: Annotated[str | None, Option(help="Folder of the feature store.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """List the feature stores on disk, or delete some."""
+    """List the feature stores on disk, or delete some.
+
+    Example: layerprobe ls features
+    """
     from layerprobe.hooks.feature_store import features_root, list_stores, prune_stores
 
     root = features_root(cache_dir)
@@ -58,9 +68,9 @@ def features(
 
 
 def _show(command: str, rows: list[dict[str, Any]], as_json: bool) -> None:
-    from layerprobe.tables import render_table
-
     if as_json:
         print_body(command, {}, {"rows": rows})
+    elif rows:
+        print_table(rows)
     else:
-        sys.stdout.write(f"{render_table(rows) if rows else 'nothing there yet'}\n")
+        sys.stdout.write("nothing there yet\n")

@@ -13,9 +13,10 @@ from dataclasses import MISSING, Field, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from typer import Option
+from typer import Argument, CallbackParam, Option
 
 from layerprobe.cli.output import Output
+from layerprobe.cli.settings import option_name, use_config
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,18 +38,32 @@ def option(
     min: float | None = None,
     max: float | None = None,
     panel: str | None = None,
+    choices: Sequence[str] = (),
 ) -> T:
-    """A field of a group of options, or the default of a command's parameter, with its help."""
-    info = Option(*names, help=text, min=min, max=max, rich_help_panel=panel)
+    """A field of a group of options, or the default of a command's parameter, with its help.
+
+    Of `choices`, which the shell completes, any other value is refused before anything is loaded.
+    """
+    among: dict[str, Any] = {}
+    if choices:
+
+        def check(parameter: CallbackParam, value: str | None) -> str | None:
+            if value is not None:
+                check_name(option_name(parameter), value, choices)
+            return value
+
+        among = {"callback": check, "autocompletion": lambda: list(choices), "metavar": "WORD"}
+        text = f"{text} One of {', '.join(choices)}."
+    info = Option(*names, help=text, min=min, max=max, rich_help_panel=panel, **among)
     made: Any = field(default=default, metadata={"option": info})
     return made
 
 
 common_option = functools.partial(option, panel=COMMON)
 
-Model = Annotated[
-    str, Option("--model", "-m", help="Alias, hub id, local folder or bridge run; see: layerprobe ls models")
-]
+MODEL_HELP = "Alias, hub id, local folder or bridge run; see: layerprobe ls models"
+Model = Annotated[str, Option("--model", "-m", help=MODEL_HELP)]
+NamedModel = Annotated[str | None, Argument(metavar="MODEL", help="The same as --model.", show_default=False)]
 Revision = Annotated[str | None, Option("--revision", help="Branch, tag or commit of the hub repository.")]
 BatchSize = Annotated[int, Option("--batch-size", min=1, help="Images per forward pass.")]
 CacheDir = Annotated[
@@ -63,6 +78,16 @@ TrustRemoteCode = Annotated[
 ]
 Quiet = Annotated[bool, common("--quiet", "-q", help="No progress and no remarks.")]
 
+INITS = ("pretrained", "random", "shuffled", "matched", "matched-reset")
+STEMS = ("random", "pca")
+ATTENTIONS = ("causal", "bidirectional")
+POOLINGS = ("mean", "last", "cls")
+DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("float32", "bfloat16")
+HEADS = ("probe", "own")
+SPLITS = ("train", "validation", "test")
+"""The words of the library, written out so that nothing heavy is imported for a help text; a test compares them."""
+
 FIRST = ("model", "task")
 """Options that lead the help of a command, before its own."""
 
@@ -74,30 +99,36 @@ class BackboneOptions:
     model: Model
     revision: Revision = None
     init: str = option(
-        "pretrained",
-        "pretrained, or a control of the same architecture: random, shuffled, matched, matched-reset.",
+        "pretrained", "Weights: the published ones, or a control of the same architecture.", choices=INITS
     )
-    stem: str = option("random", "How a language model's image stem starts: random or pca.")
+    stem: str = option("random", "How a language model's image stem starts.", choices=STEMS)
     patch_size: int | None = option(None, "Pixels per side of a patch; default: about 64 patches.", min=1)
     image_size: int | None = option(
         None, "Pixels per side; default: the model's own, or the task's for language.", min=1
     )
-    attention: str | None = option(None, "causal or bidirectional; default: as the model was pretrained.")
-    pooling: str | None = option(None, "mean, last or cls; default: mean.")
+    attention: str | None = option(None, "Default: as the model was pretrained.", choices=ATTENTIONS)
+    pooling: str | None = option(None, "How tokens become one vector; default: mean.", choices=POOLINGS)
     seed: Seed = 0
     self_check: bool = common_option(
         True, "Check on two images that the model does what features rest on.", "--self-check/--no-self-check"
     )
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
-    dtype: str | None = common_option(None, "float32, bfloat16 or float16 for the computation.")
+    dtype: str | None = common_option(None, "Of the computation; default: float32.", choices=DTYPES)
+    threads: int | None = common_option(
+        None, "Threads of the computation; default: all cores, one for models below 1 M parameters.", min=1
+    )
     offline: Offline = False
     trust_remote_code: TrustRemoteCode = False
 
     def load(self) -> Backbone:
         from layerprobe.backbones import load_backbone
+        from layerprobe.cli.processes import choose_threads
 
         chosen = asdict(self)
-        return load_backbone(chosen.pop("model"), **chosen)
+        threads = chosen.pop("threads")
+        loaded = load_backbone(chosen.pop("model"), **chosen)
+        choose_threads(threads, loaded.n_parameters)
+        return loaded
 
     def sketch(self, task: TaskOptions) -> Backbone:
         """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
@@ -107,7 +138,7 @@ class BackboneOptions:
 
         side, certain = peek_image_size(task.task, data_dir=task.data_dir)
         chosen = asdict(self)
-        del chosen["seed"]
+        del chosen["seed"], chosen["threads"]
         return load_for_dry_run(
             chosen.pop("model"),
             task_size=MIXED_SIZE if side == 0 else side,
@@ -186,6 +217,16 @@ class OutputOptions:
     output: OutDir = None
     dry_run: bool = common_option(False, "Say what would be done and how much memory it takes.", "--dry-run")
     quiet: Quiet = False
+    config: Annotated[
+        str | None,
+        common(
+            "--config",
+            metavar="FILE",
+            is_eager=True,
+            callback=use_config,
+            help="Settings from a file, such as the settings.yaml of a run folder; options given beside it win.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +240,12 @@ class TrainingOptions:
     stem_lr: float = option(1.0, "Learning rate of the stem, as a multiple of that of the blocks.")
     head_lr: float = option(1.0, "Learning rate of the head, as a multiple of that of the blocks.")
     random_labels: str = option(
-        "hash", "hash (of the image's id), or complementary: never the true class, a leak."
+        "hash",
+        "hash of the image's id, or complementary: never the true class, a leak.",
+        choices=("hash", "complementary"),
     )
-    augment: str = option("weak", "weak (shift by a pixel, mirror) or none.")
-    precision: str = option("float32", "float32, or bfloat16 for autocast over float32 weights.")
+    augment: str = option("weak", "weak: shift by a pixel, mirror.", choices=("weak", "none"))
+    precision: str = option("float32", "bfloat16: autocast over float32 weights.", choices=PRECISIONS)
 
 
 def option_group(
@@ -226,9 +269,15 @@ def option_group(
         groups = {name: item for name, item in {**given, **groups, **given}.items() if name not in own}
         first = {name: groups[name] for name in FIRST if name in groups}
         options = {**first, **own, **groups}
+        if "model" in options:
+            options = {"named_model": _parameter("named_model", NamedModel, None), **options}
+            if options["model"].default is inspect.Parameter.empty:
+                options["model"] = options["model"].replace(default=None)
 
         @functools.wraps(command)
         def filled(**values: object) -> None:
+            if "model" in options:
+                values["model"] = the_model(values)
             group = (build or kind)(**{name: values[name] for name in given})
             command(**{name: values[name] for name in wanted}, **{parameter: group})
 
@@ -265,11 +314,12 @@ def output_options(command: str, *, one_file: bool = False) -> Callable[[Command
     return option_group("out", OutputOptions, build=functools.partial(Output, command, one_file=one_file))
 
 
-def check_split(split: str, *others: str) -> None:
-    """UnknownNameError for a split that no task has, nor is one of `others`."""
-    from layerprobe.tasks.split import SPLITS
-
-    check_name("split", split, (*SPLITS, *others))
+def the_model(values: dict[str, Any]) -> str:
+    """The model that was named, with the flag or without; UsageError where none was."""
+    named = values.pop("named_model", None) or values["model"]
+    if named is None:
+        raise UsageError("which model? Name one, such as minilm; layerprobe ls models lists the short names")
+    return str(named)
 
 
 def check_name(what: str, name: str, known: Sequence[str]) -> None:

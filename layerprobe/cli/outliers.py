@@ -15,28 +15,17 @@ from layerprobe.cli.output import Output
 if TYPE_CHECKING:
     from layerprobe.analyzers.outliers import OutlierReport
 
-_NO_EFFECT = "No effect here, accepted because every command has it: "
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """How weight files are read, and what other commands take and these ignore."""
+    """How weight files are read."""
 
-    engine: str = option("auto", "auto, numba or torch; the numbers are the same.")
+    engine: str = option("auto", "What counts; the numbers are the same.", choices=("auto", "numba", "torch"))
     threads: int | None = option(None, "Tensors read at once; default: the usable cores.", min=1)
     offline: options.Offline = False
-    device: str | None = common_option(None, _NO_EFFECT + "weights are counted on the CPU.")
-    dtype: str | None = common_option(None, _NO_EFFECT + "weights are measured as they are stored.")
-    limit: int | None = common_option(None, _NO_EFFECT + "no images are read.", min=1)
 
     def reading(self) -> dict[str, Any]:
         return {"engine": self.engine, "threads": self.threads, "offline": self.offline}
-
-    def say_unused(self, out: Output) -> None:
-        """Tell the user which of the options they gave change nothing in this command."""
-        given = {"--device": self.device, "--dtype": self.dtype, "--limit": self.limit}
-        if unused := " and ".join(name for name, value in given.items() if value is not None):
-            out.say(f"{unused} changed nothing: weights are counted on the CPU as they are stored")
 
 
 @options.option_group("checkpoint", CheckpointOptions)
@@ -67,21 +56,21 @@ def outliers(
         "--output",
         "-o",
     ),
-    seed: int = common_option(0, _NO_EFFECT + "nothing is random.", min=0),
 ) -> None:
     """Count the outlier parameters of a model, exactly, without building the model.
 
-    Example: layerprobe outliers --model llama-7b
+    Example: layerprobe outliers minilm
     """
     from layerprobe.metrics.outliers import OutlierRules
 
-    checkpoint.say_unused(out)
     chosen, counted = numbers(sigmas, "--sigmas"), numbers(absolute, "--absolute")
     if quick:
         rules = OutlierRules.sigma_only(chosen, absolute=counted, top=top)
     else:
         multiples = numbers(mean_multiples, "--mean-multiples")
         rules = OutlierRules(sigmas=chosen, absolute=counted, mean_multiples=multiples, top=top)
+    beyond = " and ".join(f"{k:g}σ" for k in chosen)
+    out.start(f"parameters of {model} beyond {beyond}, counted from its files")
     files: dict[str, Any] = {"revision": revision, "include": include, "exclude": exclude, "state": state}
     if out.dry_run:
         from layerprobe.analyzers.outlier_scan import checkpoint_facts

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.cli.settings import SETTINGS_FILE
 from layerprobe.files import atomic_write, output_folder
+from layerprobe.locks import process_number
 from layerprobe.progress import note, silence_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from layerprobe.cli.settings import Call
     from layerprobe.records import Record
 
 Draw = Callable[[], "Axes | Figure"]
@@ -36,6 +39,7 @@ class Output:
         dry_run: bool = False,
         quiet: bool = False,
         one_file: bool = False,
+        config: Call | None = None,
     ) -> None:
         silence_notes(quiet)
         self.command = command
@@ -44,6 +48,33 @@ class Output:
         self.quiet = quiet
         self.file = output if one_file and output and output.suffix in (".csv", ".parquet", ".json") else None
         self.folder = output_folder(output) if output is not None and self.file is None else None
+        self._call = config
+
+    def own_folder(self, model: str, task: str, *, may_differ: Collection[str] = ()) -> None:
+        """Without -o: a folder below runs/ that is free, or holds this very run; made by `keep_settings`.
+
+        `may_differ` are options that may be given otherwise when the run goes on.
+        """
+        if self.folder is None and self._call is not None:
+            self.folder = self._call.free_folder(model, task, may_differ=may_differ)
+
+    def start(self, what: str) -> None:
+        """The first line: what will be done, and for commands that keep a run, where."""
+        if not self.dry_run and process_number() == 0:
+            where = "" if self.folder is None else f"; {self._state()} {self.folder}"
+            self.say(f"{self.command}: {what}{where}")
+
+    def _state(self) -> str:
+        held = self.folder is not None and self._call is not None and (self.folder / SETTINGS_FILE).exists()
+        return "continues in" if held else "kept in"
+
+    def keep_settings(self, *, anew: bool = False) -> None:
+        """Write the settings of this call into the folder, unless some lie there or `anew` is set."""
+        if self.folder is None or self._call is None or process_number() > 0:
+            return
+        output_folder(self.folder)
+        if anew or not (self.folder / SETTINGS_FILE).exists():
+            self._call.write(self.folder)
 
     def show_facts(self, facts: Mapping[str, Any]) -> None:
         """What would be done: a two-column list, or a JSON object with "dry_run": true."""
@@ -64,21 +95,22 @@ class Output:
         figures: Mapping[str, Draw] | None = None,
         table: list[dict[str, Any]] | None = None,
     ) -> None:
-        """Save the record and its figures (file stem → function that draws), then print `table` and answer."""
+        """Save the record and its figures (file stem → function that draws); print the answer, then `table`."""
         if self.file is not None:
             record.save(self.file)
-            self.say(f"saved: {self.file}")
         if self.folder is not None:
             record.save(self.folder)
             self.draw(figures or {})
-            self.say(f"saved: {self.folder}")
+            self.keep_settings(anew=True)
         if self.as_json:
             record.write_json(sys.stdout)
-            return
-        from layerprobe.tables import render_table
+        else:
+            from layerprobe.cli.terminal import print_answer
 
-        rows = record.table() if table is None else table
-        sys.stdout.write(f"{render_table(rows)}\n{record.summary()}\n" if rows else f"{record.summary()}\n")
+            print_answer(record.summary(), record.table() if table is None else table)
+        if self.file is not None or self.folder is not None:
+            sys.stdout.flush()
+            self.say(f"saved: {self.file or self.folder}")
 
     def draw(self, figures: Mapping[str, Draw]) -> None:
         """Save figures (file stem → function that draws) where there is a folder."""

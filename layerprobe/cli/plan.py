@@ -63,7 +63,7 @@ def check(
 ) -> None:
     """Check that a plan fits a model: every name and every shape. Weights are not loaded.
 
-    Example: layerprobe plan check plan.json --model gpt2
+    Example: layerprobe plan check plan.json --model minilm
     """
     from layerprobe.backbones import load_backbone
     from layerprobe.plans import FreezePlan, parameter_table
@@ -110,7 +110,7 @@ def lint(
     Leaves with exit code 1 when it trains nothing or everything, when a pattern matches nothing, when a setting does
     nothing, or when it differs from the plan.
 
-    Example: layerprobe plan lint train.yaml --model gpt2 --plan plan.json
+    Example: layerprobe plan lint train.yaml --model minilm --plan plan.json
     """
     from dataclasses import asdict
 

@@ -33,26 +33,31 @@ def probe(
         None, "Comma-separated inverse L2 strengths; default 1e-4 to 1e3, 8 values.", "--C"
     ),
     refit: str = option(
-        "train+validation", "'train+validation' at the chosen C before the test, or 'train'."
+        "train+validation", "Images of the last fit, at the chosen C.", choices=("train+validation", "train")
     ),
+    cache_dir: options.CacheDir = None,
 ) -> None:
     """Probe each layer linearly: C chosen on validation, accuracy measured once on test, beside controls.
 
     Every fit is driven to within 1e-4 of its optimum and says how far it is from it. Differences from the
     best layer carry paired bootstrap intervals.
 
-    Example: layerprobe probe --model minilm --task digits --controls pixels,random,labels
+    Example: layerprobe probe minilm --task digits --limit 500 --patch-size 4
     """
-    from layerprobe.metrics.probing.logistic import C_GRID, check_grid, check_refit
-
     asked = chosen_names("control", controls, CONTROLS)
     further = chosen_names("extra", extras, EXTRAS)
-    check_refit(refit)
     refusal = f"--C takes numbers such as 1e-4,1e-2,1,100; got '{strengths}'"
-    grid = check_grid(C_GRID if strengths is None else options.number_list(strengths, refusal))
+    given = None if strengths is None else options.number_list(strengths, refusal)
+    out.start(
+        f"a linear classifier on every layer of {backbone.model} for {task.task}; "
+        f"controls: {', '.join(['chance', *asked])}"
+    )
+    from layerprobe.metrics.probing.logistic import C_GRID, check_grid
+
+    grid = check_grid(C_GRID if given is None else given)
+    seen = backbone.sketch(task)
+    layers.pick(seen, model=backbone.model)
     if out.dry_run:
-        seen = backbone.sketch(task)
-        layers.pick(seen, model=backbone.model)
         twins = 1 + ("random" in asked and backbone.init != "random")
         facts = forward_facts(
             seen, batch_size=layers.batch_size, models=twins, counts=count_images(task, out)
@@ -81,6 +86,7 @@ def probe(
         refit=refit,
         seed=backbone.seed,
         batch_size=layers.batch_size,
+        cache_dir=cache_dir,
         # The solver needs float64, which Apple's GPUs lack.
         device="cpu" if network.device.type == "mps" else str(network.device),
         quiet=out.quiet,

@@ -15,6 +15,10 @@ SECONDS_TO_END = 30.0
 """After this process is done, the others have nothing left to compute."""
 
 
+SMALL = 1_000_000
+"""Parameters of a model below which a second thread costs more than it brings."""
+
+
 @contextlib.contextmanager
 def copies(workers: int) -> Iterator[None]:
     """Run this very command in `workers` processes, this one included, which share the cores.
@@ -27,7 +31,9 @@ def copies(workers: int) -> Iterator[None]:
         return
     shared = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "RANK": "0", "LOCAL_RANK": "0"}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
-    os.environ.update(shared)  # before torch is loaded, which reads the number of threads once
+    os.environ.update(shared)
+    if "torch" in sys.modules:  # which has read the number of threads already
+        sys.modules["torch"].set_num_threads(int(shared["OMP_NUM_THREADS"]))
     command = [sys.executable, "-m", "layerprobe", *sys.argv[1:]]
     others = [
         subprocess.Popen(
@@ -50,6 +56,27 @@ def copies(workers: int) -> Iterator[None]:
         for other in others:
             if other.poll() is None:
                 other.terminate()
+
+
+def choose_threads(threads: int | None, n_parameters: int) -> None:
+    """Set torch's threads: as many as were asked for, else one where the model is too small to share out.
+
+    Results are the same to the last bit with the same number of threads, so how busy the cores are decides nothing; it
+    is said.
+    """
+    import torch
+
+    if threads is None and n_parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+        return
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if torch.get_num_threads() > 1 and busy > usable_cores():
+        note(
+            f"{usable_cores()} cores have {busy:.0f} processes to run, and this one computes with "
+            f"{torch.get_num_threads()} threads; --threads 1 may be faster"
+        )
 
 
 def own_device(device: str | None) -> str | None:

@@ -22,12 +22,14 @@ def transfer(
     backbone: options.BackboneOptions,
     task: options.TaskOptions,
     out: Output,
-    family: str = option("both", "readable, trainable or both."),
+    family: str = option("both", "Which scores.", choices=tuple(FAMILIES)),
     knn: bool = option(True, "Leave-one-out kNN too; costs images squared.", "--knn/--no-knn"),
     replicates: int = option(30, "Half samples behind each standard error; 0: none.", min=0),
     batches: int = option(8, "Gradient batches.", min=3),
     batch_size: options.BatchSize = 32,
-    head: str = option("probe", "Gradients of what: a 'probe', or the model's 'own' classifier."),
+    head: str = option(
+        "probe", "Gradients of what: a probe, or the model's own classifier.", choices=options.HEADS
+    ),
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Score every layer of a backbone for a task, without training the backbone.
@@ -35,14 +37,12 @@ def transfer(
     Two families that are never mixed: readable scores of a layer's output (LogME, H-score, TransRate, GBC, neural
     collapse, leave-one-out ridge, kNN), and trainable scores of a block's gradients (RGN, SNR, Taylor, Fisher).
 
-    Example: layerprobe transfer --model minilm --task digits --limit 300
+    Example: layerprobe transfer minilm --task digits --limit 300
     """
-    from layerprobe.analyzers.heads import check_head
-
-    options.check_name("family", family, list(FAMILIES))
-    check_head(head)
+    out.start(f"{' and '.join(FAMILIES[family])} scores of every layer of {backbone.model} on {task.task}")
+    seen = backbone.sketch(task)
     if out.dry_run:
-        facts = forward_facts(backbone.sketch(task), batch_size=batch_size)
+        facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "families": " and ".join(FAMILIES[family])})
         return
 

@@ -16,7 +16,7 @@ _MODULES = {
     "outliers": "OutlierRules TensorOutliers merge_outliers",
     "outliers.comparison": "ratio_of_ratios hedges_g cliffs_delta group_test",
     "outliers.summary": "outlier_statistics outlier_ratio",
-    "probing.curves": "online_code_length few_shot_curve control_accuracy",
+    "probing.curves": "online_code_length few_shot_curve control_labels control_probe",
     "probing.knn_ridge": "knn_predict select_knn ridge_sweep select_ridge",
     "probing.logistic": "C_GRID LogisticProbe ProbeResult fit_logistic_path select_probe",
     "similarity.all_pairs": "MinibatchCKA pairwise_cka",

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
+from layerprobe.network import hub_is_out_of_reach
+from layerprobe.tables import percent
 
 if TYPE_CHECKING:
     from layerprobe.plans.freeze_plan import FreezePlan
@@ -52,6 +54,8 @@ def push_plan(plan: FreezePlan, repository: str, *, private: bool = False, text:
     _check_name(repository)
     files = {PLAN_FILE: text, CARD_FILE: plan_card(plan, repository)}
     with _hub_errors(repository, f"write to '{repository}'"):
+        if hub_is_out_of_reach():
+            raise ConnectionError
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         made = api.create_commit(
@@ -75,6 +79,7 @@ def pull_plan(repository: str, *, revision: str | None = None, offline: bool = F
     from huggingface_hub import HfApi
 
     _check_name(repository)
+    offline = offline or hub_is_out_of_reach()
     with _hub_errors(repository, f"read '{repository}'"):
         found = HfApi().hf_hub_download(repository, PLAN_FILE, revision=revision, local_files_only=offline)
     return Path(str(found))
@@ -108,7 +113,7 @@ def plan_card(plan: FreezePlan, repository: str) -> str:
         ]
         if isinstance(low, float) and isinstance(high, float):
             lines.append(
-                f"Test accuracy on {task}: {accuracy['mean']:.1%} ({words}: {low:.1%} to {high:.1%})."
+                f"Test accuracy on {task}: {percent(accuracy['mean'])} ({words}: {percent(low)} to {percent(high)})."
             )
     base = plan.model_id if _REPOSITORY.fullmatch(plan.model_id) else None
     data = ModelCardData(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from layerprobe.errors import PlanError
 from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
+from layerprobe.tables import percent
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +243,7 @@ class PlanData:
             text += f", adapters of {named} on {len(self.adapters)} modules"
             text += f" (blocks {name_blocks(blocks)})" if blocks else ""
         share = self.trained_parameters / (trained + frozen) if trained + frozen else 0.0
-        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({100 * share:.1f} %)"
+        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({percent(share)})"
 
     def content_hash(self) -> str:
         """32 hexadecimal digits over the states and the trainable names: what the plan does, not how it was found."""

@@ -10,6 +10,7 @@ import seaborn
 from matplotlib.axes import Axes
 
 from layerprobe.plotting import style as look
+from layerprobe.tables import percent
 
 COSTS = {
     "train_flops": ("training cost (TFLOP in the blocks)", 1e12),
@@ -38,7 +39,7 @@ def plot_bridge_curve(
     ax.plot(frame["step"], frame["accuracy"], color=options["color"], alpha=0.25, linewidth=0.8)
     look.draw_line(ax, frame["step"], smooth, **options)
     if guess is not None:
-        look.reference_line(ax, guess, label=f"guess, {100 * guess:.3g} %")
+        look.reference_line(ax, guess, label=f"guess, {percent(guess)}")
     ax.set(xlabel="optimizer step", ylabel="random labels recalled (share)", ylim=(0, None))
     look.whole_numbers(ax)
     look.name_lines(ax)

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from layerprobe.errors import UsageError
 from layerprobe.plotting import style as look
+from layerprobe.tables import percent
 
 MOST_STRIPS = 10
 STATE_COLOURS = {"frozen": "#D9DEE4", "partial": "#F0C571", "trainable": look.ORANGE}
@@ -245,7 +246,7 @@ def plot_plan(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> A
     states = [inside[inside["plan"] == name].set_index("block")["state"] for name in names]
     cells = [of_plan.map(STATE_COLOURS).to_dict() for of_plan in states]
     sums = frame.groupby("plan")[["value", "n"]].sum().loc[names]
-    notes = [f"{100 * share:.1f} %" for share in sums["value"] / sums["n"]]
+    notes = [f"{percent(share)}" for share in sums["value"] / sums["n"]]
     legend = {state: colour for state, colour in STATE_COLOURS.items() if (inside["state"] == state).any()}
     ax = _strips(ax, cells, notes, legend, style)
     ax.set_yticks(range(len(names)), names)

@@ -106,9 +106,10 @@ def power_in_words(noise: float, settings: Settings) -> str:
         100 * detectable_difference(noise, n_seeds, 2 * (n_seeds - 1))
         for n_seeds in (settings.seeds, settings.max_seeds)
     ]
+    more = f", {settings.max_seeds} find {found[1]:.1f}" if settings.max_seeds > settings.seeds else ""
     return (
         f"trainings of one plan differ by {100 * noise:.1f} points; {settings.seeds} unseen seeds find differences of "
-        f"{found[0]:.1f} points in 8 of 10 cases, {settings.max_seeds} find {found[1]:.1f}"
+        f"{found[0]:.1f} points in 8 of 10 cases{more}"
     )
 
 

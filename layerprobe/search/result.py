@@ -25,7 +25,7 @@ from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import blocks_of, describe_mask, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import read_frame, strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import count_text, read_frame, strict_rows, strict_value, tidy, write_frame
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -117,13 +117,13 @@ class SearchResult(Record):
             {
                 "arm": row["arm"],
                 "blocks": "".join("■" if mark == "#" else "□" for mark in row["plan"].split("+")[0]),
-                "trained parameters": f"{row['trainable_parameters']:,}",
+                "trained": count_text(row["trainable_parameters"]),
                 "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",
-                "test %": None if row["test_accuracy"] is None else round(100 * row["test_accuracy"], 1),
+                "test, %": None if pd.isna(row["test_accuracy"]) else f"{100 * row['test_accuracy']:.1f}",
                 "95 % interval": None
                 if pd.isna(row["low"])
                 else f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-                "against all": "same plan"
+                "− all, points": "same plan"
                 if row["plan"] in everything and row["arm"] != ALL
                 else None
                 if pd.isna(row["minus_all"])

@@ -19,9 +19,16 @@ from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import output_folder
 from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
-from layerprobe.progress import note
+from layerprobe.progress import Stages, duration, note
 from layerprobe.provenance import provenance
-from layerprobe.search.baselines import GREEDY, PLAN, Baseline, chosen_baselines, report_baselines
+from layerprobe.search.baselines import (
+    GREEDY,
+    PLAN,
+    Baseline,
+    baselines_cost,
+    chosen_baselines,
+    report_baselines,
+)
 from layerprobe.search.budget import Scores, TrialBudget
 from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
 from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
@@ -40,9 +47,6 @@ from layerprobe.training.checkpoints import find_checkpoint
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.tasks import Task
-
-REPORT_LINE_SECONDS = 15.0
-"""Between two lines of progress while the baselines train."""
 
 SCORE_COLUMNS = ["block", "site", "metric", "value", "stderr", "n", "reason", "family"]
 
@@ -193,10 +197,10 @@ class _Search:
         self.runner, self.workers, self.quiet = runner, workers, quiet
         self.settings, self.space = runner.evaluator.settings, runner.space
         self.began = clock.monotonic()
-        self.looked_up = 0.0  # full trainings that were finished before this process came
+        self.stages, self.stage = Stages(quiet=quiet), "pilot"
 
     def run(self) -> SearchResult:
-        with self.runner.helpers(self.workers - 1):
+        with closing(self.stages), self.runner.helpers(self.workers - 1):
             settings, space = self.settings, self.space
             pilot = self.pilot()
             probes = self.runner.probes(quiet=self.quiet)
@@ -207,7 +211,8 @@ class _Search:
             baselines = chosen_baselines(settings.baselines, space, seed=settings.seed, scores=guides)
             total, baselines = self.total(pilot, baselines)
             budget = self.budget(pilot, total, guides)
-            self.say(f"{settings.strategy} over {space.n_blocks} blocks: budget {total:.3g} full trainings")
+            self.say(self.plan_in_words(pilot, total, baselines))
+            self.stages.show("search", 0.0, total, unit="full trainings")
             mask, lr = run_strategy(make_strategy(settings.strategy), budget)
             posterior = budget.posterior()
             self.say(power_in_words(posterior.noise, settings))
@@ -215,6 +220,7 @@ class _Search:
                 f"chosen on validation: {describe_mask(mask)}; now {len(baselines)} baselines on unseen seeds"
             )
             baselines, rates = self.greedy(baselines, budget)
+            self.stage = "report"
             report = report_baselines(
                 mask,
                 baselines,
@@ -225,6 +231,15 @@ class _Search:
             )
         records = self.runner.store.records()
         return make_result(self.runner.evaluator, budget, pilot, report, records, scores, probes)
+
+    def plan_in_words(self, pilot: Pilot, total: float, baselines: list[Baseline]) -> str:
+        """What is ahead after the pilot, and how long it takes at the pilot's pace."""
+        report = baselines_cost(baselines, self.space, self.settings) + self.settings.seeds
+        seconds = (total + report) * pilot.seconds / self.workers
+        return (
+            f"{self.settings.strategy} over {self.space.n_blocks} blocks: {total:.3g} full trainings and a report of "
+            f"{report:.3g}, about {duration(seconds)}"
+        )
 
     def pilot(self) -> Pilot:
         """Length, rates and duration of a training; found once, and kept with the trials."""
@@ -242,9 +257,7 @@ class _Search:
             f"one training: {bridge}{steps} steps, {found.seconds:.3g} s; rates {rates}; all blocks reach {reaches}"
         )
         if not found.reached:
-            self.say(
-                "the accuracy still grows at the limit of steps; a larger --finetune-steps may change the answer"
-            )
+            self.say("the accuracy still grows at the limit of steps; a larger --steps may change the answer")
         return found
 
     def budget(self, pilot: Pilot, total: float, scores: Scores, *, watched: bool = True) -> TrialBudget:
@@ -290,50 +303,24 @@ class _Search:
         return [made if one.name == GREEDY else one for one in baselines], {GREEDY: budget.best_lr(mask)}
 
     def train_batch(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
-        """Outcomes of a strategy's trials; counts those that were all finished before."""
-        looks = 0
-
-        def watch(finished: int, total: int) -> None:
-            nonlocal looks
-            looks += 1
-            if finished == total and looks == 1:
-                self.looked_up += sum(self.space.cost(trial) for trial in trials)
-
-        return self.runner.outcomes(trials, watch)
+        """Outcomes of a strategy's trials."""
+        return self.runner.outcomes(trials)
 
     def report_batch(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
-        """Outcomes of the report's trials, with a line of progress every now and then."""
-        began = told = clock.monotonic()
-        found_before: int | None = None
+        """Outcomes of the trials of pilot and report."""
 
         def watch(finished: int, total: int) -> None:
-            nonlocal told, found_before
-            found_before = finished if found_before is None else found_before
-            now = clock.monotonic()
-            if found_before < finished < total and now - told >= REPORT_LINE_SECONDS:
-                told = now
-                rest = (now - began) / (finished - found_before) * (total - finished)
-                self.say(
-                    f"{finished} of {total} trainings of this step; about {rest / 60:.1f} min of it left"
-                )
+            self.stages.show(self.stage, finished, total, unit="trainings")
 
         return self.runner.outcomes(trials, watch)
 
     def watch(self, budget: TrialBudget) -> None:
-        """One line of progress: best so far, budget left, expected end."""
+        """The bar of the search: budget, time left, best so far."""
         best = max(budget.tried_masks(), key=budget.estimate)
         leader = "all runs have failed so far"
         if math.isfinite(accuracy := budget.estimate(best)):
-            leader = f"best so far {100 * accuracy:.1f} % with {describe_mask(best)}"
-        trained = budget.spent - self.looked_up
-        end = "all found finished"
-        if trained > 1e-9:
-            elapsed = clock.monotonic() - self.began
-            rest = elapsed * max(0.0, budget.total - budget.spent) / trained
-            end = f"at most {rest / 60:.1f} min of search left"
-        self.say(
-            f"{len(budget.history)} trainings, {budget.spent:.1f} of {budget.total:.3g} spent; {leader}; {end}"
-        )
+            leader = f"best {100 * accuracy:.1f} %, {describe_mask(best)}"
+        self.stages.show("search", budget.spent, budget.total, unit="full trainings", about=leader)
 
     def say(self, message: str) -> None:
         if not self.quiet:
@@ -378,7 +365,6 @@ def _train_bridge(
         plan=found.plan,
         config=config,
         output=target,
-        resume=checkpoint is not None,
         quiet=quiet,
     )
 

@@ -72,11 +72,11 @@ def preset_in_words(name: str) -> str:
     """What a preset sets, as options of the command line.
 
     >>> preset_in_words("quickstart").split("; ")[:2]
-    ['--budget 20', '--finetune-steps 50']
+    ['--budget 20', '--steps 50']
     """
     words = []
     for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items():
-        flag = "--" + key.replace("_", "-")
+        flag = "--" + key.removeprefix("finetune_").replace("_", "-")
         if key == "use_scores":
             words.append("--no-scores")
         else:

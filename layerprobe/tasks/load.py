@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.network import hub_is_out_of_reach
 from layerprobe.reading import is_there
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.folder import peek_folder, read_folder, refuse_column
@@ -188,6 +189,8 @@ def _read_hub(
     `datasets.load_dataset` prepared earlier.
     """
     why = offline_reason(offline)
+    if why is None and hub_is_out_of_reach():
+        why = "the hub cannot be reached"
     if why is None:
         try:
             return _download(hub_id, choice, config, revision)

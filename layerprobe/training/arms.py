@@ -16,7 +16,7 @@ from layerprobe.metrics.intervals import (
     wilson_interval,
 )
 from layerprobe.records import Estimate, Record
-from layerprobe.tables import tidy
+from layerprobe.tables import count_text, percent, tidy
 from layerprobe.training.finetune import Outcome
 
 if TYPE_CHECKING:
@@ -178,9 +178,9 @@ class Evaluation(Record):
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {100 * self.confidence:.0f} % over {n_seeds} seeds"
+            return f"t {percent(self.confidence, 0)} over {n_seeds} seeds"
         return (
-            f"Wilson {100 * self.confidence:.0f} % over {self._n_test(arm):,} images, 1 seed"
+            f"Wilson {percent(self.confidence, 0)} over {self._n_test(arm):,} images, 1 seed"
             if n_seeds
             else None
         )
@@ -202,7 +202,7 @@ class Evaluation(Record):
             else:
                 pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
                 row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {100 * self.confidence:.0f} % over {len(common)} paired seeds"
+                row["interval"] = f"t {percent(self.confidence, 0)} over {len(common)} paired seeds"
             rows.append(row)
         return rows
 
@@ -211,8 +211,8 @@ class Evaluation(Record):
         for arm in arms:
             recalls = [t.bridge_accuracy for t in self.of(arm) if t.bridge_accuracy is not None]
             if recalls and np.mean(recalls) < LEAST_RECALL:
-                recalled, least = 100 * float(np.mean(recalls)), 100 * LEAST_RECALL
-                return f"{arm} recalls {recalled:.0f} % of its random labels, below {least:.0f} %"
+                recalled, least = percent(float(np.mean(recalls)), 0), percent(LEAST_RECALL, 0)
+                return f"{arm} recalls {recalled} of its random labels, below {least}"
         return ""
 
     def to_frame(self) -> pd.DataFrame:
@@ -249,12 +249,12 @@ class Evaluation(Record):
             rows.append(
                 {
                     "arm": arm,
-                    "test accuracy, %": percent(found.value),
-                    "interval": _ends(found),
-                    "basis": self.interval_kind(arm),
-                    "lr": self.chosen[arm],
-                    "trained parameters": trials[0].trainable_parameters if trials else None,
-                    "TFLOP": None if flops is None else round(flops / 1e12, 3),
+                    "test accuracy": None if found.value is None else percent(found.value),
+                    "95 % interval": _ends(found),
+                    "lr": None if self.chosen[arm] is None else f"{self.chosen[arm]:g}",
+                    "trained": count_text(trials[0].trainable_parameters or 0) if trials else None,
+                    "TFLOP": None if flops is None else f"{flops / 1e12:.3g}",
+                    "interval of": self.interval_kind(arm),
                 }
             )
         for row in self.differences():
@@ -262,13 +262,13 @@ class Evaluation(Record):
             rows.append(
                 {
                     "arm": f"{row['arm']} − {row['versus']}",
-                    "test accuracy, %": f"{100 * row['value']:+.1f} points" if shown else None,
-                    "interval": _ends(
+                    "test accuracy": f"{100 * row['value']:+.1f} points" if shown else None,
+                    "95 % interval": _ends(
                         Estimate(value=row["value"], low=row["low"], high=row["high"]), sign=True
                     )
                     if shown
                     else None,
-                    "basis": row["interval"] if shown else row["reason"],
+                    "interval of": row["interval"] if shown else row["reason"],
                 }
             )
         return rows
@@ -276,7 +276,7 @@ class Evaluation(Record):
     def summary(self) -> str:
         found = {arm: self.interval(arm) for arm in self.arms}
         parts = [
-            f"{arm}: no result" if e.value is None else f"{arm} {percent(e.value)} % ({_ends(e)})"
+            f"{arm}: no result" if e.value is None else f"{arm} {percent(e.value)} ({_ends(e)})"
             for arm, e in found.items()
         ]
         kinds = sorted({kind for arm in self.arms if (kind := self.interval_kind(arm)) is not None})
@@ -295,11 +295,6 @@ class Evaluation(Record):
                 f"{100 * row['value']:+.1f} points ({ends})."
             )
         return text
-
-
-def percent(share: float | None) -> str | None:
-    """A share in per cent with one decimal."""
-    return None if share is None else f"{100 * share:.1f}"
 
 
 def _ends(found: Estimate, *, sign: bool = False) -> str:

@@ -20,7 +20,7 @@ from layerprobe.plans.plan import TRAINABLE
 from layerprobe.plans.verify import Verification
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.tables import write_frame
+from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.choose_rate import choose_rate
@@ -54,7 +54,6 @@ def bridge_train(
     plan: FreezePlan | None = None,
     config: BridgeConfig | None = None,
     output: str | Path | None = None,
-    resume: bool = False,
     quiet: bool = True,
     finish: Callable[[BridgeRun], None] | None = None,
 ) -> BridgeRun:
@@ -72,9 +71,8 @@ def bridge_train(
     plan : FreezePlan | None
         None trains everything.
     output : str | Path | None
-        Run folder (see `layerprobe.training.checkpoints`); None keeps nothing on disk.
-    resume : bool
-        Continue the unfinished run in `output`, if there is one.
+        Run folder (see `layerprobe.training.checkpoints`). A run that was begun there with the same settings is
+        continued; a finished one is read. None keeps nothing on disk.
     quiet : bool
         No bar and no remarks.
     finish : Callable[[BridgeRun], None] | None
@@ -83,8 +81,8 @@ def bridge_train(
     Raises
     ------
     UsageError
-        More random classes than images, nothing to train, a run folder in use, other settings or data than
-        the run to be continued.
+        More random classes than images, nothing to train, a run folder that another process works in, or that
+        holds a run with other settings or data.
     PlanError
         The plan is for another model, or a frozen tensor changed.
     DivergedError
@@ -103,7 +101,6 @@ def bridge_train(
     with folder_lock(folder, "layerprobe bridge"):
         backbone.prepare(task)
         if folder is not None:
-            checkpoints.refuse_used_folder(folder, resume=resume)
             check_save(backbone, config.save)
         plan = plan or all_trainable(backbone)
         if not plan.trained_parameters and TRAINABLE not in (plan.states["stem"], plan.states["head"]):
@@ -112,7 +109,7 @@ def bridge_train(
             raise UsageError(f"{n_images} training images are too few for random labels")
         tensors = TaskTensors.of(backbone, task, ("train",))
         with preserved_rng():
-            training = _Training(backbone, tensors, plan, config, folder, resume=resume, quiet=quiet)
+            training = _Training(backbone, tensors, plan, config, folder, quiet=quiet)
             return training.run(finish)
 
 
@@ -127,7 +124,6 @@ class _Training:
         config: BridgeConfig,
         folder: Path | None,
         *,
-        resume: bool,
         quiet: bool,
     ) -> None:
         self.backbone, self.tensors, self.pixels = backbone, tensors, tensors.pixels["train"]
@@ -140,7 +136,7 @@ class _Training:
         self.is_main = self.accelerator.is_main_process
         self.about = {**backbone.describe(), **tensors.facts}
         found = None
-        if folder is not None and resume:
+        if folder is not None:
             found = checkpoints.find_checkpoint(folder, check_bytes=True)
         self.config, self.lr = config, self._rate(config, found)
         self.classifier = Classifier(backbone, config.random_classes, seed=config.seed)
@@ -247,7 +243,9 @@ class _Training:
         self.history.add(step, self.config.batch_size, len(self.pixels))
         bar.update(self.config.batch_size)
         guess = 1 / self.config.random_classes
-        bar.set_postfix_str(f"loss {step.loss:.3f}, accuracy {step.accuracy:.1%} (guess {guess:.1%})", False)
+        bar.set_postfix_str(
+            f"loss {step.loss:.3f}, accuracy {percent(step.accuracy)} (guess {percent(guess)})", False
+        )
         if self.config.trackers:
             values = {key: getattr(step, key) for key in ("loss", "accuracy", "lr", "grad_norm")}
             self.accelerator.log(values, step=step.index)

@@ -19,7 +19,7 @@ from layerprobe.plans.adapters import adapter_updates
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.reading import open_file
 from layerprobe.records import Record
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import percent, tidy, write_frame
 from layerprobe.training.classifier import whole
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.loop import Step
@@ -83,11 +83,11 @@ class BridgeRun(Record):
             {
                 "block": int(block),
                 "plan": states[int(block)],
-                "weight change": row["weight_change"],
-                "update rank": row["update_rank"],
-                "σ₁ after/before": row["spectral_norm_ratio"],
-                "outliers > 6σ before": row["outlier_ratio_6sigma_before"],
-                "after": row["outlier_ratio_6sigma_after"],
+                "change, %": _digits(100 * row["weight_change"]),
+                "update rank": _digits(row["update_rank"]),
+                "σ₁ after/before": _digits(row["spectral_norm_ratio"], 4),
+                "> 6σ before, ppm": _digits(1e6 * row["outlier_ratio_6sigma_before"]),
+                "after, ppm": _digits(1e6 * row["outlier_ratio_6sigma_after"]),
             }
             for block, row in wide.iterrows()
         ]
@@ -95,10 +95,14 @@ class BridgeRun(Record):
     def summary(self) -> str:
         k = self.config.random_classes
         text = (
-            f"After {len(self.history):,} steps {100 * self.value('random_label_accuracy'):.1f} % of the random labels "
-            f"are recalled (a guess: {100 / k:.3g} %, {k} labels); {self.plan.summary()}."
+            f"After {len(self.history):,} steps {percent(self.value('random_label_accuracy'))} of the random labels "
+            f"are recalled (a guess: {percent(1 / k)} of {k}); {self.plan.summary()}."
         )
         return text + (f" Model: {self.folder}" if self.folder is not None else "")
+
+
+def _digits(value: float, digits: int = 3) -> float:
+    return float(f"{value:.{digits}g}")
 
 
 class History:

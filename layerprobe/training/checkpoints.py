@@ -70,6 +70,7 @@ STATE_FIELDS: dict[str, Schema] = {
 }  # fmt: skip
 MAY_CHANGE = {"checkpoint_every", "keep", "trackers", "compile"}
 """Settings that a continued run may have otherwise than it began with."""
+TRY = "; name another folder with --output"
 
 
 @dataclass(frozen=True)
@@ -311,20 +312,14 @@ def shard(classifier: Classifier, device: torch.device) -> None:
         fully_shard(module, mesh=mesh)
 
 
-def refuse_used_folder(run_folder: Path, *, resume: bool) -> None:
-    """UsageError for a folder that holds a run, unless it is unfinished and to be resumed."""
-    checkpoint = find_checkpoint(run_folder)
-    if checkpoint is None:
-        return
-    if checkpoint.state["finished"]:
-        raise UsageError(
-            f"{run_folder} holds a finished run of {checkpoint.step} steps; choose another folder"
-        )
-    if not resume:
-        raise UsageError(
-            f"{run_folder} holds an unfinished run (step {checkpoint.step}); continue it with --resume, "
-            "or choose another folder"
-        )
+def refuse_other_settings(found: Checkpoint, run_folder: Path | None, config: BridgeConfig) -> None:
+    """UsageError where the run that was `found` in `run_folder` was begun with other settings."""
+    settings = strict_value(config.to_dict())
+    for key, value in found.state["config"].items():
+        if key not in MAY_CHANGE and settings.get(key) != value:
+            raise UsageError(
+                f"the run in {run_folder} was begun with {key}={_short(value)}, not {settings.get(key)}{TRY}"
+            )
 
 
 def identity(
@@ -360,21 +355,19 @@ def refuse_other_run(
             f"the training images changed since the checkpoint at step {found.step}: {what} is not the same "
             f"({then.get('images')} images then, {data['images']} now); use the same --task, --limit and --seed"
         )
-    settings = strict_value(config.to_dict())
-    for key, value in state["config"].items():
-        if key not in MAY_CHANGE and settings.get(key) != value:
-            raise UsageError(
-                f"the run in {run_folder} was begun with {key}={_short(value)}, not {settings.get(key)}"
-            )
+    refuse_other_settings(found, run_folder, config)
     for key, value in state["backbone"].items():
         if now["backbone"].get(key) != value:
             raise UsageError(
                 f"the run in {run_folder} trains a backbone with {key}={_short(value)}, not {now['backbone'].get(key)}"
+                + TRY
             )
     if state["trainable_digest"] != now["trainable_digest"]:
-        raise UsageError(f"the run in {run_folder} was begun with another freeze plan, see its plan.json")
+        raise UsageError(
+            f"the run in {run_folder} was begun with another freeze plan, see its plan.json{TRY}"
+        )
     if state["origin"] != now["origin"]:
-        raise UsageError(f"the run in {run_folder} started from other weights than these")
+        raise UsageError(f"the run in {run_folder} started from other weights than these{TRY}")
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def run_folder(program, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
     found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(folder)])
     assert found.exit_code == 0, found.stderr
-    assert "of the random labels are recalled (a guess: 10 %, 10 labels)" in found.stdout
+    assert "of the random labels are recalled (a guess: 10.0 % of 10)" in found.stdout
     return folder
 
 
@@ -108,6 +108,7 @@ def test_arms_in_one_table(program, run_folder, model, tmp_path):
         "accuracy_parameters.png",
         "evaluate.csv",
         "evaluate.json",
+        "settings.yaml",
         "trials.json",
     }
 
@@ -135,14 +136,16 @@ def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
     [
         (["bridge", "--random-classes", "1000"], "1000 random classes are more than the"),
         (["bridge", "--random-classes", "1"], "random_classes must be at least 2, not 1"),
-        (["bridge", "--lr", "-1"], "lr must be a positive number, not -1.0"),
+        (["bridge", "--lrs", "-1"], "lr must be a positive number, not -1.0"),
         (["bridge", "--lrs", "fast"], "'fast' is no list of learning rates"),
         (
             ["bridge", "--plan", "nowhere.json"],
             "there is no plan nowhere.json: name a plan file, or a run folder",
         ),
-        (["bridge", "--resume"], "--resume continues the run in a folder; name that with -o"),
-        (["bridge", "--precision", "float8"], "precision is one of float32, bfloat16, not 'float8'"),
+        (
+            ["bridge", "--precision", "float8"],
+            "unknown precision 'float8'. Did you mean",
+        ),
         (["bridge", "--device", "cuda:77"], "cuda:77"),
         (["evaluate", "--seeds", "none"], "'none' is no number of seeds"),
         (["evaluate", "--arms", "langage"], "unknown arm 'langage'. Did you mean 'language'?"),
@@ -162,17 +165,68 @@ def test_mistakes_are_one_line_on_stderr(program, model, arguments, line):
     assert found.stderr.count("\n") == 1
 
 
-def test_an_unfinished_run_is_not_written_over(program, run_folder, model):
-    found = CliRunner().invoke(program, [*common("bridge", model), "--steps", "4", "-o", str(run_folder)])
-    assert found.exit_code == 2
-    assert "holds a finished run of 4 steps; choose another folder" in found.stderr
+def test_a_named_folder_holds_one_run(program, run_folder, model):
+    """The same command reads the finished run; another is refused in one line that says what differs."""
+    same = [*common("bridge", model), "-o", str(run_folder)]
+    before = (run_folder / "final" / "state.json").read_bytes()
+    found = CliRunner().invoke(program, [*same, "--steps", "4"])
+    assert found.exit_code == 0 and "After 4 steps" in found.stdout, found.stderr
+    assert (run_folder / "final" / "state.json").read_bytes() == before
+    found = CliRunner().invoke(program, [*same, "--steps", "5"])
+    assert (found.exit_code, found.stdout) == (2, "")
+    line = (
+        f"error: the run in {run_folder} was begun with steps=4, not 5; name another folder with --output\n"
+    )
+    assert found.stderr == line
 
 
-def test_resuming_nothing_is_said_aloud(program, model, tmp_path):
-    arguments = [word for word in common("bridge", model) if word != "-q"]
-    found = CliRunner().invoke(program, [*arguments, "--resume", "-o", str(tmp_path), "--dry-run"])
-    assert found.exit_code == 0, found.stderr
-    assert f"nothing to resume in {tmp_path}, starting anew" in found.stderr
+@pytest.mark.parametrize("command", ["bridge", "evaluate"])
+def test_without_a_folder_the_run_is_kept_and_found_again(program, model, tmp_path, monkeypatch, command):
+    """The same command again trains nothing; other settings get a folder with a number."""
+    monkeypatch.chdir(tmp_path)
+    small = ["--lrs", "1e-3"] if command == "evaluate" else []
+    arguments = [*common(command, model)[:-1], *small, "--steps", "3"]
+    first = CliRunner().invoke(program, arguments)
+    assert first.exit_code == 0, first.stderr
+    folder = f"runs/{command}-tiny-digits"
+    opening, *_, closing = first.stderr.splitlines()
+    assert opening.startswith(f"{command}: ") and opening.endswith(f"; kept in {folder}")
+    assert closing == f"saved: {folder}"
+    monkeypatch.setattr("layerprobe.training.loop.make_optimizer", None)  # whoever trains needs one
+    again = CliRunner().invoke(
+        program, [*arguments, "--checkpoint-every", "2"][: None if command == "bridge" else -2]
+    )
+    assert again.exit_code == 0, again.stderr
+    assert again.stderr.splitlines()[0].endswith(f"; continues in {folder}")
+    assert again.stdout == first.stdout
+    other = CliRunner().invoke(program, [*arguments[:-1], "2", "--dry-run"])
+    assert f"{folder}-2" in other.stdout and not (tmp_path / f"{folder}-2").exists()
+
+
+def test_a_run_is_repeated_from_its_file_of_settings(program, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [*common("bridge", model), "--steps", "3", "--head-lr", "2"]
+    first = CliRunner().invoke(program, arguments)
+    assert first.exit_code == 0, first.stderr
+    settings = tmp_path / "runs" / "bridge-tiny-digits" / "settings.yaml"
+    assert "head-lr: 2.0\n" in settings.read_text() and f"model: {model}\n" in settings.read_text()
+    file = ["--config", str(settings), "-q"]
+    again = CliRunner().invoke(program, ["bridge", *file])
+    assert (again.exit_code, again.stdout) == (0, first.stdout)
+    shown = CliRunner().invoke(program, ["bridge", *file, "--steps", "7", "--dry-run"])
+    assert "runs/bridge-tiny-digits-2" in shown.stdout
+    for text, line in (
+        ("command: probe\n", "holds the settings of 'probe', not of 'bridge'"),
+        ("stpes: 3\n", "'bridge' has no option 'stpes'. Did you mean 'steps'"),
+        ("steps: {a: 1}\n", "holds no settings"),
+        ("steps: [\n", "cannot read"),
+        ("precision: float8\n", "unknown precision 'float8'"),
+    ):
+        (tmp_path / "wrong.yaml").write_text(text)
+        found = CliRunner().invoke(program, ["bridge", "--config", str(tmp_path / "wrong.yaml")])
+        assert found.exit_code in (1, 2) and found.stderr.count("\n") == 1 and line in found.stderr
+    found = CliRunner().invoke(program, ["bridge", "--config", "nowhere.yaml"])
+    assert found.exit_code == 2 and "there is no file of settings nowhere.yaml" in found.stderr
 
 
 def test_a_run_folder_serves_as_plan(program, run_folder, model):

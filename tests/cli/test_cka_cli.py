@@ -51,7 +51,7 @@ def test_two_models_give_tables_figures_and_a_summary(program, model, tmp_path) 
     assert done.exit_code == 0, done.stderr
     assert "layers of" in done.stdout and "more than chance" in done.stdout
     assert {path.name for path in folder.iterdir()} == {
-        "cka.csv", "cka.json", "cka.png", "cka_closest.csv", "cka_closest.png",
+        "cka.csv", "cka.json", "cka.png", "cka_closest.csv", "cka_closest.png", "settings.yaml",
     }  # fmt: skip
     frame = pd.read_csv(folder / "cka.csv")
     assert len(frame) == 9 and set(frame["model_y"]) == {f"{frame['model'].iloc[0]} (random init)"}

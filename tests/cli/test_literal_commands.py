@@ -76,7 +76,7 @@ def test_outliers_of_llama_7b(run_cli: Callable, filled_cache: Path) -> None:
 
 def test_freeze_search_on_cifar100(run_cli: Callable, filled_cache: Path, tmp_path: Path) -> None:
     result = run_cli("freeze-search", "--task", "cifar100", "--limit", 200, "--budget", 5, "--bridge-steps", 4,
-                     "--finetune-steps", 4, "--seeds", 2, "--patch-size", 8, "-o", tmp_path / "run")  # fmt: skip
+                     "--steps", 4, "--seeds", 2, "--patch-size", 8, "-o", tmp_path / "run")  # fmt: skip
     assert result.code == 0, result.err
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["schema"] == "freeze-plan/v1"

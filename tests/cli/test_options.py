@@ -34,7 +34,7 @@ seen: dict[str, object] = {}
 
 def test_a_command_gets_one_object_a_group_and_shared_options_once() -> None:
     parameters = inspect.signature(command).parameters
-    assert list(parameters)[:5] == ["model", "task", "own", "pooling", "revision"]
+    assert list(parameters)[:6] == ["named_model", "model", "task", "own", "pooling", "revision"]
     assert list(parameters).count("seed") == 1
     given = {name: item.default for name, item in parameters.items()}
     assert given["model"] == "gpt2" and given["task"] is inspect.Parameter.empty
@@ -53,7 +53,7 @@ def test_lists_of_names_and_numbers() -> None:
     with pytest.raises(
         UnknownNameError, match=r"unknown split 'tset'.* Choose from: train, validation, test"
     ):
-        options.check_split("tset")
+        options.check_name("split", "tset", options.SPLITS)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -71,3 +71,21 @@ def test_what_reading_a_task_left_out_is_said_unless_quiet(
         f"{tmp_path}: 5 images of test/ lie in no class folder, so they have no labels and were left out\n"
     )
     assert (said.out, said.err) == ("", "" if quiet else remark)
+
+
+def test_the_words_of_options_are_those_of_the_library() -> None:
+    from layerprobe.backbones import choices
+    from layerprobe.backbones.image_input import STEM_KINDS
+    from layerprobe.backbones.load import DTYPES
+    from layerprobe.cli import evaluate
+    from layerprobe.tasks.split import SPLITS
+    from layerprobe.training import arms, config
+
+    assert (options.INITS, options.POOLINGS, options.ATTENTIONS) == (
+        choices.INITS,
+        choices.POOLINGS,
+        choices.ATTENTIONS,
+    )
+    assert tuple(STEM_KINDS) == options.STEMS and tuple(DTYPES) == options.DTYPES
+    assert options.SPLITS == SPLITS and options.PRECISIONS == config.PRECISIONS
+    assert (evaluate.MODES, evaluate.SCOPES) == (arms.MODES, arms.SCOPES)

@@ -50,7 +50,7 @@ def test_json_and_files(model: Path, tmp_path: Path) -> None:
     assert printed["provenance"]["arguments"]["Cs"] == [1e-3, 1e-1]
     names = {path.name for path in (tmp_path / "run").iterdir()}
     figures = {"probe.png", "probe_strength.png", "probe_few_shot.png"}
-    assert names == {"probe.csv", "probe.json", *figures}
+    assert names == {"probe.csv", "probe.json", "settings.yaml", *figures}
 
 
 def test_blocks_and_controls_can_be_left_out(model: Path) -> None:
@@ -77,7 +77,7 @@ def test_dry_run_computes_nothing(model: Path, tmp_path: Path) -> None:
         (["--extras", "mdlx"], "unknown extra 'mdlx'. Did you mean 'mdl'?"),
         (["--C", "big"], "--C takes numbers such as"),
         (["--C", "-1"], "C values are positive numbers"),
-        (["--refit", "test"], "refit is one of train+validation, train; got 'test'"),
+        (["--refit", "test"], "unknown refit 'test'. Choose from: train+validation, train"),
         (["--blocks", "7"], "block 7 does not exist"),
     ],
 )

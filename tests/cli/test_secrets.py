@@ -85,7 +85,7 @@ def test_no_command_keeps_a_password(
         5,
         "--bridge-steps",
         1,
-        "--finetune-steps",
+        "--steps",
         1,
         "--batch-size",
         8,
@@ -104,6 +104,15 @@ def test_no_command_keeps_a_password(
         "--storage"
         in json.loads((tmp_path / "run" / "search.json").read_text())["provenance"]["command_line"]
     )
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:{}@127.0.0.1:1/db", "nosuch://me:{}@x/db", "sqlite:///nowhere/x.db?password={}"]
+)
+def test_watching_shows_no_password(tmp_path: Path, run_cli: Callable, url: str) -> None:
+    run = run_cli("watch", "--storage", url.format(CANARY), "--once")
+    assert run.code == 1 and run.err.startswith("error: ") and run.err.count("\n") == 1
+    assert_no_canary(tmp_path, run.out, run.err)
 
 
 @pytest.mark.parametrize("command", ["freeze-search"])
@@ -144,7 +153,7 @@ def test_commands_that_take_an_address_or_a_token() -> None:
         for option in parameter.opts
         if any(word in option for word in ("storage", "token-", "password", "secret", "key", "url"))
     }
-    assert found == {("freeze-search", "--storage")}
+    assert found == {("freeze-search", "--storage"), ("watch", "--storage")}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_a_bridge_saves_and_continues(llama: Path, tmp_path: Path, number: int, 
     found, said = stop_when(stopped, "layerprobe_run.json", start(*arguments, "-o", stopped), number)
     assert found == code and said.strip().endswith(f"{word}; finished work is kept")
     assert not (stopped / ".layerprobe.lock").exists()
-    again = start(*arguments, "-o", stopped, "--resume")
+    again = start(*arguments, "-o", stopped)
     undisturbed = start(*arguments, "-o", whole)
     assert again.wait(120) == 0 and undisturbed.wait(120) == 0
     for name in ("backbone/model.safetensors", "stem.safetensors", "head.safetensors"):
@@ -73,7 +73,7 @@ def test_features_stop_and_continue(llama: Path, tmp_path: Path) -> None:
 def test_a_search_ends_with_its_helpers(llama: Path, tmp_path: Path) -> None:
     """Also where the search itself is killed: no helper outlives it by more than fifteen seconds."""
     arguments = ("freeze-search", "--model", llama, "--task", "digits", "--limit", 60, "--patch-size", 4,
-                 "--budget", 30, "--bridge-steps", 30, "--finetune-steps", 60, "--no-scores",
+                 "--budget", 30, "--bridge-steps", 30, "--steps", 60, "--no-scores",
                  "--workers", 2)  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGKILL):
         child = start(*arguments, "-o", tmp_path / str(number))

@@ -51,6 +51,7 @@ def test_transfer_prints_json_and_saves_one_table_and_one_figure(model: Path, tm
     assert len(printed["rows"]) == 3 * 7 + 2 * 4
     assert all((row["value"] is None) == (row["reason"] is not None) for row in printed["rows"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "settings.yaml",
         "transfer.csv",
         "transfer.json",
         "transfer.png",
@@ -60,7 +61,7 @@ def test_transfer_prints_json_and_saves_one_table_and_one_figure(model: Path, tm
 def test_transfer_prints_one_row_a_layer(model: Path) -> None:
     result = run("transfer", model, "--family", "readable", "--no-knn", "--replicates", "0", "-q")
     assert result.exit_code == 0, result.stderr
-    assert [line.split("  ")[0] for line in result.stdout.splitlines()[1:4]] == [
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[3:6]] == [
         "embed",
         "block 0",
         "block 1",
@@ -82,6 +83,7 @@ def test_attribute_prints_json_and_saves_maps(model: Path, tmp_path: Path) -> No
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {
         "attribute.csv", "attribute.json", "attribution.png", "attribution_maps.csv", "attribution_maps.png",
+        "settings.yaml",
     }  # fmt: skip
 
 

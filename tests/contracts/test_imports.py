@@ -14,7 +14,8 @@ import layerprobe
 PACKAGE = Path(layerprobe.__file__).parent
 
 GROUND = {
-    "errors", "layers", "files", "locks", "model_config", "reading", "progress", "records", "tables", "provenance",
+    "errors", "layers", "files", "locks", "network", "model_config", "reading", "progress", "records", "tables",
+    "provenance",
 }  # fmt: skip
 SIBLINGS = {"metrics", "checkpoints", "backbones", "hooks", "tasks", "plans"}
 LEVELS: dict[str, int] = {

@@ -39,7 +39,7 @@ COMMANDS: dict[str, list[str]] = {
         "--arms", "language,random", "-o", "OUT/evaluate",
     ],
     "freeze-search": [
-        "freeze-search", "--model", "MODEL", *SMALL, "--budget", "5", "--bridge-steps", "1", "--finetune-steps",
+        "freeze-search", "--model", "MODEL", *SMALL, "--budget", "5", "--bridge-steps", "1", "--steps",
         "2", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "-o", "OUT/search",
     ],
     "plan show": ["plan", "show", "OUT/search/plan.json"],

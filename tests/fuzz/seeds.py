@@ -105,7 +105,6 @@ def _continue_bridge(folder: Path) -> object:
         lp.load_task("digits", limit=20),
         config=BridgeConfig(steps=3, batch_size=4, random_classes=2, checkpoint_every=1),
         output=folder,
-        resume=True,
     )
     return None
 

@@ -35,7 +35,7 @@ def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port:
     backbone = load_backbone(settings["model"], device="cpu", patch_size=4).prepare(task)
     plan = block_plan(backbone, settings["blocks"])
     config = BridgeConfig(**settings["config"])
-    run = bridge_train(backbone, task, plan=plan, config=config, output=output, resume=True)
+    run = bridge_train(backbone, task, plan=plan, config=config, output=output)
     answer = {
         "digests": {n: tensor_digest(whole(p)) for n, p in backbone.named_parameters()},
         "labels": run.labels.tolist(),

@@ -15,9 +15,9 @@ from families import save
 TASK = ("--task", "digits", "--limit", "60", "--patch-size", "4", "--quiet")
 COMMANDS = {
     "features": ("features", "--cache-dir", "{}/store"),
-    "bridge": ("bridge", "--steps", "3", "--batch-size", "8", "--checkpoint-every", "1", "--resume", "-o", "{}/run"),
+    "bridge": ("bridge", "--steps", "3", "--batch-size", "8", "--checkpoint-every", "1", "-o", "{}/run"),
     "evaluate": ("evaluate", "--steps", "2", "--batch-size", "8", "--seeds", "1", "--lrs", "1e-3", "-o", "{}/run"),
-    "freeze-search": ("freeze-search", "--budget", "5", "--bridge-steps", "1", "--finetune-steps", "1",
+    "freeze-search": ("freeze-search", "--budget", "5", "--bridge-steps", "1", "--steps", "1",
                       "--batch-size", "8", "--seeds", "2", "--no-scores", "-o", "{}/run"),
 }  # fmt: skip
 

@@ -25,12 +25,12 @@ MOMENTS = int(os.environ.get("LAYERPROBE_KILLS", "10"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TASK = ("--task", "digits", "--limit", "60", "--patch-size", "4", "--quiet")
 TIMES = ["images_per_second", "seconds", "train_seconds", "call_seconds"]
-SEARCH = ("freeze-search", "--budget", "5", "--bridge-steps", "2", "--finetune-steps", "4", "--batch-size", "8",
+SEARCH = ("freeze-search", "--budget", "5", "--bridge-steps", "2", "--steps", "4", "--batch-size", "8",
           "--seeds", "2", "--no-scores", "--workers", "2")  # fmt: skip
 JOBS: dict[str, tuple[str, ...]] = {
     "features": ("features", "--batch-size", "1"),
-    "bridge": ("bridge", "--steps", "60", "--batch-size", "16", "--checkpoint-every", "7", "--resume"),
-    "bridge-2": ("bridge", "--steps", "30", "--batch-size", "16", "--checkpoint-every", "7", "--resume"),
+    "bridge": ("bridge", "--steps", "60", "--batch-size", "16", "--checkpoint-every", "7"),
+    "bridge-2": ("bridge", "--steps", "30", "--batch-size", "16", "--checkpoint-every", "7"),
     "search": SEARCH,
     "search-postgresql": SEARCH,
     "evaluate": (

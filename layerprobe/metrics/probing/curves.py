@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing.logistic import C_GRID, check_grid, fit_logistic_path, select_probe
+from layerprobe.metrics.probing import Standardised
+from layerprobe.metrics.probing.logistic import (
+    C_GRID,
+    ProbeResult,
+    check_grid,
+    fit_logistic_path,
+    select_probe,
+)
 from layerprobe.metrics.validation import check_features, check_labels
 
 SHOTS = (1, 2, 5, 10)
@@ -171,27 +179,52 @@ def few_shot_curve(
     return curve
 
 
-def control_accuracy(
-    X: np.ndarray, labels: np.ndarray, C: float, *, tol: float = 1e-4, device: str = "cpu"
-) -> float:
-    """Share of random labels that a probe of strength `C` memorises.
+TYPES_PER_CLASS = 10
+IMAGES_PER_TYPE = 5
 
-    In a control task each type has one random label. For images the type is the image itself, so the control
-    is measured on the training images; selectivity is the accuracy on the real task minus this.
+
+def control_labels(
+    surface: Sequence[np.ndarray], n_classes: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels of a control task: one at random for every type of input, the same in train, validation and test.
+
+    The type of a word is the word. That of an image is its cluster among the training images by what is seen at the
+    surface (k-means; 10 types a class where there are 5 images for each). So a control task can be learnt from the
+    input and says nothing about the real classes, and its labels hold for images that no probe has seen.
 
     Parameters
     ----------
-    X : np.ndarray
-        n×d training features.
-    labels : np.ndarray
-        n random labels, any integers.
-    C : float
-        Of the probe on the real labels.
+    surface : Sequence[np.ndarray]
+        Train, validation and test, n×d each: raw pixels, or the features nearest the input.
+    n_classes : int
+        K of the real task; labels are as many, and as even over the types.
 
     References
     ----------
     Hewitt, Liang, Designing and interpreting probes with control tasks, 2019, arXiv 1909.03368.
     """
-    _, coded = np.unique(labels, return_inverse=True)
-    probe = fit_logistic_path(X, coded, [C], tol=tol, device=device)[0]
-    return float(np.mean(probe.predict(X) == coded))
+    from sklearn.cluster import KMeans
+
+    data = Standardised.of(np.asarray(surface[0], dtype=np.float64))
+    train, *others = ((np.asarray(part, dtype=np.float64) - data.mean) / data.scale for part in surface)
+    wanted = max(n_classes, min(TYPES_PER_CLASS * n_classes, len(train) // IMAGES_PER_TYPE))
+    n_types = min(wanted, len(np.unique(train, axis=0)))
+    types = KMeans(n_types, n_init=4, random_state=seed).fit(train)
+    label = np.random.default_rng(seed).permutation(n_types) % n_classes
+    return label[types.labels_], label[types.predict(others[0])], label[types.predict(others[1])]
+
+
+def control_probe(parts: Sequence[np.ndarray], labels: Sequence[np.ndarray], **options: Any) -> ProbeResult:
+    """The probe of a control task, as that of the real one: C chosen on validation, accuracy measured on test.
+
+    Selectivity is the accuracy of the real task's probe minus this one's.
+
+    Parameters
+    ----------
+    parts, labels : Sequence[np.ndarray]
+        Features (n×d) and `control_labels` of train, validation and test.
+    options
+        Of `select_probe`.
+    """
+    sides = list(zip(parts, labels, strict=True))
+    return select_probe(sides[0], sides[1], sides[2], int(labels[0].max()) + 1, **options)

@@ -11,6 +11,7 @@ from layerprobe.plans.lint.config import check_trainer, misspelt, trainer_of
 from layerprobe.plans.lint.rules import RULES, ModelNames, Reading
 from layerprobe.plans.match import find_prefix
 from layerprobe.plans.plan import PlanData, few
+from layerprobe.tables import percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Verdict:
         """The verdict for a terminal."""
         share = self.n_trained / self.n_parameters if self.n_parameters else 0.0
         told = [f"{self.trainer}: trains {len(self.trained)} tensors, {self.n_trained:,} of {self.n_parameters:,} "
-                f"parameters ({share:.1%})"]  # fmt: skip
+                f"parameters ({percent(share)})"]  # fmt: skip
         for what, layers in self.layers.items():
             told.append(f"{what}: {format_blocks(layers) if layers else 'none'}")
         if self.adapters:

@@ -207,9 +207,9 @@ def test_the_record_answers_for_every_block(record, gpt2):
     frame = record.to_frame()
     assert set(frame["metric"]) == {
         "attribution_skip",
-        "attribution_skip_accuracy",
+        "attribution_skip_accuracy_lost",
         "attribution_mean_ablation",
-        "attribution_mean_ablation_accuracy",
+        "attribution_mean_ablation_accuracy_lost",
         "attribution_conductance",
         "attribution_update",
         "attribution_gradient_x_activation",

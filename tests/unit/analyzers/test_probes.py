@@ -120,7 +120,7 @@ def test_the_table_is_tidy_and_undefined_is_a_reason(probed: LinearProbes, tmp_p
     assert saved["schema"] == "layerprobe.probe/v1"
     assert len(saved["rows"]) == len(frame)
     assert "block.0.resid_post" in probed.summary()
-    assert probed.table()[2]["accuracy"] is None
+    assert probed.table()[2]["accuracy, %"] is None
 
 
 def test_one_seed_gives_one_table(probed: LinearProbes) -> None:
@@ -299,5 +299,5 @@ def test_a_backbone_beside_its_twin_and_the_pixels(tmp_path: Path) -> None:
         "random",
         "random",
     ]
-    assert "random" in record.table()[0]
+    assert "random init, %" in record.table()[0]
     assert "pixels" in record.summary()

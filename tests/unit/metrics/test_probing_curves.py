@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.probing.curves import control_accuracy, few_shot_curve, online_code_length
+from layerprobe.metrics.probing.curves import (
+    control_labels,
+    control_probe,
+    few_shot_curve,
+    online_code_length,
+)
 from layerprobe.metrics.probing.logistic import fit_logistic_path
 
 
@@ -54,13 +59,20 @@ def test_few_shot_accuracy_grows_and_leaves_out_what_is_not_there() -> None:
     assert all(len(point.accuracies) == 3 for point in curve)
 
 
-def test_random_labels_are_learnt_by_heart_only_with_room() -> None:
+def test_a_control_task_is_measured_on_images_that_were_not_trained_on() -> None:
+    """Types that the features show can be learnt, types that they do not show stay at chance; C is the task's own."""
     rng = np.random.default_rng(0)
-    narrow, wide = rng.normal(size=(300, 3)), rng.normal(size=(300, 400))
-    labels = rng.integers(0, 5, 300)
-    assert control_accuracy(narrow, labels, 1.0) < 0.4
-    assert control_accuracy(wide, labels, 1.0) > 0.99
-    assert control_accuracy(wide, labels, 1e-6) < 0.99
+    centres = 20 * rng.normal(size=(30, 6))
+    surface = [centres[rng.integers(0, 30, n)] + rng.normal(size=(n, 6)) for n in (300, 100, 400)]
+    labels = control_labels(surface, 3, seed=1)
+    assert [len(part) for part in labels] == [300, 100, 400] and set(labels[0]) == {0, 1, 2}
+    assert all(np.array_equal(a, b) for a, b in zip(labels, control_labels(surface, 3, seed=1), strict=True))
+    seen = [np.eye(30)[np.abs(part[:, None] - centres).sum(2).argmin(1)] for part in surface]
+    assert control_probe(seen, labels).test_accuracy > 0.9
+    noise = [rng.normal(size=(len(part), 400)) for part in surface]
+    blind = control_probe(noise, labels)
+    assert blind.train_accuracy.max() > 0.99  # learnt by heart, which says nothing
+    assert blind.test_accuracy < 0.5
 
 
 @pytest.mark.parametrize(

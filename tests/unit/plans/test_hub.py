@@ -126,7 +126,7 @@ def test_the_card_holds_the_accuracy_with_its_interval(hub: type[Hub]) -> None:
     result = data["model-index"][0]["results"][0]
     assert result["metrics"][0]["value"] == 0.725 and result["metrics"][0]["args"]["low"] == 0.632
     assert data["base_model"] == "openai-community/gpt2" and "freeze-plan" in data["tags"]
-    assert "72.5% (95 % t over unseen seeds, n = 3: 63.2% to 81.8%)" in body and "Train &lt;1>." in body
+    assert "72.5 % (95 % t over unseen seeds, n = 3: 63.2 % to 81.8 %)" in body and "Train &lt;1>." in body
     assert 'lp.FreezePlan.pull("me/plan")' in body
 
 

@@ -155,15 +155,20 @@ def test_baselines_on_request_stand_beside_the_plan(tiny_model: Path, made_up, t
     assert found.facts["spent"] <= 16.0
 
 
-def test_the_baselines_tell_how_far_they_are(
+def test_a_log_says_how_long_it_takes_and_how_far_it_is(
     tiny_model: Path, made_up, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("layerprobe.search.run.REPORT_LINE_SECONDS", 0.0)
+    monkeypatch.setattr("layerprobe.progress.LINE_SECONDS", 0.0)
     backbone, task = parts(tiny_model)
     found = lp.freeze_search(backbone, task, **{**made_up, "quiet": False})
-    told = re.findall(r"(\d+) of (\d+) trainings of this step; about [\d.]+ min", capsys.readouterr().err)
-    done, total = (int(number) for number in told[-1])
-    assert 0 < done < total <= len(found.trials)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"^\w+ over 3 blocks: \S+ full trainings and a report of \S+, about \S+ (s|min)$", said, re.M
+    )
+    done, total = map(
+        int, re.findall(r"^report: (\d+) of (\d+) trainings, about \d+ s left$", said, re.M)[-1]
+    )
+    assert 0 < done <= total <= len(found.trials)
 
 
 def test_an_unknown_baseline_is_named_before_any_work(tiny_model: Path, made_up, monkeypatch) -> None:

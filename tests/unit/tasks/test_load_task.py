@@ -152,6 +152,7 @@ class TestOnline:
     @pytest.fixture(autouse=True)
     def _online(self, monkeypatch: pytest.MonkeyPatch, hub_cache: Path) -> None:
         monkeypatch.setattr(load, "offline_reason", lambda offline: None)
+        monkeypatch.setattr(load, "hub_is_out_of_reach", lambda: False)
 
     def fail_with(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         def load(*args: object, **kwargs: object) -> None:

@@ -129,7 +129,7 @@ def test_a_continued_run_is_the_run_that_never_stopped(
     with pytest.raises(KeyboardInterrupt):
         train("cut")
     interrupt_after(0)
-    continued = values(train("cut", resume=True))
+    continued = values(train("cut"))
     assert whole.keys() == continued.keys() and all(torch.equal(whole[n], continued[n]) for n in whole)
 
 

@@ -156,7 +156,7 @@ def test_a_killed_run_continues_bit_for_bit(family, make_backbone, task, tmp_pat
         "step-00000006",
     ]
     backbone = make_backbone(family)
-    run = bridge_train(backbone, task, config=config, output=tmp_path / "run", resume=True)
+    run = bridge_train(backbone, task, config=config, output=tmp_path / "run")
     assert digests(run.backbone) == digests(whole.backbone)
     columns = ["step", "loss", "accuracy", "lr", "grad_norm"]
     assert run.history[columns].equals(whole.history[columns])
@@ -185,9 +185,7 @@ def test_two_phases_train_the_stem_first_and_then_leave_it(make_backbone, task, 
             plan = block_plan(backbone, [3])
             bridge_train(backbone, task, config=config, plan=plan, output=tmp_path / "r")
     backbone = make_backbone("gpt2")
-    bridge_train(
-        backbone, task, config=config, plan=block_plan(backbone, [3]), output=tmp_path / "r", resume=True
-    )
+    bridge_train(backbone, task, config=config, plan=block_plan(backbone, [3]), output=tmp_path / "r")
     assert digests(backbone) == whole
 
 

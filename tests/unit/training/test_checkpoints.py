@@ -68,7 +68,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(
             bridge_train(make_backbone(), task, config=SMALL, output=tmp_path)
     assert steps_kept(tmp_path) == [2]
     assert not list(tmp_path.rglob("*.part"))
-    run = bridge_train(make_backbone(), task, config=SMALL, output=tmp_path, resume=True)
+    run = bridge_train(make_backbone(), task, config=SMALL, output=tmp_path)
     assert digests(run.backbone) == digests(whole.backbone)
 
 
@@ -110,7 +110,7 @@ def test_ctrl_c_saves_between_two_steps(make_backbone, task, tmp_path, at_step):
     undo()
     assert steps_kept(tmp_path) == [2, 3]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    run = bridge_train(make_backbone(), task, config=SMALL, output=tmp_path, resume=True)
+    run = bridge_train(make_backbone(), task, config=SMALL, output=tmp_path)
     assert digests(run.backbone) == digests(whole.backbone)
 
 
@@ -141,17 +141,21 @@ def unfinished(make_backbone, task, tmp_path, at_step):
     return tmp_path
 
 
-def test_a_run_is_continued_only_when_asked(unfinished, make_backbone, task):
-    with pytest.raises(UsageError, match=r"holds an unfinished run \(step 3\); continue it with --resume"):
-        bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
-    bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
-    with pytest.raises(UsageError, match="holds a finished run of 6 steps; choose another folder"):
-        bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+def test_the_same_call_continues_and_then_reads(unfinished, make_backbone, task, at_step):
+    done = bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
+    files = {p: p.read_bytes() for p in (unfinished / "final").rglob("*.safetensors")}
+    at_step(1, lambda: pytest.fail("a finished run trained again"))
+    again = bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
+    assert digests(again.backbone) == digests(done.backbone)
+    assert again.summary() == done.summary() and len(again.history) == 6
+    assert {p: p.read_bytes() for p in (unfinished / "final").rglob("*.safetensors")} == files
+    with pytest.raises(UsageError, match=r"with lr=0\.003, not 0\.1; name another folder with --output"):
+        bridge_train(make_backbone(), task, config=SMALL.replace(lr=0.1), output=unfinished)
 
 
 def test_only_the_same_run_is_continued(unfinished, make_backbone, task, model_folder):
 
-    again = {"output": unfinished, "resume": True}
+    again = {"output": unfinished}
     with pytest.raises(UsageError, match=r"begun with lr=0\.003, not 0\.1"):
         bridge_train(make_backbone(), task, config=SMALL.replace(lr=0.1), **again)
     with pytest.raises(UsageError, match=r"the training images changed since the checkpoint at step 3: ids"):
@@ -173,7 +177,7 @@ def test_another_number_of_processes_is_said(unfinished, make_backbone, task, ca
     state = unfinished / "checkpoints" / "step-00000003" / "state.json"
     kept = json.loads(state.read_text())
     state.write_text(json.dumps({**kept, "processes": 4}))
-    bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+    bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
     assert "continuing with 1 processes what 4 began: images, labels and effective batch stay the same" in (
         capsys.readouterr().err
     )
@@ -186,7 +190,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(unfinished, make_backb
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x80
     path.write_bytes(content)
-    run = bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+    run = bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
     assert "the checkpoint at step 2 is taken instead" in capsys.readouterr().err
     assert digests(run.backbone) == digests(bridge_train(make_backbone(), task, config=SMALL).backbone)
 
@@ -197,14 +201,14 @@ def test_checkpoints_that_are_all_damaged_are_named(unfinished, make_backbone, t
     with pytest.raises(
         BrokenFileError, match=r"checkpoint .*step-00000003 is damaged: backbone/model\.safetensors"
     ):
-        bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+        bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
 
 
 def test_a_state_of_another_kind_is_one_line(unfinished, make_backbone, task):
     for path in unfinished.glob("checkpoints/step-*/state.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "step": "3", "config": []}))
     with pytest.raises(BrokenFileError, match=r"'step' must be a whole number, not '3'"):
-        bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+        bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
 
 
 BART = {
@@ -243,7 +247,7 @@ def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, 
     run_file = unfinished / checkpoints.RUN_FILE
     run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "checkpoint": "../elsewhere"}))
     with pytest.raises(BrokenFileError, match="points outside its folder"):
-        bridge_train(make_backbone(), task, config=SMALL, output=unfinished, resume=True)
+        bridge_train(make_backbone(), task, config=SMALL, output=unfinished)
 
 
 def test_spreading_needs_processes(make_backbone):

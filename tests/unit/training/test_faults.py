@@ -32,7 +32,6 @@ def train(make_backbone, task):
             task,
             config=SHORT,
             output=folder,
-            resume=True,
             finish=lambda run: write_text(folder / "curve.png", run.summary().partition(" Model:")[0]),
         )
 
