@@ -88,7 +88,7 @@ def test_a_search_has_probes_and_calls_an_equal_plan_so(tmp_path: Path) -> None:
     found = lp.freeze_search(backbone, task, output=tmp_path / "run", **settings, must_train=(0, 1, 2))
     rows = {row["arm"]: row for row in found.arm_rows()}
     assert {"probe", "pixels"} < set(rows)
-    assert rows["plan"]["against all"] == "same plan"
+    assert rows["plan"]["− all, points"] == "same plan"
     assert found.facts["head"] == "probe" and found.facts["stop_margin"] == 0.01
     # What was fitted once is found again.
     again = lp.freeze_search(backbone, task, output=tmp_path / "run", **settings, must_train=(0, 1, 2))
