@@ -28,6 +28,12 @@ ARM_NAMES = {
     "rgn-half": "blocks of large gradient-to-weight ratio",
     "auto-rgn": "all blocks, rates by gradient-to-weight ratio",
     "greedy": "greedy forward selection, same budget",
+    "attention": "attention of every block",
+    "mlp": "all but attention of every block",
+    "first-equal": "first blocks, about the plan's parameters",
+    "last-equal": "last blocks, about the plan's parameters",
+    "random-equal": "random blocks, about the plan's parameters",
+    "everywhere-equal": "adapters everywhere, about the plan's parameters",
 }
 
 _NUMBER = (float, type(None))
@@ -43,7 +49,9 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         "high": _NUMBER, "p_better_than_plan?": _NUMBER, "minus_plan?": _NUMBER, "minus_plan_low?": _NUMBER,
         "minus_plan_high?": _NUMBER,
     },
-    "layers": {"block": int, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER},
+    "layers": {
+        "block": int, "part?": str, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER,
+    },
     "trials": {"validation_accuracy": _NUMBER},
 }  # fmt: skip
 """What is read of `search.json` and of the tables beside it."""
@@ -76,8 +84,8 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
         sections = [
             f"<h1>Which blocks of {html.text(found['model'])} to train for {html.text(found['task'])}</h1>",
             f'<p class="answer">{html.text(found["answer"])}</p>',
-            html.strip(plan.chosen_blocks),
-            _facts(found, plan),
+            html.strip(_states(layers)),
+            _facts(found, plan, layers),
             "<h2>Against the baselines, on unseen seeds</h2>",
             _baselines(baselines, found),
             "<h2>Block by block</h2>",
@@ -100,10 +108,25 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return check_fields(strict_rows(read_frame(path, inside=folder)), [ROW_FIELDS[name]], path)
 
 
-def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
+def _states(layers: list[dict[str, Any]]) -> list[str]:
+    """Per block: trained, frozen, or the name of the part that is trained."""
+    states = []
+    for block in sorted({row["block"] for row in layers}):
+        rows = [row for row in layers if row["block"] == block]
+        chosen = [row for row in rows if row["in_plan"]]
+        whole = "trained" if chosen else "frozen"
+        states.append(
+            whole if len(chosen) in (0, len(rows)) else " and ".join(str(r["part"]) for r in chosen)
+        )
+    return states
+
+
+def _facts(found: Mapping[str, Any], plan: FreezePlan, layers: list[dict[str, Any]]) -> str:
     trainable = plan.trained_parameters
     share = trainable / max(1, plan.counts["trainable_parameters"] + plan.counts["frozen_parameters"])
-    chosen = plan.chosen_blocks
+    states = _states(layers)
+    partly = sum(state not in ("trained", "frozen") for state in states)
+    also = f" and part of {partly}" if partly else ""
     does = "places adapters on" if plan.adapters else "trains"
     frugal = "fewest trainable parameters within one standard error of the best"
     rule = frugal if found["objective"] == "frugal" else "highest expected validation accuracy"
@@ -113,9 +136,9 @@ def _facts(found: Mapping[str, Any], plan: FreezePlan) -> str:
         else ""
     )
     return (
-        f"<p>The plan {does} {sum(chosen)} of {len(chosen)} blocks, {cell_text(trainable)} parameters of the "
-        f"backbone ({html.percent(share)} %), beside the image stem and the head. Plans were valued by validation "
-        f"accuracy after {bridge}fine-tuning for {html.text(found['steps'])} steps under each plan "
+        f"<p>The plan {does} {states.count('trained')} of {len(states)} blocks{also}, {cell_text(trainable)} "
+        f"parameters of the backbone ({html.percent(share)} %), beside the image stem and the head. Plans were valued "
+        f"by validation accuracy after {bridge}fine-tuning for {html.text(found['steps'])} steps under each plan "
         f"({html.text(found['strategy'])} strategy, {html.text(found['trainings'])} trainings, "
         f"{cell_text(round(float(found['spent']), 2))} of {cell_text(float(found['budget']))} full trainings spent); "
         f"the rule is <em>{rule}</em>. One training varies by {_points(found['noise'])} points around its plan and "
@@ -168,11 +191,12 @@ def _turned(row: Mapping[str, Any]) -> list[float | None]:
 
 def _layers(rows: list[dict[str, Any]]) -> str:
     names = {"train_gain": "gain from training it, points", "train_gain_stderr": "± s.e."}
-    left_out = ("block", "in_plan", "site", "train_gain_low", "train_gain_high")
+    left_out = ("block", "part", "in_plan", "site", "train_gain_low", "train_gain_high")
     shown = []
     for row in rows:
         state = "trained" if row["in_plan"] else "frozen"
-        line: dict[str, Any] = {"block": row["block"], "in the plan": state}
+        part = {"part": row["part"]} if row.get("part") else {}
+        line: dict[str, Any] = {"block": row["block"], **part, "in the plan": state}
         for column, value in row.items():
             if column in names:
                 line[names[column]] = html.percent(value, sign=column == "train_gain")

@@ -33,6 +33,7 @@ h2 { font-size: 1.15rem; margin-top: 2.4rem; }
 .strip span { flex: 1; max-width: 3.5rem; text-align: center; padding: .35rem 0; border-radius: 4px; }
 .strip span { background: var(--frozen); }
 .strip span.on { background: var(--train); color: #fff; font-weight: 600; }
+.strip span.half { background: linear-gradient(to right, var(--train) 50%, var(--frozen) 50%); font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -91,11 +92,16 @@ def figure(path: Path, folder: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def strip(flags: Sequence[bool]) -> str:
-    """The blocks of a plan from input to output, trained ones filled."""
-    looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
-    cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
+def strip(states: Sequence[str]) -> str:
+    """The blocks of a plan from input to output: `trained` ones filled, `frozen` ones pale, others half filled."""
+    looks, half = {"trained": 'class="on" ', "frozen": ""}, 'class="half" '
+    cells = "".join(
+        f'<span {looks.get(state, half)}title="block {i}: {text(state)}">{i}</span>'
+        for i, state in enumerate(states)
+    )
     legend = "blocks from input to output; filled = trained, pale = frozen"
+    legend += "".join(f", half = {state} alone" for state in dict.fromkeys(states) if state not in looks)
+    legend = text(legend)
     return f'<div class="strip">{cells}</div><p class="soft">{legend}</p>'
 
 

@@ -36,9 +36,9 @@ MOST_CANDIDATES = 400
 class Posterior:
     """A Gaussian process for the validation accuracy of (plan, learning rate, seed).
 
-    Additive in the blocks, with pairs of blocks, a smooth effect of the number of trained blocks (a square root:
-    the first trained block changes most), a residual of each plan, an effect of the learning rate that may depend
-    on the share of trained blocks, an effect of the seed common to all plans, and noise. The amplitudes are those
+    Additive in the units, with pairs of units, a smooth effect of the number of trained units (a square root:
+    the first trained unit changes most), a residual of each plan, an effect of the learning rate that may depend
+    on the share of trained units, an effect of the seed common to all plans, and noise. The amplitudes are those
     of largest posterior density under `PRIOR`.
 
     Parameters
@@ -95,17 +95,17 @@ class Posterior:
         means = self.predict(trials)[0].reshape(len(masks), len(self.lrs))
         return {mask: self.lrs[int(row.argmax())] for mask, row in zip(masks, means, strict=True)}
 
-    def block_gains(self, rng: np.random.Generator) -> list[Estimate]:
-        """What training each block adds to the accuracy, averaged over plans of the others; 95 % intervals."""
-        n = self.space.n_blocks
+    def unit_gains(self, rng: np.random.Generator) -> list[Estimate]:
+        """What training each unit adds to the accuracy, averaged over plans of the others; 95 % intervals."""
+        n = self.space.n_units
         drawn = rng.random((64, n)) < 0.5
         middle = list(self.lrs)[len(self.lrs) // 2]
         found = []
-        for block in range(n):
+        for unit in range(n):
             sides = []
             for trained in (True, False):
                 masks = drawn.copy()
-                masks[:, block] = trained
+                masks[:, unit] = trained
                 sides += [Trial(mask=tuple(map(bool, mask)), lr=middle) for mask in masks]
             mean, covariance = self.predict(sides)
             weight = np.repeat([1.0, -1.0], len(drawn)) / len(drawn)
@@ -133,7 +133,7 @@ class Posterior:
     ) -> dict[str, np.ndarray]:
         """Every part of the covariance at amplitude 1, each n×m."""
         (masks, rates), (others, other_rates) = left, right
-        n_blocks = masks.shape[1]
+        n_units = masks.shape[1]
         agreement = (2 * masks - 1) @ (2 * others - 1).T
         share, other_share = masks.mean(1), others.mean(1)
         root = np.sqrt(share)[:, None] - np.sqrt(other_share)[None, :]
@@ -142,8 +142,8 @@ class Posterior:
         same = np.exp(-0.5 * (spread / math.log(3)) ** 2)
         return {
             "block": agreement,
-            "pair": (agreement**2 - n_blocks) / 2,
-            "plan": np.exp(-1.5 * (n_blocks - agreement) / n_blocks),
+            "pair": (agreement**2 - n_units) / 2,
+            "plan": np.exp(-1.5 * (n_units - agreement) / n_units),
             "size": np.exp(-0.5 * (root / 0.5) ** 2),
             "rate": same * (1 + 4 * np.outer(share - 0.5, other_share - 0.5)),
         }
@@ -239,7 +239,7 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
     """Every allowed plan, or, of very many, those around the best: neighbours of promising ones and random others."""
     if space.count_upper() <= MOST_CANDIDATES:
         return list(space.masks())
-    n = space.n_blocks
+    n = space.n_units
     spans = [(0, k) for k in range(n + 1)] + [(k, n) for k in range(n)] + [(k, k + 1) for k in range(n)]
     pool = dict.fromkeys(
         space.repair(tuple(start <= index < stop for index in range(n))) for start, stop in spans
@@ -249,14 +249,14 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
     pool |= dict.fromkeys(trial.mask for trial in posterior.trials if space.allows(trial.mask))
     for _ in range(MOST_CANDIDATES // 4):
         pool.setdefault(space.random_mask(rng))
-    for _ in range(2 * n):  # hill climbing of the whole pool: each round flips one block of the best
+    for _ in range(2 * n):  # hill climbing of the whole pool: each round flips one unit of the best
         masks = list(pool)
         means = Comparison(posterior, masks, rng).means
         best = [masks[index] for index in np.argsort(-means)[: MOST_CANDIDATES // 2]]
         flipped = dict.fromkeys(
-            space.repair(tuple(flag ^ (index == block) for index, flag in enumerate(mask)))
+            space.repair(tuple(flag ^ (index == unit) for index, flag in enumerate(mask)))
             for mask in best[:16]
-            for block in range(n)
+            for unit in range(n)
         )
         fresh = [mask for mask in flipped if mask not in pool]
         pool = dict.fromkeys([*best, *fresh])

@@ -21,14 +21,21 @@ from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note
 from layerprobe.provenance import provenance
-from layerprobe.search.baselines import GREEDY, PLAN, Baseline, chosen_baselines, report_baselines
+from layerprobe.search.baselines import (
+    GREEDY,
+    PLAN,
+    Baseline,
+    chosen_baselines,
+    equal_baselines,
+    report_baselines,
+)
 from layerprobe.search.budget import Scores, TrialBudget
 from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
-from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
+from layerprobe.search.evaluator import Evaluator, layer_scores, proposals
 from layerprobe.search.pilot import Pilot, run_pilot
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, identify, make_settings
-from layerprobe.search.space import Space, Trial, describe_mask
+from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.trials import TrialStore, hide_password, storage_url
 from layerprobe.search.workers import helpers
@@ -167,7 +174,7 @@ def prepare(
     evaluator = Evaluator(backbone, task, settings)
     return TrialRunner(
         evaluator=evaluator,
-        space=Space(trained_sizes(backbone, settings), settings.constraints),
+        space=evaluator.space,
         url=storage_url(storage),
         identity={**identify(backbone, task, settings), **also},
     )
@@ -195,15 +202,17 @@ class _Search:
             if settings.use_scores:
                 scores = self.runner.scores(quiet=self.quiet)
             guides = proposals(scores, space.n_blocks)
-            baselines = chosen_baselines(settings.baselines, space, seed=settings.seed, scores=guides)
+            baselines = chosen_baselines(settings, space, scores=guides)
             total, baselines = self.total(pilot, baselines)
             budget = self.budget(pilot, total, guides)
-            self.say(f"{settings.strategy} over {space.n_blocks} blocks: budget {total:.3g} full trainings")
+            over = f"{space.n_blocks} blocks{' in halves' if space.parts else ''}"
+            self.say(f"{settings.strategy} over {over}: budget {total:.3g} full trainings")
             mask, lr = run_strategy(make_strategy(settings.strategy), budget)
+            baselines = equal_baselines(baselines, mask, space, settings)
             posterior = budget.posterior()
             self.say(power_in_words(posterior.noise, settings))
             self.say(
-                f"chosen on validation: {describe_mask(mask)}; now {len(baselines)} baselines on unseen seeds"
+                f"chosen on validation: {space.describe(mask)}; now {len(baselines)} baselines on unseen seeds"
             )
             baselines, rates = self.greedy(baselines, budget)
             report = report_baselines(
@@ -314,7 +323,7 @@ class _Search:
         best = max(budget.tried_masks(), key=budget.estimate)
         leader = "all runs have failed so far"
         if math.isfinite(accuracy := budget.estimate(best)):
-            leader = f"best so far {100 * accuracy:.1f} % with {describe_mask(best)}"
+            leader = f"best so far {100 * accuracy:.1f} % with {self.space.describe(best)}"
         trained = budget.spent - self.looked_up
         end = "all found finished"
         if trained > 1e-9:
