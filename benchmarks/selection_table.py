@@ -156,6 +156,7 @@ def judged(table: ExhaustiveTable, rules: dict[str, Callable[[int], list[int]]])
                     "regret": float(np.mean(top - test)),
                     "chance_regret": float(np.mean(top - chance)),
                     "regret_per_seed": " ".join(f"{100 * value:.3f}" for value in top - test),
+                    "chance_per_seed": " ".join(f"{100 * value:.3f}" for value in top - chance),
                 }
             )
     return rows
@@ -165,8 +166,11 @@ def over_sizes(frame: pd.DataFrame) -> pd.DataFrame:
     """Per table and rule the mean over sizes in points, with a t interval over unseen seeds."""
     rows = []
     for (table, rule), part in frame.groupby(["table", "rule"], sort=False):
-        seeds = np.mean([list(map(float, text.split())) for text in part["regret_per_seed"]], axis=0)
-        found = mean_interval(seeds)
+        seeds, chance = (
+            np.mean([list(map(float, text.split())) for text in part[f"{what}_per_seed"]], axis=0)
+            for what in ("regret", "chance")
+        )
+        found, any_plan = mean_interval(seeds), mean_interval(chance)
         rows.append(
             {
                 "table": table,
@@ -175,7 +179,9 @@ def over_sizes(frame: pd.DataFrame) -> pd.DataFrame:
                 "low": found.low,
                 "high": found.high,
                 "n_seeds": len(seeds),
-                "chance_regret": 100 * part["chance_regret"].mean(),
+                "chance_regret": any_plan.value,
+                "chance_low": any_plan.low,
+                "chance_high": any_plan.high,
             }
         )
     return pd.DataFrame(rows)
@@ -219,7 +225,13 @@ def page(tables: pd.DataFrame, rules: pd.DataFrame, command: str) -> str:
     ]
     chance = tables.drop_duplicates("table")
     single.append(
-        {"rule": "any plan of the size", **{r.table: f"{r.chance_regret:+.2f}" for r in chance.itertuples()}}
+        {
+            "rule": "any plan of the size",
+            **{
+                row["table"]: shown(row, "chance_low", "chance_high", "chance_regret")
+                for row in chance.to_dict("records")
+            },
+        }
     )
     better = rules[rules["gain_low"] > 0]["rule"].tolist() if "gain_low" in rules else []
     worse = rules[rules["gain_high"] < 0]["rule"].tolist() if "gain_high" in rules else []

@@ -221,8 +221,8 @@ def report_baselines(
     """Test accuracy of the plan and the baselines at equal length on seeds that selected nothing, and the verdict.
 
     Every line has its own learning rate: the posterior's for plans and for the places of adapters, the best on
-    validation for the others, or that of `rates`. Seeds are added for plan, all and none until the half-width of their differences is at most
-    `settings.half_width`, or there are `settings.max_seeds`.
+    validation for the others, or that of `rates`. Seeds are added for plan, all and none until the half-width of their
+    differences is at most `settings.half_width`, or there are `settings.max_seeds`.
     """
     settings = budget.settings
     everyone = [Baseline(name=PLAN, mask=plan), *baselines]
