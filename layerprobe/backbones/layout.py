@@ -54,6 +54,11 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     encoder-decoder, else the base model under a task head."""
     base: Any = getattr(model, "base_model", model)
     if not hasattr(base, "config"):  # timm's own class, in the wrapper of transformers
+        if type(model).__name__ == "TimmWrapperForImageClassification":
+            raise UsageError(
+                "TimmWrapperForImageClassification returns scores alone; give TimmWrapperModel, which loads the same "
+                "checkpoint"
+            )
         base = model
     for candidate in (model, base):
         tower: Any = getattr(candidate, "vision_model", None)

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import layerprobe as lp
+from layerprobe.errors import UsageError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 DIGITS = load_digits()
@@ -94,8 +95,7 @@ def test_from_a_model_and_images_in_memory_to_a_verified_plan(kind: str) -> None
     assert names <= set(space["plan"].trainable) and names >= set(space["plan"].trainable) - unread
 
 
-@pytest.mark.parametrize("headed", [False, True])
-def test_a_model_of_timm_in_the_wrapper_of_transformers(headed: bool) -> None:
+def test_a_model_of_timm_in_the_wrapper_of_transformers() -> None:
     pytest.importorskip("timm", reason="the extra [timm] is not installed", exc_type=ImportError)
     torch.manual_seed(0)
     size = {"depth": 3, "img_size": 16, "patch_size": 8}
