@@ -99,11 +99,10 @@ def test_a_model_of_timm_in_the_wrapper_of_transformers() -> None:
     pytest.importorskip("timm", reason="the extra [timm] is not installed", exc_type=ImportError)
     torch.manual_seed(0)
     size = {"depth": 3, "img_size": 16, "patch_size": 8}
-    config = transformers.TimmWrapperConfig(
-        architecture="vit_tiny_patch16_224", model_args=size, num_labels=10
-    )
-    kind = transformers.TimmWrapperForImageClassification if headed else transformers.TimmWrapperModel
-    model = kind(config).eval()
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=size)
+    with pytest.raises(UsageError, match="returns scores alone; give TimmWrapperModel"):
+        lp.load_backbone(transformers.TimmWrapperForImageClassification(config))
+    model = transformers.TimmWrapperModel(config).eval()
     before = {n: p.clone() for n, p in model.named_parameters()}
     backbone = lp.load_backbone(model)
     task = lp.make_task(IMAGES, LABELS)
