@@ -227,3 +227,9 @@ def test_what_is_no_way_to_train_is_refused(word: str, run_cli: Callable[..., An
     result = run_cli("freeze-search", "--model", "minilm", "--task", "digits", "--train", word, "--dry-run")
     assert result.code == 2
     assert result.err.startswith(f"error: train is weights, lora or lora:RANK, not '{word}'")
+
+
+def test_unknown_units_are_refused(run_cli: Callable[..., Any]) -> None:
+    result = run_cli("freeze-search", "--model", "minilm", "--task", "digits", "--units", "mlp", "--dry-run")
+    assert result.code == 2
+    assert result.err.startswith("error: units is block or attention,mlp, not 'mlp'")
