@@ -201,7 +201,16 @@ def over_tables(tables: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("regret", ignore_index=True)
 
 
-def page(tables: pd.DataFrame, rules: pd.DataFrame, command: str) -> str:
+def alike(choices: pd.DataFrame) -> str:
+    """Which rules choose the same plans everywhere, as a sentence; nothing where none do."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for rule, part in choices.groupby("rule", sort=False):
+        groups.setdefault(tuple(part["table"] + part["plan"]), []).append(str(rule))
+    same = [" and ".join((", ".join(group[:-1]), group[-1])) for group in groups.values() if len(group) > 1]
+    return "".join(f" {group} choose the same plans on every table." for group in same)
+
+
+def page(choices: pd.DataFrame, tables: pd.DataFrame, rules: pd.DataFrame, command: str) -> str:
     """README.md, from the numbers alone."""
 
     def shown(row: Any, low: str, high: str, value: str = "regret") -> str:
@@ -240,7 +249,7 @@ def page(tables: pd.DataFrame, rules: pd.DataFrame, command: str) -> str:
         f"Over {tables['table'].nunique()} tables {', '.join(better) or 'no rule'} is shown to choose better than a "
         f"random plan of the same size, and {', '.join(worse) or 'none'} worse (95 % t intervals over tables, not "
         f"corrected for {len(rules)} rules; {' or '.join(map(str, n_seeds))} unseen seeds a table)."
-    )
+    ) + alike(choices)
     return "\n\n".join(
         [
             "# What other projects' rules would train, on tables of every plan",
@@ -282,7 +291,7 @@ def main() -> None:
     tables = over_sizes(choices)
     rules = over_tables(tables)
     command = shlex.join(["python", *sys.argv])
-    text = page(tables, rules, command)
+    text = page(choices, tables, rules, command)
     print(text)
     if (folder := arguments.output) is not None:
         for name, frame in (("choices", choices), ("tables", tables), ("rules", rules)):
