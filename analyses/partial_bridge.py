@@ -158,7 +158,7 @@ def family_of(mask: Mask) -> str:
 
 def measured(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> list[dict[str, Any]]:
     plan = frugal_plan(table, masks)
-    total = sum(table.space.block_params)
+    total = sum(table.space.unit_params)
     rows = []
     for mask in masks:
         about = {

@@ -131,7 +131,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             "counts": {name: len(split) for name, split in task.splits.items()},
             "patch_size": arguments.patch_size,
             "stem": arguments.stem,
-            "block_params": list(space.block_params),
+            "block_params": list(space.unit_params),
             "lrs": list(settings.lrs),
             "seeds": settings.seeds,
             "bridge_steps": arguments.bridge_steps,

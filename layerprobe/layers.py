@@ -16,6 +16,9 @@ SITES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 EMBED = "embed"
 
+UNITS = ("block", "attention,mlp")
+"""How finely plans tell blocks apart: as a whole, or attention and all the rest of a block."""
+
 
 @dataclass(frozen=True, order=True)
 class LayerRef:

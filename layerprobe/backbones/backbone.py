@@ -97,7 +97,7 @@ class Backbone(nn.Module):
         self.init = init
         self.seed = seed
         self.layout = find_layout(self.model, self.config)
-        self.hidden_size = hidden_size(self.config)
+        self.hidden_size = hidden_size(self.config, self.model)
         self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)
         self.modality = "vision" if sees_pixels(self.model) else "language"
         self.stem_kind = stem

@@ -208,7 +208,7 @@ def for_vision(
         if wanted is not None:
             raise UsageError("image_size and an image processor say two sizes; set the size in the processor")
         return _of_processor(recipe, channels)
-    native = _pair(getattr(config, "image_size", None)) or (224, 224)
+    native = native_size(config) or (224, 224)
     half, size = (0.5,) * channels, wanted or native
     note(
         f"{name} holds no preprocessing recipe; its images are resized to {size[0]}×{size[1]}, "
@@ -259,12 +259,19 @@ def _pair(value: int | Sequence[int] | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
+def native_size(config: PretrainedConfig) -> tuple[int, int] | None:
+    """Height and width that a vision model was made for; a wrapped timm model says them in its own words."""
+    made = (getattr(config, "model_args", None) or {}).get("img_size")
+    trained = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    return _pair(getattr(config, "image_size", None) or made or (trained and trained[1:]))
+
+
 def run_at_any_size(run: Callable[..., _Out], pixels: Tensor, model: PreTrainedModel, *, name: str) -> _Out:
     """Run a vision model on pixels of any size; what it cannot take of a size not its own is refused.
 
     Some stretch their positions over the image when asked to; others, such as DINOv2, always do.
     """
-    own = _pair(getattr(model.config, "image_size", None)) or tuple(pixels.shape[-2:])
+    own = native_size(model.config) or tuple(pixels.shape[-2:])
     if tuple(pixels.shape[-2:]) == own:
         return run(pixel_values=pixels)
     stretches = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters

@@ -53,6 +53,13 @@ def image_or_text_tower(model: nn.Module) -> PreTrainedModel:
     """The part that images go through: the image tower of a two-tower model, the encoder of an
     encoder-decoder, else the base model under a task head."""
     base: Any = getattr(model, "base_model", model)
+    if not hasattr(base, "config"):  # timm's own class, in the wrapper of transformers
+        if type(model).__name__ == "TimmWrapperForImageClassification":
+            raise UsageError(
+                "TimmWrapperForImageClassification returns scores alone; give TimmWrapperModel, which loads the same "
+                "checkpoint"
+            )
+        base = model
     for candidate in (model, base):
         tower: Any = getattr(candidate, "vision_model", None)
         if takes_images_or_embeddings(tower):
@@ -128,7 +135,7 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
         No list of blocks fits; the message says what was looked for and what was there.
     """
     list_name, blocks = _find_block_list(model, config)
-    width = hidden_size(config)
+    width = hidden_size(config, model)
     names = tuple(f"{list_name}.{index}" if list_name else str(index) for index in range(len(blocks)))
     attention: list[str | None] = []
     mlp: list[str | None] = []
@@ -146,10 +153,10 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
     )
 
 
-def hidden_size(config: PretrainedConfig) -> int:
-    """Width d of the residual stream."""
-    width = _width(config)
-    if width is None:
+def hidden_size(config: PretrainedConfig, model: nn.Module) -> int:
+    """Width d of the residual stream, as the configuration says, or the timm model inside."""
+    width = _width(config) or getattr(getattr(model, "timm_model", None), "num_features", None)
+    if not isinstance(width, int):
         raise UsageError(
             f"the configuration {type(config).__name__} names no hidden_size, d_model, n_embd or dim"
         )
@@ -161,12 +168,16 @@ def _width(config: PretrainedConfig) -> int | None:
     return next((width for width in named if isinstance(width, int)), None)
 
 
-def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList | nn.Sequential]:
     expected = getattr(config, "num_hidden_layers", None)
-    found: dict[str, nn.ModuleList] = {}
+    found: dict[str, nn.ModuleList | nn.Sequential] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not nested and _of_one_class(module):
+        # timm keeps the blocks of a transformer, and much else, in a Sequential.
+        listed = isinstance(module, nn.ModuleList) or (
+            isinstance(module, nn.Sequential) and len(module) > 0 and attention_path(module[0]) is not None
+        )
+        if listed and not nested and _of_one_class(module):
             found[name] = module
     fitting = [item for item in found.items() if expected in (None, len(item[1]))]
     if not fitting:
@@ -183,7 +194,9 @@ def _find_block_list(model: nn.Module, config: PretrainedConfig) -> tuple[str, n
     return chosen
 
 
-def _refuse_parallel_lists(model: nn.Module, chosen: str, fitting: dict[str, nn.ModuleList]) -> None:
+def _refuse_parallel_lists(
+    model: nn.Module, chosen: str, fitting: dict[str, nn.ModuleList | nn.Sequential]
+) -> None:
     """Attentions in one list and MLPs in another beside it (XLM, FlauBERT) make no blocks."""
     beside = {
         name: list_
@@ -198,7 +211,7 @@ def _refuse_parallel_lists(model: nn.Module, chosen: str, fitting: dict[str, nn.
         )
 
 
-def _of_one_class(modules: nn.ModuleList) -> bool:
+def _of_one_class(modules: nn.ModuleList | nn.Sequential) -> bool:
     """Whether they have parameters and one class."""
     return len({type(member) for member in modules}) == 1 and any(True for _ in modules.parameters())
 

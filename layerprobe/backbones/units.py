@@ -9,12 +9,10 @@ from torch import nn
 
 from layerprobe.backbones.layout import attention_path
 from layerprobe.errors import UnknownNameError
+from layerprobe.layers import UNITS
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
-
-UNITS = ("block", "attention,mlp")
-"""How finely blocks are told apart: as a whole, or attention and all the rest of a block."""
 
 
 def parameter_units(backbone: Backbone, by: str = "block") -> dict[str, tuple[str, ...]]:

@@ -76,13 +76,17 @@ class SearchOptions:
     )
     no_scores: bool = option(False, "Compute no transfer scores.", "--no-scores", panel="Search")
     baselines: str | None = _search(
-        "Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search)",
+        "Comma-separated arms of the report, 'all' among them; also auto-rgn, greedy (a second search), and, as large "
+        "as the plan, first-equal, last-equal, random-equal, everywhere-equal (adapters)",
         default=defaults.DEFAULT_BASELINES,
     )
     keep_bridge: bool = option(
         False, "Bridge-train the chosen plan into OUTPUT/bridge.", "--keep-bridge", panel="Search"
     )
     train: str | None = _training("weights, or lora[:RANK] to search where adapters go", default="weights")
+    units: str | None = _training(
+        "What a plan tells apart: block, or attention,mlp for halves of blocks", default="block"
+    )
     lrs: str | None = _training("Learning rates to choose from, per plan; default: found by the pilot.")
     head: str | None = _training(
         "Start of the head", default=defaults.DEFAULT_HEAD, choices=("probe", "random")
@@ -201,7 +205,7 @@ def figures(result: SearchResult) -> dict[str, Any]:
     return {
         "pareto": lambda: plot_pareto(result.plans),
         "ranking": lambda: plot_ranking(result.baselines, chance=result.facts["chance"]),
-        "plans": lambda: plot_strips(result.plans),
+        "plans": lambda: plot_strips(result.plans, parts=result.facts["units"].count(",") + 1),
     }
 
 

@@ -135,7 +135,11 @@ def lint(
 def export(
     plan: PlanFile,
     to: Annotated[
-        str, Option(help="axolotl, llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer or regex.")
+        str,
+        Option(
+            help="axolotl, llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer, trl, unsloth, torchtune "
+            "or regex."
+        ),
     ],
     prefix: Annotated[
         str,

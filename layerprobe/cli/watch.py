@@ -86,7 +86,7 @@ def screen(found: Look, run: Path | None) -> RenderableType:
 
 def head(found: Look, run: Path | None) -> list[str]:
     """How the search stands, a fact a line; at most 80 columns where names are of usual length."""
-    from layerprobe.search.space import describe_mask
+    from layerprobe.search.space import marks
 
     about = found.arguments
     lines = [f"{about['model']} on {about['task']}, {about.get('strategy', 'search')}"]
@@ -106,10 +106,10 @@ def head(found: Look, run: Path | None) -> list[str]:
     failed = f", {found.failed} failed" if found.failed else ""
     lines.append(f"{found.trainings} trainings{failed}, {found.reported} of them for the report; {state}")
     if found.best is not None and found.accuracy is not None and found.accuracy.low is not None:
-        strip = "".join("■" if trained else "□" for trained in found.best)
+        strip = marks(found.best, found.space.n_parts)
         assert found.accuracy.value is not None and found.accuracy.high is not None
         lines.append(
-            f"best so far {strip} ({describe_mask(found.best)}): validation {100 * found.accuracy.value:.1f} %, "
+            f"best so far {strip} ({found.space.describe(found.best)}): validation {100 * found.accuracy.value:.1f} %, "
             f"{100 * found.accuracy.low:.1f} to {100 * found.accuracy.high:.1f}"
         )
     return lines
@@ -121,13 +121,22 @@ def bars(found: Look) -> list[str]:
         return []
     values = [100 * (gain.value or 0.0) for gain in found.gains]
     most = max(0.1, *(abs(value) for value in values))
-    lines = [f"{'block':<6}{'gain, points':>13}  {'95 % interval':<17}"]
-    for block, (gain, value) in enumerate(zip(found.gains, values, strict=True)):
+    names = _unit_names(found)
+    wide = max(len(name) for name in ["block", *names]) + 1
+    lines = [f"{'block':<{wide}}{'gain, points':>13}  {'95 % interval':<17}"]
+    for name, gain, value in zip(names, found.gains, values, strict=True):
         length = round(HALF * abs(value) / most)
         left, right = ("" if value > 0 else "█" * length), ("█" * length if value > 0 else "")
         interval = f"{100 * (gain.low or 0.0):+.1f} to {100 * (gain.high or 0.0):+.1f}"
-        lines.append(f"{block:<6}{value:>+13.1f}  {interval:<17} {left:>{HALF}}│{right}".rstrip())
+        lines.append(f"{name:<{wide}}{value:>+13.1f}  {interval:<17} {left:>{HALF}}│{right}".rstrip())
     return lines
+
+
+def _unit_names(found: Look) -> list[str]:
+    """`3` for a block, `3.attention` and `3.mlp` for its halves."""
+    space = found.space
+    parts = [f".{part}" for part in space.parts] or [""]
+    return [f"{block}{part}" for block in range(space.n_blocks) for part in parts][: len(found.gains)]
 
 
 def facts(found: Look, run: Path | None) -> dict[str, Any]:
@@ -141,11 +150,11 @@ def facts(found: Look, run: Path | None) -> dict[str, Any]:
         "trainings": found.trainings,
         "running": found.running,
         "seconds_left": found.seconds_left,
-        "best": None if found.best is None else [i for i, trained in enumerate(found.best) if trained],
+        "best": None if found.best is None else found.space.names(found.best),
         "accuracy": None if found.accuracy is None else found.accuracy.value,
         "rows": [
-            {"block": block, "gain": gain.value, "low": gain.low, "high": gain.high}
-            for block, gain in enumerate(found.gains)
+            {"block": name, "gain": gain.value, "low": gain.low, "high": gain.high}
+            for name, gain in zip(_unit_names(found), found.gains, strict=True)
         ],
     }
 

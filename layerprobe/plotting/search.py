@@ -192,7 +192,7 @@ def _points(ax: Axes, arms: Sequence[object], estimates: np.ndarray, style: dict
     seaborn.despine(ax=ax, left=True)
 
 
-def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) -> Axes:
+def plot_strips(frame: pd.DataFrame, *, parts: int = 1, ax: Axes | None = None, **style: Any) -> Axes:
     """Draw plans as strips of blocks, input on the left, with their accuracy beside them.
 
     Parameters
@@ -200,6 +200,8 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     frame : pd.DataFrame
         Rows with `plan` ('#' trained, '.' frozen), `validation_accuracy` in [0, 1] and `chosen`, for example
         `SearchResult.plans`; the best `MOST_STRIPS` are drawn, and those chosen.
+    parts : int
+        Marks of `plan` that make one block; 2 draws attention left and the rest of the block right.
     style
         Passed on to every cell (a matplotlib Rectangle).
     """
@@ -212,11 +214,16 @@ def plot_strips(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     rows = known[["plan", "validation_accuracy", "chosen"]].itertuples(index=False)
     for plan, accuracy, chosen in rows:
         trained = look.ORANGE if chosen else look.BLUE
-        cells.append({block: trained if mark == "#" else legend["frozen"] for block, mark in enumerate(plan)})
+        # A cell is centred on its place among the blocks.
+        shift = (1 / parts - 1) / 2
+        cells.append(
+            {i / parts + shift: trained if mark == "#" else legend["frozen"] for i, mark in enumerate(plan)}
+        )
         notes.append(f"{100 * accuracy:.1f} %" + ("  ← chosen" if chosen else ""))
-    ax = _strips(ax, cells, notes, legend, style)
-    ax.set(xlim=(-0.6, 1.3 * len(cells[0]) + 1.4), yticks=[])
-    ax.set_xlabel("block, input to output; right: expected validation accuracy")
+    ax = _strips(ax, cells, notes, legend, style, width=1 / parts)
+    ax.set(xlim=(-0.6, 1.3 * len(cells[0]) / parts + 1.4), yticks=[])
+    halves = "" if parts == 1 else " (left: attention, right: MLP)"
+    ax.set_xlabel(f"block{halves}, input to output; right: expected validation accuracy")
     return ax
 
 
@@ -260,14 +267,15 @@ def _strips(
     notes: Sequence[str],
     legend: Mapping[str, str],
     style: dict[str, Any],
+    width: float = 1.0,
 ) -> Axes:
-    """One row of cells (block → colour) a plan, from top to bottom, with a note on its right."""
-    n_blocks = 1 + int(max(max(row) for row in cells if row))
+    """One row of cells (place → colour) a plan, from top to bottom, with a note on its right."""
+    n_blocks = 1 + round(max(max(row) for row in cells if row) - (1 - width) / 2)
     ax = ax if ax is not None else look.new_axes(max(4.5, 2.2 + 0.36 * n_blocks), 1.3 + 0.42 * len(cells))
     for row, (colours, note) in enumerate(zip(cells, notes, strict=True)):
         for block, colour in colours.items():
             cell = {"facecolor": colour, "edgecolor": "white", "linewidth": 1.0, **style}
-            ax.add_patch(Rectangle((block - 0.5, row - 0.4), 1.0, 0.8, **cell))
+            ax.add_patch(Rectangle((block - width / 2, row - 0.4), width, 0.8, **cell))
         ax.text(n_blocks - 0.3, row, note, va="center", ha="left")
     ax.set(xlim=(-0.6, 1.06 * n_blocks + 0.9), ylim=(len(cells) - 0.4, -0.6))
     look.block_axis(ax, n_blocks)

@@ -68,7 +68,7 @@ def _summary(folder: Path, index: int) -> Summary:
             question=run.question,
             answer=run.found["answer"],
             accuracy=html.estimate(*(mine.get(key) for key in ("test_accuracy", "low", "high"))),
-            blocks=html.strip(run.plan.chosen_blocks, legend=False),
+            blocks=html.strip(run.states(run.strip), legend=False),
             figure=main_figure(run, name=f"run{index}"),
             provenance=run.found.get("provenance") or {},
         )

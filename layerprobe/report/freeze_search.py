@@ -30,6 +30,12 @@ ARM_NAMES = {
     "rgn-half": "large gradient-to-weight ratio",
     "auto-rgn": "all, rates by gradient-to-weight",
     "greedy": "greedy selection, same budget",
+    "attention": "attention of every block",
+    "mlp": "all but attention",
+    "first-equal": "first, same size as the plan",
+    "last-equal": "last, same size as the plan",
+    "random-equal": "random, same size as the plan",
+    "everywhere-equal": "adapters everywhere, same size",
     "probe": "probe of frozen features",
     "pixels": "probe of raw pixels",
 }
@@ -53,7 +59,7 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
     found = run.found
     sections = [
         html.heading(run.question, found["answer"]),
-        html.strip(run.plan.chosen_blocks),
+        html.strip(run.states(run.strip)),
         _share(run.plan),
         main_figure(run),
         "<h2>How sure, and what it would take to be surer</h2>",
@@ -111,7 +117,7 @@ def main_figure(run: SearchRun, *, name: str = "differences") -> str:
         return '<p class="soft">There are no differences to draw: too few trainings came through.</p>'
     frame = pd.DataFrame(rows).astype({"difference": float, "low": float, "high": float})
     margin = run.found.get("margin") if run.found.get("kind") == "no difference" else None
-    what = "training " + (name_blocks(_blocks_of(mine)) if _blocks_of(mine) else "no block")
+    what = f"training {_trained_in_words(run.states(mine.get('plan') or ''))}"
     seeds = run.found["seeds"]
     caption = (
         "Test accuracy of other ways of training minus that of the recommended one "
@@ -126,8 +132,10 @@ def main_figure(run: SearchRun, *, name: str = "differences") -> str:
     )
 
 
-def _blocks_of(row: Mapping[str, Any]) -> list[int]:
-    return [index for index, mark in enumerate(str(row.get("plan") or "").split("+")[0]) if mark == "#"]
+def _trained_in_words(states: list[str]) -> str:
+    whole = [index for index, state in enumerate(states) if state == "trained"]
+    halves = [f"{i} ({state})" for i, state in enumerate(states) if state not in ("trained", "frozen")]
+    return ", ".join(([name_blocks(whole)] if whole else []) + halves) or "no block"
 
 
 def _sureness(run: SearchRun) -> str:
@@ -188,7 +196,7 @@ def _baselines(run: SearchRun) -> str:
         else:
             against = html.estimate(*run.difference(row), sign=True)
         probe = row["arm"] in ("probe", "pixels")
-        picture = "" if probe or not row.get("plan") else html.strip(_flags(row), legend=False)
+        picture = "" if probe or not row.get("plan") else html.strip(run.states(row["plan"]), legend=False)
         accuracy = html.estimate(row["test_accuracy"], row["low"], row["high"])
         lr = "–" if row["lr"] is None else f"{row['lr']:g}"
         rows.append([f"{html.text(name_of(row))}", picture or "–", accuracy, against, lr])
@@ -200,10 +208,6 @@ def _baselines(run: SearchRun) -> str:
         "selected nothing. Each way has its own learning rate, chosen on validation, as is the strength of each "
         "probe. The chance in which plan the search chose is not in the intervals.</p>"
     )
-
-
-def _flags(row: Mapping[str, Any]) -> list[bool]:
-    return [mark == "#" for mark in str(row["plan"]).split("+")[0]]
 
 
 def _layers(run: SearchRun) -> str:
@@ -221,7 +225,8 @@ def _layers(run: SearchRun) -> str:
             gain = (
                 f"{html.percent(row['train_gain'], sign=True)} ({ends}){html.bar(row['train_gain'], reach)}"
             )
-        rows.append([str(row["block"]), state, gain])
+        part = f" {row['part']}" if row.get("part") else ""
+        rows.append([f"{row['block']}{part}", state, gain])
     said = (
         "The expected gain in validation accuracy from training the block, averaged over plans of the others, given "
         "all trainings of the search; in brackets its 95 % interval."
@@ -254,7 +259,9 @@ def _scores(rows: list[dict[str, Any]]) -> str:
     if not names:
         return ""
     shown = [
-        {"block": row["block"], **{n.removeprefix("transfer_"): row.get(n) for n in names}} for row in rows
+        {name: row[name] for name in ("block", "part") if row.get(name) is not None}
+        | {name.removeprefix("transfer_"): row.get(name) for name in names}
+        for row in rows
     ]
     words = (
         '<p class="soft">Readable scores say what the block\'s output tells of the task already; trainable ones what '
@@ -282,7 +289,7 @@ def _trials(run: SearchRun) -> str:
     shown = best[:SHOWN_PLANS] + [row for row in best[SHOWN_PLANS:] if row["chosen"]]
     rows = [
         [
-            html.strip(_flags(row), legend=False),
+            html.strip(run.states(row["plan"]), legend=False),
             html.estimate(row["validation_accuracy"], row["low"], row["high"]),
             cell_text(row["trainable_parameters"]),
             cell_text(row.get("n_trainings")),

@@ -108,14 +108,16 @@ def figure(path: Path, folder: Path, caption: str) -> str:
     return f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def strip(flags: Sequence[bool], *, legend: bool = True) -> str:
-    """The blocks of a plan from input to output, trained ones filled."""
-    looks = [('class="on" ', "trained") if on else ("", "frozen") for on in flags]
-    cells = "".join(f'<span {on}title="block {i}: {state}">{i}</span>' for i, (on, state) in enumerate(looks))
-    words = (
-        '<p class="soft">Blocks from input to output; filled: trained, pale: frozen.</p>' if legend else ""
+def strip(states: Sequence[str], *, legend: bool = True) -> str:
+    """The blocks of a plan from input to output: `trained` ones filled, `frozen` ones pale, others half filled."""
+    looks, half = {"trained": 'class="on" ', "frozen": ""}, 'class="half" '
+    cells = "".join(
+        f'<span {looks.get(state, half)}title="block {i}: {text(state)}">{i}</span>'
+        for i, state in enumerate(states)
     )
-    return f'<div class="strip{"" if legend else " small"}">{cells}</div>{words}'
+    halves = "".join(f"; half: {text(state)} alone" for state in dict.fromkeys(states) if state not in looks)
+    words = f'<p class="soft">Blocks from input to output; filled: trained, pale: frozen{halves}.</p>'
+    return f'<div class="strip{"" if legend else " small"}">{cells}</div>{words if legend else ""}'
 
 
 def bar(value: float | None, reach: float) -> str:

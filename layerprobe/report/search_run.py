@@ -39,11 +39,11 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         **{f"minus_{arm}{end}?": _NUMBER for arm in ("plan", "all", "none") for end in ("", "_low", "_high")},
     },
     "layers": {
-        "block": int, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER,
+        "block": int, "part?": str, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER,
         "train_gain_low?": _NUMBER, "train_gain_high?": _NUMBER,
     },
     "trials": {
-        "number": int, "cost": float, "trained_blocks": int, "validation_accuracy": _NUMBER,
+        "number": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
     },
     "plans": {
         "plan": str, "trainable_parameters": _NUMBER, "validation_accuracy": _NUMBER, "low": _NUMBER, "high": _NUMBER,
@@ -88,6 +88,12 @@ class SearchRun:
         """What the page answers."""
         return f"Which blocks of {self.found['model']} should train for {self.found['task']}?"
 
+    @property
+    def strip(self) -> str:
+        """The plan as tables write it; from the plan itself where the run does not say."""
+        said = (self.found.get("plan") or {}).get("strip")
+        return said or "".join("#" if chosen else "." for chosen in self.plan.chosen_blocks)
+
     @cached_property
     def recommended(self) -> dict[str, Any]:
         """The row of what the verdict recommends; an empty one where it cannot be told."""
@@ -97,6 +103,17 @@ class SearchRun:
             if row["arm"] == name or (name is None and strip is not None and row.get("plan") == strip):
                 return row
         return {}
+
+    def states(self, strip: str) -> list[str]:
+        """Per block of a plan, as tables write it: trained, frozen, or the name of the part that trains."""
+        trained = [mark == "#" for mark in strip.partition("+")[0]]
+        parts = list(dict.fromkeys(str(row["part"]) for row in self.layers if row.get("part"))) or ["trained"]
+        found = []
+        for start in range(0, len(trained), len(parts)):
+            chosen = [part for part, on in zip(parts, trained[start:], strict=False) if on]
+            whole = "trained" if chosen else "frozen"
+            found.append(whole if len(chosen) in (0, len(parts)) else " and ".join(chosen))
+        return found
 
     def same_plan(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is another name of the plan that is recommended."""

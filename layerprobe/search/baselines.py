@@ -25,6 +25,10 @@ ALL = "all"
 AUTO_RGN = "auto-rgn"
 GREEDY = "greedy"
 NONE = "none"
+EQUAL = ("first-equal", "last-equal", "random-equal")
+"""Units from the input, from the output, or at random, until about as many parameters train as under the plan."""
+EVERYWHERE = "everywhere-equal"
+"""Adapters everywhere, of the rank at which about as many parameters train as under the plan."""
 JUDGED = (PLAN, ALL, NONE)
 """The verdict is about these; they get more seeds than other baselines where it needs them."""
 
@@ -37,11 +41,12 @@ class Baseline:
     mask: Mask
     norms: bool = False
     auto_rgn: bool = False
+    rank: int = 0
 
     @property
     def is_plan(self) -> bool:
         """Whether the mask alone says what is trained and how."""
-        return not self.norms and not self.auto_rgn
+        return self.trial(1.0).is_plan
 
     def trial(self, lr: float, repeat: int = 0, fidelity: float = 1.0) -> Trial:
         """One training of this baseline."""
@@ -52,6 +57,7 @@ class Baseline:
             fidelity=fidelity,
             norms=self.norms,
             auto_rgn=self.auto_rgn,
+            rank=self.rank,
         )
 
 
@@ -121,44 +127,52 @@ class Report:
 
 def standard_baselines(space: Space, *, seed: int = 0, scores: Scores | None = None) -> list[Baseline]:
     """Baselines: all, none, norms only, first and last five, halves, a random plan, and the blocks that a
-    relative-gradient-norm rule would train (where that score is known).
+    relative-gradient-norm rule would train (where that score is known); attention alone and MLPs alone where masks
+    tell them apart.
 
     The last one is a plan in the spirit of auto-RGN (Lee et al. 2023, arXiv 2210.11466), which scales
     learning rates by the gradient-to-weight ratio: here the blocks with at least half of the largest ratio.
     """
     n = space.n_blocks
-    blocks = standard_blocks(n, random_seeds=(seed,))
-    baselines = [Baseline(name=name, mask=mask_of(chosen, n)) for name, chosen in blocks.items()]
+    units = {
+        name: space.units_of(chosen) for name, chosen in standard_blocks(n, random_seeds=(seed,)).items()
+    }
+    units |= {part: space.units_of(range(n), part) for part in space.parts}
+    baselines = [Baseline(name=name, mask=mask_of(chosen, space.n_units)) for name, chosen in units.items()]
     baselines.insert(2, Baseline(name="norms", mask=space.none, norms=True))
     if scores and "rgn" in scores and np.isfinite(scores["rgn"][0]).all():
         ratio = scores["rgn"][0]
-        mask = tuple(bool(flag) for flag in ratio >= 0.5 * ratio.max())
+        mask = mask_of(space.units_of(np.flatnonzero(ratio >= 0.5 * ratio.max()).tolist()), space.n_units)
         baselines.append(Baseline(name="rgn-half", mask=mask))
     return baselines
 
 
-def chosen_baselines(
-    names: Sequence[str] | None, space: Space, *, seed: int = 0, scores: Scores | None = None
-) -> list[Baseline]:
-    """The baselines called `names`; None: those of `DEFAULT_BASELINES`, where the backbone has them.
+def chosen_baselines(settings: Settings, space: Space, *, scores: Scores | None = None) -> list[Baseline]:
+    """The baselines of `settings`; where it names none, those of `DEFAULT_BASELINES` that the backbone has.
 
-    All and none are always among them: the verdict is about these. Two more exist on request. `auto-rgn` trains
+    All and none are always among them: the verdict is about these. More exist on request. Those of `EQUAL`, and
+    `EVERYWHERE` where plans place adapters, are made when the plan is known (`equal_baselines`). `auto-rgn` trains
     everything, each block at a rate in proportion to its relative gradient norm
-    (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds with the same
-    budget as the search, which this doubles; trainings that both ask for are done once. Until then it has all blocks,
-    the most that it may cost. A name that exists for other backbones (`first-5`) or with scores alone (`rgn-half`) is
-    left out where it does not.
+    (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds with the
+    same budget as the search, which this doubles; trainings that both ask for are done once. What waits for a plan
+    has all blocks until then, the most that it may cost. A name that exists for other backbones (`first-5`), other
+    settings (`attention`) or with scores alone (`rgn-half`) is left out where it does not.
 
     Raises
     ------
     UnknownNameError
         There is no such baseline.
     """
-    baselines = standard_baselines(space, seed=seed, scores=scores)
-    names = DEFAULT_BASELINES if names is None else (ALL, NONE, *names)
-    baselines.append(Baseline(name=AUTO_RGN, mask=space.all, auto_rgn=True))
-    baselines.append(Baseline(name=GREEDY, mask=space.all))
-    known = dict.fromkeys([*(one.name for one in baselines), "first-5", "last-5", "rgn-half"])
+    names = DEFAULT_BASELINES if settings.baselines is None else (ALL, NONE, *settings.baselines)
+    baselines = [
+        *standard_baselines(space, seed=settings.seed, scores=scores),
+        Baseline(name=AUTO_RGN, mask=space.all, auto_rgn=True),
+        *(Baseline(name=name, mask=space.all) for name in (GREEDY, *EQUAL)),
+    ]
+    if rank := settings.adapter_rank:
+        baselines.append(Baseline(name=EVERYWHERE, mask=space.all, rank=rank))
+    elsewhere = ("first-5", "last-5", "rgn-half", "attention", "mlp", EVERYWHERE)
+    known = dict.fromkeys([*(one.name for one in baselines), *elsewhere])
     for name in names:
         if name not in known:
             raise UnknownNameError(
@@ -167,11 +181,36 @@ def chosen_baselines(
     return [one for one in baselines if one.name in names]
 
 
+def equal_baselines(
+    baselines: Sequence[Baseline], plan: Mask, space: Space, settings: Settings
+) -> list[Baseline]:
+    """`baselines` with those of `EQUAL` and `EVERYWHERE` made as large as `plan`, as nearly as units and ranks allow.
+
+    One that would be the plan itself, all or none is left out: it stands in the report already.
+    """
+    wanted, rank = space.params(plan), settings.adapter_rank
+    units = list(range(space.n_units))
+    drawn = np.random.default_rng(settings.seed).permutation(space.n_units).tolist()
+    orders = dict(zip(EQUAL, (units, units[::-1], drawn), strict=True))
+
+    def made(one: Baseline) -> Baseline | None:
+        if one.name == EVERYWHERE and rank:
+            thin = max(1, round(rank * wanted / sum(space.unit_params)))
+            return replace(one, rank=thin) if wanted and thin < rank else None
+        if one.name not in orders:
+            return one
+        sizes = [mask_of(orders[one.name][:k], space.n_units) for k in range(space.n_units + 1)]
+        mask = min(sizes, key=lambda mask: abs(space.params(mask) - wanted))
+        return None if mask in (plan, space.all, space.none) else replace(one, mask=mask)
+
+    return [found for one in baselines if (found := made(one)) is not None]
+
+
 def baselines_cost(baselines: Sequence[Baseline], space: Space, settings: Settings) -> float:
     """What reporting on `baselines` costs with the fewest seeds, in full trainings."""
     rates = len(settings.lrs)
     return sum(
-        space.cost(one.trial(settings.lrs[0])) * (settings.seeds + (0 if one.is_plan else rates))
+        space.cost(one.trial(settings.lrs[0])) * (settings.seeds + (0 if one.is_plan or one.rank else rates))
         for one in baselines
     )
 
@@ -187,9 +226,9 @@ def report_baselines(
 ) -> Report:
     """Test accuracy of the plan and the baselines at equal length on seeds that selected nothing, and the verdict.
 
-    Every line has its own learning rate: the posterior's for plans, the best on validation for the others, or that
-    of `rates`. Seeds are added for plan, all and none until the half-width of their differences is at most
-    `settings.half_width`, or there are `settings.max_seeds`.
+    Every line has its own learning rate: the posterior's for plans and for the places of adapters, the best on
+    validation for the others, or that of `rates`. Seeds are added for plan, all and none until the half-width of their
+    differences is at most `settings.half_width`, or there are `settings.max_seeds`.
     """
     settings = budget.settings
     everyone = [Baseline(name=PLAN, mask=plan), *baselines]
@@ -248,7 +287,8 @@ def report_baselines(
 
 def _rates(everyone: Sequence[Baseline], budget: TrialBudget, train_batch: TrainBatch) -> dict[str, float]:
     """A learning rate for every line of the report, chosen on validation."""
-    plans = [one for one in everyone if one.is_plan]
+    # Adapters of another rank at the same places: what many trainings say beats one training at each rate.
+    plans = [one for one in everyone if one.is_plan or one.rank]
     best = budget.posterior().best_rates([one.mask for one in plans])
     chosen = {one.name: best[one.mask] for one in plans}
     for one in everyone:

@@ -17,7 +17,7 @@ from layerprobe.layers import parse_blocks
 from layerprobe.metrics.inference import detectable_difference
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
 from layerprobe.search.budget import TrialBudget
-from layerprobe.search.evaluator import block_params, trained_sizes
+from layerprobe.search.evaluator import block_params, search_space
 from layerprobe.search.settings import Settings, make_settings
 from layerprobe.search.space import Space
 from layerprobe.search.strategies import make_strategy
@@ -26,7 +26,7 @@ from layerprobe.search.strategies import make_strategy
 def check_search(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
     """Raise what the search itself would raise of these settings, before anything is computed or kept."""
     settings.check_output(output)
-    chosen_baselines(settings.baselines, space, seed=settings.seed)
+    chosen_baselines(settings, space)
     budget = TrialBudget(
         space=space, train_batch=lambda trials: {}, settings=settings, total=settings.budget or 0.0
     )
@@ -53,9 +53,9 @@ def search_facts(
         What `freeze_search` would refuse of these settings and this model.
     """
     settings = make_settings(preset, **given)
-    space = Space(trained_sizes(seen, settings), settings.constraints)
+    space = search_space(seen, settings)
     check_search(settings, space, output)
-    baselines = chosen_baselines(settings.baselines, space, seed=settings.seed)
+    baselines = chosen_baselines(settings, space)
     report = baselines_cost(baselines, space, settings) + settings.seeds
     if any(one.name == GREEDY for one in baselines):
         report += settings.budget or 0.0

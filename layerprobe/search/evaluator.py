@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from layerprobe.analyzers.transfer import transfer_scores
+from layerprobe.backbones.units import parameter_units
+from layerprobe.errors import UsageError
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
 from layerprobe.plans.names import is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
-from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, blocks_of, trial_seed
-from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score, unit_plan
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, trial_seed
+from layerprobe.training import Outcome, TaskTensors, train_and_score, unit_plan
 from layerprobe.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -70,13 +72,16 @@ class Evaluator:
             tied=self.backbone.tied_names,
         )
 
-    def plan(self, mask: Mask, *, norms: bool = False) -> FreezePlan:
-        """The freeze plan of a mask: whole blocks, and nothing of the backbone outside them."""
+    @cached_property
+    def space(self) -> Space:
+        """The plans that the settings allow."""
+        return search_space(self.backbone, self.settings)
+
+    def plan(self, mask: Mask, *, norms: bool = False, rank: int = 0) -> FreezePlan:
+        """The freeze plan of a mask: its units, and nothing of the backbone outside them."""
         if norms:
             return self.plans["norms"]
-        if (rank := self.settings.adapter_rank) is not None:
-            return unit_plan(self.backbone, map(str, blocks_of(mask)), rank=rank)
-        return block_plan(self.backbone, blocks_of(mask))
+        return unit_plan(self.backbone, self.space.names(mask), rank=rank or self.settings.adapter_rank)
 
     def __call__(self, trial: Trial) -> Outcome:
         bridge, finetune = self.settings.bridge, self.settings.finetune
@@ -84,7 +89,7 @@ class Evaluator:
         return train_and_score(
             self.backbone,
             self.tensors,
-            self.plan(trial.mask, norms=trial.norms),
+            self.plan(trial.mask, norms=trial.norms, rank=trial.rank),
             bridge=bridge and bridge.replace(steps=_shortened(bridge, trial.fidelity), **shared),
             finetune=finetune.replace(steps=_shortened(finetune, trial.fidelity), **shared),
             test=trial.repeat >= REPORT_REPEAT,
@@ -92,13 +97,21 @@ class Evaluator:
         )
 
 
-def trained_sizes(backbone: Backbone, settings: Settings) -> tuple[int, ...]:
-    """Number of parameters that train where a block is chosen: its own, or those of its adapters."""
-    rank = settings.adapter_rank
-    if rank is None:
-        return block_params(backbone)
-    plans = (unit_plan(backbone, [str(index)], rank=rank) for index in range(backbone.n_blocks))
-    return tuple(plan.counts["adapter_parameters"] for plan in plans)
+def search_space(backbone: Backbone, settings: Settings) -> Space:
+    """The plans of a backbone, with the number of parameters that train with each unit: its own, or of its adapters.
+
+    Raises
+    ------
+    UsageError
+        A unit has nothing to train; contradicting constraints.
+    """
+    units, rank = parameter_units(backbone, settings.units), settings.adapter_rank
+    sizes = {unit: unit_plan(backbone, [unit], rank=rank).trained_parameters for unit in units}
+    if empty := [unit for unit, size in sizes.items() if not size]:
+        what = "parameter to train" if rank is None else "linear map for an adapter"
+        raise UsageError(f"{backbone.name}: {empty[0]} holds no {what}; use --units block")
+    parts = tuple(settings.units.split(",")) if settings.units != "block" else ()
+    return Space(tuple(sizes.values()), settings.constraints, parts)
 
 
 def block_params(backbone: Backbone) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from layerprobe.records import Estimate
 from layerprobe.search.baselines import ALL, JUDGED, NONE, PLAN, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.probes import ProbeBaseline
-from layerprobe.search.space import Mask, Space, describe_mask, strip
+from layerprobe.search.space import Mask, Space, strip
 from layerprobe.search.trials import Finished
 
 
@@ -23,8 +23,8 @@ def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
             {
                 "number": record.number,
                 "plan": trial.name,
-                "blocks": describe_mask(trial.mask),
-                "trained_blocks": sum(trial.mask),
+                "blocks": space.describe(trial.mask),
+                "trained_blocks": space.trained_blocks(trial.mask),
                 "lr": trial.lr,
                 "repeat": trial.repeat,
                 "fidelity": trial.fidelity,
@@ -45,14 +45,14 @@ def trial_frame(records: Sequence[Finished], space: Space) -> pd.DataFrame:
     )
 
 
-def baseline_frame(report: Report, probes: Sequence[ProbeBaseline] = ()) -> pd.DataFrame:
+def baseline_frame(report: Report, space: Space, probes: Sequence[ProbeBaseline] = ()) -> pd.DataFrame:
     """One row a baseline: test accuracy with its t interval, and paired differences; then one a probe."""
     rows: list[dict[str, Any]] = []
     for line in report.lines:
         row: dict[str, Any] = {
             "arm": line.baseline.name,
             "plan": line.baseline.trial(line.lr).name,
-            "trained_blocks": sum(line.baseline.mask),
+            "trained_blocks": space.trained_blocks(line.baseline.mask),
             "trainable_parameters": line.params,
             "lr": line.lr,
             "test_accuracy": line.accuracy.value,
@@ -102,8 +102,8 @@ def _probe_row(probe: ProbeBaseline, report: Report) -> dict[str, Any]:
 def _about(mask: Mask, space: Space) -> dict[str, Any]:
     return {
         "plan": strip(mask),
-        "blocks": describe_mask(mask),
-        "trained_blocks": sum(mask),
+        "blocks": space.describe(mask),
+        "trained_blocks": space.trained_blocks(mask),
         "trainable_parameters": space.params(mask),
     }
 
@@ -144,17 +144,19 @@ def on_front(accuracy: pd.Series, cost: pd.Series) -> pd.Series:
 
 
 def layer_frame(budget: TrialBudget, chosen: Mask, scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a block: in the plan, parameters, measured gain of training it, transfer scores."""
-    gains = budget.posterior().block_gains(np.random.default_rng(budget.settings.seed))
+    """One row a unit: in the plan, parameters, measured gain of training it, transfer scores of its block."""
+    space = budget.space
+    gains = budget.posterior().unit_gains(np.random.default_rng(budget.settings.seed))
     frame = pd.DataFrame(
         {
-            "block": range(budget.space.n_blocks),
+            "block": [unit // space.n_parts for unit in range(space.n_units)],
+            **({"part": list(space.parts) * space.n_blocks} if space.parts else {}),
             "in_plan": [int(flag) for flag in chosen],
-            "parameters": budget.space.block_params,
+            "parameters": space.unit_params,
             "train_gain": [gain.value for gain in gains],
             "train_gain_stderr": [gain.stderr for gain in gains],
             "train_gain_low": [gain.low for gain in gains],
             "train_gain_high": [gain.high for gain in gains],
         }
     )
-    return frame.join(scores.reset_index(drop=True)) if len(scores.columns) else frame
+    return frame.join(scores, on="block") if len(scores.columns) else frame

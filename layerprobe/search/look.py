@@ -44,8 +44,10 @@ class Look:
         Processes that train now.
     reported : int
         Finished trainings on the report's unseen seeds.
+    space : Space
+        The plans.
     gains : list[Estimate]
-        What training each block adds; empty while nothing is known.
+        What training each unit adds; empty while nothing is known.
     best : Mask | None
         The plan of highest expected validation accuracy among those trained.
     accuracy : Estimate | None
@@ -63,6 +65,7 @@ class Look:
     failed: int
     workers: int
     reported: int
+    space: Space
     gains: list[Estimate]
     best: Mask | None
     accuracy: Estimate | None
@@ -142,7 +145,12 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
     }
     budget = arguments.get("budget") or facts.get("budget", {}).get("budget")
     spent = _cost(searched) if pilot is not None else None
-    gains, best, accuracy = _expected(searched, pilot) if pilot is not None and searched else ([], None, None)
+    units = str(arguments.get("units", "block"))
+    parts = () if units == "block" else tuple(units.split(","))
+    space = Space((1,) * max((len(trial.mask) for trial in searched), default=1), parts=parts)
+    gains, best, accuracy = (
+        _expected(searched, space, pilot) if pilot is not None and searched else ([], None, None)
+    )
     ended = [when for trial, (_, when) in found.items() if trial in searched and when is not None]
     left = None
     if spent and budget and len(ended) > 1:
@@ -158,6 +166,7 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
         failed=sum(outcome.validation_accuracy is None for outcome, _ in found.values()),
         workers=len({frozen.user_attrs.get("worker") for frozen in running}),
         reported=sum(trial.repeat >= REPORT_REPEAT for trial in found),
+        space=space,
         gains=gains,
         best=best,
         accuracy=accuracy,
@@ -171,10 +180,11 @@ def _cost(searched: Mapping[Trial, Outcome]) -> float:
     return sum((2.0 + size / max(1, *sizes)) / 3.0 for size in sizes) if sizes else 0.0
 
 
-def _expected(searched: Mapping[Trial, Outcome], pilot: Pilot) -> tuple[list[Estimate], Mask, Estimate]:
-    """Gains of the blocks, the best plan that was trained, and its accuracy, by the search's own posterior."""
+def _expected(
+    searched: Mapping[Trial, Outcome], space: Space, pilot: Pilot
+) -> tuple[list[Estimate], Mask, Estimate]:
+    """Gains of the units, the best plan that was trained, and its accuracy, by the search's own posterior."""
     trials = list(searched)
-    space = Space((1,) * len(trials[0].mask))
     accuracies = [searched[trial].ranked_accuracy for trial in trials]
     posterior = Posterior(space=space, lrs=pilot.lrs, trials=trials, accuracies=accuracies)
     masks = list(dict.fromkeys(trial.mask for trial in trials))
@@ -187,4 +197,4 @@ def _expected(searched: Mapping[Trial, Outcome], pilot: Pilot) -> tuple[list[Est
     accuracy = Estimate(
         value=value, low=max(0.0, value - 1.96 * stderr), high=min(1.0, value + 1.96 * stderr), stderr=stderr
     )
-    return posterior.block_gains(np.random.default_rng(0)), masks[top], accuracy
+    return posterior.unit_gains(np.random.default_rng(0)), masks[top], accuracy

@@ -29,9 +29,9 @@ OF_PLANS = ("block", "pair", "plan", "size")
 ALIKE = 1 / 3
 """Prior probability that all plans are alike and only the learning rate and the seed matter."""
 TAIL = 1.0
-"""Degrees of freedom of the t distribution of block effects: few blocks may matter much, the others little."""
+"""Degrees of freedom of the t distribution of unit effects: few units may matter much, the others little."""
 ROUNDS = 4
-"""Updates of the blocks' scales; more change little."""
+"""Updates of the units' scales; more change little."""
 LEVEL = 4.0
 """Variance of the overall level, in the same unit: it is known only through the trainings."""
 JITTER = 1e-6
@@ -44,9 +44,9 @@ MOST_CANDIDATES = 400
 class Posterior:
     """A Gaussian process for the validation accuracy of (plan, learning rate, seed).
 
-    Additive in the blocks, whose effects follow a t distribution, with pairs of blocks (larger between blocks of
-    large effect), a smooth effect of the number of trained blocks (a square root: the first trained block changes
-    most), a residual of each plan, an effect of the learning rate that may depend on the share of trained blocks,
+    Additive in the units, whose effects follow a t distribution, with pairs of units (larger between units of
+    large effect), a smooth effect of the number of trained units (a square root: the first trained unit changes
+    most), a residual of each plan, an effect of the learning rate that may depend on the share of trained units,
     an effect of the seed common to all plans, and noise. The amplitudes are those of largest posterior density
     under `PRIOR`; `alike` weighs all this against a process without the effects of plans.
 
@@ -81,7 +81,7 @@ class Posterior:
             "seed": (seeds[:, None] == seeds[None, :]).astype(float),
             "noise": np.eye(len(values)),
         }
-        self._scales = np.ones(self.space.n_blocks)
+        self._scales = np.ones(self.space.n_units)
         self._condition()
         for _ in range(ROUNDS):
             self._rescale()
@@ -90,7 +90,7 @@ class Posterior:
     @cached_property
     def alike(self) -> float:
         """Probability that all plans are alike: that only learning rate and seed matter."""
-        parts = self._kernels(self._known, self._known, np.ones(self.space.n_blocks)) | self._constant
+        parts = self._kernels(self._known, self._known, np.ones(self.space.n_units)) | self._constant
         without = {name: part for name, part in parts.items() if name not in OF_PLANS}
         odds = math.log(ALIKE / (1 - ALIKE)) + self._evidence(without) - self._evidence(parts)
         return float(1 / (1 + math.exp(-np.clip(odds, -50, 50))))
@@ -119,17 +119,17 @@ class Posterior:
         """Plan → the learning rate of largest expected accuracy."""
         return {mask: self.lrs[int(row.argmax())] for mask, row in zip(masks, self.means(masks), strict=True)}
 
-    def block_gains(self, rng: np.random.Generator) -> list[Estimate]:
-        """What training each block adds to the accuracy, averaged over plans of the others; 95 % intervals."""
-        n = self.space.n_blocks
+    def unit_gains(self, rng: np.random.Generator) -> list[Estimate]:
+        """What training each unit adds to the accuracy, averaged over plans of the others; 95 % intervals."""
+        n = self.space.n_units
         drawn = rng.random((64, n)) < 0.5
         middle = list(self.lrs)[len(self.lrs) // 2]
         found = []
-        for block in range(n):
+        for unit in range(n):
             sides = []
             for trained in (True, False):
                 masks = drawn.copy()
-                masks[:, block] = trained
+                masks[:, unit] = trained
                 sides += [Trial(mask=tuple(map(bool, mask)), lr=middle) for mask in masks]
             mean, covariance = self.predict(sides)
             weight = np.repeat([1.0, -1.0], len(drawn)) / len(drawn)
@@ -158,9 +158,9 @@ class Posterior:
         right: tuple[np.ndarray, np.ndarray],
         scales: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """Every part of the covariance at amplitude 1, each n×m; `scales` are the blocks' relative variances."""
+        """Every part of the covariance at amplitude 1, each n×m; `scales` are the units' relative variances."""
         (masks, rates), (others, other_rates) = left, right
-        n_blocks = masks.shape[1]
+        n_units = masks.shape[1]
         signs, other_signs = 2 * masks - 1, 2 * others - 1
         agreement = signs @ other_signs.T
         weighted = (signs * scales) @ other_signs.T
@@ -168,13 +168,13 @@ class Posterior:
         root = np.sqrt(share)[:, None] - np.sqrt(other_share)[None, :]
         grid = np.log(np.asarray(self.lrs))
         near = np.exp(-0.5 * (np.subtract.outer(grid, grid) / math.log(3)) ** 2)
-        # Without the mean over rates: what the number of blocks does at every rate is an effect of plans.
+        # Without the mean over rates: what the number of units does at every rate is an effect of plans.
         centred = near - near.mean(0) - near.mean(1)[:, None] + near.mean()
         at = np.ix_(rates, other_rates)
         return {
             "block": weighted,
             "pair": (weighted**2 - scales @ scales) / 2,
-            "plan": np.exp(-1.5 * (n_blocks - agreement) / n_blocks),
+            "plan": np.exp(-1.5 * (n_units - agreement) / n_units),
             "size": np.exp(-0.5 * (root / 0.5) ** 2),
             "rate": near[at] + centred[at] * 4 * np.outer(share - 0.5, other_share - 0.5),
         }
@@ -191,7 +191,7 @@ class Posterior:
         self._weights = cho_solve(self._factor, self._response)
 
     def _rescale(self) -> None:
-        """One step of expectation and maximisation for the scale of each block's effect, t distributed."""
+        """One step of expectation and maximisation for the scale of each unit's effect, t distributed."""
         signs = 2 * self._known[0] - 1
         prior = self.amplitudes["block"] ** 2 * self._scales
         mean = prior * (signs.T @ self._weights)
@@ -312,7 +312,7 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
     """Every allowed plan, or, of very many, those around the best: neighbours of promising ones and random others."""
     if space.count_upper() <= MOST_CANDIDATES:
         return list(space.masks())
-    n = space.n_blocks
+    n = space.n_units
     spans = [(0, k) for k in range(n + 1)] + [(k, n) for k in range(n)] + [(k, k + 1) for k in range(n)]
     pool = dict.fromkeys(
         space.repair(tuple(start <= index < stop for index in range(n))) for start, stop in spans
@@ -322,14 +322,14 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
     pool |= dict.fromkeys(trial.mask for trial in posterior.trials if space.allows(trial.mask))
     for _ in range(MOST_CANDIDATES // 4):
         pool.setdefault(space.random_mask(rng))
-    for _ in range(2 * n):  # hill climbing of the whole pool: each round flips one block of the best
+    for _ in range(2 * n):  # hill climbing of the whole pool: each round flips one unit of the best
         masks = list(pool)
         means = posterior.means(masks).max(1)
         best = [masks[index] for index in np.argsort(-means)[: MOST_CANDIDATES // 2]]
         flipped = dict.fromkeys(
-            space.repair(tuple(flag ^ (index == block) for index, flag in enumerate(mask)))
+            space.repair(tuple(flag ^ (index == unit) for index, flag in enumerate(mask)))
             for mask in best[:16]
-            for block in range(n)
+            for unit in range(n)
         )
         fresh = [mask for mask in flipped if mask not in pool]
         pool = dict.fromkeys([*best, *fresh])

@@ -22,7 +22,7 @@ from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.probes import ProbeBaseline, probes_in_words
-from layerprobe.search.space import blocks_of, describe_mask, strip
+from layerprobe.search.space import marks, parse_strip, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
 from layerprobe.tables import count_text, read_frame, strict_rows, strict_value, tidy, write_frame
@@ -44,7 +44,7 @@ class SearchResult(Record):
     kind : str
         The verdict: 'train these', 'train all', 'train none', 'no difference', 'not judged'.
     table : pd.DataFrame
-        One row a block: scores, measured gain of training it, in the plan or not (layers.csv).
+        One row a unit: scores, measured gain of training it, in the plan or not (layers.csv).
     trials : pd.DataFrame
         One row a training (trials.csv).
     baselines : pd.DataFrame
@@ -70,8 +70,13 @@ class SearchResult(Record):
     folder: Path | None = None
 
     def summary(self) -> str:
-        marks = "".join("■" if trained else "□" for trained in self.plan.chosen_blocks)
-        return f"{self.answer}\nPlan: {marks}  (input to output; ■ trained, □ frozen)"
+        shown = marks(parse_strip(self.facts["plan"]["strip"]), self._n_parts)
+        legend = "■ trained, □ frozen" + (", ◧ attention alone, ◨ MLP alone" if self._n_parts > 1 else "")
+        return f"{self.answer}\nPlan: {shown}  (input to output; {legend})"
+
+    @property
+    def _n_parts(self) -> int:
+        return self.facts.get("units", "block").count(",") + 1
 
     def to_frame(self) -> pd.DataFrame:
         rows: list[dict[str, Any]] = [
@@ -96,6 +101,7 @@ class SearchResult(Record):
                         {
                             "split": "train" if str(column).startswith("transfer_") else "validation",
                             "block": int(row["block"]),
+                            "site": row.get("part"),
                             "metric": column,
                             "value": None if pd.isna(value) else float(value),
                             "stderr": row["train_gain_stderr"] if column == "train_gain" else None,
@@ -116,7 +122,7 @@ class SearchResult(Record):
         return [
             {
                 "arm": row["arm"],
-                "blocks": "".join("■" if mark == "#" else "□" for mark in row["plan"].split("+")[0]),
+                "blocks": marks(parse_strip(row["plan"].split("+")[0]), self._n_parts),
                 "trained": count_text(row["trainable_parameters"]),
                 "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",
                 "test, %": None if pd.isna(row["test_accuracy"]) else f"{100 * row['test_accuracy']:.1f}",
@@ -260,7 +266,7 @@ def make_result(
         kind=verdict.kind,
         table=layer_frame(budget, verdict.mask, wide),
         trials=trial_frame(records, space),
-        baselines=baseline_frame(report, probes),
+        baselines=baseline_frame(report, space, probes),
         plans=plans,
         facts=facts,
     )
@@ -286,11 +292,12 @@ def _facts(
         "task": task.name,
         "split_hash": task.split_hash,
         "n_blocks": space.n_blocks,
+        "units": settings.units,
         "chance": 1.0 / task.n_classes,
         "plan": {
             "strip": strip(verdict.mask),
-            "blocks": blocks_of(verdict.mask),
-            "words": describe_mask(verdict.mask),
+            "blocks": space.names(verdict.mask) if space.parts else list(map(int, space.names(verdict.mask))),
+            "words": space.describe(verdict.mask),
             "lr": own.lr,
             "test_accuracy": own.accuracy.value,
             "test_low": own.accuracy.low,

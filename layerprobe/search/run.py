@@ -27,16 +27,17 @@ from layerprobe.search.baselines import (
     Baseline,
     baselines_cost,
     chosen_baselines,
+    equal_baselines,
     report_baselines,
 )
 from layerprobe.search.budget import Scores, TrialBudget
 from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
-from layerprobe.search.evaluator import Evaluator, layer_scores, proposals, trained_sizes
+from layerprobe.search.evaluator import Evaluator, layer_scores, proposals
 from layerprobe.search.pilot import Pilot, run_pilot
 from layerprobe.search.probes import ProbeBaseline, probe_baselines
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, identify, make_settings
-from layerprobe.search.space import Space, Trial, describe_mask
+from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.trials import TrialStore, hide_password, storage_url
 from layerprobe.search.workers import helpers
@@ -179,7 +180,7 @@ def prepare(
     evaluator = Evaluator(backbone, task, settings)
     return TrialRunner(
         evaluator=evaluator,
-        space=Space(trained_sizes(backbone, settings), settings.constraints),
+        space=evaluator.space,
         url=storage_url(storage),
         identity={**identify(backbone, task, settings), **also},
     )
@@ -208,16 +209,17 @@ class _Search:
             if settings.use_scores:
                 scores = self.runner.scores(quiet=self.quiet)
             guides = proposals(scores, space.n_blocks)
-            baselines = chosen_baselines(settings.baselines, space, seed=settings.seed, scores=guides)
+            baselines = chosen_baselines(settings, space, scores=guides)
             total, baselines = self.total(pilot, baselines)
             budget = self.budget(pilot, total, guides)
             self.say(self.plan_in_words(pilot, total, baselines))
             self.stages.show("search", 0.0, total, unit="full trainings")
             mask, lr = run_strategy(make_strategy(settings.strategy), budget)
+            baselines = equal_baselines(baselines, mask, space, settings)
             posterior = budget.posterior()
             self.say(power_in_words(posterior.noise, settings))
             self.say(
-                f"chosen on validation: {describe_mask(mask)}; now {len(baselines)} baselines on unseen seeds"
+                f"chosen on validation: {space.describe(mask)}; now {len(baselines)} baselines on unseen seeds"
             )
             baselines, rates = self.greedy(baselines, budget)
             self.stage = "report"
@@ -319,7 +321,7 @@ class _Search:
         best = max(budget.tried_masks(), key=budget.estimate)
         leader = "all runs have failed so far"
         if math.isfinite(accuracy := budget.estimate(best)):
-            leader = f"best {100 * accuracy:.1f} %, {describe_mask(best)}"
+            leader = f"best {100 * accuracy:.1f} %, {self.space.describe(best)}"
         self.stages.show("search", budget.spent, budget.total, unit="full trainings", about=leader)
 
     def say(self, message: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.layers import UNITS
 from layerprobe.search.space import Constraints
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ DEFAULT_BATCH_SIZE = 32
 DEFAULT_RANDOM_CLASSES = 10
 DEFAULT_RANK = 8
 DEFAULT_PRECISION = "float32"
-DEFAULT_BASELINES = ("all", "none", "norms", "first-half", "last-half")
+DEFAULT_BASELINES = ("all", "none", "norms", "first-half", "last-half", "attention", "mlp")
 """Baselines of a report that names none, where the backbone and the scores allow them (`standard_baselines`)."""
 
 STRATEGIES = ("bayes", "exhaustive", "greedy", "random", "tpe")
@@ -169,11 +170,13 @@ class Settings:
         Compute transfer scores, and let the trainable ones propose plans; False: neither.
     baselines
         Names of the baselines to report; default all of `standard_baselines`. Beyond those there are
-        `auto-rgn` and `greedy`, see `layerprobe.search.baselines.chosen_baselines`; the latter doubles the
-        search.
+        `auto-rgn`, `greedy`, which doubles the search, and those of about the plan's number of trained parameters,
+        see `layerprobe.search.baselines.chosen_baselines`.
     train
         'weights' trains the blocks of a plan; 'lora' or 'lora:RANK' places adapters (rank 8 by default) on all linear
         maps of its blocks, whose weights stay frozen.
+    units
+        'block': a plan trains whole blocks; 'attention,mlp': or the attention or the rest of one alone.
     min_frozen, max_trainable_params, must_freeze, must_train
         Constraints on the plan.
     keep_bridge
@@ -200,6 +203,7 @@ class Settings:
     constraints: Constraints = field(default_factory=Constraints)
     keep_bridge: bool = False
     train: str = "weights"
+    units: str = "block"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -228,6 +232,8 @@ class Settings:
                 "the bridge-trained model can be kept only where there is one, and there is none; "
                 "give --bridge-steps"
             )
+        if self.units not in UNITS:
+            raise UsageError(f"units is {' or '.join(UNITS)}, not '{self.units}'")
         if re.fullmatch(r"weights|lora(:[1-9]\d{0,4})?", self.train) is None:
             raise UsageError(f"train is weights, lora or lora:RANK, not '{self.train}'")
 
@@ -321,8 +327,13 @@ def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, An
         "backbone": {key: about[key] for key in sorted(about) if key not in left_out},
         "task": Path(task.task_id).name,
         "split_hash": task.split_hash,
-        **{key: value for key, value in settings.to_dict().items() if key not in ("keep_bridge", "train")},
+        **{
+            key: value
+            for key, value in settings.to_dict().items()
+            if key not in ("keep_bridge", "train", "units")
+        },
         **({} if settings.train == "weights" else {"train": f"lora:{settings.adapter_rank}"}),
+        **({} if settings.units == "block" else {"units": settings.units}),
     }
 
 

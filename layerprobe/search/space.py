@@ -1,4 +1,4 @@
-"""What a search searches over: masks of trainable blocks, constraints on them, and what a training costs."""
+"""What a search searches over: masks of trainable units, constraints on them, and what a training costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Mask = tuple[bool, ...]
-"""One entry per block, from input to output; True = the block is trained."""
+"""One entry per unit (block, or half of one), from input to output; True = the unit is trained."""
 
 REPORT_REPEAT = 1000
 """Repeats from here on are the report's: their seeds were never used to select anything."""
@@ -28,7 +28,8 @@ class Trial:
     `repeat` counts the common seeds: equal repeats share random labels, data order and stem, so that plans
     are compared in pairs. `fidelity` is the share of the settings' steps, in (0, 1]; a shorter run has a complete
     annealed schedule of its own. `norms` adds the layer norms (the norms-only
-    baseline); `auto_rgn` gives every block a learning rate of its own (the baseline of that name).
+    baseline); `auto_rgn` gives every block a learning rate of its own (the baseline of that name); `rank` is that of
+    the adapters where it is not the settings' own, else 0.
     """
 
     mask: Mask
@@ -37,16 +38,18 @@ class Trial:
     fidelity: float = 1.0
     norms: bool = False
     auto_rgn: bool = False
+    rank: int = 0
 
     @property
     def is_plan(self) -> bool:
         """Whether the mask alone says what is trained and how: no baseline of another kind."""
-        return not self.norms and not self.auto_rgn
+        return not self.norms and not self.auto_rgn and not self.rank
 
     @property
     def name(self) -> str:
         """The mask as text, with what a baseline adds to it."""
-        return strip(self.mask) + "+norms" * self.norms + "+auto-rgn" * self.auto_rgn
+        rank = f"+rank{self.rank}" if self.rank else ""
+        return strip(self.mask) + "+norms" * self.norms + "+auto-rgn" * self.auto_rgn + rank
 
     @property
     def key(self) -> str:
@@ -63,11 +66,12 @@ class Trial:
             fidelity=float(stored["fidelity"]),
             norms=bool(stored["norms"]),
             auto_rgn=bool(stored.get("auto_rgn", False)),
+            rank=int(stored.get("rank", 0)),
         )
 
 
 def strip(mask: Mask) -> str:
-    """A mask as text, one character per block.
+    """A mask as text, one character per unit.
 
     >>> strip((True, True, False))
     '##.'
@@ -80,25 +84,22 @@ def parse_strip(text: str) -> Mask:
     return tuple(character == "#" for character in text)
 
 
-def blocks_of(mask: Mask) -> list[int]:
-    """Indices of the trained blocks."""
-    return [index for index, trained in enumerate(mask) if trained]
+def mask_of(units: Iterable[int], n_units: int) -> Mask:
+    """The mask that trains exactly the units of these indices."""
+    chosen = set(units)
+    return tuple(index in chosen for index in range(n_units))
 
 
-def mask_of(blocks: Iterable[int], n_blocks: int) -> Mask:
-    """The mask that trains exactly `blocks`."""
-    chosen = set(blocks)
-    return tuple(index in chosen for index in range(n_blocks))
+def marks(mask: Mask, parts: int = 1) -> str:
+    """A mask for a terminal, one character per block of `parts` units.
 
-
-def describe_mask(mask: Mask) -> str:
-    """A mask in words: 'all blocks', 'no block', 'blocks 0, 1 and 5'."""
-    if all(mask):
-        return "all blocks"
-    if not any(mask):
-        return "no block"
-    chosen = blocks_of(mask)
-    return f"block {chosen[0]}" if len(chosen) == 1 else f"blocks {name_blocks(chosen)}"
+    >>> marks((True, False)), marks((True, True, True, False, False, True, False, False), 2)
+    ('■□', '■◧◨□')
+    """
+    if parts == 1:
+        return "".join("■" if trained else "□" for trained in mask)
+    halves = zip(mask[::2], mask[1::2], strict=True)
+    return "".join("□◨◧■"[2 * first + second] for first, second in halves)
 
 
 def trial_seed(seed: int, repeat: int) -> int:
@@ -133,14 +134,17 @@ class Space:
 
     Attributes
     ----------
-    block_params : tuple[int, ...]
-        Number of parameters of each block, from input to output.
+    unit_params : tuple[int, ...]
+        Number of parameters that train with each unit, from input to output.
     constraints : Constraints
         See `Constraints`; contradictions raise UsageError at once.
+    parts : tuple[str, ...]
+        Names of the units of one block (`attention`, `mlp`); empty where the units are whole blocks.
     """
 
-    block_params: tuple[int, ...]
+    unit_params: tuple[int, ...]
     constraints: Constraints = field(default_factory=Constraints)
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n, c = self.n_blocks, self.constraints
@@ -163,7 +167,7 @@ class Space:
                 f"contradicting constraints: {len(c.must_train)} blocks must train, but "
                 f"min-frozen {c.min_frozen} leaves room for {n - c.min_frozen} of {n}"
             )
-        least = sum(self.block_params[index] for index in c.must_train)
+        least = self.params(mask_of(self.units_of(c.must_train), self.n_units))
         if c.max_trainable_params is not None and least > c.max_trainable_params:
             raise UsageError(
                 f"contradicting constraints: the blocks that must train have {least:,} parameters, "
@@ -171,71 +175,123 @@ class Space:
             )
 
     @property
+    def n_units(self) -> int:
+        """Entries of a mask."""
+        return len(self.unit_params)
+
+    @property
+    def n_parts(self) -> int:
+        """Units of one block."""
+        return len(self.parts) or 1
+
+    @property
     def n_blocks(self) -> int:
-        return len(self.block_params)
+        return self.n_units // self.n_parts
 
     @property
     def all(self) -> Mask:
         """The plan that trains every block, whether or not the constraints allow it."""
-        return (True,) * self.n_blocks
+        return (True,) * self.n_units
 
     @property
     def none(self) -> Mask:
         """The plan that trains no block (stem and head only)."""
-        return (False,) * self.n_blocks
+        return (False,) * self.n_units
 
     @property
     def free(self) -> list[int]:
-        """Blocks that the constraints leave open."""
-        fixed = {*self.constraints.must_freeze, *self.constraints.must_train}
-        return [index for index in range(self.n_blocks) if index not in fixed]
+        """Units that the constraints leave open."""
+        fixed = set(self.units_of((*self.constraints.must_freeze, *self.constraints.must_train)))
+        return [index for index in range(self.n_units) if index not in fixed]
+
+    def units_of(self, blocks: Iterable[int], part: str | None = None) -> list[int]:
+        """Indices of the units of these blocks; only the part of that name where one is given."""
+        places = range(self.n_parts) if part is None else [self.parts.index(part)]
+        return [block * self.n_parts + place for block in blocks for place in places]
+
+    def names(self, mask: Mask) -> list[str]:
+        """The trained units by name: `3` for a whole block, `3.attention` or `3.mlp` for half of one."""
+        found = []
+        for block in range(self.n_blocks):
+            units = self.units_of([block])
+            if all(mask[unit] for unit in units):
+                found.append(str(block))
+            else:
+                found += [
+                    f"{block}.{part}" for part, unit in zip(self.parts, units, strict=False) if mask[unit]
+                ]
+        return found
+
+    def describe(self, mask: Mask) -> str:
+        """A mask in words.
+
+        >>> space = Space((1,) * 8, parts=("attention", "mlp"))
+        >>> space.describe((True,) * 4 + (False, True) + (False,) * 2), space.describe((True, *(False,) * 7))
+        ('blocks 0 and 1, 2.mlp', 'block 0.attention')
+        >>> space.describe(space.all), space.describe(space.none)
+        ('all blocks', 'no block')
+        """
+        if all(mask):
+            return "all blocks"
+        chosen = self.names(mask)
+        if not chosen:
+            return "no block"
+        whole = [int(name) for name in chosen if name.isdecimal()]
+        halves = [name for name in chosen if not name.isdecimal()]
+        listed = ", ".join(([name_blocks(whole)] if whole else []) + halves)
+        return f"block{'s' if len(chosen) > 1 else ''} {listed}"
+
+    def trained_blocks(self, mask: Mask) -> float:
+        """How many blocks are trained; half of one counts as a half."""
+        return sum(mask) if self.n_parts == 1 else sum(mask) / self.n_parts
 
     def params(self, mask: Mask) -> int:
         """Number of trainable backbone parameters under `mask`."""
-        return sum(size for size, trained in zip(self.block_params, mask, strict=True) if trained)
+        return sum(size for size, trained in zip(self.unit_params, mask, strict=True) if trained)
 
     def allows(self, mask: Mask) -> bool:
         """Whether `mask` obeys the constraints."""
-        c = self.constraints
+        c, n_parts = self.constraints, self.n_parts
+        touched = sum(any(mask[start : start + n_parts]) for start in range(0, self.n_units, n_parts))
         return (
-            self.n_blocks - sum(mask) >= c.min_frozen
-            and not any(mask[index] for index in c.must_freeze)
-            and all(mask[index] for index in c.must_train)
+            self.n_blocks - touched >= c.min_frozen
+            and not any(mask[index] for index in self.units_of(c.must_freeze))
+            and all(mask[index] for index in self.units_of(c.must_train))
             and (c.max_trainable_params is None or self.params(mask) <= c.max_trainable_params)
         )
 
     def count_upper(self) -> int:
-        """2 to the number of open blocks: how many plans there are, other limits aside."""
+        """2 to the number of open units: how many plans there are, other limits aside."""
         return 1 << len(self.free)
 
     def masks(self) -> Iterator[Mask]:
-        """Every allowed plan, in a fixed order, fewest trained blocks first."""
-        free = self.free
+        """Every allowed plan, in a fixed order, fewest trained units first."""
+        free, always = self.free, self.units_of(self.constraints.must_train)
         for k in range(len(free) + 1):
             for chosen in itertools.combinations(free, k):
-                mask = mask_of((*chosen, *self.constraints.must_train), self.n_blocks)
+                mask = mask_of((*chosen, *always), self.n_units)
                 if self.allows(mask):
                     yield mask
 
     def repair(self, mask: Mask, order: Sequence[int] | None = None) -> Mask:
-        """An allowed plan near `mask`: forced blocks set, then blocks frozen from the end of `order`."""
-        wanted = list(mask)
-        for index in self.constraints.must_freeze:
+        """An allowed plan near `mask`: forced blocks set, then units frozen from the end of `order`."""
+        wanted, always = list(mask), self.units_of(self.constraints.must_train)
+        for index in self.units_of(self.constraints.must_freeze):
             wanted[index] = False
-        for index in self.constraints.must_train:
+        for index in always:
             wanted[index] = True
-        for index in reversed(list(order) if order is not None else list(range(self.n_blocks))):
+        for index in reversed(list(order) if order is not None else list(range(self.n_units))):
             if self.allows(tuple(wanted)):
                 break
-            if wanted[index] and index not in self.constraints.must_train:
+            if wanted[index] and index not in always:
                 wanted[index] = False
         return tuple(wanted)
 
     def random_mask(self, rng: np.random.Generator) -> Mask:
-        """A plan drawn with a uniform number of trained blocks, then repaired to the constraints."""
-        k = int(rng.integers(0, self.n_blocks + 1))
-        order = rng.permutation(self.n_blocks)
-        return self.repair(mask_of(order[:k].tolist(), self.n_blocks), order.tolist())
+        """A plan drawn with a uniform number of trained units, then repaired to the constraints."""
+        k = int(rng.integers(0, self.n_units + 1))
+        order = rng.permutation(self.n_units)
+        return self.repair(mask_of(order[:k].tolist(), self.n_units), order.tolist())
 
     def cost(self, trial: Trial) -> float:
         """Cost of a trial in full trainings (all blocks trained for the same number of steps = 1).
@@ -243,5 +299,5 @@ class Space:
         Counted in matrix products: forward and the gradient towards the stem always run (two of three),
         the weight gradient only for what trains. Measured seconds are kept with every trial beside it.
         """
-        share = self.params(trial.mask) / max(1, sum(self.block_params))
+        share = self.params(trial.mask) / max(1, sum(self.unit_params))
         return (2.0 + share) / 3.0

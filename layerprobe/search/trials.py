@@ -234,7 +234,7 @@ class TrialStore:
 
     def _enqueue(self, trial: Trial) -> None:
         # Parameters are for optuna's own tools; the attributes are what is read back here.
-        params: dict[str, Any] = {f"block_{index}": trained for index, trained in enumerate(trial.mask)}
+        params: dict[str, Any] = {f"unit_{index}": trained for index, trained in enumerate(trial.mask)}
         distributions = dict.fromkeys(params, CategoricalDistribution([False, True]))
         self._study.add_trial(
             optuna.create_trial(

@@ -12,7 +12,7 @@ from scipy import optimize
 from layerprobe.metrics.inference import PooledArms, detectable_difference, equivalence_pvalue, holm
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.records import Estimate
-from layerprobe.search.space import Mask, Space, describe_mask
+from layerprobe.search.space import Mask, Space
 
 TRAIN_THESE, TRAIN_ALL, TRAIN_NONE = "train these", "train all", "train none"
 NO_DIFFERENCE, UNKNOWN = "no difference", "not judged"
@@ -148,7 +148,7 @@ def sentence(
             return f"{what}{accuracy} Nothing else was there to compare it with."
         return (
             f"{what}{accuracy} No difference larger than {points(verdict.margin)} points to training "
-            f"{' or '.join(map(describe_mask, others))} ({len(seeds)} unseen seeds, which find "
+            f"{' or '.join(map(space.describe, others))} ({len(seeds)} unseen seeds, which find "
             f"{points(verdict.detectable)} points in 8 of 10 cases)."
         )
     parts = []
@@ -169,17 +169,15 @@ def recommendation(mask: Mask, space: Space, *, adapter_rank: int | None = None)
     """
     if not any(mask):
         return "Train stem and head alone and freeze all blocks."
-    share = space.params(mask) / max(1, sum(space.block_params))
+    share = space.params(mask) / max(1, sum(space.unit_params))
     if adapter_rank is not None:
         where = (
-            "everywhere" if all(mask) else f"on {describe_mask(mask)} ({100 * share:.0f} % of all of them)"
+            "everywhere" if all(mask) else f"on {space.describe(mask)} ({100 * share:.0f} % of all of them)"
         )
         return f"Place adapters of rank {adapter_rank} {where}."
     if all(mask):
         return "Train all blocks."
-    return (
-        f"Train {describe_mask(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
-    )
+    return f"Train {space.describe(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
 
 
 def points(share: float) -> str:

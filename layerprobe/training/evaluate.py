@@ -267,7 +267,10 @@ def _with_provenance(
     output: str | Path | None,
 ) -> Evaluation:
     """The record with what it was made from, saved where there is a folder."""
-    shown = None if plan is None else {"blocks": list(plan.blocks), "states": plan.states}
+    shown: dict[str, Any] | None = None
+    if plan is not None:
+        shown = {"blocks": list(plan.blocks), "states": plan.states}
+        shown |= {"adapters": dict(plan.adapters)} if plan.adapters else {}
     result.provenance = provenance(
         "evaluate", arguments, backbone={**backbone.provenance(), **result.about}, plan=shown
     )

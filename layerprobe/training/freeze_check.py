@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from layerprobe.backbones.units import UNITS, linear_modules, parameter_units
+from layerprobe.backbones.units import linear_modules, parameter_units
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
+from layerprobe.layers import UNITS
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
 from layerprobe.plans.apply import ERROR

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import layerprobe as lp
+from layerprobe.errors import UsageError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 DIGITS = load_digits()
@@ -92,3 +93,38 @@ def test_from_a_model_and_images_in_memory_to_a_verified_plan(kind: str) -> None
     names = {clean_name(n.removeprefix("base_model.model.")) for n in moved}
     unread = {n for n in space["plan"].trainable if n.startswith("wte")}
     assert names <= set(space["plan"].trainable) and names >= set(space["plan"].trainable) - unread
+
+
+def test_a_model_of_timm_in_the_wrapper_of_transformers() -> None:
+    pytest.importorskip("timm", reason="the extra [timm] is not installed", exc_type=ImportError)
+    torch.manual_seed(0)
+    size = {"depth": 3, "img_size": 16, "patch_size": 8}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=size)
+    with pytest.raises(UsageError, match="returns scores alone; give TimmWrapperModel"):
+        lp.load_backbone(transformers.TimmWrapperForImageClassification(config))
+    model = transformers.TimmWrapperModel(config).eval()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    backbone = lp.load_backbone(model)
+    task = lp.make_task(IMAGES, LABELS)
+    features = lp.extract_features(backbone, task, split="train")
+    assert backbone.modality == "vision" and backbone.image_size is None and backbone.hidden_size == 192
+    seen: list[torch.Tensor] = []
+    hook = model.timm_model.blocks[1].register_forward_hook(lambda *given: seen.append(given[-1]))
+    with torch.no_grad():
+        pixels = backbone.preprocess(task.train.images(range(2)))
+        model(pixel_values=pixels)
+    hook.remove()
+    assert pixels.shape[-2:] == (16, 16)
+    at = torch.tensor(features["block.1.resid_post"][:2])
+    torch.testing.assert_close(at, backbone.pool(seen[0]), atol=1e-5, rtol=1e-4)
+    tiny = {
+        "budget": 5,
+        "finetune_steps": 2,
+        "batch_size": 16,
+        "seeds": 2,
+        "use_scores": False,
+        "lrs": [1e-3],
+    }
+    plan = lp.freeze_search(backbone, task, units="attention,mlp", quiet=True, **tiny).plan
+    assert plan.n_blocks == 3
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())

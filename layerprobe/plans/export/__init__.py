@@ -16,6 +16,7 @@ from layerprobe.plans.export.names import (
     write_ms_swift,
     write_regex,
 )
+from layerprobe.plans.export.recipes import write_torchtune, write_trl, write_unsloth
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData
 
 
@@ -39,13 +40,26 @@ TARGETS: dict[str, Target] = {
     "hf-trainer": Target(
         write_hf_trainer, ".py", "freeze(model) before the Trainer is built, and again on resume"
     ),
+    "trl": Target(
+        write_trl,
+        ".py",
+        "freeze(model), or place(model) for adapters, before SFTTrainer is built on that object",
+    ),
+    "unsloth": Target(
+        write_unsloth, ".py", "the same; load with full_finetuning=True for freeze, without for place"
+    ),
+    "torchtune": Target(
+        write_torchtune,
+        ".py",
+        "freeze(model) at the end of the recipe's _setup_model; with adapters, YAML to merge",
+    ),
     "regex": Target(write_regex, ".txt", "re.fullmatch(pattern, name) is true for what is trained"),
 }
 """Target name -> how to write for it."""
 
-_PLACES_ADAPTERS = ("peft",)
+_PLACES_ADAPTERS = ("peft", "trl", "unsloth", "torchtune")
 
-_MAY_TRAIN_NOTHING = ("hf-trainer", "regex")
+_MAY_TRAIN_NOTHING = ("hf-trainer", "trl", "unsloth", "torchtune", "regex")
 """The others stop, or train everything, when they are told to train nothing."""
 
 
@@ -65,7 +79,7 @@ def export_plan(
     Parameters
     ----------
     target : str
-        `axolotl`, `llama-factory`, `ms-swift`, `peft`, `finetuning-scheduler`, `hf-trainer` or `regex`.
+        One of `TARGETS`: `axolotl`, `peft`, `hf-trainer` and others.
     prefix : str
         What the other trainer's model puts before the names: `model.` for LlamaForCausalLM, `transformer.`
         for GPT2LMHeadModel, `bert.`, `vit.`; nothing for the bare model.

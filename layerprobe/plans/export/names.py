@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from layerprobe.errors import PlanError
@@ -198,16 +198,17 @@ def freeze(model):
 '''
 
 
-def write_hf_trainer(names: ExportNames) -> str:
+def write_hf_trainer(names: ExportNames, title: str = "hf-trainer", spell: Callable[[str], str] = str) -> str:
     """A Python module with the names and a function `freeze(model)`; it needs neither layerprobe nor the plan.
 
     The Hugging Face Trainer has no option for freezing; it trains what requires a gradient. `from_pretrained`
-    makes every parameter trainable, hence `freeze` before the Trainer is built and again on resume.
+    makes every parameter trainable, hence `freeze` before the Trainer is built and again on resume. Others use the
+    same module under another `title`, and `spell` the names in their own way.
     """
-    text = names.comment("hf-trainer")
-    for title, members in (("TRAINABLE", names.trainable), ("FROZEN", names.frozen)):
-        listed = "".join(f"    {name!a},\n" for name in members)
-        text += f"\n{title} = frozenset([\n{listed}])\n"
+    text = names.comment(title)
+    for which, members in (("TRAINABLE", names.trainable), ("FROZEN", names.frozen)):
+        listed = "".join(f"    {spell(name)!a},\n" for name in members)
+        text += f"\n{which} = frozenset([\n{listed}])\n"
     return text + _FREEZE_FUNCTION
 
 

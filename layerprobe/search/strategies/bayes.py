@@ -24,7 +24,7 @@ REDRAWS = 50
 class Bayes:
     """A fold-over design, then top-two Thompson sampling on a Gaussian process over plans.
 
-    The design trains all blocks and none, then random halves of the blocks, each with its complement on one seed,
+    The design trains all blocks and none, then random halves of the units, each with its complement on one seed,
     with the learning rates in turn. From then on pairs of contenders, each drawn from the probability of being
     best, are trained on common seeds. It stops when no plan is likely to be better than the best by
     `settings.margin`, or when the budget is spent; the posterior gives the answer.
@@ -75,12 +75,12 @@ def _ends(budget: TrialBudget) -> list[tuple[Mask, float, int]]:
 
 
 def _halves(budget: TrialBudget) -> Iterator[tuple[Mask, float, int]]:
-    """Random halves of the blocks, each with its complement on one seed, chosen to tell the blocks apart.
+    """Random halves of the units, each with its complement on one seed, chosen to tell the units apart.
 
-    As many plans as there are blocks, within half of the budget.
+    As many plans as there are units, within half of the budget.
     """
     space, rng = budget.space, budget.rng
-    n = space.n_blocks
+    n = space.n_units
     rates = itertools.cycle(rng.permutation(len(budget.lrs)))
     seen = {space.all, space.none}
     rows = [np.ones(n + 1), np.r_[1.0, -np.ones(n)]]

@@ -123,7 +123,7 @@ class Greedy(OnePlan):
 
 
 class TPE(OnePlan):
-    """Tree-structured Parzen estimator over blocks and learning rate (optuna), asked and told in memory.
+    """Tree-structured Parzen estimator over units and learning rate (optuna), asked and told in memory.
 
     It repeats plans; a repeated plan is answered from the history and costs nothing.
     """
@@ -157,12 +157,12 @@ class TPE(OnePlan):
 
     def _trial(self, proposal: optuna.Trial, budget: TrialBudget) -> Trial:
         wanted = tuple(
-            bool(proposal.suggest_categorical(f"block_{index}", [False, True]))
-            for index in range(budget.space.n_blocks)
+            bool(proposal.suggest_categorical(f"unit_{index}", [False, True]))
+            for index in range(budget.space.n_units)
         )
         lr = proposal.suggest_categorical("lr", list(budget.lrs))
         if not budget.space.allows(wanted):
             # In a random order: always from one end would keep plans of that end out.
-            order = budget.rng.permutation(budget.space.n_blocks).tolist()
+            order = budget.rng.permutation(budget.space.n_units).tolist()
             wanted = budget.space.repair(wanted, order)
         return budget.trial(wanted, lr)

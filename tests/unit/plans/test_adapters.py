@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from freeze_plan_examples import (
     FAMILIES,
     N_BLOCKS,
@@ -135,6 +138,65 @@ def test_the_export_to_peft_trains_exactly_the_plan(family: str, kind: str) -> N
     assert moved <= {prefix + n for n in plan.trainable}
     unmerged = output(tuned, family)
     torch.testing.assert_close(output(tuned.merge_and_unload(), family), unmerged, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_recipe_for_trl_trains_exactly_the_plan(family: str, kind: str) -> None:
+    plan = adapter_plans(family)[kind]
+    model, prefix = wrapped_model(HEADED[family])
+    recipe: dict[str, Any] = {}
+    exec(plan.export("trl", prefix=prefix), recipe)
+    # trl 1.16.0, sft_trainer.py: a PeftModel without peft_config is trained as it comes.
+    assert trained(recipe["place"](model), "base_model.model." + prefix) == wanted(plan)
+
+
+def test_the_recipe_for_unsloth_trains_exactly_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_peft_model(model: nn.Module, r: int, target_modules: list[str], **others: Any) -> nn.Module:
+        """unsloth 2026.10.9, llama.py, and unsloth_zoo's `prepare_model_for_training`: all to LoraConfig, then
+        nothing but adapters trains."""
+        assert isinstance(target_modules, list) and isinstance(r, int) and "modules_to_save" not in others
+        tuned = peft.get_peft_model(model, peft.LoraConfig(r=r, target_modules=target_modules, **others))
+        for name, parameter in tuned.named_parameters():
+            parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+        return tuned
+
+    unsloth = types.ModuleType("unsloth")
+    unsloth.FastLanguageModel = types.SimpleNamespace(get_peft_model=get_peft_model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    said = 0
+    for plan in adapter_plans("llama").values():
+        model, prefix = wrapped_model(HEADED["llama"])
+        if plan.trainable:
+            with pytest.raises(PlanError, match="unsloth trains no weights beside adapters"):
+                plan.export("unsloth", prefix=prefix)
+            continue
+        recipe: dict[str, Any] = {}
+        exec(plan.export("unsloth", prefix=prefix), recipe)
+        assert trained(recipe["place"](model), "base_model.model." + prefix) == wanted(plan)
+        said += 1
+    assert said
+
+
+def test_torchtune_says_what_its_lora_recipes_can() -> None:
+    """torchtune 0.6.1, torchtune/models/llama3/_component_builders.py, `lora_llama3`: every layer is built with
+    adapters on `lora_attn_modules` and, with `apply_lora_to_mlp`, on w1, w2 and w3."""
+    base = adapter_plans("llama")["blocks"]
+    hf = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "output_proj": "o_proj"}
+    attention = [f"self_attn.{name}" for name in ("q_proj", "v_proj", "o_proj")]
+    for parts in (attention, [*attention, *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))]):
+        plan = base.with_adapters({f"layers.{i}.{m}": 4 for i in range(12) for m in parts}, scale=2.0)
+        model = yaml.safe_load(plan.export("torchtune", prefix="model."))["model"]
+        placed = {f"self_attn.{hf[name]}" for name in model["lora_attn_modules"]}
+        placed |= (
+            {f"mlp.{name}_proj" for name in ("gate", "up", "down")} if model["apply_lora_to_mlp"] else set()
+        )
+        assert placed == set(parts) and (model["lora_rank"], model["lora_alpha"]) == (4, 8.0)
+    for kind in KINDS:
+        with pytest.raises(
+            PlanError, match="torchtune places adapters of one rank on the same modules of every"
+        ):
+            adapter_plans("llama")[kind].export("torchtune")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -180,6 +180,56 @@ def hf_trainer_trains(text: str, model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+def unsloth_trains(text: str, model: nn.Module) -> set[str]:
+    """unsloth_zoo 2026.10.9, training_utils.py, `prepare_model_for_training`: `full_finetuning` makes everything train
+    on loading; the file is used after that."""
+    model.requires_grad_(True)
+    return hf_trainer_trains(text, model)
+
+
+TORCHTUNE_NAMES = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "layers.{}.attn.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attn.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attn.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attn.output_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.mlp.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.mlp.w2.weight": "model.layers.{}.mlp.down_proj.weight",
+    "layers.{}.mlp.w3.weight": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.sa_norm.scale": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "norm.scale": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+"""Its names -> those of the checkpoint (torchtune 0.6.1, torchtune/models/convert_weights.py, `_FROM_HF`)."""
+
+
+class Named(nn.Module):
+    """A model as torchtune names it, holding the very parameters of a Hugging Face model of Llama's layout."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        theirs = dict(model.named_parameters())
+        blocks = range(model.config.num_hidden_layers)
+        self.pairs = {
+            ours.format(i): theirs[name.format(i)]
+            for ours, name in TORCHTUNE_NAMES.items()
+            for i in (blocks if "{}" in ours else [""])
+            if name.format(i) in theirs
+        }
+        assert len(self.pairs) == len(theirs)
+
+    def named_parameters(self, *_: Any, **__: Any) -> Any:
+        return iter(self.pairs.items())
+
+
+def torchtune_trains(text: str, model: nn.Module) -> set[str]:
+    """torchtune 0.6.1, recipes/full_finetune_single_device.py: every parameter goes to the optimizer, which changes
+    those that have a gradient."""
+    hf_trainer_trains(text, Named(model))
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
 def regex_trains(text: str, model: nn.Module) -> set[str]:
     """Our own statement in the exporter: re.fullmatch of the one line."""
     (pattern,) = text.splitlines()
@@ -201,6 +251,9 @@ RULES: dict[str, Callable[[str, nn.Module], set[str]]] = {
     "finetuning-scheduler": finetuning_scheduler_trains,
     "ms-swift": ms_swift_trains,
     "hf-trainer": hf_trainer_trains,
+    "trl": hf_trainer_trains,  # trl 1.16.0, sft_trainer.py: a model object without peft_config is left as it comes
+    "unsloth": unsloth_trains,
+    "torchtune": torchtune_trains,
     "regex": regex_trains,
     "peft": peft_trains,
 }
@@ -213,7 +266,9 @@ def test_every_target_has_its_rule_here() -> None:
     assert RULES.keys() == TARGETS.keys()
 
 
-@pytest.mark.parametrize("target", ["axolotl", "finetuning-scheduler", "hf-trainer", "ms-swift", "regex"])
+@pytest.mark.parametrize(
+    "target", ["axolotl", "finetuning-scheduler", "hf-trainer", "ms-swift", "trl", "unsloth", "regex"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_targets_that_take_names_say_every_plan_exactly(name: str, target: str) -> None:
     model, prefix = model_and_prefix(name)
@@ -226,6 +281,15 @@ def test_targets_that_take_names_say_every_plan_exactly(name: str, target: str) 
             continue
         text = plan.export(target, prefix=prefix, outside=outside)
         assert RULES[target](text, model) == wanted, (name, kind)
+
+
+def test_torchtune_says_every_plan_of_llama_and_refuses_other_layouts() -> None:
+    model, prefix = wrapped_model("llama-lm")
+    for kind, plan in plans_for("llama").items():
+        text = plan.export("torchtune", prefix=prefix, outside={"lm_head.weight": "frozen"})
+        assert torchtune_trains(text, model) == {prefix + n for n in plan.trainable}, kind
+    with pytest.raises(PlanError, match=r"knows the names of Llama's layout, and h.0"):
+        plans_for("gpt2")["only 0"].export("torchtune")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -434,6 +498,10 @@ def test_text_of_a_plan_stays_text(target: str) -> None:
     table = {"h.0.w": ((2, 2), "float32"), "h.1.w": ((2, 2), "float32")}
     groups = {"h.0.w": "block.0", "h.1.w": "block.1"}
     plan = FreezePlan.from_blocks(table, groups, [1], model_id=evil)
+    if target == "torchtune":
+        with pytest.raises(PlanError, match="Llama's layout"):
+            plan.export(target)
+        return
     text = plan.export(target)
     assert text.isascii()
     model = nn.Module()

@@ -212,7 +212,7 @@ def test_the_posterior_recovers_gains_from_few_noisy_runs_and_knows_how_well() -
     assert np.abs(mean - truth).mean() < 0.02
     assert np.mean(np.abs(mean - truth) <= 3 * deviation + 0.005) > 0.9
     assert posterior.noise == pytest.approx(0.01, rel=0.6)
-    gains = posterior.block_gains(rng)
+    gains = posterior.unit_gains(rng)
     assert [gain.value for gain in gains] == pytest.approx(landscape.gains, abs=0.02)
     assert sum(g.low <= t <= g.high for g, t in zip(gains, landscape.gains, strict=True)) >= 4
 
@@ -222,7 +222,7 @@ def test_a_common_seed_effect_is_not_taken_for_an_effect_of_plans() -> None:
     shift = {0: 0.0, 1: 0.1, 2: -0.1}
     trials = [Trial(mask=mask, lr=1e-3, repeat=i % 3) for i, mask in enumerate(space.masks())]
     values = [0.5 + 0.05 * t.mask[2] + shift[t.repeat] + 0.005 * rng.standard_normal() for t in trials]
-    gains = Posterior(space, (1e-3,), trials, values).block_gains(rng)
+    gains = Posterior(space, (1e-3,), trials, values).unit_gains(rng)
     assert max(range(4), key=lambda block: gains[block].value) == 2
     assert gains[2].value == pytest.approx(0.05, abs=0.03)
 

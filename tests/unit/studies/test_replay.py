@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import selection_table
 from agreement import score_agreement
 from replay import (
     ExhaustiveTable,
@@ -20,6 +21,7 @@ from replay import (
     selection_trials,
     whole_table,
 )
+from selection_rules import best_blocks
 
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.search.space import REPORT_REPEAT, Space, Trial, mask_of, strip
@@ -208,3 +210,19 @@ def test_a_trial_outside_the_table_is_refused() -> None:
     with pytest.raises(UsageError, match="does not hold"):
         make_table().value([Trial(mask=mask_of([1], 4), lr=7.0)])
     assert REPORT_REPEAT > 100
+
+
+def test_regret_of_rules_that_choose_without_training() -> None:
+    table = make_table(noise=0.0)
+    rules = {
+        "good": lambda k: best_blocks(GAINS.tolist(), k),
+        "first k": lambda k: list(range(k)),
+        "same": lambda k: list(range(k)),
+    }
+    choices = pd.DataFrame(selection_table.judged(table, rules))
+    found = selection_table.over_sizes(choices).set_index("rule")
+    # Best of one, two and three blocks against the first ones, and against the mean of all plans of the size.
+    assert found.loc["good", "regret"] == pytest.approx(0)
+    assert found.loc["first k", "regret"] == pytest.approx(100 * (0.15 + 0.03 + 0.03) / 3, abs=1e-2)
+    assert found.loc["good", "chance_regret"] == pytest.approx(100 * (0.105 + 0.09 + 0.045) / 3, abs=1e-2)
+    assert selection_table.alike(choices) == " first k and same choose the same plans on every table."

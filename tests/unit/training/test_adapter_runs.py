@@ -14,7 +14,7 @@ from families import NAMED_FAMILIES
 import layerprobe as lp
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
 from layerprobe.plans.adapters import has_adapters, remove_adapters
-from layerprobe.training import TaskTensors, block_plan, train_and_score
+from layerprobe.training import TaskTensors, block_plan, evaluate, evaluate_arms, train_and_score
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 
 peft = pytest.importorskip("peft", reason="the extra [peft] is not installed")
@@ -79,6 +79,34 @@ def test_a_training_under_adapters_leaves_the_backbone_as_it_was(folder: Path, d
     after = values(backbone)
     assert not has_adapters(backbone) and before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_evaluate_under_adapters(folder: Path, digits: Any, tmp_path: Path) -> None:
+    backbone = load(folder).prepare(digits)
+    plan = lora(backbone)
+    before, config = values(backbone), FineTuneConfig(steps=20, batch_size=16, lr=3e-2)
+    record = evaluate(backbone, digits, plan=plan, config=config, seeds=(0, 1), output=tmp_path / "out")
+    assert {trial.trainable_parameters for trial in record.trials} == {plan.trained_parameters}
+    assert record.provenance["plan"]["adapters"] == plan.adapters
+    assert not has_adapters(backbone) and all(
+        torch.equal(before[n], p) for n, p in backbone.model.named_parameters()
+    )
+    other = plan.with_adapters(dict.fromkeys(plan.adapters, 3))
+    with pytest.raises(UsageError, match="an evaluation with other settings"):
+        evaluate(backbone, digits, plan=other, config=config, seeds=(0, 1), output=tmp_path / "out")
+    # A run under adapters is evaluated under its own plan, and so are arms.
+    run = lp.bridge_train(backbone, digits, plan=plan, config=BRIDGE)
+    assert evaluate(run, digits, config=config).trials[0].trainable_parameters == plan.trained_parameters
+    arms = evaluate_arms(
+        lambda init, seed: load(folder),
+        digits,
+        ["partial", "none"],
+        plan=plan,
+        finetune=config,
+        bridge=BRIDGE,
+    )
+    trained = {(t.arm, t.trainable_parameters) for t in arms.trials}
+    assert trained == {("partial", plan.trained_parameters), ("none", 0)}
 
 
 @pytest.mark.parametrize("save", ["full", "trained"])
