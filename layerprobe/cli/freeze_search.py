@@ -164,8 +164,7 @@ def freeze_search(
         patch_size=backbone.patch_size or usual.get("patch_size"),
     )
     from layerprobe.search.estimate import check_search, search_facts
-    from layerprobe.search.evaluator import trained_sizes
-    from layerprobe.search.space import Space
+    from layerprobe.search.evaluator import search_space
     from layerprobe.search.workers import processes_on
 
     seen = backbone.sketch(task)
@@ -176,7 +175,7 @@ def freeze_search(
         out.show_facts({**facts, "task": task.task, "output": str(out.folder)})
         return
     final = make_settings(settings.preset, **given)
-    check_search(final, Space(trained_sizes(seen, final), final.constraints), out.folder)
+    check_search(final, search_space(seen, final), out.folder)
 
     from layerprobe.search import freeze_search as search
 

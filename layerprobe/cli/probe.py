@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+
+if TYPE_CHECKING:
+    from layerprobe.analyzers.probe_record import LinearProbes
 
 CONTROLS = ("chance", "pixels", "random", "labels")
 EXTRAS = ("knn", "ridge", "mdl", "few-shot")
@@ -94,7 +97,7 @@ def probe(
     out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
-def figures(record: Any) -> dict[str, Any]:
+def figures(record: LinearProbes) -> dict[str, Any]:
     from layerprobe.plotting.probes import plot_few_shot, plot_probe_accuracy, plot_probe_strength
 
     if record.best_layer is None:
