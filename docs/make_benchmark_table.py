@@ -1,4 +1,4 @@
-"""Write the table of benchmarks in README.md, from the files that the benchmarks wrote into results/.
+"""Write the tables of benchmarks in docs/benchmarks.md and README.md, from what the benchmarks wrote into results/.
 
 python docs/make_benchmark_table.py
 
@@ -16,6 +16,17 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- made by docs/make_benchmark_table.py -->", "<!-- end of the benchmarks -->"
 COLUMNS = ("what", "against", "measured", "spread and basis", "command and all figures")
+
+
+SHOWN = (
+    ("outlier statistics of bfloat16 weights, numba", "weightlens", "outliers of bfloat16 weights"),
+    ("`layerprobe outliers --model llama-7b`", "", "`outliers --model llama-7b`, two cores"),
+    ("debiased CKA", "pytorch-cka", "debiased CKA of 13 × 13 layers"),
+    ("linear probes, 8 strengths, MiniLM", "scikit-learn", "linear probes, 8 strengths"),
+    ("conductance", "captum at its best", "conductance of 6 blocks"),
+    ("bridge training", "a bare PyTorch loop", "bridge training of MiniLM"),
+)
+"""Start of `what`, start of `against`, and words of the rows that README.md shows."""
 
 
 class Row(NamedTuple):
@@ -172,16 +183,21 @@ def ratio_over_rounds(theirs: list[float], ours: list[float]) -> tuple[str, str]
     )
 
 
+def measured(root: Path = REPOSITORY) -> Iterator[tuple[Row, str, str, dict[str, Any]]]:
+    """Every row, with the file that holds it, the script that wrote it, and what the file says of the machine."""
+    for path, rows, script in SOURCES:
+        if (root / path).exists():
+            found = json.loads((root / path).read_text(encoding="utf-8"))
+            for row in rows(found):
+                yield row, path, script, found.get("provenance", found)
+
+
 def table(root: Path = REPOSITORY) -> str:
-    """The table in Markdown, and a sentence on the machine."""
+    """The table of docs/benchmarks.md in Markdown, and a sentence on the machine."""
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     machines = set()
-    for path, rows, script in SOURCES:
-        if not (root / path).exists():
-            continue
-        found = json.loads((root / path).read_text(encoding="utf-8"))
-        lines += [f"| {' | '.join(row)} | [`python {script}`]({path}) |" for row in rows(found)]
-        about = found.get("provenance", found)
+    for row, path, script, about in measured(root):
+        lines.append(f"| {' | '.join(row)} | [`python {script}`](../{path}) |")
         machines.add(
             f"{about['machine']['processor']}, {about['machine']['cores']} cores, torch {about['versions']['torch']}"
         )
@@ -191,13 +207,26 @@ def table(root: Path = REPOSITORY) -> str:
     return "\n".join([where, "", *lines])
 
 
-def with_table(readme: str, made: str) -> str:
-    """README with the table between its two marks."""
-    before, rest = readme.split(BEGIN)
+def short_table(root: Path = REPOSITORY) -> str:
+    """The rows of README.md."""
+    found = {(row.what, row.against): (row, path, script) for row, path, script, _ in measured(root)}
+    lines = ["| what | against | measured | command |", "| --- | --- | --- | --- |"]
+    for start, peer, words in SHOWN:
+        key = next(((w, a) for w, a in found if w.startswith(start) and a.startswith(peer)), None)
+        if key is not None:
+            row, path, script = found[key]
+            lines.append(f"| {words} | {row.against} | {row.measured} | [`{Path(script.split()[0]).name}`]({path}) |")
+    return "\n".join(lines)
+
+
+def with_table(page: str, made: str) -> str:
+    """A page with the table between its two marks."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 if __name__ == "__main__":
-    page = REPOSITORY / "README.md"
-    page.write_text(with_table(page.read_text(encoding="utf-8"), table()), encoding="utf-8")
+    for name, made in (("docs/benchmarks.md", table()), ("README.md", short_table())):
+        page = REPOSITORY / name
+        page.write_text(with_table(page.read_text(encoding="utf-8"), made), encoding="utf-8")

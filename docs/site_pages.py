@@ -20,10 +20,7 @@ PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 def on_config(config: Any) -> None:
     """Fill the sections of the navigation whose pages come from outside docs/."""
     section(config.nav, "Tutorials").extend(f"notebooks/{path.stem}.md" for path in notebooks())
-    overview = ["results/README.md"]
-    section(config.nav, "Results").extend(
-        overview + [page for page in result_pages() if page not in overview]
-    )
+    section(config.nav, "Results").append("results/README.md")
     section(config.nav, "Project").extend(["CONTRIBUTING.md", "CHANGELOG.md"])
 
 

@@ -30,7 +30,7 @@ def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
 
 def test_what_the_table_of_neighbours_says_of_layerprobe_runs(tmp_path: Path) -> None:
     """Every name in code type in the last column is a function, an option or a command of ours: each is used here."""
-    table = README.split("## Neighbours")[1].split("\n## ")[0]
+    table = (REPOSITORY / "docs" / "neighbours.md").read_text(encoding="utf-8")
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| [")]
     assert len(rows) >= 13 and all(len(row) == 4 for row in rows)
     assert all(re.search(r"\) (\d+\.\d|[0-9a-f]{7})", row[0]) for row in rows), (
