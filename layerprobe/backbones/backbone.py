@@ -106,6 +106,8 @@ class Backbone(nn.Module):
         self.stem = None
         self.output_width = self.hidden_size
         """Width of what `forward` returns, which some models project (OPT-350m)."""
+        self.loaded_with: dict[str, Any] | None = None
+        """Arguments by which `load_backbone` made it from files."""
         self.checks_itself = self_check
         self.checked: SelfCheck | None = None
         self.preprocessing: Preprocessing | None = None

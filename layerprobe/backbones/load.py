@@ -110,7 +110,18 @@ def load_backbone(
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
     kind = DTYPES[dtype or "float32"]
-    return _load(source, images, init, seed, target=target, dtype=kind, trust_remote_code=trust_remote_code)
+    backbone = _load(source, images, init, seed, target=target, dtype=kind, trust_remote_code=trust_remote_code)
+    here = source.origin in ("local", "bridge")
+    backbone.loaded_with = {
+        "name": str(Path(name).expanduser().absolute()) if here else name,
+        "revision": source.revision if source.origin == "hub" else None,
+        "init": init,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        **images,
+    }
+    return backbone
 
 
 def _load(
@@ -169,6 +180,7 @@ def load_for_dry_run(
     run_device = choose_device(device)
     backbone = load_backbone(name, device="meta", **options)
     backbone.run_device = run_device
+    backbone.loaded_with = {**(backbone.loaded_with or {}), "device": device}
     if task_size or backbone.image_size:
         try:
             backbone.expect_images(task_size)

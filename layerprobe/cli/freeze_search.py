@@ -63,7 +63,7 @@ class SearchOptions:
         "postgresql://… shared by many machines; default: study.db in the output folder."
     )
     workers: int | None = _search(
-        "Processes on this machine; default: one for each core of a CPU, at most 4; else 1.", min=1
+        "Processes on this machine; default: one a GPU, or a core of a CPU (at most 4).", min=1
     )
     no_scores: bool = option(False, "Compute no transfer scores.", "--no-scores", panel="Search")
     baselines: str | None = _search(
@@ -142,7 +142,7 @@ def freeze_search(
     if out.dry_run:
         seen = backbone.sketch(task)
         given |= settings.blocks(seen.n_blocks, model=seen.name)
-        processes = settings.workers or processes_on(seen.run_device.type)
+        processes = settings.workers or processes_on(seen)
         facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
         kept = str(out.folder or "none: pass -o to keep the plan")
         out.show_facts({**facts, "task": task.task, "output": kept})
@@ -157,7 +157,7 @@ def freeze_search(
         images,
         preset=settings.preset,
         storage=settings.storage,
-        workers=settings.workers or processes_on(network.run_device.type),
+        workers=settings.workers or processes_on(network),
         output=out.folder,
         quiet=out.quiet,
         **given | settings.blocks(network.n_blocks, model=network.name),

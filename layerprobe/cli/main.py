@@ -20,7 +20,7 @@ from layerprobe.errors import LayerprobeError, Terminated, stopped_by
 from layerprobe.progress import error_line, silence_notes
 
 COMMANDS = (
-    "freeze-search", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
+    "freeze-search", "worker", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
     "report", "env",
 )  # fmt: skip
 """In the order of the help; each stands in the file of its name, in a function of its name."""

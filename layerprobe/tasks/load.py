@@ -7,6 +7,7 @@ import operator
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    return cut_task(
+    task = cut_task(
         name,
         source,
         task_id=task_id,
@@ -111,6 +112,15 @@ def load_task(
         decode_workers=decode_workers,
         keep_decoded=keep_decoded,
     )
+    asked = {
+        "name": name if folder is None or data_dir is not None else str(Path(name).expanduser().absolute()),
+        "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
+        "limit": limit,
+        "seed": seed,
+        "revision": commit,
+        "label": label,
+    }
+    return replace(task, loaded_with=asked)
 
 
 def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[int | None, bool]:
