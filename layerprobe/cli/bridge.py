@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerprobe.cli import options
+from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
@@ -58,11 +59,13 @@ class BridgeOptions(options.TrainingOptions):
 @options.task_options(task="cifar100")
 @options.training_options(BridgeOptions)
 @options.output_options("bridge")
+@options.option_group("launch", LaunchOptions)
 def bridge(
     backbone: options.BackboneOptions,
     task: options.TaskOptions,
     training: BridgeOptions,
     out: Output,
+    launch: LaunchOptions,
     plan: Path | None = option(None, "Freeze plan (plan.json); default: everything trains."),
     resume: bool = option(False, "Continue the unfinished run in the output folder.", "--resume"),
 ) -> None:
@@ -94,6 +97,8 @@ def bridge(
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
         return
 
+    if launch.submit(out, *([] if resume else ["--resume"])):
+        return
     from layerprobe.training import bridge_train
 
     def draw(run: BridgeRun) -> None:

@@ -10,8 +10,9 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
+from layerprobe.cli.processes import own_device
 from layerprobe.errors import UsageError
-from layerprobe.locks import folder_lock
+from layerprobe.locks import folder_lock, n_processes, process_number
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -110,13 +111,19 @@ def evaluate(
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return
 
+    is_first = process_number() == 0
+    backbone = replace(backbone, device=own_device(backbone.device))
+    # Of several processes only the first writes; what one alone finds in a folder the others could not follow.
+    folder = out.folder if n_processes() == 1 else None
     with folder_lock(out.folder, "layerprobe evaluate"):
-        shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
+        shared: dict[str, Any] = {"seeds": seeds, "output": folder, "quiet": out.quiet or not is_first}
         images = task.load(out)
         if not arms:
             network = backbone.load()
             plan = plan or run_plan(network, scope)
-            out.finish(evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared))
+            found = evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared)
+            if is_first:
+                out.finish(found)
             return
 
         def load(init: str, seed: int) -> Backbone:
@@ -125,7 +132,8 @@ def evaluate(
         record = evaluate_arms(
             load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
         )
-        out.finish(record, figures=figures(record) if out.folder is not None else None)
+        if is_first:
+            out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
 def figures(record: Record) -> dict[str, Draw]:

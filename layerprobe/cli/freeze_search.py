@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli import options
+from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.locks import folder_lock
@@ -118,8 +119,13 @@ class SearchOptions:
 @options.task_options(task="cifar100")
 @options.output_options("freeze-search")
 @options.option_group("settings", SearchOptions)
+@options.option_group("launch", LaunchOptions)
 def freeze_search(
-    backbone: options.BackboneOptions, task: options.TaskOptions, settings: SearchOptions, out: Output
+    backbone: options.BackboneOptions,
+    task: options.TaskOptions,
+    settings: SearchOptions,
+    out: Output,
+    launch: LaunchOptions,
 ) -> None:
     """Find which blocks to train and which to leave frozen, by training plans under a budget.
 
@@ -148,6 +154,8 @@ def freeze_search(
         out.show_facts({**facts, "task": task.task, "output": kept})
         return
 
+    if launch.submit(out, storage=settings.storage):
+        return
     from layerprobe.search import freeze_search as search
 
     images = task.load(out)

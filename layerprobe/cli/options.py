@@ -88,6 +88,9 @@ class BackboneOptions:
     self_check: bool = common_option(
         True, "Check on two images that the model does what features rest on.", "--self-check/--no-self-check"
     )
+    shard: bool = option(
+        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
+    )
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
     dtype: str | None = common_option(None, "float32, bfloat16 or float16 for the computation.")
     offline: Offline = False

@@ -41,6 +41,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from layerprobe.backbones.pretrained import place_in_whole_model
+from layerprobe.backbones.sharding import is_sharded, shard_beside
 from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, shortened
 from layerprobe.files import cannot_write, read_json, sync, write_json
@@ -305,9 +306,15 @@ def shard(classifier: Classifier, device: torch.device) -> None:
         raise UsageError(
             "--shard spreads the model over several processes; start them with: accelerate launch"
         )
+    backbone = classifier.backbone
+    if is_sharded(backbone.model):  # since it was loaded
+        for part in (backbone.stem, classifier.head):
+            if part is not None:
+                shard_beside(part, backbone.model)
+        return
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # One group per block, one for the head (it may have another dtype), one for all the rest.
-    for module in [*classifier.backbone.blocks, classifier.head, classifier]:
+    for module in [*backbone.blocks, classifier.head, classifier]:
         fully_shard(module, mesh=mesh)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import NotAvailableError, PlanError
@@ -112,8 +112,8 @@ class Snapshot:
             )
         with torch.no_grad():
             for name, tensor in state.items():
-                tensor.copy_(self._tensors[name])
-        if wrong := [name for name, tensor in state.items() if not _same_bits(tensor, self._tensors[name])]:
+                tensor.copy_(spread_like(tensor, self._tensors[name]))
+        if wrong := [name for name, tensor in state.items() if not _same_bits(tensor, spread_like(tensor, self._tensors[name]))]:
             raise PlanError(
                 f"the backbone was not restored exactly: {len(wrong)} tensors differ ({wrong[0]})"
             )
@@ -140,10 +140,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
+def spread_like(target: Tensor, tensor: Tensor) -> Tensor:
+    """The whole `tensor`, as it is or, where `target` is sharded, this process's part of it."""
+    if isinstance(target, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+    return tensor
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Bit-identical, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
     flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*flat)
 

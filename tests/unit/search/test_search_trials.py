@@ -22,7 +22,7 @@ from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search import trials as trials_module
 from layerprobe.search.database import patient
 from layerprobe.search.space import Trial
-from layerprobe.search.trials import TrialStore, hide_password, storage_url
+from layerprobe.search.trials import TrialStore, _owners, hide_password, storage_url
 from layerprobe.search.workers import is_dead, this_worker
 from layerprobe.training import Outcome
 

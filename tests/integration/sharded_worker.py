@@ -1,0 +1,60 @@
+"""Run by test_sharded_loading.py, one process of several: features, bridge and evaluation of a model that no process
+holds whole.
+
+    python sharded_worker.py SETTINGS.json
+
+Writes what it found to <output>.rank<r>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerprobe.analyzers.features import extract_features
+from layerprobe.backbones import load_backbone
+from layerprobe.tasks import load_task
+from layerprobe.training import BridgeConfig, FineTuneConfig, block_plan, bridge_train, evaluate
+
+
+def peak_mib() -> float:
+    """The most memory of its own that this process had; files that are mapped belong to the system."""
+    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1]) / 1024
+
+
+def main(settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    output, world = settings["output"], int(os.environ.get("WORLD_SIZE", "1"))
+    task = load_task("digits", limit=50, offline=True)
+    loading = {"device": "cpu", "patch_size": 4, "shard": world > 1, **settings.get("loading", {})}
+    found: dict[str, Any] = {"before": peak_mib()}
+    backbone = load_backbone(settings["model"], **loading).prepare(task)
+    found["held"] = sum(
+        (p.to_local() if hasattr(p, "to_local") else p).numel() for p in backbone.model.parameters()
+    )
+    found["loaded"] = peak_mib()
+    plan = block_plan(backbone, settings["blocks"])
+    if "features" in settings["what"]:
+        features = extract_features(backbone, task, batch_size=8, cache_dir=f"{output}-store", quiet=True)
+        found["features"] = {str(layer): array.tolist() for layer, array in features.arrays.items()}
+    if "evaluate" in settings["what"]:
+        config = FineTuneConfig(lrs=(1e-3,), **settings["evaluate"])
+        record = evaluate(backbone, task, plan=plan, config=config, seeds=[0], quiet=True)
+        frame = record.to_frame()
+        found["evaluate"] = {m: v for m, v in zip(frame["metric"], frame["value"], strict=True) if "seconds" not in m}
+    if "bridge" in settings["what"]:
+        config = BridgeConfig(shard=world > 1, **settings["bridge"])
+        run = bridge_train(backbone, task, plan=plan, config=config, output=settings.get("run"), resume=True)
+        found |= {"loss": run.history["loss"].tolist(), "verified": run.provenance["verified"]}
+        found["drift"] = [row["value"] for row in run.rows if row["block"] is not None]
+    found["peak"] = peak_mib()
+    Path(f"{output}.rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
