@@ -64,7 +64,9 @@ def _append(
     bar.update(writer.rows)
     with evaluating(backbone), torch.inference_mode():
         for rows, pixels in pixel_batches(backbone, images, batch_size, start=writer.rows):
-            writer.append(_run(backbone, pixels, writer.layers, pooling, writer.store.dtype, images.ids[rows]))
+            writer.append(
+                _run(backbone, pixels, writer.layers, pooling, writer.store.dtype, images.ids[rows])
+            )
             bar.update(len(pixels))
 
 

@@ -35,8 +35,8 @@ from layerprobe.backbones.layout import (
 from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import is_compiled, run_eagerly
 from layerprobe.backbones.resolve import ModelIdentity, ModelSource
-from layerprobe.backbones.sharding import gathered
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
+from layerprobe.backbones.sharding import gathered
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
 

@@ -116,9 +116,18 @@ def load_backbone(
     source = resolve_model(name, revision=revision, offline=offline)
     kind = DTYPES[dtype or "float32"]
     if shard and target.type != "meta" and (init != "pretrained" or trust_remote_code):
-        raise UsageError("--shard reads a pretrained model of transformers; controls and own code are built whole")
+        raise UsageError(
+            "--shard reads a pretrained model of transformers; controls and own code are built whole"
+        )
     backbone = _load(
-        source, images, init, seed, target=target, dtype=kind, shard=shard, trust_remote_code=trust_remote_code
+        source,
+        images,
+        init,
+        seed,
+        target=target,
+        dtype=kind,
+        shard=shard,
+        trust_remote_code=trust_remote_code,
     )
     here = source.origin in ("local", "bridge")
     backbone.loaded_with = {

@@ -13,6 +13,7 @@ from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.cli.processes import own_device
 from layerprobe.errors import UsageError
+from layerprobe.locks import n_processes
 
 if TYPE_CHECKING:
     from layerprobe.training.bridge_run import BridgeRun
@@ -41,7 +42,7 @@ class BridgeOptions(options.TrainingOptions):
         "full", "full keeps whole models; trained only what was trained, beside the base's name."
     )
     shard: bool = option(
-        False, "Spread the model over the processes (FSDP); a copy on each otherwise.", "--shard"
+        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
     )
     trackers: str | None = option(None, "Comma-separated, such as tensorboard,wandb.")
 
@@ -55,13 +56,13 @@ class BridgeOptions(options.TrainingOptions):
         return BridgeConfig(**given, seed=seed)
 
 
-@options.backbone_options(model="gpt2")
+@options.shardable_backbone_options(model="gpt2")
 @options.task_options(task="cifar100")
 @options.training_options(BridgeOptions)
 @options.output_options("bridge")
 @options.option_group("launch", LaunchOptions)
 def bridge(
-    backbone: options.BackboneOptions,
+    backbone: options.ShardableBackboneOptions,
     task: options.TaskOptions,
     training: BridgeOptions,
     out: Output,
@@ -91,8 +92,9 @@ def bridge(
         facts = training_facts(
             seen,
             freeze_plan,
-            images=config.micro_batch or config.batch_size,
+            images=config.micro_batch * n_processes() if config.micro_batch else config.batch_size,
             n_images=sum(count_images(task, out).values()),
+            shard=backbone.shard,
         )
         out.show_facts({**facts, "output": str(out.folder or "none: pass -o to keep the model")})
         return

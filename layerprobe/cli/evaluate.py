@@ -64,12 +64,15 @@ class EvaluateOptions(options.TrainingOptions):
         )
 
 
-@options.backbone_options(model="gpt2")
+@options.shardable_backbone_options(model="gpt2")
 @options.task_options(task="cifar100")
 @options.training_options(EvaluateOptions)
 @options.output_options("evaluate")
 def evaluate(
-    backbone: options.BackboneOptions, task: options.TaskOptions, training: EvaluateOptions, out: Output
+    backbone: options.ShardableBackboneOptions,
+    task: options.TaskOptions,
+    training: EvaluateOptions,
+    out: Output,
 ) -> None:
     """Fine-tune or probe a backbone on a task and report test accuracy with an interval.
 
@@ -105,7 +108,11 @@ def evaluate(
         if planned_arms(arms, scope) if arms else trains:
             check_plan(used, seen)
         facts = training_facts(
-            seen, used, images=training.batch_size, n_images=sum(count_images(task, out).values())
+            seen,
+            used,
+            images=training.batch_size,
+            n_images=sum(count_images(task, out).values()),
+            shard=backbone.shard,
         )
         facts["trainings"] = (len(finetune.lrs) + len(seeds) - 1 if trains else 0) * max(1, len(arms))
         out.show_facts({**facts, "output": str(out.folder or "none")})

@@ -24,7 +24,15 @@ PANEL = "Cluster"
 STOPPED = 143
 MOST_REQUEUES = 1000
 _PREEMPT_SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"
-_OF_EVERY_CLUSTER = ("timeout_min", "mem_gb", "nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node", "name")
+_OF_EVERY_CLUSTER = (
+    "timeout_min",
+    "mem_gb",
+    "nodes",
+    "gpus_per_node",
+    "cpus_per_task",
+    "tasks_per_node",
+    "name",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,9 @@ class LaunchOptions:
     """Whether the command runs here or as jobs."""
 
     launch: str | None = option(
-        None, "slurm: submit this command as a job, requeued when preempted. local: try that here.", panel=PANEL
+        None,
+        "slurm: submit this command as a job, requeued when preempted. local: try that here.",
+        panel=PANEL,
     )
     jobs: int = option(1, "Jobs of a search, which share its --storage.", min=1, panel=PANEL)
     job_options: str | None = option(

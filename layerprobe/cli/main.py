@@ -20,8 +20,8 @@ from layerprobe.errors import LayerprobeError, Terminated, stopped_by
 from layerprobe.progress import error_line, silence_notes
 
 COMMANDS = (
-    "freeze-search", "worker", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer", "attribute",
-    "report", "env",
+    "freeze-search", "worker", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe", "transfer",
+    "attribute", "report", "env",
 )  # fmt: skip
 """In the order of the help; each stands in the file of its name, in a function of its name."""
 

@@ -88,9 +88,6 @@ class BackboneOptions:
     self_check: bool = common_option(
         True, "Check on two images that the model does what features rest on.", "--self-check/--no-self-check"
     )
-    shard: bool = option(
-        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
-    )
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
     dtype: str | None = common_option(None, "float32, bfloat16 or float16 for the computation.")
     offline: Offline = False
@@ -117,6 +114,15 @@ class BackboneOptions:
             task_size_certain=certain,
             **chosen,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardableBackboneOptions(BackboneOptions):
+    """The same for commands that many processes run together."""
+
+    shard: bool = option(
+        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +265,7 @@ def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter
 
 
 backbone_options = functools.partial(option_group, "backbone", BackboneOptions)
+shardable_backbone_options = functools.partial(option_group, "backbone", ShardableBackboneOptions)
 task_options = functools.partial(option_group, "task", TaskOptions)
 layer_options = functools.partial(option_group, "layers", LayerOptions)
 training_options = functools.partial(option_group, "training")

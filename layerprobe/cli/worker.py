@@ -15,7 +15,8 @@ from layerprobe.progress import silence_notes
 
 def worker(
     storage: Annotated[
-        str, Option("--storage", help="Database of the search: postgresql://…, or the study.db of its folder.")
+        str,
+        Option("--storage", help="Database of the search: postgresql://…, or the study.db of its folder."),
     ],
     model: Annotated[
         str | None, Option("--model", "-m", help="Where the model is here; default: as the search was told.")
@@ -30,7 +31,9 @@ def worker(
         int | None,
         Option("--workers", min=1, help="Processes; default: one a GPU, or a core of a CPU (at most 4)."),
     ] = None,
-    device: Annotated[str | None, Option("--device", help="cpu, cuda, cuda:1, mps; default: the best.")] = None,
+    device: Annotated[
+        str | None, Option("--device", help="cpu, cuda, cuda:1, mps; default: the best.")
+    ] = None,
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,

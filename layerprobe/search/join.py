@@ -12,7 +12,7 @@ from layerprobe.progress import note
 from layerprobe.search.run import prepare
 from layerprobe.search.settings import make_settings
 from layerprobe.search.trials import LOADING, Pause, TrialStore, hide_password, storage_url
-from layerprobe.search.workers import helpers, processes_on
+from layerprobe.search.workers import processes_on
 
 WAIT_SECONDS = 300.0
 """How long a worker that came first waits for its search."""

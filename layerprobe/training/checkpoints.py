@@ -308,7 +308,8 @@ def shard(classifier: Classifier, device: torch.device) -> None:
         )
     backbone = classifier.backbone
     if is_sharded(backbone.model):  # since it was loaded
-        for part in (backbone.stem, classifier.head):
+        # Of a stem its one map: FSDP wants outputs that are no views.
+        for part in (backbone.stem and backbone.stem.projection, classifier.head):
             if part is not None:
                 shard_beside(part, backbone.model)
         return

@@ -113,7 +113,11 @@ class Snapshot:
         with torch.no_grad():
             for name, tensor in state.items():
                 tensor.copy_(spread_like(tensor, self._tensors[name]))
-        if wrong := [name for name, tensor in state.items() if not _same_bits(tensor, spread_like(tensor, self._tensors[name]))]:
+        if wrong := [
+            name
+            for name, tensor in state.items()
+            if not _same_bits(tensor, spread_like(tensor, self._tensors[name]))
+        ]:
             raise PlanError(
                 f"the backbone was not restored exactly: {len(wrong)} tensors differ ({wrong[0]})"
             )

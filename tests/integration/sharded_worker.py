@@ -24,7 +24,14 @@ from layerprobe.training import BridgeConfig, FineTuneConfig, block_plan, bridge
 
 def peak_mib() -> float:
     """The most memory of its own that this process had; files that are mapped belong to the system."""
-    return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")).split()[1]) / 1024
+    return (
+        int(
+            next(
+                x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+            ).split()[1]
+        )
+        / 1024
+    )
 
 
 def main(settings: dict[str, Any]) -> None:
@@ -46,7 +53,9 @@ def main(settings: dict[str, Any]) -> None:
         config = FineTuneConfig(lrs=(1e-3,), **settings["evaluate"])
         record = evaluate(backbone, task, plan=plan, config=config, seeds=[0], quiet=True)
         frame = record.to_frame()
-        found["evaluate"] = {m: v for m, v in zip(frame["metric"], frame["value"], strict=True) if "seconds" not in m}
+        found["evaluate"] = {
+            m: v for m, v in zip(frame["metric"], frame["value"], strict=True) if "seconds" not in m
+        }
     if "bridge" in settings["what"]:
         config = BridgeConfig(shard=world > 1, **settings["bridge"])
         run = bridge_train(backbone, task, plan=plan, config=config, output=settings.get("run"), resume=True)

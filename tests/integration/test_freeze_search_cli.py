@@ -164,7 +164,7 @@ def test_a_worker_joins_is_stopped_and_replaced_and_the_plan_is_the_same(
     assert worker.returncode == 143 and said.strip().endswith("finished work is kept")
     assert time.monotonic() - began < 30
     second = started("worker", "--storage", database, "--workers", "1")
-    out, said = first.communicate(timeout=300)
+    _, said = first.communicate(timeout=300)
     assert first.returncode == 0, said
     answer, said = second.communicate(timeout=60)
     assert second.returncode == 0 and "has its answer" in answer, said

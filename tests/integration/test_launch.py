@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,16 +31,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def layerprobe(*arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "layerprobe", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What the command prints; into a file, since its jobs keep the stdout that they inherit."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as said:
+        done = subprocess.run(
+            [sys.executable, "-m", "layerprobe", *map(str, arguments)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=said,
+            check=False,
+            timeout=300,
+        )
+        said.seek(0)
+        assert done.returncode == 0, said.read()
+        out.seek(0)
+        return out.read()
 
 
 def launch(*arguments: object, options: str = "timeout_min=15") -> list[int]:
@@ -86,7 +91,9 @@ def test_a_bridge_that_is_preempted_ends_with_the_same_bits(llama: Path, tmp_pat
     if tasks == 1:
         layerprobe(*BRIDGE, "--model", llama, "-o", whole)
     else:
-        (job,) = launch(*BRIDGE, "--model", llama, "-o", whole, options=f"timeout_min=15,tasks_per_node={tasks}")
+        (job,) = launch(
+            *BRIDGE, "--model", llama, "-o", whole, options=f"timeout_min=15,tasks_per_node={tasks}"
+        )
         wait_for(lambda: not lives(job), 300, logs(whole, "err"))
     state = json.loads((run / "layerprobe_run.json").read_text())
     assert state["finished"] and state["step"] == 1500
@@ -117,7 +124,9 @@ def test_two_jobs_share_a_search_and_one_is_preempted(llama: Path, tmp_path: Pat
         (["--launch", "slurm", "-o", "run"], "was not submitted"),  # no sbatch here
     ],
 )
-def test_jobs_that_cannot_be_submitted(run_cli, tmp_path: Path, monkeypatch, llama: Path, extra, message) -> None:
+def test_jobs_that_cannot_be_submitted(
+    run_cli, tmp_path: Path, monkeypatch, llama: Path, extra, message
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = run_cli("freeze-search", "--model", llama, "--task", "digits", *extra)
     assert done.code == 2 and message in done.err and done.err.strip().count("\n") == 0
@@ -130,14 +139,15 @@ def test_what_slurm_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     from layerprobe.cli.launch import LaunchOptions
     from layerprobe.cli.output import Output
 
-
     def submit(self, command: str) -> None:
         raise RuntimeError(self._make_submission_file_text(command, "id"))
 
     monkeypatch.setattr(SlurmExecutor, "affinity", classmethod(lambda cls: 2))
     monkeypatch.setattr(SlurmExecutor, "_submit_command", submit)
     asked = LaunchOptions(launch="slurm", job_options="partition=gpu,gpus_per_node=1,timeout_min=90")
-    monkeypatch.setattr(sys, "argv", ["layerprobe", "bridge", "--launch=slurm", "--jobs", "1", "--steps", "3"])
+    monkeypatch.setattr(
+        sys, "argv", ["layerprobe", "bridge", "--launch=slurm", "--jobs", "1", "--steps", "3"]
+    )
     with pytest.raises(Exception, match="was not submitted") as refused:
         asked.submit(Output("bridge", output=tmp_path / "run"), "--resume")
     script = str(refused.value.__cause__)

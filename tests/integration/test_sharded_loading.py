@@ -14,7 +14,14 @@ import pytest
 from families import save
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-BRIDGE = {"steps": 4, "batch_size": 16, "micro_batch": 4, "lr": 3e-3, "random_classes": 5, "checkpoint_every": 2}
+BRIDGE = {
+    "steps": 4,
+    "batch_size": 16,
+    "micro_batch": 4,
+    "lr": 3e-3,
+    "random_classes": 5,
+    "checkpoint_every": 2,
+}
 
 
 def run(world: int, output: Path, **settings: Any) -> list[dict[str, Any]]:
@@ -48,7 +55,8 @@ def run(world: int, output: Path, **settings: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow)]
+    "family",
+    ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow)],
 )
 def test_two_processes_that_share_a_model_find_what_one_finds(family: str, tmp_path: Path) -> None:
     """Features to the bit, losses and accuracies to rounding; each process holds half of the weights."""
