@@ -24,7 +24,7 @@ from layerprobe.tables import write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.choose_rate import choose_rate
-from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training
+from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training, shard
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
@@ -155,7 +155,7 @@ class _Training:
             checkpoints.load_weights(found, self.classifier, plan)
             self.start = found.step
         if config.shard:
-            checkpoints.shard(self.classifier, self.accelerator.device)
+            shard(self.classifier, self.accelerator.device)
             self.check.take_digests()
         self.optimizer = make_optimizer(self.classifier, config)
         if found is not None and found.step < self.n_steps:
@@ -314,7 +314,8 @@ class _Training:
         verified = self.check.verify(after=f"{done} steps")
         if self.folder is not None and (self.is_main or self.config.shard):
             # Sharded tensors are gathered by all processes and written by one.
-            weights = checkpoints.classifier_tensors(self.classifier)
+            only = self.plan.trainable if self.config.save == "trained" else None
+            weights = checkpoints.classifier_tensors(self.classifier, only=only, keep=self.is_main)
             moments = None if final else checkpoints.optimizer_tensors(self.optimizer, self.classifier)
             if self.is_main:
                 self.history.write()

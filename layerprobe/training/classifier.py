@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from layerprobe.backbones.backbone import evaluating
-from layerprobe.errors import NotAvailableError, PlanError
+from layerprobe.backbones.sharding import is_sharded, shard_beside
+from layerprobe.errors import NotAvailableError, PlanError, UsageError
 from layerprobe.plans.adapters import has_adapters, remove_adapters
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
@@ -48,6 +52,29 @@ class Classifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         pooled = self.backbone.pool(self.backbone(pixels))
         return self.head(pooled.to(self.head.weight.dtype))
+
+
+def shard(classifier: Classifier, device: torch.device) -> None:
+    """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
+
+    Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
+    parameters may be mixed in any way, inside a block too. UsageError for a single process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with: accelerate launch"
+        )
+    backbone = classifier.backbone
+    if is_sharded(backbone.model):  # since it was loaded
+        # Of a stem its one map: FSDP wants outputs that are no views.
+        for part in (backbone.stem and backbone.stem.projection, classifier.head):
+            if part is not None:
+                shard_beside(part, backbone.model)
+        return
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # One group per block, one for the head (it may have another dtype), one for all the rest.
+    for module in [*backbone.blocks, classifier.head, classifier]:
+        fully_shard(module, mesh=mesh)
 
 
 def set_training(classifier: Classifier) -> None:

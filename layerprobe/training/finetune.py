@@ -15,7 +15,6 @@ from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
-from layerprobe.training.checkpoints import shard
 from layerprobe.training.classifier import (
     Classifier,
     Snapshot,
@@ -23,6 +22,7 @@ from layerprobe.training.classifier import (
     in_batches,
     predict,
     set_training,
+    shard,
     training_flops,
 )
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
