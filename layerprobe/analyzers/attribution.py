@@ -27,7 +27,8 @@ from layerprobe.analyzers.attribution_path import (
     path_conductance,
     residual_taps,
 )
-from layerprobe.analyzers.features import columns_of, pixel_batches, rows_of_metric, table_by_layer
+from layerprobe.analyzers.extraction import pixel_batches
+from layerprobe.analyzers.features import columns_of, rows_of_metric, table_by_layer
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
