@@ -47,7 +47,7 @@ def sharding(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
         modules.append(tower.get_input_embeddings())
     names = {id(module): name for name, module in skeleton.named_modules()}
     plan = {re.sub(r"\.\d+(?=\.|$)", ".*", names[id(m)]): FREED for m in modules if names.get(id(m))}
-    config.base_model_fsdp_plan = {}  # whose names are those of Llama
+    config.base_model_fsdp_plan = {}  # type: ignore[misc]  # else Llama's names
     try:
         return {"distributed_config": DistributedConfig(fsdp_size=n_processes(), fsdp_plan=plan)}
     except TypeError as error:
