@@ -115,56 +115,43 @@ def load_backbone(
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
     kind = DTYPES[dtype or "float32"]
-    if shard and target.type != "meta" and (init != "pretrained" or trust_remote_code):
-        raise UsageError(
-            "--shard reads a pretrained model of transformers; controls and own code are built whole"
-        )
-    backbone = _load(
-        source,
-        images,
-        init,
-        seed,
-        target=target,
-        dtype=kind,
-        shard=shard,
-        trust_remote_code=trust_remote_code,
-    )
-    here = source.origin in ("local", "bridge")
-    backbone.loaded_with = {
-        "name": str(Path(name).expanduser().absolute()) if here else name,
-        "revision": source.revision if source.origin == "hub" else None,
-        "init": init,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        **images,
-    }
-    return backbone
+    asked = {**images, "revision": revision, "init": init, "seed": seed, "device": device, "dtype": dtype}
+    return _load(source, asked, target, kind, shard=shard, trust_remote_code=trust_remote_code)
 
 
 def _load(
     source: ModelSource,
-    images: dict[str, Any],
-    init: str,
-    seed: int,
-    *,
+    asked: dict[str, Any],
     target: torch.device,
     dtype: torch.dtype,
+    *,
     shard: bool,
     trust_remote_code: bool,
 ) -> Backbone:
-    """The backbone of files; `images` says how images enter it."""
+    """The backbone of files; `asked` are arguments of `load_backbone`."""
+    init, seed = asked["init"], asked["seed"]
+    if shard and target.type != "meta" and (init != "pretrained" or trust_remote_code):
+        raise UsageError(
+            "--shard reads a pretrained model of transformers; controls and own code are built whole"
+        )
     with remarks_in_one_line(source):
         full, whole = _build(source, init, seed, target, dtype, shard, trust_remote_code)
         full.eval()
         # Without a classifier of its own, nothing beside the tower is used again.
         (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
+        images = {
+            key: asked[key] for key in asked if key not in ("revision", "init", "seed", "device", "dtype")
+        }
         settings = _image_settings(full, source, **images)
         backbone = Backbone(full, source, init=init, seed=seed, **settings)
     if not whole:
         backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source.run)
+    here = source.origin in ("local", "bridge")
+    name = str(Path(source.name).expanduser().absolute()) if here else source.name
+    found = source.revision if source.origin == "hub" else None
+    backbone.loaded_with = {**asked, "name": name, "revision": found}
     return backbone.eval()
 
 

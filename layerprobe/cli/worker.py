@@ -9,8 +9,9 @@ from typing import Annotated
 from typer import Option
 
 from layerprobe.cli import options
-from layerprobe.cli.output import print_body
+from layerprobe.cli.output import Output, print_body
 from layerprobe.progress import silence_notes
+from layerprobe.provenance import without_secrets
 
 
 def worker(
@@ -37,6 +38,9 @@ def worker(
     offline: options.Offline = False,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Say which search it would join, and ask nothing.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Join a freeze-search that runs on another machine: train plans for it until it has its answer.
@@ -48,6 +52,10 @@ def worker(
     from layerprobe.search.join import join_search
 
     silence_notes(quiet)
+    if dry_run:
+        facts = {"storage": without_secrets(storage), "processes": workers or "one a GPU, or a core of a CPU"}
+        Output("worker", as_json=as_json, quiet=quiet).show_facts(facts)
+        return
     trained = join_search(
         storage,
         model=model,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -102,19 +102,13 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    task = cut_task(
-        name,
-        source,
-        task_id=task_id,
-        commit=commit,
-        limit=limit,
-        seed=seed,
-        decode_workers=decode_workers,
-        keep_decoded=keep_decoded,
-    )
+    keeping: Any = {"decode_workers": decode_workers, "keep_decoded": keep_decoded}
+    task = cut_task(name, source, task_id=task_id, commit=commit, limit=limit, seed=seed, **keeping)
+    here = name if folder is None or data_dir is not None else str(Path(name).expanduser().absolute())
+    place = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
     asked = {
-        "name": name if folder is None or data_dir is not None else str(Path(name).expanduser().absolute()),
-        "data_dir": None if data_dir is None else str(Path(data_dir).expanduser().absolute()),
+        "name": here,
+        "data_dir": place,
         "limit": limit,
         "seed": seed,
         "revision": commit,
