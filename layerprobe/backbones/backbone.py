@@ -36,7 +36,7 @@ from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import is_compiled, run_eagerly
 from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
-from layerprobe.backbones.sharding import gathered
+from layerprobe.backbones.sharding import run_whole
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
 
@@ -234,8 +234,7 @@ class Backbone(nn.Module):
         """Standard deviation of what the embedding layer hands to the blocks, over the first 4,096 tokens."""
         embedding = self._embedding
         ids = torch.arange(min(4096, embedding.num_embeddings), device=self.device)
-        with gathered(embedding):
-            return float(embedding.forward(ids).double().std())
+        return float(run_whole(embedding, ids).double().std())
 
     @property
     def embedding_width(self) -> int:

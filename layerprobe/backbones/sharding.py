@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from layerprobe.backbones.layout import find_layout, image_or_text_tower
 from layerprobe.errors import NotAvailableError, UsageError
@@ -75,14 +75,13 @@ def shard_beside(module: nn.Module, model: nn.Module) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-@contextlib.contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Within: the whole weights of one module, whose `forward` is to be called itself."""
-    if not isinstance(module, FSDPModule):
-        yield
-        return
-    module.unshard()
-    try:
-        yield
-    finally:
-        module.reshard()
+def run_whole(module: nn.Module, *args: Any) -> Any:
+    """What one module alone makes of `args`, its own weights gathered for it; tied ones lie in another's group."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+        try:
+            return module.forward(*args)
+        finally:
+            module.reshard()
+    weights = {name: p.full_tensor() for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    return functional_call(module, weights, args)

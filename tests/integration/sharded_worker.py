@@ -60,7 +60,7 @@ def main(settings: dict[str, Any]) -> None:
         config = BridgeConfig(shard=world > 1, **settings["bridge"])
         run = bridge_train(backbone, task, plan=plan, config=config, output=settings.get("run"), resume=True)
         found |= {"loss": run.history["loss"].tolist(), "verified": run.provenance["verified"]}
-        found["drift"] = [row["value"] for row in run.rows if row["block"] is not None]
+        found["drift"] = [row["value"] for row in run.rows if row["value"] is not None]
     found["peak"] = peak_mib()
     Path(f"{output}.rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
