@@ -13,12 +13,14 @@ controls are drawn anew with every seed. No bridge. An interrupted call continue
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
+from trainings import outcome_rows, own_rate, pooled_claims
 
 from layerprobe.cli.output import save_figure
-from layerprobe.metrics.inference import PooledArms, holm
+from layerprobe.metrics.inference import PooledArms
 from layerprobe.plotting.studies import plot_claims
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
@@ -107,62 +109,31 @@ def trainings(
     found: dict[str, dict[int, float]] = {}
     rates: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    first, *others = seeds(s)
     for init, words in INITS.items():
         for scope in SCOPES:
             arm = f"{words}, {scope}"
-            tried = {lr: one(init, scope, lr, first) for lr in LRS}
-            while True:
-                best = max(tried, key=lambda lr: tried[lr]["validation_accuracy"] or 0.0)
-                beyond = {max(tried): 3 * best, min(tried): best / 3}.get(best)
-                if beyond is None or len(tried) >= MOST_RATES or s.quick:
-                    break
-                beyond = float(f"{beyond:.1g}")
-                tried[beyond] = one(init, scope, beyond, first)
-            rates[arm] = best
-            runs = {(lr, first): outcome for lr, outcome in tried.items()}
-            runs |= {(rates[arm], seed): one(init, scope, rates[arm], seed) for seed in others}
-            found[arm] = {}
-            for (lr, seed), outcome in runs.items():
-                own = lr == rates[arm]
-                about = {"model": short(model), "task": short(name), "arm": arm, "init": init, "scope": scope}
-                about |= {"lr": lr, "seed": seed, "own": own, "reason": outcome["reason"]}
-                for split in ("validation", "test"):
-                    value = outcome[f"{split}_accuracy"]
-                    n = outcome[f"n_{split}"]
-                    rows.append(
-                        {"metric": f"{split}_accuracy", "split": split, "value": value, "n": n, **about}
-                    )
-                if own:
-                    found[arm][seed] = outcome["test_accuracy"] or 0.0
+            most = len(LRS) if s.quick else MOST_RATES
+            rates[arm], runs = own_rate(partial(one, init, scope), LRS, seeds(s), most=most)
+            found[arm] = {
+                seed: outcome["test_accuracy"] or 0.0
+                for (lr, seed), outcome in runs.items()
+                if lr == rates[arm]
+            }
+            about = {"model": short(model), "task": short(name), "arm": arm, "init": init, "scope": scope}
+            rows += outcome_rows(runs, rates[arm], **about)
     return found, rates, rows
 
 
 def claims(pooled: PooledArms, model: str, task: str, n: int) -> list[Answer]:
-    """Language against each control where the same blocks train; p-values corrected for their number (Holm)."""
-    pairs = [(scope, words) for scope in SCOPES for words in list(INITS.values())[1:]]
-    estimates = [pooled.difference(f"language, {scope}", f"{words}, {scope}") for scope, words in pairs]
-    corrected = holm([estimate.pvalue or 0.0 for estimate in estimates])
-    answers = []
-    for (scope, words), found, pvalue in zip(pairs, estimates, corrected, strict=True):
-        low, high = (None if end is None else 100 * end for end in (found.low, found.high))
-        answers.append(
-            Answer(
-                key=f"language − {words}",
-                claim=f"language − {words}, trained: {scope}",
-                value=100 * (found.value or 0.0),
-                low=float("nan") if low is None else low,
-                high=float("nan") if high is None else high,
-                interval="95 % interval, noise pooled over arms, images included",
-                n=n,
-                counted="test images",
-                n_seeds=found.n or 0,
-                model=short(model),
-                task=short(task),
-                pvalue=pvalue,
-            )
-        )
-    return answers
+    """Language against each control where the same blocks train."""
+    pairs = [
+        (f"language − {words}, trained: {scope}", f"language, {scope}", f"{words}, {scope}")
+        for scope in SCOPES
+        for words in list(INITS.values())[1:]
+    ]
+    return pooled_claims(
+        pooled, pairs, key=lambda words: words.partition(",")[0], model=model, task=task, n=n
+    )
 
 
 def accuracy_table(pooled: PooledArms, rates: dict[str, float]) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import study
-from study import Setup, digest
+from study import Answer, Setup, digest, short
 
 from layerprobe.backbones import Backbone
+from layerprobe.metrics.inference import PooledArms, holm
 from layerprobe.progress import note
 from layerprobe.search.run import prepare
 from layerprobe.search.settings import Settings, identify
@@ -28,7 +29,10 @@ __all__ = [
     "Trainings",
     "Truth",
     "frugal_plan",
+    "outcome_rows",
+    "own_rate",
     "permutation_agreement",
+    "pooled_claims",
     "score_agreement",
     "trial_rows",
 ]
@@ -96,3 +100,77 @@ def trial_rows(found: Mapping[Trial, Outcome], **constants: Any) -> list[dict[st
             tested = {"metric": "test_accuracy", "split": "test", "value": outcome.test_accuracy}
             rows.append({**tested, "n": outcome.n_test, **about})
     return rows
+
+
+def own_rate(
+    one: Callable[[float, int], dict[str, Any]], lrs: Sequence[float], seeds: Sequence[int], *, most: int
+) -> tuple[float, dict[tuple[float, int], dict[str, Any]]]:
+    """The rate of an arm that is best on validation with the first seed, and every outcome by (rate, seed).
+
+    The grid grows by factors of three while the best lies at an edge, to at most `most` rates; the other seeds
+    are trained at the best rate alone. `one` trains at a rate and with a seed, and gives `Outcome.to_dict`.
+    """
+    first, *others = seeds
+    tried = {lr: one(lr, first) for lr in lrs}
+    while True:
+        best = max(tried, key=lambda lr: tried[lr]["validation_accuracy"] or 0.0)
+        beyond = {max(tried): 3 * best, min(tried): best / 3}.get(best)
+        if beyond is None or len(tried) >= most:
+            break
+        beyond = float(f"{beyond:.1g}")
+        tried[beyond] = one(beyond, first)
+    runs = {(lr, first): outcome for lr, outcome in tried.items()}
+    return best, runs | {(best, seed): one(best, seed) for seed in others}
+
+
+def outcome_rows(
+    runs: Mapping[tuple[float, int], Mapping[str, Any]], own: float, **about: Any
+) -> list[dict[str, Any]]:
+    """Two rows a training, its validation and test accuracy; `own` is the rate that the arm is judged at."""
+    return [
+        {
+            "metric": f"{split}_accuracy",
+            "split": split,
+            "value": outcome[f"{split}_accuracy"],
+            "n": outcome[f"n_{split}"],
+            **about,
+            "lr": lr,
+            "seed": seed,
+            "own": lr == own,
+            "reason": outcome["reason"],
+        }
+        for (lr, seed), outcome in runs.items()
+        for split in ("validation", "test")
+    ]
+
+
+def pooled_claims(
+    pooled: PooledArms,
+    pairs: Sequence[tuple[str, str, str]],
+    *,
+    key: Callable[[str], str],
+    model: str,
+    task: str,
+    n: int,
+) -> list[Answer]:
+    """A claim for each (words, arm, other arm): noise pooled over arms, p-values corrected for their number (Holm)."""
+    estimates = [pooled.difference(arm, other) for _, arm, other in pairs]
+    corrected = holm([estimate.pvalue or 0.0 for estimate in estimates])
+    nan = float("nan")
+    return [
+        Answer(
+            key=key(words),
+            claim=words,
+            value=100 * (found.value or 0.0),
+            low=nan if found.low is None else 100 * found.low,
+            high=nan if found.high is None else 100 * found.high,
+            interval="95 % interval, noise pooled over arms, images included",
+            n=n,
+            counted="test images",
+            n_seeds=found.n or 0,
+            model=short(model),
+            task=short(task),
+            pvalue=pvalue,
+        )
+        for (words, _, _), found, pvalue in zip(pairs, estimates, corrected, strict=True)
+    ]

@@ -24,6 +24,14 @@ PRIOR = {
     "noise": (0.30, 1.0),
 }
 """Amplitude → (median, standard deviation of its logarithm), in standard deviations of the accuracies at hand."""
+OF_PLANS = ("block", "pair", "plan", "size")
+"""The amplitudes that are zero where all plans are alike."""
+ALIKE = 1 / 3
+"""Prior probability that all plans are alike and only the learning rate and the seed matter."""
+TAIL = 1.0
+"""Degrees of freedom of the t distribution of block effects: few blocks may matter much, the others little."""
+ROUNDS = 4
+"""Updates of the blocks' scales; more change little."""
 LEVEL = 4.0
 """Variance of the overall level, in the same unit: it is known only through the trainings."""
 JITTER = 1e-6
@@ -36,10 +44,11 @@ MOST_CANDIDATES = 400
 class Posterior:
     """A Gaussian process for the validation accuracy of (plan, learning rate, seed).
 
-    Additive in the blocks, with pairs of blocks, a smooth effect of the number of trained blocks (a square root:
-    the first trained block changes most), a residual of each plan, an effect of the learning rate that may depend
-    on the share of trained blocks, an effect of the seed common to all plans, and noise. The amplitudes are those
-    of largest posterior density under `PRIOR`.
+    Additive in the blocks, whose effects follow a t distribution, with pairs of blocks (larger between blocks of
+    large effect), a smooth effect of the number of trained blocks (a square root: the first trained block changes
+    most), a residual of each plan, an effect of the learning rate that may depend on the share of trained blocks,
+    an effect of the seed common to all plans, and noise. The amplitudes are those of largest posterior density
+    under `PRIOR`; `alike` weighs all this against a process without the effects of plans.
 
     Parameters
     ----------
@@ -67,13 +76,24 @@ class Posterior:
         self._unit = max(float(values.std()), 1e-3)
         self._response = (values - self._level) / self._unit
         self._known = self._features(self.trials)
-        self._parts = self._kernels(self._known, self._known)
         seeds = np.array([trial.repeat for trial in self.trials])
-        self._parts["seed"] = (seeds[:, None] == seeds[None, :]).astype(float)
-        self._parts["noise"] = np.eye(len(values))
-        self.amplitudes = self._fit()
-        self._factor = cho_factor(self._covariance(self.amplitudes), lower=True)
-        self._weights = cho_solve(self._factor, self._response)
+        self._constant = {
+            "seed": (seeds[:, None] == seeds[None, :]).astype(float),
+            "noise": np.eye(len(values)),
+        }
+        self._scales = np.ones(self.space.n_blocks)
+        self._condition()
+        for _ in range(ROUNDS):
+            self._rescale()
+            self._condition()
+
+    @cached_property
+    def alike(self) -> float:
+        """Probability that all plans are alike: that only learning rate and seed matter."""
+        parts = self._kernels(self._known, self._known, np.ones(self.space.n_blocks)) | self._constant
+        without = {name: part for name, part in parts.items() if name not in OF_PLANS}
+        odds = math.log(ALIKE / (1 - ALIKE)) + self._evidence(without) - self._evidence(parts)
+        return float(1 / (1 + math.exp(-np.clip(odds, -50, 50))))
 
     @property
     def noise(self) -> float:
@@ -83,17 +103,21 @@ class Posterior:
     def predict(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
         """Mean (n) and covariance (n×n) of the expected accuracies of `trials`, over seeds."""
         features = self._features(trials)
-        cross = self._sum(self._kernels(self._known, features))
-        prior = self._sum(self._kernels(features, features))
+        cross = self._sum(self._kernels(self._known, features, self._scales))
+        prior = self._sum(self._kernels(features, features, self._scales))
         mean = self._level + self._unit * (cross.T @ self._weights)
         covariance = self._unit**2 * (prior - cross.T @ cho_solve(self._factor, cross))
         return mean, covariance
 
+    def means(self, masks: Sequence[Mask]) -> np.ndarray:
+        """Expected accuracies of plans (rows) at every learning rate (columns)."""
+        trials = [Trial(mask=mask, lr=lr) for mask in masks for lr in self.lrs]
+        cross = self._sum(self._kernels(self._known, self._features(trials), self._scales))
+        return (self._level + self._unit * (cross.T @ self._weights)).reshape(len(masks), -1)
+
     def best_rates(self, masks: Sequence[Mask]) -> dict[Mask, float]:
         """Plan → the learning rate of largest expected accuracy."""
-        trials = [Trial(mask=mask, lr=lr) for mask in masks for lr in self.lrs]
-        means = self.predict(trials)[0].reshape(len(masks), len(self.lrs))
-        return {mask: self.lrs[int(row.argmax())] for mask, row in zip(masks, means, strict=True)}
+        return {mask: self.lrs[int(row.argmax())] for mask, row in zip(masks, self.means(masks), strict=True)}
 
     def block_gains(self, rng: np.random.Generator) -> list[Estimate]:
         """What training each block adds to the accuracy, averaged over plans of the others; 95 % intervals."""
@@ -129,55 +153,105 @@ class Posterior:
         return masks, rates
 
     def _kernels(
-        self, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+        self,
+        left: tuple[np.ndarray, np.ndarray],
+        right: tuple[np.ndarray, np.ndarray],
+        scales: np.ndarray,
     ) -> dict[str, np.ndarray]:
-        """Every part of the covariance at amplitude 1, each n×m."""
+        """Every part of the covariance at amplitude 1, each n×m; `scales` are the blocks' relative variances."""
         (masks, rates), (others, other_rates) = left, right
         n_blocks = masks.shape[1]
-        agreement = (2 * masks - 1) @ (2 * others - 1).T
+        signs, other_signs = 2 * masks - 1, 2 * others - 1
+        agreement = signs @ other_signs.T
+        weighted = (signs * scales) @ other_signs.T
         share, other_share = masks.mean(1), others.mean(1)
         root = np.sqrt(share)[:, None] - np.sqrt(other_share)[None, :]
-        distance = np.log(np.asarray(self.lrs))
-        spread = distance[rates][:, None] - distance[other_rates][None, :]
-        same = np.exp(-0.5 * (spread / math.log(3)) ** 2)
+        grid = np.log(np.asarray(self.lrs))
+        near = np.exp(-0.5 * (np.subtract.outer(grid, grid) / math.log(3)) ** 2)
+        # Without the mean over rates: what the number of blocks does at every rate is an effect of plans.
+        centred = near - near.mean(0) - near.mean(1)[:, None] + near.mean()
+        at = np.ix_(rates, other_rates)
         return {
-            "block": agreement,
-            "pair": (agreement**2 - n_blocks) / 2,
+            "block": weighted,
+            "pair": (weighted**2 - scales @ scales) / 2,
             "plan": np.exp(-1.5 * (n_blocks - agreement) / n_blocks),
             "size": np.exp(-0.5 * (root / 0.5) ** 2),
-            "rate": same * (1 + 4 * np.outer(share - 0.5, other_share - 0.5)),
+            "rate": near[at] + centred[at] * 4 * np.outer(share - 0.5, other_share - 0.5),
         }
 
     def _sum(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
         return LEVEL + np.add.reduce([self.amplitudes[name] ** 2 * part for name, part in parts.items()])
 
-    def _covariance(self, amplitudes: Mapping[str, float]) -> np.ndarray:
-        total = np.add.reduce([amplitudes[name] ** 2 * part for name, part in self._parts.items()])
-        total += LEVEL
-        total[np.diag_indices_from(total)] += JITTER
-        return np.asarray(total)
+    def _condition(self) -> None:
+        """Amplitudes for the present scales, and the process given the trainings."""
+        parts = self._kernels(self._known, self._known, self._scales) | self._constant
+        logs, _ = _largest_density(parts, self._response)
+        self.amplitudes = dict(zip(parts, np.exp(logs), strict=True))
+        self._factor = cho_factor(_covariance(logs, np.array(list(parts.values()))), lower=True)
+        self._weights = cho_solve(self._factor, self._response)
 
-    def _fit(self) -> dict[str, float]:
-        """Amplitudes of largest posterior density, by gradient descent from the prior's medians."""
-        names = list(PRIOR)
-        centre = np.log([PRIOR[name][0] for name in names])
-        width = np.array([PRIOR[name][1] for name in names])
-        parts = np.array([self._parts[name] for name in names])
+    def _rescale(self) -> None:
+        """One step of expectation and maximisation for the scale of each block's effect, t distributed."""
+        signs = 2 * self._known[0] - 1
+        prior = self.amplitudes["block"] ** 2 * self._scales
+        mean = prior * (signs.T @ self._weights)
+        variance = prior - prior**2 * np.einsum("ib,ib->b", signs, cho_solve(self._factor, signs))
+        square = (mean**2 + np.maximum(variance, 0.0)) / self.amplitudes["block"] ** 2
+        self._scales = (TAIL + square) / (TAIL + 1)
 
-        def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:
-            covariance = self._covariance(dict(zip(names, np.exp(logs), strict=True)))
-            factor, _ = cho_factor(covariance, lower=True)
-            weights = cho_solve((factor, True), self._response)
-            inverse, _ = lapack.dpotri(factor, lower=1)
-            inverse = np.tril(inverse) + np.tril(inverse, -1).T
-            value = 0.5 * self._response @ weights + np.log(np.diag(factor)).sum()
-            value += 0.5 * (((logs - centre) / width) ** 2).sum()
-            slope = np.tensordot(parts, inverse - np.outer(weights, weights), 2) * np.exp(2 * logs)
-            return float(value), slope + (logs - centre) / width**2
+    def _evidence(self, parts: Mapping[str, np.ndarray]) -> float:
+        """Logarithm of the marginal density of the accuracies, amplitudes integrated by Laplace's method."""
+        logs, loss = _largest_density(parts, self._response)
+        width = np.array([PRIOR[name][1] for name in parts])
+        steps = 1e-3 * np.diag(width)
+        slopes = [
+            (_loss(logs + step, parts, self._response)[1] - _loss(logs - step, parts, self._response)[1])
+            / 2e-3
+            * width
+            for step in steps
+        ]
+        curvature = np.linalg.eigvalsh((np.array(slopes) + np.array(slopes).T) / 2)
+        return -loss - 0.5 * float(np.log(np.maximum(curvature, 1e-2)).sum())
 
-        bounds = list(zip(centre - 4 * width, centre + 4 * width, strict=True))
-        found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
-        return dict(zip(names, np.exp(found.x), strict=True))
+
+def _covariance(logs: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Covariance of the trainings: the parts (p×n×n) at the exponentials of `logs` (p)."""
+    total = LEVEL + np.tensordot(np.exp(2 * logs), parts, 1)
+    total[np.diag_indices_from(total)] += JITTER
+    return np.asarray(total)
+
+
+def _loss(
+    logs: np.ndarray, parts: Mapping[str, np.ndarray], response: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """Negative logarithm of the posterior density of the amplitudes' logarithms, and its gradient."""
+    stack = np.array(list(parts.values()))
+    factor, _ = cho_factor(_covariance(logs, stack), lower=True)
+    weights = cho_solve((factor, True), response)
+    inverse, _ = lapack.dpotri(factor, lower=1)
+    inverse = np.tril(inverse) + np.tril(inverse, -1).T
+    centre, width = (np.array([PRIOR[name][index] for name in parts]) for index in (0, 1))
+    distance = (logs - np.log(centre)) / width
+    value = 0.5 * response @ weights + np.log(np.diag(factor)).sum() + 0.5 * (distance**2).sum()
+    slope = np.tensordot(stack, inverse - np.outer(weights, weights), 2) * np.exp(2 * logs)
+    return float(value), slope + distance / width
+
+
+def _largest_density(parts: Mapping[str, np.ndarray], response: np.ndarray) -> tuple[np.ndarray, float]:
+    """Logarithms of the amplitudes of largest posterior density, and `_loss` there."""
+    centre = np.log([PRIOR[name][0] for name in parts])
+    width = np.array([PRIOR[name][1] for name in parts])
+    bounds = list(zip(centre - 4 * width, centre + 4 * width, strict=True))
+    found = minimize(
+        _loss,
+        centre,
+        args=(parts, response),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": 60},
+    )
+    return found.x, float(found.fun)
 
 
 @dataclass
@@ -212,11 +286,6 @@ class Comparison:
         drawn = self.mean[:, None] + self._root @ self.rng.standard_normal((len(self.trials), N_DRAWS))
         return drawn.reshape(len(self.masks), -1, N_DRAWS).max(1)
 
-    @property
-    def means(self) -> np.ndarray:
-        """Expected accuracy of every plan at its best rate: m."""
-        return self.mean.reshape(len(self.masks), -1).max(1)
-
     def contender(self) -> Trial:
         """One draw from the probability that a (plan, rate) is the best."""
         return self.trials[
@@ -225,14 +294,18 @@ class Comparison:
 
     def settled(self, margin: float) -> float:
         """Probability that no plan is better by `margin` or more than the one of largest expected accuracy."""
-        top = int(self.means.argmax())
-        return float(np.mean(self.draws.max(0) - self.draws[top] < margin))
+        top = int(self.mean.reshape(len(self.masks), -1).max(1).argmax())
+        differ = float(np.mean(self.draws.max(0) - self.draws[top] < margin))
+        alike = self.posterior.alike
+        return alike + (1 - alike) * differ
 
-    def answer(self, tolerance: float) -> Mask:
-        """The smallest plan whose expected accuracy is at most `tolerance` below the largest."""
-        means, params = self.means, self.posterior.space.params
-        near = np.flatnonzero(means >= means.max() - tolerance)
-        return self.masks[min(map(int, near), key=lambda index: (params(self.masks[index]), -means[index]))]
+
+def best_plan(posterior: Posterior, masks: Sequence[Mask], tolerance: float) -> Mask:
+    """The smallest of `masks` whose expected accuracy is at most `tolerance` below the largest."""
+    means = posterior.means(masks).max(1) * (1 - posterior.alike)
+    params = posterior.space.params
+    near = np.flatnonzero(means >= means.max() - tolerance)
+    return masks[min(map(int, near), key=lambda index: (params(masks[index]), -means[index]))]
 
 
 def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Generator) -> list[Mask]:
@@ -251,7 +324,7 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
         pool.setdefault(space.random_mask(rng))
     for _ in range(2 * n):  # hill climbing of the whole pool: each round flips one block of the best
         masks = list(pool)
-        means = Comparison(posterior, masks, rng).means
+        means = posterior.means(masks).max(1)
         best = [masks[index] for index in np.argsort(-means)[: MOST_CANDIDATES // 2]]
         flipped = dict.fromkeys(
             space.repair(tuple(flag ^ (index == block) for index, flag in enumerate(mask)))
@@ -260,6 +333,6 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
         )
         fresh = [mask for mask in flipped if mask not in pool]
         pool = dict.fromkeys([*best, *fresh])
-        if not fresh or (len(fresh) and Comparison(posterior, fresh, rng).means.max() <= means.max()):
+        if not fresh or (len(fresh) and posterior.means(fresh).max() <= means.max()):
             break
     return list(pool)[:MOST_CANDIDATES]

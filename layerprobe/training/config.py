@@ -48,6 +48,8 @@ class TrainConfig:
         Decoupled; matrices only, never norms, biases, positions or the class token.
     clip_norm : float | None
         Largest gradient norm over all trained parameters; None leaves gradients alone.
+    label_smoothing : float
+        Share of the target spread evenly over all classes, in [0, 1).
     augment : str
         "weak" shifts by at most one pixel in 32 (at least one) and mirrors; "none".
     flip : bool | None
@@ -77,6 +79,7 @@ class TrainConfig:
     final_lr: float = 0.0
     weight_decay: float = 0.05
     clip_norm: float | None = 1.0
+    label_smoothing: float = 0.0
     augment: str = "weak"
     flip: bool | None = None
     precision: str = "float32"
@@ -105,6 +108,10 @@ class TrainConfig:
             (not 0 <= self.warmup < 1, f"warmup is a share of the steps in [0, 1), not {self.warmup}"),
             (not 0 <= self.final_lr <= 1, f"final_lr is a share of lr in [0, 1], not {self.final_lr}"),
             (self.weight_decay < 0, f"weight_decay must not be negative, not {self.weight_decay}"),
+            (
+                not 0 <= self.label_smoothing < 1,
+                f"label_smoothing is a share in [0, 1), not {self.label_smoothing}",
+            ),
             (clip is not None and clip <= 0, f"clip_norm must be positive or None, not {clip}"),
             (self.augment not in AUGMENTATIONS, f"augment is one of {augmentations}, not '{self.augment}'"),
             (self.precision not in PRECISIONS, f"precision is one of {precisions}, not '{self.precision}'"),

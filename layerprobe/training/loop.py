@@ -261,7 +261,8 @@ def _accumulate_gradients(
             seed(derive_seed(config.seed, "dropout", step, accelerator.process_index, number))
             with autocast(device, config.precision):
                 logits = model(images)
-            loss = cross_entropy(logits.float(), targets, reduction="sum")
+            smoothing = config.label_smoothing
+            loss = cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
             # Processes' gradients are averaged; times their number this is the mean over the step.
             accelerator.backward(loss * (world / config.batch_size))
         sums += torch.stack([loss.detach(), (logits.argmax(1) == targets).sum()])

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from layerprobe.errors import UsageError
 from layerprobe.search.budget import TrialBudget
-from layerprobe.search.posterior import Comparison, candidate_masks
+from layerprobe.search.posterior import best_plan, candidate_masks
 from layerprobe.search.space import Mask
 
 
@@ -46,5 +46,5 @@ def run_strategy(strategy: Strategy, budget: TrialBudget) -> tuple[Mask, float]:
     posterior = budget.posterior()
     masks = candidate_masks(budget.space, posterior, budget.rng)
     tolerance = budget.tolerance(posterior) if budget.settings.objective == "frugal" else 0.0
-    mask = Comparison(posterior, masks, budget.rng).answer(tolerance)
+    mask = best_plan(posterior, masks, tolerance)
     return mask, posterior.best_rates([mask])[mask]

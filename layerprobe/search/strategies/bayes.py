@@ -16,7 +16,7 @@ REFERENCE_SEEDS = 3
 """Common seeds on which all and none are trained first: their spread is the first estimate of the noise."""
 PAIRS = 2
 """Pairs of contenders that are trained at once, so that several workers have something to do."""
-SETTLED = 0.8
+SETTLED = 0.9
 """The search stops when, with this probability, no plan is better than the best by the margin."""
 REDRAWS = 50
 

@@ -9,7 +9,7 @@ import pytest
 
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.search.budget import TrialBudget
-from layerprobe.search.posterior import Comparison, Posterior, candidate_masks
+from layerprobe.search.posterior import Comparison, Posterior, best_plan, candidate_masks
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import Constraints, Mask, Space, Trial, mask_of
 from layerprobe.search.strategies import STRATEGIES, make_strategy, run_strategy
@@ -243,4 +243,22 @@ def test_draws_settle_on_a_plan_that_is_far_ahead() -> None:
     posterior = Posterior(space, (1e-3,), trials, values)
     comparison = Comparison(posterior, list(space.masks()), np.random.default_rng(0))
     assert comparison.settled(0.05) > 0.95
-    assert comparison.answer(0.01) == (True, False)
+    assert best_plan(posterior, list(space.masks()), 0.01) == (True, False)
+
+
+@pytest.mark.parametrize(("gain", "alike"), [(0.0, True), (0.05, False)])
+def test_the_posterior_tells_whether_plans_differ_at_all(gain: float, alike: bool) -> None:
+    landscape = Landscape([gain, 0.0, 0.0, 0.0, gain], noise=0.01)
+    budget = make_budget(landscape, total=40.0)
+    masks = list(budget.space.masks())
+    budget.train([budget.trial(mask, LRS[index % 3], index % 4) for index, mask in enumerate(masks)])
+    assert (budget.posterior().alike > 0.5) is alike
+
+
+def test_a_flat_landscape_is_left_early() -> None:
+    spent = []
+    for seed in range(5):
+        mask, budget = answer("bayes", Landscape([0.0] * 5, noise=0.01), seed=seed, total=60.0)
+        spent.append(budget.spent)
+        assert sum(mask) <= 1
+    assert sorted(spent)[2] <= 30

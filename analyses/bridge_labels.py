@@ -1,0 +1,227 @@
+"""Does a bridge that has learnt its random labels help, how much of it is the stem, and do the labels leak?
+
+    python analyses/bridge_labels.py --quick               # MiniLM, digits, a few steps
+    python analyses/bridge_labels.py --data ../shared      # stories260k, 300 MNIST images: half an hour on one core
+
+So few images that every random label is learnt: a bridge that has not learnt its labels tells nothing (the recall of
+each is in the table). Then all blocks are fine-tuned on the true labels of the same images. Against the bridge on
+hashed labels stand: no bridge; no bridge and as many steps in all; a bridge of the stem and head alone; a bridge on
+labels that are never the true class, which tells the network what an image is not. The random init is bridged, too.
+Every arm takes its own learning rate, chosen on validation with the first seed from a grid that grows where the best
+lies at an edge. An interrupted call continues where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
+from trainings import outcome_rows, own_rate, pooled_claims
+
+from layerprobe.cli.output import save_figure
+from layerprobe.metrics.inference import PooledArms
+from layerprobe.plotting.studies import plot_claims
+from layerprobe.tables import tidy
+from layerprobe.tasks import Task
+from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, block_plan, train_and_score
+from layerprobe.training.arms import LEAST_RECALL
+
+ARMS = {
+    "no bridge": ("pretrained", None, False),
+    "no bridge, equal steps": ("pretrained", None, True),
+    "hashed labels": ("pretrained", "hash", False),
+    "hashed labels, stem alone": ("pretrained", "hash stem", False),
+    "never the true label": ("pretrained", "complementary", False),
+    "random init, no bridge": ("random", None, False),
+    "random init, hashed labels": ("random", "hash", False),
+}
+"""Name → initial weights, labels of the bridge, whether fine-tuning takes the steps of the bridge, too."""
+PAIRS = [
+    ("bridge − no bridge", "hashed labels", "no bridge"),
+    ("bridge − no bridge, equal steps", "hashed labels", "no bridge, equal steps"),
+    ("bridge − bridge of the stem alone", "hashed labels", "hashed labels, stem alone"),
+    ("never the true label − hashed labels", "never the true label", "hashed labels"),
+    ("random init: bridge − no bridge", "random init, hashed labels", "random init, no bridge"),
+]
+QUICK = Size(("minilm",), ("digits",), 200, 4)
+FULL = Size(("stories260k",), ("mnist",), 3000, 7)
+N_IMAGES, QUICK_IMAGES = 300, 60
+BRIDGE_STEPS, FINETUNE_STEPS = 500, 200
+BRIDGE_LR = 3e-3
+LRS = (1e-3, 3e-3, 1e-2)
+MOST_RATES = 5
+SEEDS = (0, 1, 2, 3, 4)
+SHARED = {"batch_size": 32, "head_lr": 10.0, "augment": "none"}
+TOLERANCE = 0.15
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = setup("bridge_labels", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    rows: list[dict[str, Any]] = []
+    answers: list[Answer] = []
+    sections: dict[str, list[str]] = {}
+    headlines = []
+    for name in s.tasks:
+        task = s.task(name)
+        train = task.train.subset(range(QUICK_IMAGES if s.quick else N_IMAGES))
+        task = replace(task, splits={**task.splits, "train": train})
+        for model in s.models:
+            found, rates, recalls, own_rows = trainings(s, model, name, task)
+            rows += own_rows
+            pooled = PooledArms(found, n_images=len(task.test))
+            claimed = pooled_claims(
+                pooled, PAIRS, key=lambda words: words, model=model, task=name, n=len(task.test)
+            )
+            answers += claimed
+            where = f"{short(model)}, {short(name)}, {len(train)} images"
+            sections[f"Test accuracy: {where}"] = accuracy_table(pooled, rates, recalls)
+            headlines.append(headline(claimed, recalls, where))
+    save_figure(lambda: plot_claims(answer_rows(s, answers)), s.output / "bridge_labels.png")
+    publish(
+        s,
+        rows=tidy(rows),
+        answers=answers,
+        headline=" ".join(headlines),
+        setting=setting(s),
+        sections=sections,
+        figures={"bridge_labels.png": "What a random-label bridge adds; 95 % intervals."},
+        facts={"training": steps(s) | SHARED, "lrs": LRS, "bridge_lr": BRIDGE_LR, "seeds": seeds(s)},
+    )
+
+
+def steps(s: Setup) -> dict[str, int]:
+    return {"bridge": 10, "finetune": 5} if s.quick else {"bridge": BRIDGE_STEPS, "finetune": FINETUNE_STEPS}
+
+
+def seeds(s: Setup) -> tuple[int, ...]:
+    return SEEDS[:2] if s.quick else SEEDS
+
+
+def trainings(
+    s: Setup, model: str, name: str, task: Task
+) -> tuple[
+    dict[str, dict[int, float]], dict[str, float], dict[str, tuple[float, float]], list[dict[str, Any]]
+]:
+    """Per arm: seed → test accuracy at its own rate; the rate; least and mean recall; and a row a training."""
+    loaded: dict[tuple[str, int], Any] = {}
+    length = steps(s)
+
+    def one(arm: str, lr: float, seed: int) -> dict[str, Any]:
+        init, labels, longer = ARMS[arm]
+
+        def train() -> dict[str, Any]:
+            at = init, 0 if init == "pretrained" else seed
+            if at not in loaded:
+                loaded.clear()
+                backbone = s.load(model, task, init=init, seed=seed)
+                loaded[at] = backbone, TaskTensors.of(backbone, task)
+            backbone, images = loaded[at]
+            everything = block_plan(backbone, range(backbone.n_blocks))
+            bridge = labels and BridgeConfig(
+                lr=BRIDGE_LR,
+                steps=length["bridge"],
+                seed=seed,
+                random_classes=task.n_classes,
+                random_labels=labels.split()[0],
+                **SHARED,
+            )
+            total = length["finetune"] + length["bridge"] * longer
+            outcome = train_and_score(
+                backbone,
+                images,
+                block_plan(backbone, []) if labels == "hash stem" else everything,
+                bridge=bridge or None,
+                finetune=FineTuneConfig(lr=lr, steps=total, seed=seed, **SHARED),
+                finetune_plan=everything,
+                test=True,
+            )
+            return outcome.to_dict()
+
+        key = f"{short(model)}-{short(name)}-{arm}-{lr:g}-{seed}".replace(" ", "-").replace(",", "")
+        return s.kept(key, train, images=len(task.train), bridge_lr=BRIDGE_LR, **length, **SHARED)
+
+    found: dict[str, dict[int, float]] = {}
+    rates: dict[str, float] = {}
+    recalls: dict[str, tuple[float, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for arm in ARMS:
+        most = len(LRS) if s.quick else MOST_RATES
+        rates[arm], runs = own_rate(partial(one, arm), LRS, seeds(s), most=most)
+        own = {seed: outcome for (lr, seed), outcome in runs.items() if lr == rates[arm]}
+        found[arm] = {seed: outcome["test_accuracy"] or 0.0 for seed, outcome in own.items()}
+        recall = [outcome["bridge_accuracy"] for outcome in own.values()]
+        if recall[0] is not None:
+            recalls[arm] = min(recall), float(np.mean(recall))
+        rows += outcome_rows(runs, rates[arm], model=short(model), task=short(name), arm=arm)
+        rows += [
+            {
+                "metric": "bridge_recall",
+                "split": "train",
+                "value": outcome["bridge_accuracy"],
+                "n": len(task.train),
+                "model": short(model),
+                "task": short(name),
+                "arm": arm,
+                "lr": BRIDGE_LR,
+                "seed": seed,
+            }
+            for seed, outcome in own.items()
+            if outcome["bridge_accuracy"] is not None
+        ]
+    return found, rates, recalls, rows
+
+
+def accuracy_table(
+    pooled: PooledArms, rates: dict[str, float], recalls: dict[str, tuple[float, float]]
+) -> list[str]:
+    rows = []
+    for arm in ARMS:
+        found = pooled.mean(arm)
+        low, high = (100 * (end or 0.0) for end in (found.low, found.high))
+        rows.append(
+            {
+                "arm": arm,
+                "test accuracy %": f"{100 * (found.value or 0):.1f} ({low:.1f} to {high:.1f})",
+                "lr": f"{rates[arm]:g}",
+                "recall of random labels % (least)": f"{100 * recalls[arm][1]:.1f} ({100 * recalls[arm][0]:.1f})"
+                if arm in recalls
+                else "–",
+            }
+        )
+    noise = f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed"
+    return [
+        *md_table(rows),
+        "",
+        f"{noise} ({pooled.freedom} degrees of freedom, pooled over all arms).",
+        "",
+        f"Nothing is claimed of a bridge that recalls less than {100 * LEAST_RECALL:.0f} % of its labels.",
+    ]
+
+
+def headline(answers: list[Answer], recalls: dict[str, tuple[float, float]], where: str) -> str:
+    parts = [f"{a.claim}: {a.value:+.1f} points ({a.low:+.1f} to {a.high:+.1f})" for a in answers]
+    learnt = recalls["hashed labels"][0]
+    gate = "" if learnt >= LEAST_RECALL else " too few for a claim;"
+    return (
+        f"{where}: the bridge learnt at least {100 * learnt:.0f} % of its labels;{gate} {'; '.join(parts)} "
+        f"(n = {answers[0].n:,} test images, {answers[0].n_seeds} seeds)."
+    )
+
+
+def setting(s: Setup) -> str:
+    used = steps(s)
+    return (
+        f"Bridge of {used['bridge']} steps of {SHARED['batch_size']} images at a learning rate of {BRIDGE_LR:g}, then "
+        f"fine-tuning of all blocks for {used['finetune']} steps on the same images with their true labels (for equal "
+        f"steps: {used['bridge'] + used['finetune']}). PCA stem, head at {SHARED['head_lr']:g} times the blocks' "
+        f"learning rate, no augmentation; rates {LRS} and beyond where the best lies at an edge, each arm's own chosen "
+        f"on validation with seed {seeds(s)[0]}; seeds {seeds(s)}. As many random labels as classes."
+    )
+
+
+if __name__ == "__main__":
+    run(main)
