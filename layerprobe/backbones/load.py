@@ -94,7 +94,7 @@ def load_backbone(
     self_check : bool
         Whether `Backbone.prepare` checks on two images that the model does what features rest on.
     shard : bool
-        Spread the model over the processes of an `accelerate launch` while it is read, so that none holds the whole.
+        Spread the model over the processes of an `accelerate launch` while it is read.
 
     Raises
     ------
@@ -130,10 +130,13 @@ def _load(
 ) -> Backbone:
     """The backbone of files; `asked` are arguments of `load_backbone`."""
     init, seed = asked["init"], asked["seed"]
-    if shard and target.type != "meta" and (init != "pretrained" or trust_remote_code):
-        raise UsageError(
-            "--shard reads a pretrained model of transformers; controls and own code are built whole"
-        )
+    if shard and target.type != "meta":
+        beside = [key for key in ("trained_file", "adapters_file") if (source.run or {}).get(key)]
+        if init != "pretrained" or trust_remote_code or beside:
+            raise UsageError(
+                "--shard reads a whole pretrained model of transformers: no controls, no code of its own, "
+                "no run that kept only what it trained"
+            )
     with remarks_in_one_line(source):
         full, whole = _build(source, init, seed, target, dtype, shard, trust_remote_code)
         full.eval()

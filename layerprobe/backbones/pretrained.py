@@ -109,6 +109,10 @@ def pretrained_model(
     except ImportError:
         raise  # a package is missing, for all quantisations as for all else: see remarks_in_one_line
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        if sharding:  # Gemma among them: torch cannot do with parts what its loading does with whole weights
+            raise NotAvailableError(
+                f"'{source.name}' cannot be read in parts: {first_line(error)}; leave --shard away"
+            ) from error
         raise BrokenFileError(
             f"cannot load the weights of '{source.name}' from {source.folder}: {first_line(error)}"
         ) from error

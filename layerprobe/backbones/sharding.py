@@ -1,4 +1,4 @@
-"""A model spread over processes while it is read (FSDP2): each holds its part of every weight, and none the whole."""
+"""A model spread over processes while it is read (FSDP2): each keeps its part of every weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
@@ -75,13 +75,15 @@ def shard_beside(module: nn.Module, model: nn.Module) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def run_whole(module: nn.Module, *args: Any) -> Any:
-    """What one module alone makes of `args`, its own weights gathered for it; tied ones lie in another's group."""
+def run_whole(module: nn.Module, ids: Tensor) -> Tensor:
+    """What one module alone makes of `ids`, its own weights gathered for it; tied ones lie in another's group."""
     if isinstance(module, FSDPModule):
         module.unshard()
         try:
-            return module.forward(*args)
+            found: Tensor = module.forward(ids)
         finally:
             module.reshard()
+        return found
     weights = {name: p.full_tensor() for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    return functional_call(module, weights, args)
+    alone: Tensor = functional_call(module, weights, (ids,))
+    return alone

@@ -60,10 +60,8 @@ def load_task(
         Of the cut and of the subset.
     offline : bool
         Never ask the network (as with HF_HUB_OFFLINE=1); use the Hugging Face cache.
-    revision : str | None
-        Branch, tag or commit of the hub repository.
-    label : str | None
-        Label column, where there are several.
+    revision, label : str | None
+        Branch, tag or commit of the hub repository; label column, where there are several.
     decode_workers, keep_decoded
         Processes that decode ahead, and whether resized images stay on disk: `layerprobe.tasks.decoding.Decoding`.
 
@@ -102,19 +100,25 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    keeping: Any = {"decode_workers": decode_workers, "keep_decoded": keep_decoded}
-    task = cut_task(name, source, task_id=task_id, commit=commit, limit=limit, seed=seed, **keeping)
-    here = name if folder is None or data_dir is not None else str(Path(name).expanduser().absolute())
-    place = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
-    asked = {
-        "name": here,
-        "data_dir": place,
-        "limit": limit,
-        "seed": seed,
-        "revision": commit,
-        "label": label,
-    }
-    return replace(task, loaded_with=asked)
+    task = cut_task(
+        name,
+        source,
+        task_id=task_id,
+        commit=commit,
+        limit=limit,
+        seed=seed,
+        decode_workers=decode_workers,
+        keep_decoded=keep_decoded,
+    )
+    asked = {"limit": limit, "seed": seed, "revision": commit, "label": label}
+    return replace(task, loaded_with=asked | _where(name, data_dir, folder is not None))
+
+
+def _where(name: str, data_dir: str | Path | None, in_folder: bool) -> dict[str, Any]:
+    """Where a process that starts in another folder finds the task."""
+    if data_dir is not None:
+        return {"name": name, "data_dir": str(Path(data_dir).expanduser().absolute())}
+    return {"name": str(Path(name).expanduser().absolute()) if in_folder else name, "data_dir": None}
 
 
 def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[int | None, bool]:

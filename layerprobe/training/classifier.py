@@ -66,6 +66,10 @@ def shard(classifier: Classifier, device: torch.device) -> None:
         )
     backbone = classifier.backbone
     if is_sharded(backbone.model):  # since it was loaded
+        if has_adapters(backbone.model):
+            raise UsageError(
+                "a model that --shard spread takes no adapters; use a plan without them, or one process"
+            )
         # Of a stem its one map: FSDP wants outputs that are no views.
         for part in (backbone.stem and backbone.stem.projection, classifier.head):
             if part is not None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import save
+from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 BRIDGE = {
@@ -28,7 +30,12 @@ def run(
     world: int, output: Path, *, environment: dict[str, str] | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
     """What each of `world` processes found."""
-    settings = {"output": str(output), "what": ["features", "evaluate", "bridge"], "blocks": [1], **settings}
+    settings = {
+        "output": str(output),
+        "what": ["features", "gradient", "evaluate", "bridge"],
+        "blocks": [1],
+        **settings,
+    }
     file = output.with_suffix(".settings")
     file.write_text(json.dumps(settings))
     with socket.socket() as probe:
@@ -57,22 +64,33 @@ def run(
     return [json.loads(Path(f"{output}.rank{r}.json").read_text()) for r in range(world)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "family",
-    ["llama", pytest.param("gpt2", marks=pytest.mark.slow), pytest.param("bert", marks=pytest.mark.slow)],
+    ("family", "without_dropout"),  # whose draws are others on another number of processes
+    [
+        ("llama", ()),
+        ("gpt2", ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+        ("bert", ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    ],
 )
-def test_two_processes_that_share_a_model_find_what_one_finds(family: str, tmp_path: Path) -> None:
-    """Features to the bit, losses and accuracies to rounding; each process holds half of the weights."""
-    model = str(save(family, tmp_path / family))
-    common = {"model": model, "evaluate": {"steps": 4, "batch_size": 16}}
+def test_two_processes_that_share_a_model_find_what_one_finds(
+    family: str, without_dropout: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Features to the bit, gradients, losses and accuracies to rounding; each process keeps half of the weights."""
+    model = str(save(family, tmp_path / family, **dict.fromkeys(without_dropout, 0.0)))
+    common = {"model": model, "evaluate": {"steps": 4, "batch_size": 16, "lrs": [1e-3, 3e-3]}}
     (one,) = run(1, tmp_path / "one", bridge=BRIDGE, run=str(tmp_path / "run-1"), **common)
-    two = run(
-        2, tmp_path / "two", bridge={**BRIDGE, "save": "trained"}, run=str(tmp_path / "run-2"), **common
-    )
+    save_as = "full" if family == "llama" else "trained"
+    two = run(2, tmp_path / "two", bridge={**BRIDGE, "save": save_as}, run=str(tmp_path / "run-2"), **common)
+    if save_as == "full":
+        weights = [load_file(tmp_path / r / "final/backbone/model.safetensors") for r in ("run-1", "run-2")]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
     assert sum(process["held"] for process in two) == one["held"]
     assert max(process["held"] for process in two) < 0.55 * one["held"]
     for process in two:
         assert process["features"] == one["features"]
+        assert process["stem_gradient"] == pytest.approx(one["stem_gradient"], rel=1e-4, abs=1e-7)
+        assert process["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
         assert process["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert process["verified"] == one["verified"] and "bit-identical" in one["verified"]
         assert process["evaluate"] == pytest.approx(one["evaluate"], rel=1e-4, nan_ok=True)
