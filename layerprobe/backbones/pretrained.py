@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.resolve import ModelSource
-from layerprobe.backbones.sharding import free_after_forward
+from layerprobe.backbones.sharding import settle
 from layerprobe.errors import BrokenFileError, NotAvailableError
 from layerprobe.files import read_json, unread_weights, weight_files
 from layerprobe.progress import note
@@ -125,7 +125,7 @@ def pretrained_model(
             f"the weights of '{source.name}' are quantised ({quantised}) and transformers cannot load them: "
             f"{first_line(error)}"
         ) from error
-    free_after_forward(model)
+    settle(model)
     whole = _check_missing(source, model, loading["missing_keys"])
     _check_left_over(source, model, loading["unexpected_keys"])
     return model, whole

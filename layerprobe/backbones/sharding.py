@@ -61,11 +61,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def free_after_forward(model: nn.Module) -> None:
-    """Let no module keep what it gathered, as the outermost does by default: between passes all is sharded."""
+def settle(model: nn.Module) -> None:
+    """Let no module keep what it gathered, as the outermost does by default, and the configuration say nothing of it.
+
+    What it says there, saving would follow: transformers gathers once more, which one process alone waits for forever.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(True, recurse=False)
+    vars(getattr(model, "config", model)).pop("distributed_config", None)
 
 
 def shard_beside(module: nn.Module, model: nn.Module) -> None:

@@ -102,6 +102,8 @@ def evaluate(
             raise UsageError(
                 f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
             )
+        if backbone.shard:
+            raise UsageError("--arms trains in one process; --shard goes with a single evaluation")
     if out.dry_run:
         seen = backbone.sketch(task)
         used = plan if arms else plan or run_plan(seen, scope)

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import UsageError, stopped_by
 from layerprobe.files import output_folder
 from layerprobe.locks import folder_lock
@@ -154,6 +155,8 @@ class _Training:
             self._note_other_machine(found)
             checkpoints.load_weights(found, self.classifier, plan)
             self.start = found.step
+        if is_sharded(backbone.model) and not config.shard:
+            raise UsageError("the model was spread while it was loaded; the bridge needs shard as well")
         if config.shard:
             shard(self.classifier, self.accelerator.device)
             self.check.take_digests()

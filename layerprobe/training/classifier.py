@@ -70,7 +70,7 @@ def shard(classifier: Classifier, device: torch.device) -> None:
             raise UsageError(
                 "a model that --shard spread takes no adapters; use a plan without them, or one process"
             )
-        # Of a stem its one map: FSDP wants outputs that are no views.
+        # FSDP warns that the stem's output is a view; nothing writes into it (gradients: test_sharded_loading.py).
         for part in (backbone.stem and backbone.stem.projection, classifier.head):
             if part is not None:
                 shard_beside(part, backbone.model)

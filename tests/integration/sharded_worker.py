@@ -25,18 +25,6 @@ from layerprobe.training import BridgeConfig, FineTuneConfig, block_plan, bridge
 from layerprobe.training.classifier import Classifier, shard, whole
 
 
-def peak_mib() -> float:
-    """The most memory of its own that this process had; files that are mapped belong to the system."""
-    return (
-        int(
-            next(
-                x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
-            ).split()[1]
-        )
-        / 1024
-    )
-
-
 def stem_gradient(backbone: Backbone, task: Task) -> list[float]:
     """Of the mean loss of 16 images, which the processes share."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -56,12 +44,11 @@ def main(settings: dict[str, Any]) -> None:
     output, world = settings["output"], int(os.environ.get("WORLD_SIZE", "1"))
     task = load_task("digits", limit=50, offline=True)
     loading = {"device": "cpu", "patch_size": 4, "shard": world > 1, **settings.get("loading", {})}
-    found: dict[str, Any] = {"before": peak_mib()}
+    found: dict[str, Any] = {}
     backbone = load_backbone(settings["model"], **loading).prepare(task)
     found["held"] = sum(
         (p.to_local() if hasattr(p, "to_local") else p).numel() for p in backbone.model.parameters()
     )
-    found["loaded"] = peak_mib()
     plan = block_plan(backbone, settings["blocks"])
     if "features" in settings["what"]:
         features = extract_features(backbone, task, batch_size=8, cache_dir=f"{output}-store", quiet=True)
@@ -83,7 +70,6 @@ def main(settings: dict[str, Any]) -> None:
         found["drift"] = [
             row["value"] for row in run.rows if row["value"] is not None and "second" not in row["metric"]
         ]
-    found["peak"] = peak_mib()
     Path(f"{output}.rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
