@@ -334,7 +334,7 @@ def identity(
             "revision": tensors.facts["task_revision"],
         },
         "backbone": {key: about[key] for key in BACKBONE},
-        "origin": check.before.to_dict(),
+        "origin": check.origin(),
         "trainable_digest": text_hash("\n".join([*plan.trainable, *_adapter_lines(plan)])),
     }
 

@@ -80,7 +80,9 @@ def stop_and_wait(run: Path, job: int) -> None:
     assert "Job completed successfully" in logs(run, "out"), logs(run, "err")
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tasks", [1, 2])
 def test_a_bridge_that_is_preempted_ends_with_the_same_bits(llama: Path, tmp_path: Path, tasks: int) -> None:
     """With two tasks the job is one training of two processes, as submitit tells torch about them."""
     whole, run = tmp_path / "whole", tmp_path / "run"
