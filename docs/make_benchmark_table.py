@@ -215,7 +215,9 @@ def short_table(root: Path = REPOSITORY) -> str:
         key = next(((w, a) for w, a in found if w.startswith(start) and a.startswith(peer)), None)
         if key is not None:
             row, path, script = found[key]
-            lines.append(f"| {words} | {row.against} | {row.measured} | [`{Path(script.split()[0]).name}`]({path}) |")
+            lines.append(
+                f"| {words} | {row.against} | {row.measured} | [`{Path(script.split()[0]).name}`]({path}) |"
+            )
     return "\n".join(lines)
 
 

@@ -27,7 +27,8 @@ from layerprobe.analyzers.attribution_path import (
     path_conductance,
     residual_taps,
 )
-from layerprobe.analyzers.features import columns_of, pixel_batches, rows_of_metric
+from layerprobe.analyzers.extraction import pixel_batches
+from layerprobe.analyzers.features import columns_of, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
@@ -227,10 +228,8 @@ class _Run:
         self.predictor, self.backbone, self.images = predictor, predictor.backbone, images
         self.batch_size, self.quiet = batch_size, quiet
         with torch.no_grad():
-            logits = [
-                self.predictor(pixels).float()
-                for _, pixels in pixel_batches(self.backbone, images, batch_size)
-            ]
+            batches = pixel_batches(self.backbone, images, batch_size)
+            logits = [self.predictor(pixels).float() for _, pixels in batches]
         self.targets = torch.cat([batch.argmax(dim=1).cpu() for batch in logits])
         self.scores = torch.cat([_margin(batch, batch.argmax(dim=1)).cpu() for batch in logits])
         if not torch.isfinite(self.scores).all():

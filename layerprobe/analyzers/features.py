@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
+from layerprobe.analyzers.extraction import TOKENS, fill_store
 from layerprobe.analyzers.feature_export import export_features
-from layerprobe.backbones.backbone import Backbone, evaluating, pool
+from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.choices import POOLINGS
-from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
-from layerprobe.hooks.capture import all_layers, capture, check_layers
-from layerprobe.hooks.feature_store import FeatureStore, InUse, StoreWriter, encode, features_root
-from layerprobe.hooks.stripes import begun, fill_together
+from layerprobe.backbones.sharding import is_sharded
+from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.hooks.capture import all_layers, check_layers
+from layerprobe.hooks.feature_store import FeatureStore, features_root
 from layerprobe.layers import LayerRef
-from layerprobe.locks import n_processes, process_number
-from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.tables import SHOWN_AS, tidy
-from layerprobe.tasks import ImageSplit, Task
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from layerprobe.tasks import Task
 
 PIECE_BYTES = 4 << 20
-
-TOKENS = "tokens"
-"""Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
 
 Layer = LayerRef | int
 """A place in a backbone, or the position in a plain list of arrays."""
@@ -228,8 +218,8 @@ def extract_features(
         "split_hash": images.hash,
     }
     store = FeatureStore(features_root(cache_dir), key, n_rows=len(images), dtype=dtype)
-    if not all(store.has(layer) for layer in wanted):
-        _fill_store(store, backbone, images, wanted, pooling, batch_size, quiet)
+    if is_sharded(backbone.model) or not all(store.has(layer) for layer in wanted):
+        fill_store(store, backbone, images, wanted, pooling, batch_size, quiet)
     arguments = {"layers": [str(layer) for layer in wanted], "split": split, "dtype": dtype}
     shown = {**backbone.provenance(), "pooling": pooling}
     return Features(
@@ -242,81 +232,6 @@ def extract_features(
         pooling=pooling,
         provenance=provenance("features", arguments, backbone=shown, task=task.report),
     )
-
-
-def _fill_store(
-    store: FeatureStore,
-    backbone: Backbone,
-    images: ImageSplit,
-    wanted: Sequence[LayerRef],
-    pooling: str,
-    batch_size: int,
-    quiet: bool,
-) -> None:
-    """Compute what is not there yet, alone or beside the other processes of a launch."""
-    with progress_bar(total=len(images), unit="image", desc=backbone.name, quiet=quiet) as bar:
-
-        def fill(part: FeatureStore, rows: slice, wait: bool) -> None:
-            chosen = images.subset(range(rows.start, rows.stop))
-            with contextlib.suppress(InUse), part.writer(wanted, batch_size=batch_size, wait=wait) as writer:
-                _append(writer, backbone, chosen, pooling, batch_size, bar)
-
-        if n_processes() > 1 or begun(store):
-            fill_together(store, wanted, batch_size, fill, first=process_number())
-        else:
-            fill(store, slice(0, len(images)), True)
-
-
-def _append(
-    writer: StoreWriter, backbone: Backbone, images: ImageSplit, pooling: str, batch_size: int, bar: tqdm[Any]
-) -> None:
-    """Run the images that are not in the store yet through the backbone."""
-
-    def pooled(hidden: Tensor) -> Tensor:
-        if pooling == TOKENS:
-            return hidden
-        return pool(hidden, pooling, n_prefix=backbone.n_prefix(hidden.shape[1]))
-
-    if not writer.layers:
-        return
-    bar.update(writer.rows)
-    with evaluating(backbone), torch.inference_mode():
-        for rows, pixels in pixel_batches(backbone, images, batch_size, start=writer.rows):
-            with capture(backbone, writer.layers, pool=pooled, stop_early=True) as seen:
-                backbone(pixels)
-            for layer, values in seen.items():
-                _check_finite(layer, values, images.ids[rows])
-            writer.append({layer: encode(values, writer.store.dtype) for layer, values in seen.items()})
-            bar.update(len(pixels))
-
-
-def _check_finite(layer: LayerRef, values: Tensor, ids: np.ndarray) -> None:
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
-        return
-    bad = (~finite).flatten(1).any(dim=1).nonzero().flatten()
-    hint = (
-        "float16 overflow is likely, try --dtype bfloat16"
-        if values.dtype == torch.float16
-        else ("the weights may be damaged; see: layerprobe outliers")
-    )
-    raise LayerprobeError(
-        f"{layer} holds {int((~finite).sum())} non-finite values (first: image {ids[int(bad[0])]}); {hint}"
-    )
-
-
-def pixel_batches(
-    backbone: Backbone, split: ImageSplit, batch_size: int, *, start: int = 0
-) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
-    recipe, on_gpu = backbone.recipe, backbone.device.type == "cuda"
-    for first, batch in zip(
-        range(start, len(split), batch_size),
-        split.resized_batches(recipe, batch_size, start=start, pin=on_gpu),
-        strict=True,
-    ):
-        rows = slice(first, first + len(batch))
-        yield rows, recipe.scaled(batch.to(backbone.device, non_blocking=on_gpu))
 
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:

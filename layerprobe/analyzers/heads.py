@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layerprobe.analyzers.features import pixel_batches
+from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.backbones.backbone import Backbone, evaluating
 from layerprobe.backbones.own_head import own_head
 from layerprobe.errors import UnknownNameError, UsageError

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.analyzers.features import (
     columns_of,
     extract_features,
-    pixel_batches,
     place,
     row_name,
     rows_of_metric,

@@ -36,6 +36,7 @@ from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import is_compiled, run_eagerly
 from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
+from layerprobe.backbones.sharding import run_whole
 from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
@@ -107,6 +108,8 @@ class Backbone(nn.Module):
         self.stem = None
         self.output_width = self.hidden_size
         """Width of what `forward` returns, which some models project (OPT-350m)."""
+        self.loaded_with: dict[str, Any] | None = None
+        """Arguments by which `load_backbone` made it from files."""
         self.checks_itself = self_check
         self.checked: SelfCheck | None = None
         self.preprocessing: Preprocessing | None = None
@@ -232,7 +235,7 @@ class Backbone(nn.Module):
         """Standard deviation of what the embedding layer hands to the blocks, over the first 4,096 tokens."""
         embedding = self._embedding
         ids = torch.arange(min(4096, embedding.num_embeddings), device=self.device)
-        return float(embedding(ids).double().std())
+        return float(run_whole(embedding, ids).double().std())
 
     @property
     def embedding_width(self) -> int:

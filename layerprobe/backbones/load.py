@@ -24,9 +24,11 @@ from layerprobe.backbones.pretrained import (
     remarks_in_one_line,
 )
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
+from layerprobe.backbones.sharding import sharding
 from layerprobe.backbones.trained_parts import put_into
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
 from layerprobe.files import weight_files
+from layerprobe.locks import n_processes
 from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
 from layerprobe.reading import check_plain
@@ -54,6 +56,7 @@ def load_backbone(
     attention: str | None = None,
     pooling: str | None = None,
     self_check: bool = True,
+    shard: bool = False,
     offline: bool = False,
     trust_remote_code: bool = False,
 ) -> Backbone:
@@ -90,6 +93,8 @@ def load_backbone(
         "mean" (default), "last" or "cls".
     self_check : bool
         Whether `Backbone.prepare` checks on two images that the model does what features rest on.
+    shard : bool
+        Spread the model over the processes of an `accelerate launch` while it is read.
 
     Raises
     ------
@@ -110,31 +115,46 @@ def load_backbone(
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
     kind = DTYPES[dtype or "float32"]
-    return _load(source, images, init, seed, target=target, dtype=kind, trust_remote_code=trust_remote_code)
+    asked = {**images, "revision": revision, "init": init, "seed": seed, "device": device, "dtype": dtype}
+    return _load(source, asked, target, kind, shard=shard, trust_remote_code=trust_remote_code)
 
 
 def _load(
     source: ModelSource,
-    images: dict[str, Any],
-    init: str,
-    seed: int,
-    *,
+    asked: dict[str, Any],
     target: torch.device,
     dtype: torch.dtype,
+    *,
+    shard: bool,
     trust_remote_code: bool,
 ) -> Backbone:
-    """The backbone of files; `images` says how images enter it."""
+    """The backbone of files; `asked` are arguments of `load_backbone`."""
+    init, seed = asked["init"], asked["seed"]
+    if shard and target.type != "meta":
+        beside = [key for key in ("trained_file", "adapters_file") if (source.run or {}).get(key)]
+        if init != "pretrained" or trust_remote_code or beside:
+            raise UsageError(
+                "--shard reads a whole pretrained model of transformers: no controls, no code of its own, "
+                "no run that kept only what it trained"
+            )
     with remarks_in_one_line(source):
-        full, whole = _build(source, init, seed, target, dtype, trust_remote_code)
+        full, whole = _build(source, init, seed, target, dtype, shard, trust_remote_code)
         full.eval()
         # Without a classifier of its own, nothing beside the tower is used again.
         (full if is_image_classifier(full) else image_or_text_tower(full)).to(target)
+        images = {
+            key: asked[key] for key in asked if key not in ("revision", "init", "seed", "device", "dtype")
+        }
         settings = _image_settings(full, source, **images)
         backbone = Backbone(full, source, init=init, seed=seed, **settings)
     if not whole:
         backbone.forget_own_head()
     if source.run is not None and source.run.get("stem_file") and init == "pretrained":
         _restore_stem(backbone, source.run)
+    here = source.origin in ("local", "bridge")
+    name = str(Path(source.name).expanduser().absolute()) if here else source.name
+    found = source.revision if source.origin == "hub" else None
+    backbone.loaded_with = {**asked, "name": name, "revision": found}
     return backbone.eval()
 
 
@@ -169,6 +189,7 @@ def load_for_dry_run(
     run_device = choose_device(device)
     backbone = load_backbone(name, device="meta", **options)
     backbone.run_device = run_device
+    backbone.loaded_with = {**(backbone.loaded_with or {}), "device": device}
     if task_size or backbone.image_size:
         try:
             backbone.expect_images(task_size)
@@ -217,6 +238,7 @@ def _build(
     seed: int,
     target: torch.device,
     dtype: torch.dtype,
+    shard: bool,
     trust_remote_code: bool,
 ) -> tuple[nn.Module, bool]:
     """The whole model, without values for the meta device, else on the CPU; and whether nothing was missing."""
@@ -228,7 +250,7 @@ def _build(
             skeleton = random_model(config, trust_remote_code)
         if target.type == "meta":
             return skeleton.to(dtype), True
-        _check_memory(skeleton, source, dtype, target)
+        _check_memory(skeleton, source, dtype, target, n_processes() if shard else 1)
         if init == "pretrained":
             _check_files(skeleton, source)
     if init != "pretrained":
@@ -237,7 +259,8 @@ def _build(
             random = random_model(config, trust_remote_code).to(dtype)
         if init == "random":
             return random, True
-    model, whole = pretrained_model(source, config, dtype, trust_remote_code)
+    parts = sharding(skeleton, config) if shard else None
+    model, whole = pretrained_model(source, config, dtype, trust_remote_code, parts)
     put_into(image_or_text_tower(model), source)
     if init in CONTROLS:
         replace_weights(image_or_text_tower(model), init, seed=seed, fresh=image_or_text_tower(random))
@@ -305,9 +328,11 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def _check_memory(full: nn.Module, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse weights that cannot fit before anything is loaded."""
-    needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize
+def _check_memory(
+    full: nn.Module, source: ModelSource, dtype: torch.dtype, device: torch.device, parts: int
+) -> None:
+    """Refuse weights that cannot fit before anything is loaded; of a sharded model, its part."""
+    needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize // parts
     free = available_memory(device)
     if free is not None and needed > free:
         kind = str(dtype).removeprefix("torch.")

@@ -49,7 +49,13 @@ class Memory(NamedTuple):
 
 
 def memory_needed(
-    seen: Backbone, *, images: int, trained: int | None = None, copies: int = 0, held: int = 0
+    seen: Backbone,
+    *,
+    images: int,
+    trained: int | None = None,
+    copies: int = 0,
+    held: int = 0,
+    shards: int = 1,
 ) -> Memory:
     """Memory of a run: of forward passes alone, or of training `trained` parameters with AdamW.
 
@@ -61,6 +67,8 @@ def memory_needed(
         How many more times the run holds the weights: another model, or a copy to compare with or go back to.
     held : int
         Bytes of images that are held preprocessed.
+    shards : int
+        Processes that hold the model together; the figures are those of one of them.
     """
     process = process_bytes() + LIBRARIES
     size = seen.weights_bytes // max(1, seen.n_parameters)
@@ -70,11 +78,13 @@ def memory_needed(
     if counted is None:
         counted = images * seen.tokens * seen.hidden_size * per_value + gradients
     # The file of the weights is mapped beside the weights while they are copied from it.
-    weights = (2 + copies) * seen.weights_bytes
+    weights = (2 + copies) * seen.weights_bytes // shards
+    if shards > 1:  # one block is gathered while the next one is on its way
+        weights += 2 * max(sum(p.numel() * p.itemsize for p in b.parameters()) for b in seen.blocks)
     return Memory(
         process=process,
         weights=weights,
-        gradients_and_moments=3 * gradients,
+        gradients_and_moments=3 * gradients // shards,
         activations=max(0, counted - gradients),
         images=held,
     )

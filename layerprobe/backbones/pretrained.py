@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.sharding import settle
 from layerprobe.errors import BrokenFileError, NotAvailableError
 from layerprobe.files import read_json, unread_weights, weight_files
 from layerprobe.progress import note
@@ -66,9 +67,15 @@ def place_in_whole_model(tower: PreTrainedModel) -> tuple[str, str]:
 
 
 def pretrained_model(
-    source: ModelSource, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+    source: ModelSource,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    sharding: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, bool]:
     """The checkpoint's model, and whether all of it was in the checkpoint (else a head around the tower was not).
+
+    `sharding` are arguments of `from_pretrained` from `layerprobe.backbones.sharding`.
 
     Raises
     ------
@@ -97,10 +104,15 @@ def pretrained_model(
             output_loading_info=True,
             state_dict=state,
             **extra,
+            **(sharding or {}),
         )
     except ImportError:
         raise  # a package is missing, for all quantisations as for all else: see remarks_in_one_line
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        if sharding:  # Gemma among them: torch cannot do with parts what its loading does with whole weights
+            raise NotAvailableError(
+                f"'{source.name}' cannot be read in parts: {first_line(error)}; leave --shard away"
+            ) from error
         raise BrokenFileError(
             f"cannot load the weights of '{source.name}' from {source.folder}: {first_line(error)}"
         ) from error
@@ -113,6 +125,7 @@ def pretrained_model(
             f"the weights of '{source.name}' are quantised ({quantised}) and transformers cannot load them: "
             f"{first_line(error)}"
         ) from error
+    settle(model)
     whole = _check_missing(source, model, loading["missing_keys"])
     _check_left_over(source, model, loading["unexpected_keys"])
     return model, whole

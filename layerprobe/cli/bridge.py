@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerprobe.cli import options
+from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.cli.processes import own_device
+from layerprobe.locks import n_processes
 
 if TYPE_CHECKING:
     from layerprobe.training.bridge_run import BridgeRun
@@ -40,7 +42,7 @@ class BridgeOptions(options.TrainingOptions):
         choices=("full", "trained"),
     )
     shard: bool = option(
-        False, "Spread the model over the processes (FSDP); a copy on each otherwise.", "--shard"
+        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
     )
     trackers: str | None = option(None, "Comma-separated, such as tensorboard,wandb.")
 
@@ -55,15 +57,17 @@ class BridgeOptions(options.TrainingOptions):
         return BridgeConfig(**given, seed=seed)
 
 
-@options.backbone_options(model="gpt2")
+@options.shardable_backbone_options(model="gpt2")
 @options.task_options(task="cifar100")
 @options.training_options(BridgeOptions)
 @options.output_options("bridge")
+@options.option_group("launch", LaunchOptions)
 def bridge(
-    backbone: options.BackboneOptions,
+    backbone: options.ShardableBackboneOptions,
     task: options.TaskOptions,
     training: BridgeOptions,
     out: Output,
+    launch: LaunchOptions,
     plan: Path | None = option(None, "Freeze plan (plan.json); default: everything trains."),
 ) -> None:
     """Teach a backbone random labels of a task's images; frozen layers stay bit-identical.
@@ -95,12 +99,15 @@ def bridge(
         facts = training_facts(
             seen,
             freeze_plan,
-            images=config.micro_batch or config.batch_size,
+            images=config.micro_batch * n_processes() if config.micro_batch else config.batch_size,
             n_images=sum(count_images(task, out).values()),
+            shard=backbone.shard,
         )
         out.show_facts({**facts, "output": str(out.folder)})
         return
 
+    if launch.submit(out):
+        return
     from layerprobe.training import bridge_train
 
     def draw(run: BridgeRun) -> None:

@@ -10,8 +10,9 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
+from layerprobe.cli.processes import own_device
 from layerprobe.errors import UsageError
-from layerprobe.locks import folder_lock
+from layerprobe.locks import folder_lock, n_processes, process_number
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
@@ -67,12 +68,15 @@ class EvaluateOptions(options.TrainingOptions):
         )
 
 
-@options.backbone_options(model="gpt2")
+@options.shardable_backbone_options(model="gpt2")
 @options.task_options(task="cifar100")
 @options.training_options(EvaluateOptions)
 @options.output_options("evaluate")
 def evaluate(
-    backbone: options.BackboneOptions, task: options.TaskOptions, training: EvaluateOptions, out: Output
+    backbone: options.ShardableBackboneOptions,
+    task: options.TaskOptions,
+    training: EvaluateOptions,
+    out: Output,
 ) -> None:
     """Fine-tune or probe a backbone on a task and report test accuracy with an interval.
 
@@ -100,6 +104,8 @@ def evaluate(
             raise UsageError(
                 f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
             )
+        if backbone.shard:
+            raise UsageError("--arms trains in one process; --shard goes with a single evaluation")
     if not trains and len(seeds) > 1:
         raise UsageError(f"--mode {mode} trains nothing that a seed changes; leave --seeds out")
     if trains:
@@ -114,21 +120,31 @@ def evaluate(
         check_plan(used, seen)
     if out.dry_run:
         facts = training_facts(
-            seen, used, images=training.batch_size, n_images=sum(count_images(task, out).values())
+            seen,
+            used,
+            images=training.batch_size,
+            n_images=sum(count_images(task, out).values()),
+            shard=backbone.shard,
         )
         facts["trainings"] = n_trainings
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return
 
+    is_first = process_number() == 0
+    backbone = replace(backbone, device=own_device(backbone.device))
     images = task.load(out)
     if out.folder is not None:
         out.keep_settings()
+    # Of several processes only the first writes; what one alone finds in a folder the others could not follow.
+    folder = out.folder if n_processes() == 1 else None
     with folder_lock(out.folder, "layerprobe evaluate"):
-        shared: dict[str, Any] = {"seeds": seeds, "output": out.folder, "quiet": out.quiet}
+        shared: dict[str, Any] = {"seeds": seeds, "output": folder, "quiet": out.quiet or not is_first}
         if not arms:
             network = backbone.load()
             plan = plan or run_plan(network, scope)
-            out.finish(evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared))
+            found = evaluate_one(network, images, mode=mode, plan=plan, config=finetune, **shared)
+            if is_first:
+                out.finish(found)
             return
 
         def load(init: str, seed: int) -> Backbone:
@@ -137,7 +153,8 @@ def evaluate(
         record = evaluate_arms(
             load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
         )
-        out.finish(record, figures=figures(record) if out.folder is not None else None)
+        if is_first:
+            out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
 def figures(record: Record) -> dict[str, Draw]:

@@ -13,12 +13,12 @@ from layerprobe.cli.processes import copies, own_device
 from layerprobe.locks import process_number
 
 
-@options.backbone_options()
+@options.shardable_backbone_options()
 @options.task_options()
 @options.layer_options()
 @options.output_options("features")
 def features(
-    backbone: options.BackboneOptions,
+    backbone: options.ShardableBackboneOptions,
     task: options.TaskOptions,
     layers: options.LayerOptions,
     out: Output,
@@ -52,7 +52,7 @@ def features(
         n_images = sum(counts.values())
         n_tokens, value_bytes = seen.tokens if tokens else 1, 4 if store_dtype == "float32" else 2
         size = n_images * n_layers * seen.hidden_size * n_tokens * value_bytes
-        facts = forward_facts(seen, batch_size=layers.batch_size, counts=counts)
+        facts = forward_facts(seen, batch_size=layers.batch_size, counts=counts, shard=backbone.shard)
         facts["store"] = (
             f"{size / 2**20:.1f} MiB: {n_images:,} images × {n_layers} layers × {seen.hidden_size}"
         )

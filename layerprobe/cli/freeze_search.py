@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli import options
+from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
 from layerprobe.locks import folder_lock
@@ -72,7 +73,7 @@ class SearchOptions:
         "postgresql://… shared by many machines; default: study.db in the output folder."
     )
     workers: int | None = _search(
-        "Processes on this machine; default: one for each core of a CPU, at most 4; else 1.", min=1
+        "Processes on this machine; default: one a GPU, or a core of a CPU (at most 4).", min=1
     )
     no_scores: bool = option(False, "Compute no transfer scores.", "--no-scores", panel="Search")
     baselines: str | None = _search(
@@ -139,8 +140,13 @@ class SearchOptions:
 @options.task_options(task="cifar100")
 @options.output_options("freeze-search")
 @options.option_group("settings", SearchOptions)
+@options.option_group("launch", LaunchOptions)
 def freeze_search(
-    backbone: options.BackboneOptions, task: options.TaskOptions, settings: SearchOptions, out: Output
+    backbone: options.BackboneOptions,
+    task: options.TaskOptions,
+    settings: SearchOptions,
+    out: Output,
+    launch: LaunchOptions,
 ) -> None:
     """Find which blocks to train and which to leave frozen, by training plans under a budget.
 
@@ -169,7 +175,7 @@ def freeze_search(
 
     seen = backbone.sketch(task)
     given |= settings.blocks(seen.n_blocks, model=seen.name)
-    processes = settings.workers or processes_on(seen.run_device.type)
+    processes = settings.workers or processes_on(seen)
     if out.dry_run:
         facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
         out.show_facts({**facts, "task": task.task, "output": str(out.folder)})
@@ -177,6 +183,8 @@ def freeze_search(
     final = make_settings(settings.preset, **given)
     check_search(final, search_space(seen, final), out.folder)
 
+    if launch.submit(out, storage=settings.storage):
+        return
     from layerprobe.search import freeze_search as search
 
     images = task.load(out)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # typer keeps a click of its own
     from typer._click.formatting import HelpFormatter
 
 COMMANDS = (
-    "demo", "freeze-search", "watch", "bridge", "evaluate", "outliers", "compare", "features", "cka", "probe",
-    "transfer", "attribute", "report", "env",
+    "demo", "freeze-search", "watch", "worker", "bridge", "evaluate", "outliers", "compare", "features", "cka",
+    "probe", "transfer", "attribute", "report", "env",
 )  # fmt: skip
 """In the order of the help; each stands in the file of its name, in a function of its name."""
 

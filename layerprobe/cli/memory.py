@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.locks import n_processes
+
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
     from layerprobe.cli.options import TaskOptions
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def forward_facts(
-    seen: Backbone, *, batch_size: int, models: int = 1, counts: Mapping[str, int] | None = None
+    seen: Backbone,
+    *,
+    batch_size: int,
+    models: int = 1,
+    counts: Mapping[str, int] | None = None,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Model, blocks, and an estimate of the memory of a process that holds `models` models of this size."""
     from layerprobe.backbones.load import available_memory
@@ -23,16 +30,17 @@ def forward_facts(
 
     free = available_memory(seen.run_device)
     batch_size = min(batch_size, max((counts or {}).values(), default=batch_size))
-    needed = memory_needed(seen, images=batch_size, copies=models - 1)
+    needed = memory_needed(seen, images=batch_size, copies=models - 1, shards=n_processes() if shard else 1)
     fits = "unknown" if free is None else ("yes" if sum(needed) - needed.process < free else "no")
     return {
+        **_processes(shard),
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
         "width": seen.hidden_size,
         "parameters": f"{seen.n_parameters:,}",
         "device": str(seen.run_device),
         "dtype": str(seen.dtype).removeprefix("torch."),
-        "weights": bytes_text(seen.weights_bytes),
+        "weights": bytes_text(seen.weights_bytes // (n_processes() if shard else 1)),
         "tokens an image": seen.tokens_in_words,
         "activations": f"about {bytes_text(needed.activations)} for {batch_size} images of {seen.tokens} tokens",
         "memory": needed.words(str(seen.run_device)),
@@ -41,8 +49,16 @@ def forward_facts(
     }
 
 
+def _processes(shard: bool) -> dict[str, Any]:
+    """What stands before figures that are those of one process of several."""
+    if n_processes() == 1:
+        return {}
+    part = f"1/{n_processes()} of the model" if shard else "the whole model"
+    return {"processes": f"{n_processes()}; figures of one, which holds {part}"}
+
+
 def training_facts(
-    seen: Backbone, plan: FreezePlan | None, *, images: int, n_images: int = 0
+    seen: Backbone, plan: FreezePlan | None, *, images: int, n_images: int = 0, shard: bool = False
 ) -> dict[str, Any]:
     """Model, plan, and an estimate of the memory for weights, gradients, AdamW's moments and activations."""
     from layerprobe.backbones.memory_use import memory_needed
@@ -59,14 +75,22 @@ def training_facts(
     # A bridge compares its weights with the first ones, an evaluation goes back to them.
     pixels = 4 * 3 * (seen.image_size or 0) ** 2 * n_images
     held = pixels if pixels <= IN_MEMORY_BYTES else 0
-    needed = memory_needed(seen, images=images, trained=trained, copies=1, held=held)
+    needed = memory_needed(
+        seen,
+        images=max(1, images // n_processes()),
+        trained=trained,
+        copies=1,
+        held=held,
+        shards=n_processes() if shard else 1,
+    )
     return {
+        **_processes(shard),
         "model": f"{seen.source.model_id} @ {seen.source.revision}",
         "device": str(seen.run_device),
         "blocks": seen.n_blocks,
         "plan": "no plan: everything trains" if plan is None else plan.summary(),
         "trained parameters": trained,
-        "weights": bytes_text(seen.weights_bytes),
+        "weights": bytes_text(seen.weights_bytes // (n_processes() if shard else 1)),
         "gradients and moments": bytes_text(needed.gradients_and_moments),
         "tokens an image": seen.tokens_in_words,
         "activations": bytes_text(needed.activations),

@@ -148,6 +148,15 @@ class BackboneOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardableBackboneOptions(BackboneOptions):
+    """The same for commands that many processes run together."""
+
+    shard: bool = option(
+        False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskOptions:
     """Which images."""
 
@@ -305,6 +314,7 @@ def _parameter(name: str, annotation: Any, default: object) -> inspect.Parameter
 
 
 backbone_options = functools.partial(option_group, "backbone", BackboneOptions)
+shardable_backbone_options = functools.partial(option_group, "backbone", ShardableBackboneOptions)
 task_options = functools.partial(option_group, "task", TaskOptions)
 layer_options = functools.partial(option_group, "layers", LayerOptions)
 training_options = functools.partial(option_group, "training")

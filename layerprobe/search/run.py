@@ -36,11 +36,11 @@ from layerprobe.search.evaluator import Evaluator, layer_scores, proposals
 from layerprobe.search.pilot import Pilot, run_pilot
 from layerprobe.search.probes import ProbeBaseline, probe_baselines
 from layerprobe.search.result import SearchResult, make_result
-from layerprobe.search.settings import Settings, identify, make_settings
+from layerprobe.search.settings import Settings, how_to_load, identify, make_settings
 from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy, run_strategy
-from layerprobe.search.trials import TrialStore, hide_password, storage_url
-from layerprobe.search.workers import helpers
+from layerprobe.search.trials import FINISHED, LOADING, TrialStore, hide_password, storage_url
+from layerprobe.search.workers import gpus_of, helpers
 from layerprobe.tables import strict_rows
 from layerprobe.training import Outcome, bridge_train
 from layerprobe.training.checkpoints import find_checkpoint
@@ -104,8 +104,10 @@ def freeze_search(
         runner = prepare(backbone, task, chosen, url)
         check_search(chosen, runner.space, output)
         folder = None if output is None else output_folder(output)
-        with closing(runner.store):
+        with closing(runner.store) as store:
+            store.put(LOADING, how_to_load(backbone, task, preset, settings))
             found = _Search(runner, workers, quiet).run()
+            store.put(FINISHED, True)
     found.provenance = provenance(
         "freeze-search",
         {**chosen.to_dict(), "preset": preset, "workers": workers},
@@ -144,7 +146,8 @@ class TrialRunner:
 
     def helpers(self, count: int) -> AbstractContextManager[None]:
         """`count` more processes that train waiting trials while the context is open."""
-        return helpers(count, partial(serve, self.url, self.identity, self.evaluator))
+        work = partial(serve, self.url, self.identity, self.evaluator)
+        return helpers(count, work, gpus=gpus_of(self.evaluator.backbone))
 
     def scores(self, *, quiet: bool = True) -> pd.DataFrame:
         """Transfer scores by layer, computed by whoever comes first and kept with the trials."""

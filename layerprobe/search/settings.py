@@ -337,6 +337,20 @@ def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, An
     }
 
 
+def how_to_load(
+    backbone: Backbone, task: Task, preset: str | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What another process makes backbone, task and settings of; nothing where one of them was made in memory."""
+    if backbone.loaded_with is None or task.loaded_with is None:
+        return {}
+    return {
+        "backbone": backbone.loaded_with,
+        "task": task.loaded_with,
+        "preset": preset,
+        "settings": dict(given),
+    }
+
+
 def difference_in_words(known: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> str:
     """The first entry in which two identities differ."""
     for key in [*wanted, *known]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -47,6 +48,11 @@ it has waited, so that what it waits for is found late by no more than that. No 
 QUEUE = 32
 """How many trials wait at a time: enough for the workers of several machines, few enough that reading all
 trials that have not ended, as every look into the database does, stays far below the time of a training."""
+
+FINISHED = "finished"
+"""The fact of a search that has its answer."""
+LOADING = "loading"
+"""The fact that says how a worker makes backbone, task and settings of a search."""
 
 DISTRIBUTIONS: dict[str, BaseDistribution] = {
     "lr": FloatDistribution(1e-9, 1e3, log=True),
@@ -96,21 +102,8 @@ class TrialStore:
         UsageError
             The database holds a search with other arguments.
         """
-        target = storage_url(url)
-        shown = hide_password(target)
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
-            storage, study = connect(target)
-            be_patient(storage, shown)
-        except ImportError as error:
-            raise NotAvailableError(
-                f"storage {shown} needs a driver that is not installed ({error.name}); "
-                "for PostgreSQL: pip install 'layerprobe[postgres]'"
-            ) from error
-        except LayerprobeError:
-            raise
-        except STORAGE_ERRORS as error:
-            raise NotAvailableError(f"storage {shown} cannot be used: {first_line(error)}") from error
+        shown = hide_password(storage_url(url))
+        storage, study = _connected(url)
         wanted = json.loads(json.dumps(dict(arguments)))
         known = study.user_attrs.get("arguments")
         if known is None and study.trials:
@@ -124,6 +117,17 @@ class TrialStore:
             )
         return cls(storage, study)
 
+    @classmethod
+    def join(cls, url: str | os.PathLike[str]) -> TrialStore:
+        """The store of whatever search is in a database; NotAvailableError where there is no database."""
+        target = storage_url(url)
+        path = hide_password(target)
+        if target.startswith("sqlite:") and not Path(path).is_file():
+            raise NotAvailableError(
+                f"there is no search at {path}; start it with: layerprobe freeze-search --storage {path} …"
+            )
+        return cls(*_connected(url))
+
     def outcomes(
         self, trials: Sequence[Trial], evaluate: Evaluate, watch: Callable[[int, int], None] | None = None
     ) -> dict[Trial, Outcome]:
@@ -135,7 +139,7 @@ class TrialStore:
         """
         wanted, pause = {trial.key: trial for trial in trials}, Pause()
         while True:
-            owners = self._owners()
+            owners = _owners(self._trials())
             done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
             if watch is not None:
                 watch(len(done), len(wanted))
@@ -156,17 +160,21 @@ class TrialStore:
                 self.revive()
                 pause.sleep()
 
-    def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool]) -> None:
-        """Train waiting trials of this search until `keep_on` is false; for worker processes."""
-        pause = Pause()
+    def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool] = lambda: True) -> int:
+        """Train waiting trials until the search has its answer or `keep_on` is false; how many it were."""
+        pause, trained = Pause(), 0
         while keep_on():
-            owners = self._owners()
+            trials = self._trials()
+            if _fact(trials, FINISHED) is not None:
+                break
+            owners = _owners(trials)
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
                 self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
-                pause = Pause()
+                pause, trained = Pause(), trained + 1
             else:
                 pause.sleep(keep_on)
+        return trained
 
     def records(self) -> list[Finished]:
         """Finished trials in the order of their numbers."""
@@ -201,8 +209,7 @@ class TrialStore:
 
     def get(self, name: str) -> Any:
         """A fact kept with the search by `put`, or None."""
-        kept = [frozen for frozen in self._trials() if frozen.user_attrs.get("fact") == name]
-        return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
+        return _fact(self._trials(), name)
 
     def put(self, name: str, value: Any) -> None:
         """Keep a fact (strict JSON) with the search; the first one stays, so that all processes agree."""
@@ -221,16 +228,6 @@ class TrialStore:
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
-
-    def _owners(self) -> dict[str, FrozenTrial]:
-        owners: dict[str, FrozenTrial] = {}
-        for frozen in self._trials():
-            key = frozen.user_attrs.get("key")
-            if key is None or (frozen.state.is_finished() and _finished(frozen) is None):
-                continue
-            if key not in owners or frozen.number < owners[key].number:
-                owners[key] = frozen
-        return owners
 
     def _enqueue(self, trial: Trial) -> None:
         # Parameters are for optuna's own tools; the attributes are what is read back here.
@@ -312,6 +309,25 @@ class TrialStore:
             thread.join()
 
 
+def _connected(url: str | os.PathLike[str]) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+    target = storage_url(url)
+    shown = hide_password(target)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage, study = connect(target)
+        be_patient(storage, shown)
+    except ImportError as error:
+        raise NotAvailableError(
+            f"storage {shown} needs a driver that is not installed ({error.name}); "
+            "for PostgreSQL: pip install 'layerprobe[postgres]'"
+        ) from error
+    except LayerprobeError:
+        raise
+    except STORAGE_ERRORS as error:
+        raise NotAvailableError(f"storage {shown} cannot be used: {first_line(error)}") from error
+    return storage, study
+
+
 class Pause:
     """Sleeps that grow with the time since it was made."""
 
@@ -324,6 +340,23 @@ class Pause:
         end = now + min(max(POLL_SECONDS, (now - self._since) / 4), MOST_POLL_SECONDS)
         while (left := end - time.monotonic()) > 0 and keep_on():
             time.sleep(min(POLL_SECONDS, left))
+
+
+def _fact(trials: Sequence[FrozenTrial], name: str) -> Any:
+    kept = [frozen for frozen in trials if frozen.user_attrs.get("fact") == name]
+    return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
+
+
+def _owners(trials: Sequence[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """By key, the trial that stands for all with that key."""
+    owners: dict[str, FrozenTrial] = {}
+    for frozen in trials:
+        key = frozen.user_attrs.get("key")
+        if key is None or (frozen.state.is_finished() and _finished(frozen) is None):
+            continue
+        if key not in owners or frozen.number < owners[key].number:
+            owners[key] = frozen
+    return owners
 
 
 def _finished(frozen: FrozenTrial | None) -> Outcome | None:

@@ -13,10 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerprobe.locks import usable_cores
+
+if TYPE_CHECKING:
+    from layerprobe.backbones.backbone import Backbone
 
 ORPHAN_SECONDS = 2.0
 """How often a helper process looks for the process that started it."""
@@ -27,14 +31,32 @@ Serve = Callable[[Callable[[], bool]], None]
 """Works while the given function says so; must survive pickling."""
 
 
-def processes_on(device: str) -> int:
-    """Processes of a search that names no number: small models train faster side by side than on many threads."""
-    return min(MOST_PROCESSES, usable_cores()) if device == "cpu" else 1
+def processes_on(backbone: Backbone) -> int:
+    """Processes of a search that names no number: one a GPU; on a CPU small models train faster side by side."""
+    if backbone.run_device.type == "cpu":
+        return min(MOST_PROCESSES, usable_cores())
+    return max(1, gpus_of(backbone))
+
+
+def gpus_of(backbone: Backbone) -> int:
+    """GPUs over which the processes of a search are spread; 0 where the user named one of them."""
+    asked = (backbone.loaded_with or {}).get("device", "in memory")
+    spread = backbone.run_device.type == "cuda" and asked in (None, "cuda")
+    return torch.cuda.device_count() if spread else 0
+
+
+def gpu_of(number: int, gpus: int) -> dict[str, str]:
+    """The environment in which process `number` sees one GPU alone, which is then its first."""
+    if gpus < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    names = visible if len(visible) == gpus else [str(index) for index in range(gpus)]
+    return {"CUDA_VISIBLE_DEVICES": names[number % gpus]}
 
 
 @contextmanager
-def helpers(count: int, serve: Serve) -> Iterator[None]:
-    """Run `serve` in `count` processes beside the caller; each gets its own copy.
+def helpers(count: int, serve: Serve, *, gpus: int = 0) -> Iterator[None]:
+    """Run `serve` in `count` processes beside the caller; each gets its own copy, and the next of `gpus` GPUs.
 
     They stop when the block ends, and by themselves when the caller is gone.
     """
@@ -54,8 +76,9 @@ def helpers(count: int, serve: Serve) -> Iterator[None]:
         for _ in range(count)
     ]
     with _threads_of(_threads(count + 1)):
-        for process in processes:
-            process.start()
+        for number, process in enumerate(processes, 1):
+            with _environment(gpu_of(number, gpus)):
+                process.start()
         try:
             yield
         finally:
@@ -68,6 +91,18 @@ def helpers(count: int, serve: Serve) -> Iterator[None]:
                     process.join(timeout=10)
                     process.kill()
                     process.join()
+
+
+@contextmanager
+def _environment(added: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:

@@ -7,8 +7,9 @@ import operator
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,10 +61,8 @@ def load_task(
         Of the cut and of the subset.
     offline : bool
         Never ask the network (as with HF_HUB_OFFLINE=1); use the Hugging Face cache.
-    revision : str | None
-        Branch, tag or commit of the hub repository.
-    label : str | None
-        Label column, where there are several.
+    revision, label : str | None
+        Branch, tag or commit of the hub repository; label column, where there are several.
     decode_workers, keep_decoded
         Processes that decode ahead, and whether resized images stay on disk: `layerprobe.tasks.decoding.Decoding`.
 
@@ -102,7 +101,7 @@ def load_task(
         source, commit = _read_hub(base, task_id, choice, config, revision, offline=offline)
     if commit is None and revision is not None:
         raise UsageError(f"revision '{revision}' means nothing here: {task_id} is not read from the hub")
-    return cut_task(
+    task = cut_task(
         name,
         source,
         task_id=task_id,
@@ -112,6 +111,15 @@ def load_task(
         decode_workers=decode_workers,
         keep_decoded=keep_decoded,
     )
+    asked = {"limit": limit, "seed": seed, "revision": commit, "label": label}
+    return replace(task, loaded_with=asked | _where(name, data_dir, folder is not None))
+
+
+def _where(name: str, data_dir: str | Path | None, in_folder: bool) -> dict[str, Any]:
+    """Where a process that starts in another folder finds the task."""
+    if data_dir is not None:
+        return {"name": name, "data_dir": str(Path(data_dir).expanduser().absolute())}
+    return {"name": str(Path(name).expanduser().absolute()) if in_folder else name, "data_dir": None}
 
 
 def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[int | None, bool]:

@@ -127,6 +127,8 @@ class Task:
     channels : int
         1 where all images are grayscale, else 3. image_size : pixels per side, None where images differ or
         are not square.
+    loaded_with : dict[str, Any] | None
+        Arguments by which `load_task` made it.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Task:
     report: dict[str, Any]
     channels: int
     image_size: int | None
+    loaded_with: dict[str, Any] | None = None
 
     @property
     def n_classes(self) -> int:

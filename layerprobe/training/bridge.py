@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import UsageError, stopped_by
 from layerprobe.files import output_folder
 from layerprobe.locks import folder_lock
@@ -24,7 +25,7 @@ from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.choose_rate import choose_rate
-from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training
+from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training, shard
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
@@ -150,8 +151,10 @@ class _Training:
             self._note_other_machine(found)
             checkpoints.load_weights(found, self.classifier, plan)
             self.start = found.step
+        if is_sharded(backbone.model) and not config.shard:
+            raise UsageError("the model was spread while it was loaded; the bridge needs shard as well")
         if config.shard:
-            checkpoints.shard(self.classifier, self.accelerator.device)
+            shard(self.classifier, self.accelerator.device)
             self.check.take_digests()
         self.optimizer = make_optimizer(self.classifier, config)
         if found is not None and found.step < self.n_steps:
@@ -312,7 +315,8 @@ class _Training:
         verified = self.check.verify(after=f"{done} steps")
         if self.folder is not None and (self.is_main or self.config.shard):
             # Sharded tensors are gathered by all processes and written by one.
-            weights = checkpoints.classifier_tensors(self.classifier)
+            only = self.plan.trainable if self.config.save == "trained" else None
+            weights = checkpoints.classifier_tensors(self.classifier, only=only, keep=self.is_main)
             moments = None if final else checkpoints.optimizer_tensors(self.optimizer, self.classifier)
             if self.is_main:
                 self.history.write()

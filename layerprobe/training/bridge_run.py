@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.outliers.summary import outlier_ratio
@@ -143,9 +144,10 @@ class History:
 
 
 def initial_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """Copies, on the CPU, of the parameters that training may change, by name within the model."""
+    """Copies, on the CPU, of the parameters that training may change, by name within the model; of sharded ones the
+    part that lies here."""
     return {
-        clean_name(n): p.detach().cpu().clone()
+        clean_name(n): p.detach().clone() if isinstance(p, DTensor) else p.detach().cpu().clone()
         for n, p in backbone.model.named_parameters()
         if p.requires_grad
     }
@@ -160,7 +162,7 @@ def drift_rows(backbone: Backbone, before: Mapping[str, Tensor]) -> list[dict[st
     - `spectral_norm_ratio`: largest singular value after over before, mean over the changed matrices.
     - `outlier_ratio_6sigma_before`, `…_after`: entries beyond 6 deviations of their matrix, pooled.
     """
-    groups: dict[int | None, list[tuple[Tensor, Tensor]]] = {}
+    groups: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
     names = {clean_name(name): group for name, group in backbone.layout.parameter_groups.items()}
     updates = adapter_updates(backbone.model)
     for full, parameter in backbone.model.named_parameters():
@@ -169,16 +171,19 @@ def drift_rows(backbone: Backbone, before: Mapping[str, Tensor]) -> list[dict[st
         name = clean_name(full)
         group = names.get(name, "other")
         block = int(group[6:]) if group.startswith("block.") else None
+        groups.setdefault(block, []).append((name, parameter))
+
+    def pair(name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
         after = whole(parameter.detach()).cpu()
         if name in updates:  # the weight itself stays as it was
-            before = {**before, name: after}
-            after = after + updates[name].cpu()
-        groups.setdefault(block, []).append((before.get(name, after), after))
+            return after, after + updates[name].cpu()
+        return (whole(before[name]) if name in before else after), after
+
     place = {"site": None, "split": None}
     return [
         {"block": block, **place, **row}
         for block in sorted(groups, key=lambda b: (b is None, b))
-        for row in _group_drift(groups[block])
+        for row in _group_drift([pair(*named) for named in groups[block]])
     ]
 
 

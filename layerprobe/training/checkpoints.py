@@ -24,19 +24,16 @@ import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -44,6 +41,7 @@ from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
 from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, shortened
 from layerprobe.files import cannot_write, read_json, sync, write_json
+from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.progress import note
 from layerprobe.reading import Schema, check_fields, is_there, open_file
 from layerprobe.tables import strict_value
@@ -262,9 +260,22 @@ def _copy(source: dict[str, Tensor], target: nn.Module) -> None:
         tensor.copy_(source[name])
 
 
-def classifier_tensors(classifier: Classifier) -> dict[str, Tensor]:
-    """The classifier's state, sharded tensors gathered."""
-    return {name: whole(tensor) for name, tensor in classifier.state_dict().items()}
+def classifier_tensors(
+    classifier: Classifier, *, only: Collection[str] | None = None, keep: bool = True
+) -> dict[str, Tensor]:
+    """The classifier's state, sharded tensors gathered, one after the other.
+
+    `only` are the names of the model's tensors that are wanted; None: all. With `keep` False this process takes part
+    in gathering and keeps nothing.
+    """
+    found = {}
+    for full, tensor in classifier.state_dict().items():
+        name = full.removeprefix("backbone.model.")
+        if only is None or name == full or adapter_part(name) or clean_name(name) in only:
+            gathered = whole(tensor)
+            if keep:
+                found[full] = gathered
+    return found
 
 
 def optimizer_tensors(optimizer: Optimizer, classifier: Classifier) -> dict[str, Tensor]:
@@ -296,22 +307,6 @@ def load_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, classifier: Cla
         optimizer.state[parameter][key] = value
 
 
-def shard(classifier: Classifier, device: torch.device) -> None:
-    """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
-
-    Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
-    parameters may be mixed in any way, inside a block too. UsageError for a single process.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        raise UsageError(
-            "--shard spreads the model over several processes; start them with: accelerate launch"
-        )
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # One group per block, one for the head (it may have another dtype), one for all the rest.
-    for module in [*classifier.backbone.blocks, classifier.head, classifier]:
-        fully_shard(module, mesh=mesh)
-
-
 def refuse_other_settings(found: Checkpoint, run_folder: Path | None, config: BridgeConfig) -> None:
     """UsageError where the run that was `found` in `run_folder` was begun with other settings."""
     settings = strict_value(config.to_dict())
@@ -334,7 +329,7 @@ def identity(
             "revision": tensors.facts["task_revision"],
         },
         "backbone": {key: about[key] for key in BACKBONE},
-        "origin": check.before.to_dict(),
+        "origin": check.origin(),
         "trainable_digest": text_hash("\n".join([*plan.trainable, *_adapter_lines(plan)])),
     }
 

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from layerprobe.backbones.backbone import evaluating
-from layerprobe.errors import NotAvailableError, PlanError
+from layerprobe.backbones.sharding import is_sharded, shard_beside
+from layerprobe.errors import NotAvailableError, PlanError, UsageError
 from layerprobe.plans.adapters import has_adapters, remove_adapters
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
@@ -48,6 +52,33 @@ class Classifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         pooled = self.backbone.pool(self.backbone(pixels))
         return self.head(pooled.to(self.head.weight.dtype))
+
+
+def shard(classifier: Classifier, device: torch.device) -> None:
+    """Spread every parameter over all processes (PyTorch's FSDP2), block by block; in place.
+
+    Not by accelerate, whose FSDP needs accelerators: this also runs on CPU processes. Frozen and trained
+    parameters may be mixed in any way, inside a block too. UsageError for a single process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        raise UsageError(
+            "--shard spreads the model over several processes; start them with: accelerate launch"
+        )
+    backbone = classifier.backbone
+    if is_sharded(backbone.model):  # since it was loaded
+        if has_adapters(backbone.model):
+            raise UsageError(
+                "a model that --shard spread takes no adapters; use a plan without them, or one process"
+            )
+        # FSDP warns that the stem's output is a view; nothing writes into it (gradients: test_sharded_loading.py).
+        for part in (backbone.stem and backbone.stem.projection, classifier.head):
+            if part is not None:
+                shard_beside(part, backbone.model)
+        return
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # One group per block, one for the head (it may have another dtype), one for all the rest.
+    for module in [*backbone.blocks, classifier.head, classifier]:
+        fully_shard(module, mesh=mesh)
 
 
 def set_training(classifier: Classifier) -> None:
@@ -112,8 +143,12 @@ class Snapshot:
             )
         with torch.no_grad():
             for name, tensor in state.items():
-                tensor.copy_(self._tensors[name])
-        if wrong := [name for name, tensor in state.items() if not _same_bits(tensor, self._tensors[name])]:
+                tensor.copy_(spread_like(tensor, self._tensors[name]))
+        if wrong := [
+            name
+            for name, tensor in state.items()
+            if not _same_bits(tensor, spread_like(tensor, self._tensors[name]))
+        ]:
             raise PlanError(
                 f"the backbone was not restored exactly: {len(wrong)} tensors differ ({wrong[0]})"
             )
@@ -140,10 +175,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
+def spread_like(target: Tensor, tensor: Tensor) -> Tensor:
+    """The whole `tensor`, as it is or, where `target` is sharded, this process's part of it."""
+    if isinstance(target, DTensor) and not isinstance(tensor, DTensor):
+        return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+    return tensor
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Bit-identical, NaNs included."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
+    a, b = (t.to_local() if isinstance(t, DTensor) else t for t in (a, b))
     flat = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
     return torch.equal(*flat)
 

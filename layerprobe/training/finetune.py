@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from layerprobe.backbones.backbone import evaluating
+from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.training.classifier import (
@@ -21,6 +22,7 @@ from layerprobe.training.classifier import (
     in_batches,
     predict,
     set_training,
+    shard,
     training_flops,
 )
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
@@ -231,13 +233,17 @@ def run_stage(
     check = FrozenCheck(plan, classifier)
     set_training(classifier)
     accelerator = make_accelerator(classifier.device)
-    if accelerator.num_processes > 1:
+    spread = is_sharded(backbone.model)
+    if accelerator.num_processes > 1 and not spread:
         raise UsageError(
             f"fine-tuning and plan values run in one process, not {accelerator.num_processes}; only the bridge "
-            "spreads over processes"
+            "spreads over processes, and a model that --shard spread"
         )
+    if spread:
+        shard(classifier, accelerator.device)
+        check.take_digests()
     optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
-    prefix = make_prefix(classifier, pixels, config)
+    prefix = None if spread else make_prefix(classifier, pixels, config)
     n_steps = config.n_steps(len(pixels))
     began = time.perf_counter()
     steps = training_steps(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
+from layerprobe.backbones.sharding import is_sharded
 from layerprobe.backbones.units import linear_modules, parameter_units
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
@@ -44,6 +46,15 @@ class FrozenCheck:
         """Compare from now on with the tensors as they are; of a sharded model, with the part that lies here."""
         self._digests = self.plan.fingerprint(self._classifier.backbone.model)
         self._outside = {name: tensor_digest(tensor) for name, tensor in self._frozen_outside().items()}
+
+    def origin(self) -> dict[str, Any]:
+        """`before` as plain values, the same in all processes: of one read in parts, those of every part."""
+        own = self.before.to_dict()
+        if not is_sharded(self._classifier.backbone.model):
+            return own
+        parts: list[dict[str, Any]] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+        return {str(rank): part for rank, part in enumerate(parts)}
 
     def verify(self, *, after: str) -> Verification:
         """Compare every frozen tensor with what it was; PlanError names one that changed and says after what."""

@@ -284,15 +284,18 @@ def _divergence(losses: list[float], norm: float, *, guess: float, lr: float, pe
 @contextlib.contextmanager
 def _no_gradient_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Within: a backward pass adds to this process's gradients and exchanges nothing."""
-    if not isinstance(model, FSDPModule):
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not sharded:
         with accelerator.no_sync(model):
             yield
         return
-    model.set_requires_gradient_sync(False)
+    for module in sharded:
+        module.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
     finally:
-        model.set_requires_gradient_sync(True)
+        for module in sharded:
+            module.set_requires_gradient_sync(True, recurse=False)
 
 
 class FrozenPrefix:

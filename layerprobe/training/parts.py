@@ -17,6 +17,7 @@ from layerprobe.backbones.resolve import ModelSource
 from layerprobe.errors import UsageError
 from layerprobe.files import read_json, write_json
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter
+from layerprobe.training.classifier import spread_like
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -56,7 +57,7 @@ def put_back(saved: Mapping[str, Tensor], backbone: Backbone, *, only: Iterable[
             continue
         if saved[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(saved[name].shape)}, not {tuple(tensor.shape)}")
-        tensor.copy_(saved[name])
+        tensor.copy_(spread_like(tensor, saved[name]))
 
 
 def base_of(backbone: Backbone) -> dict[str, str]:

@@ -153,6 +153,7 @@ def test_dry_run_counts_trainings_and_memory_without_loading(program, model):
         (["evaluate", "--mode", "guess"], "unknown mode 'guess'"),
         (["evaluate", "--mode", "own-head"], "brings no image classifier of its own"),
         (["evaluate", "--mode", "probe", "--arms", "language"], "--arms compares trainings"),
+        (["evaluate", "--arms", "language", "--shard"], "--arms trains in one process"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr(program, model, arguments, line):

@@ -32,7 +32,8 @@ def train(settings: dict[str, Any], output: str, *, rank: int, world: int, port:
         )
     torch.set_num_threads(1)
     task = TASKS[settings["images"]]
-    backbone = load_backbone(settings["model"], device="cpu", patch_size=4).prepare(task)
+    loading = settings.get("loading", {})
+    backbone = load_backbone(settings["model"], device="cpu", patch_size=4, **loading).prepare(task)
     plan = block_plan(backbone, settings["blocks"])
     config = BridgeConfig(**settings["config"])
     run = bridge_train(backbone, task, plan=plan, config=config, output=output)

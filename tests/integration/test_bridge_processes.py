@@ -138,3 +138,23 @@ def test_killed_twenty_times_and_still_the_same_bits(model, tmp_path, processes)
     killed, whole = read(output), read(output + "-whole")
     assert killed["digests"] == whole["digests"]
     assert killed["loss"] == whole["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_model_read_in_parts_is_continued_after_kills(model, tmp_path):
+    output = str(tmp_path / "run")
+    answer = run_worker(
+        model=model,
+        output=output,
+        processes=2,
+        images=60,
+        blocks=[0, 2],
+        config={**CONFIG, "steps": 40, "checkpoint_every": 2, "shard": True},
+        loading={"shard": True},
+        kills=3,
+    )
+    assert answer["killed"] == 3
+    killed, whole = read(output), read(output + "-whole")
+    assert killed["digests"] == whole["digests"]
+    assert killed["loss"] == whole["loss"]

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 FAST = [
@@ -118,3 +119,64 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None
     with sqlite3.connect(tmp_path / "run" / "study.db") as database:
         states = dict(database.execute("select state, count(*) from trials group by state").fetchall())
     assert states.get("COMPLETE", 0) > 0 and "RUNNING" not in states
+
+
+LONGER = ["--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "6", "--finetune-steps", "60",
+          "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--max-seeds", "2", "--no-scores",
+          "--workers", "1"]  # fmt: skip
+
+
+def started(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "layerprobe", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def trained_by(database: Path, pid: int) -> int:
+    """How many trials a process has claimed so far."""
+    query = "SELECT count(*) FROM trial_user_attributes WHERE key = 'worker' AND value_json LIKE ?"
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
+        return connection.execute(query, (f"%:{pid}:%",)).fetchone()[0]
+
+
+@pytest.mark.slow
+def test_a_worker_joins_is_stopped_and_replaced_and_the_plan_is_the_same(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """From the database alone; a trial that SIGTERM ended is trained by another process."""
+    alone, shared, database = tmp_path / "alone", tmp_path / "shared", tmp_path / "trials.db"
+    search = ("freeze-search", "--model", tiny_model, *LONGER)
+    assert started(*search, "-o", alone).wait(300) == 0
+    first = started(*search, "--storage", database, "-o", shared)
+    while not database.exists():
+        assert first.poll() is None, first.stderr.read()
+        time.sleep(0.05)
+    worker = started("worker", "--storage", database, "--workers", "1")
+    while not trained_by(database, worker.pid):
+        assert worker.poll() is None, worker.stderr.read()
+        time.sleep(0.02)
+    began = time.monotonic()
+    worker.send_signal(signal.SIGTERM)
+    _, said = worker.communicate(timeout=30)
+    assert worker.returncode == 143 and said.strip().endswith("finished work is kept")
+    assert time.monotonic() - began < 30
+    second = started("worker", "--storage", database, "--workers", "1")
+    _, said = first.communicate(timeout=300)
+    assert first.returncode == 0, said
+    answer, said = second.communicate(timeout=60)
+    assert second.returncode == 0 and "has its answer" in answer, said
+    assert (shared / "plan.json").read_bytes() == (alone / "plan.json").read_bytes()
+    for table in ("plans.csv", "baselines.csv"):
+        one, two = (pd.read_csv(run / table) for run in (alone, shared))
+        timed = [name for name in one.columns if "seconds" in name]
+        pd.testing.assert_frame_equal(one.drop(columns=timed), two.drop(columns=timed), check_exact=True)
+
+
+def test_a_worker_without_a_search(run_cli, tmp_path: Path) -> None:
+    done = run_cli("worker", "--storage", tmp_path / "none.db")
+    assert done.code == 1 and "there is no search at" in done.err
+    assert not (tmp_path / "none.db").exists()

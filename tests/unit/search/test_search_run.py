@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import LlamaConfig, LlamaModel
 
 import layerprobe as lp
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.search import evaluator as evaluator_module
 from layerprobe.search import run as run_module
-from layerprobe.search.settings import PRESETS, make_settings
+from layerprobe.search.join import join_search
+from layerprobe.search.settings import PRESETS, how_to_load, make_settings
+from layerprobe.search.space import Trial
+from layerprobe.search.trials import FINISHED, LOADING
+from layerprobe.search.workers import gpu_of
 from layerprobe.training import Outcome
 
 FAST = {
@@ -319,3 +325,40 @@ def test_the_chosen_plan_is_bridge_trained_on_request(tiny_model: Path, made_up,
             keep_bridge=True,
             **{**made_up, "lrs": (3e-4,), "must_train": (0, 1, 2)},
         )
+
+
+def test_a_worker_takes_model_task_and_settings_from_the_database(
+    tiny_model: Path, tmp_path: Path, made_up
+) -> None:
+    """It trains what waits until the search has its answer; in-memory models are refused, other data as well."""
+    backbone, task = parts(tiny_model)
+    database = tmp_path / "trials.db"
+    given = {**made_up, "max_seeds": 3}
+    del given["quiet"]
+    runner = run_module.prepare(backbone, task, make_settings(None, **given), database)
+    store = runner.store
+    store.put(LOADING, how_to_load(backbone, task, None, given))
+    waiting = [Trial(mask=(True, False, False), lr=lr, repeat=0) for lr in (1e-3, 3e-3)]
+    for trial in waiting:
+        store._enqueue(trial)
+    other = LlamaModel(LlamaConfig.from_pretrained(tiny_model))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="holds another search"):
+        join_search(database, model=str(tmp_path / "other"), workers=1, quiet=True)
+    threading.Timer(3.0, store.put, (FINISHED, True)).start()
+    assert join_search(database, workers=1, quiet=True) == 2
+    assert {record.trial for record in store.records()} == set(waiting)
+    store.close()
+    lp.freeze_search(
+        lp.load_backbone(LlamaModel.from_pretrained(tiny_model), patch_size=4), task,
+        storage=tmp_path / "memory.db", **made_up,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="made in memory"):
+        join_search(tmp_path / "memory.db", workers=1)
+
+
+def test_each_process_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_of(1, 1) == {} and gpu_of(5, 4) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    assert [gpu_of(number, 2)["CUDA_VISIBLE_DEVICES"] for number in (0, 1, 2)] == ["3", "7", "3"]

@@ -22,7 +22,7 @@ from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search import trials as trials_module
 from layerprobe.search.database import patient
 from layerprobe.search.space import Trial
-from layerprobe.search.trials import TrialStore, hide_password, storage_url
+from layerprobe.search.trials import TrialStore, _owners, hide_password, storage_url
 from layerprobe.search.workers import is_dead, this_worker
 from layerprobe.training import Outcome
 
@@ -159,7 +159,7 @@ def test_a_stale_heartbeat_from_another_machine_goes_back_into_the_queue(tmp_pat
     store._enqueue(TRIALS[0])
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(trials_module, "this_worker", lambda: "elsewhere:1:1")
-        assert store._claim(store._owners(), [TRIALS[0].key]) is not None
+        assert store._claim(_owners(store._trials()), [TRIALS[0].key]) is not None
     assert running(store) == 1
     work = Counting()
     began = time.time()
@@ -195,7 +195,7 @@ def test_two_claims_at_the_same_moment_give_the_trial_to_one(tmp_path: Path, mon
         monkeypatch.setattr(storage, "check_trial_is_updatable", waiting)
 
     def claim(store: TrialStore) -> None:
-        claims[store] = store._claim(store._owners(), [TRIALS[0].key])
+        claims[store] = store._claim(_owners(store._trials()), [TRIALS[0].key])
 
     threads = []
     for store in (one, two):
@@ -214,7 +214,7 @@ def test_a_process_that_dies_right_after_its_claim_is_found_out(tmp_path: Path, 
     store._enqueue(TRIALS[0])
     monkeypatch.setattr(store, "_set_attr", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store._claim(store._owners(), [TRIALS[0].key])
+        store._claim(_owners(store._trials()), [TRIALS[0].key])
     assert running(store) == 1
     again = TrialStore.open(tmp_path / "study.db", {})
     work = Counting()
@@ -310,7 +310,7 @@ def test_a_clock_that_jumps_frees_no_living_trial(tmp_path: Path, monkeypatch, d
     store._enqueue(TRIALS[0])
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(trials_module, "this_worker", lambda: "elsewhere:1:1")
-        assert store._claim(store._owners(), [TRIALS[0].key]) is not None
+        assert store._claim(_owners(store._trials()), [TRIALS[0].key]) is not None
     for beat in range(6):
         with store._storage.engine.begin() as connection:
             now = f"datetime('now', '{days * (beat % 2)} days', '{beat} seconds')"

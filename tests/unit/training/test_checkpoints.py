@@ -251,7 +251,7 @@ def test_a_run_file_that_points_elsewhere_is_refused(unfinished, make_backbone, 
 
 
 def test_spreading_needs_processes(make_backbone):
-    from layerprobe.training.checkpoints import shard
+    from layerprobe.training.classifier import shard
 
     with pytest.raises(UsageError, match="start them with: accelerate launch"):
         shard(Classifier(make_backbone(), 4, seed=0), torch.device("cpu"))

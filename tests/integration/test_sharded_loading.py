@@ -1,0 +1,103 @@
+"""Two processes hold one model together: features, bridge and evaluation are those of one process that holds all."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+BRIDGE = {
+    "steps": 4,
+    "batch_size": 16,
+    "micro_batch": 4,
+    "lr": 3e-3,
+    "random_classes": 5,
+    "checkpoint_every": 2,
+}
+
+
+def run(world: int, output: Path, **settings: Any) -> list[dict[str, Any]]:
+    """What each of `world` processes found."""
+    settings = {
+        "output": str(output),
+        "what": ["features", "gradient", "evaluate", "bridge"],
+        "blocks": [1],
+        **settings,
+    }
+    file = output.with_suffix(".settings")
+    file.write_text(json.dumps(settings))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if world > 1:
+        shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(file)],
+            env={**os.environ, **shared, **({"RANK": str(r), "LOCAL_RANK": str(r)} if world > 1 else {})},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(world)
+    ]
+    try:
+        for child in children:
+            _, said = child.communicate(timeout=240)
+            assert child.returncode == 0, said[-3000:]
+    finally:
+        for child in children:
+            child.kill()
+    return [json.loads(Path(f"{output}.rank{r}.json").read_text()) for r in range(world)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "without_dropout"),  # whose draws are others on another number of processes
+    [
+        ("llama", ()),
+        ("gpt2", ("resid_pdrop", "embd_pdrop", "attn_pdrop")),
+        ("bert", ("hidden_dropout_prob", "attention_probs_dropout_prob")),
+    ],
+)
+def test_two_processes_that_share_a_model_find_what_one_finds(
+    family: str, without_dropout: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Features to the bit, gradients, losses and accuracies to rounding; each process keeps half of the weights."""
+    model = str(save(family, tmp_path / family, **dict.fromkeys(without_dropout, 0.0)))
+    common = {"model": model, "evaluate": {"steps": 4, "batch_size": 16, "lrs": [1e-3, 3e-3]}}
+    (one,) = run(1, tmp_path / "one", bridge=BRIDGE, run=str(tmp_path / "run-1"), **common)
+    save_as = "full" if family == "llama" else "trained"
+    two = run(2, tmp_path / "two", bridge={**BRIDGE, "save": save_as}, run=str(tmp_path / "run-2"), **common)
+    if save_as == "full":
+        weights = [load_file(tmp_path / r / "final/backbone/model.safetensors") for r in ("run-1", "run-2")]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    assert sum(process["held"] for process in two) == one["held"]
+    assert max(process["held"] for process in two) < 0.55 * one["held"]
+    for process in two:
+        assert process["features"] == one["features"]
+        assert process["stem_gradient"] == pytest.approx(one["stem_gradient"], rel=1e-4, abs=1e-7)
+        assert process["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert process["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert process["verified"] == one["verified"] and "bit-identical" in one["verified"]
+        assert process["evaluate"] == pytest.approx(one["evaluate"], rel=1e-4, nan_ok=True)
+    assert two[0]["drift"] == pytest.approx(one["drift"], rel=1e-3, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_read_in_parts_is_refused(tmp_path: Path) -> None:
+    model = str(save("gemma", tmp_path / "gemma"))
+    with pytest.raises(
+        AssertionError, match=r"NotAvailableError: '.*' cannot be read in parts: .*leave --shard away"
+    ):
+        run(2, tmp_path / "two", model=model)
