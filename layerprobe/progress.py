@@ -34,6 +34,12 @@ def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> t
 class _Lines(tqdm):
     """A line where tqdm would draw its bar anew."""
 
+    def close(self) -> None:
+        """Without the carriage return by which tqdm takes its bar away."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         state = self.format_dict
         # A changed description asks for a new bar, too, and so does every remark.
@@ -48,7 +54,7 @@ class _Lines(tqdm):
             of = f" of {state['total']:,g}" if state["total"] else ""
             name = state["prefix"].rstrip(": ")
             line = f"{name + ': ' if name else ''}{state['n']:,g}{of} {state['unit']}{left}"
-            if not _quiet:  # not by `note`, which asks all bars to show themselves again
+            if not _quiet:
                 sys.stderr.write(f"{line_for_people(line)}\n")
         return True
 
@@ -72,8 +78,8 @@ class Stages:
         self._stage = ""
 
     def show(self, stage: str, done: float, total: float, *, unit: str, about: str = "") -> None:
-        """Set the bar; another `stage` begins it anew."""
-        if stage != self._stage or self._bar is None:
+        """Set the bar; another `stage` or `total` begins it anew."""
+        if self._bar is None or (stage, total) != (self._stage, self._bar.total):
             self.close()
             self._stage = stage
             form = "{desc} {bar} {n:.3g} of {total:.3g} {unit}, {remaining} left{postfix}"
@@ -105,7 +111,11 @@ def silence_notes(quiet: bool) -> None:
 def note(message: str) -> None:
     """One remark on stderr; never mixed with results, which go to stdout."""
     if not _quiet:
-        tqdm.write(wrapped(line_for_people(message)), file=sys.stderr)
+        text = wrapped(line_for_people(message))
+        if sys.stderr.isatty():
+            tqdm.write(text, file=sys.stderr)  # above the bars
+        else:
+            sys.stderr.write(f"{text}\n")
 
 
 def wrapped(text: str) -> str:

@@ -135,7 +135,7 @@ def test_export_to_stdout_and_to_files(folder: Path, tmp_path: Path) -> None:
         (["--to", "llama-factory"], "error: LLaMA-Factory knows only the first or the last N layers, or every k-th "
          "up to the last, and this plan trains blocks 1,10:12 of 12\n"),
         (["--to", "axolot"], "error: unknown target 'axolot'. Did you mean 'axolotl'? Targets: axolotl, "
-         "llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer, regex\n"),
+         "llama-factory, ms-swift, peft, finetuning-scheduler, hf-trainer, trl, unsloth, torchtune, regex\n"),
         (["--to", "regex", "--train", "a", "--freeze", "a"],
          "error: a is named with --train and with --freeze; choose one\n"),
         (["--to", "regex", "--without", "pooler"], "error: without='pooler': the plan has no such module\n"),
@@ -187,7 +187,7 @@ def test_lint_follows_the_trainers_rule(folder: Path, tmp_path: Path) -> None:
     result = run("lint", config, "--model", folder / "model", "--plan", folder / "run")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines() == [
-        "axolotl: trains 27 tensors, 7,776 of 32,400 parameters (24.0%)",
+        "axolotl: trains 27 tensors, 7,776 of 32,400 parameters (24.0 %)",
         "layers whose weights train: 1,10:12",
         "trains exactly the plan",
     ]

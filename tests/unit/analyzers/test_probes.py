@@ -232,7 +232,7 @@ def test_figures_read_the_table(probed: LinearProbes) -> None:
     plot_probe_accuracy(frame, ax=ax)
     line = ax.get_lines()[0]
     assert np.allclose(line.get_ydata()[:2], 100 * probed.test_accuracy[:2])
-    assert any("chance" in text.get_text() for text in ax.get_legend().get_texts())
+    assert any("chance" in text.get_text() for text in ax.texts)
     plt.close(ax.figure)
     with pytest.raises(UsageError, match="nothing to draw"):
         plot_few_shot(frame[frame.metric == "probe_accuracy"])

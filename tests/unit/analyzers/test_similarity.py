@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -183,7 +184,7 @@ def test_figures_draw_every_cell_and_mark_chance_and_the_closest(intervals: bool
     assert axes.get_xlabel() == "layer of vit" and axes.get_ylabel() == "layer of minilm"
     chance = int((record.pvalue_max > 0.05).sum())
     assert sum(text.get_text() == "×" for text in axes.texts) == (0 if intervals else chance)
-    values = [text.get_text() for text in axes.texts if "±" in text.get_text() and "\n" in text.get_text()]
+    values = [text.get_text() for text in axes.texts if re.search(r"\n±[\d.]+\)?$", text.get_text())]
     assert len(values) == (6 if intervals else 0)
     assert sum(text.startswith("(") for text in values) == (chance if intervals else 0)
     _, own = plt.subplots()

@@ -264,7 +264,7 @@ def test_pieces() -> None:
         "yes",
     ]
     marks = strip(["trained", "frozen", "mlp"])
-    assert marks.count('class="on"') == marks.count('class="half"') == 1 and "half = mlp alone" in marks
+    assert marks.count('class="on"') == marks.count('class="half"') == 1 and "half: mlp alone" in marks
     marked = render_table([{"arm": "plan", "n": 1}, {"arm": "all", "n": 2}], "html", mark="plan")
     assert marked.count('class="mark"') == 1
     assert page("t", ["<p>x</p>"]).startswith("<!doctype html>")

@@ -93,7 +93,7 @@ def test_a_search_for_where_adapters_go(family: str, tmp_path: Path) -> None:
     assert lp.FreezePlan.load(tmp_path / "run").adapters == plan.adapters
     page = tmp_path / "run" / "report.html"
     lp.write_report(tmp_path / "run")
-    assert "places adapters on" in page.read_text()
+    assert "Adapters hold" in page.read_text()
     # Every arm of equal size trains equally many parameters: those of its adapters.
     arms = result.baselines.set_index("arm")
     per_block = unit_plan(found, ["0"], rank=2).trained_parameters
@@ -135,7 +135,7 @@ def test_a_search_over_halves_of_blocks(train: str, tmp_path: Path) -> None:
         **SMALL,
     )
     rows = result.baselines.set_index("arm")
-    assert set(rows.index) == {"plan", *arms}
+    assert set(rows.index) == {"plan", *arms, "probe", "pixels"}
     assert rows.loc["attention", "plan"] == "#.#.#." and rows.loc["mlp", "trained_blocks"] == 1.5
     # What a unit's parameters add up to is what the optimizer was given in every training of a plan.
     sizes = dict(zip(halves, result.table["parameters"], strict=True))

@@ -71,7 +71,7 @@ def test_a_stored_probe_comes_back_and_is_compared_on_the_same_images() -> None:
     made = probe("pixels", 0.9)
     back = ProbeBaseline.from_dict(made.to_dict())
     assert np.array_equal(back.correct, made.correct) and back.C == made.C
-    frame = baseline_frame(report(line("plan", 0.80)), [back]).set_index("arm")
+    frame = baseline_frame(report(line("plan", 0.80)), SPACE, [back]).set_index("arm")
     row = frame.loc["pixels"]
     assert row["minus_plan"] == pytest.approx(0.1)
     # Eighty images apart of 400, all in one direction, and seeds that hardly differ.
