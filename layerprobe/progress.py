@@ -53,7 +53,8 @@ class _Lines(tqdm):
                 left = f", about {duration(rest)} left"
             of = f" of {state['total']:,g}" if state["total"] else ""
             name = state["prefix"].rstrip(": ")
-            line = f"{name + ': ' if name else ''}{state['n']:,g}{of} {state['unit']}{left}"
+            done = f"{state['n']:,.1f}".removesuffix(".0")
+            line = f"{name + ': ' if name else ''}{done}{of} {state['unit']}{left}"
             if not _quiet:
                 sys.stderr.write(f"{line_for_people(line)}\n")
         return True
