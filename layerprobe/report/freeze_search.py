@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from layerprobe.report.search_run import SearchRun
 from layerprobe.tables import cell_text
 
 ARM_NAMES = {
-    "plan": "the chosen plan",
+    "plan": "best plan found",
     "all": "all blocks",
     "none": "no block",
     "norms": "norms only",
@@ -122,7 +123,12 @@ def main_figure(run: SearchRun, *, name: str = "differences") -> str:
     caption = (
         "Test accuracy of other ways of training minus that of the recommended one "
         f"({html.percent(mine.get('test_accuracy'))} %), on {seeds} seeds that selected nothing, with 95 % intervals. "
-        "An interval that holds 0 shows no difference."
+        "An interval that holds 0 leaves open which is better."
+        + (
+            " The grey margin is that of two one-sided tests at 5 %, so 95 % intervals may leave it."
+            if margin
+            else ""
+        )
     )
     return drawn(
         lambda ax: plot_differences(frame, what, margin=margin, ax=ax),
@@ -164,7 +170,7 @@ def _sureness(run: SearchRun) -> str:
     line = (found.get("provenance") or {}).get("command_line")
     surer = (
         html.commands(
-            f"{line} --seeds {more} --max-seeds {more} -o {html.quoted(run.folder.name + '-surer')}"
+            f"{_without_folder(line)} --seeds {more} --max-seeds {more} -o {html.quoted(run.folder.name + '-surer')}"
         )
         if line
         else f"<p>From Python: <code>freeze_search(…, seeds={more}, max_seeds={more})</code>.</p>"
@@ -175,6 +181,11 @@ def _sureness(run: SearchRun) -> str:
         f"{images}</p>{html.table(columns, rows, mark=mark)}"
         f"<p>To be surer, with {more} seeds:</p>{surer}"
     )
+
+
+def _without_folder(line: str) -> str:
+    """A command without the folder that it writes to."""
+    return re.sub(r"\s(?:-o|--output)[= ](?:'[^']*'|\S+)", "", line)
 
 
 def _cost(run: SearchRun, trainings: int) -> str:
@@ -206,7 +217,8 @@ def _baselines(run: SearchRun) -> str:
         + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all ways) and '
         f"the sampling of test images; for the probes, of the images alone. {html.text(run.found['seeds'])} seeds that "
         "selected nothing. Each way has its own learning rate, chosen on validation, as is the strength of each "
-        "probe. The chance in which plan the search chose is not in the intervals.</p>"
+        "probe. The chance in which plan the search found is not in the intervals. Recommended, and kept in "
+        "<code>plan.json</code>, is the smallest of best found, all and none that nothing beats.</p>"
     )
 
 

@@ -65,7 +65,10 @@ def first_sentence(answer: str) -> tuple[str, str]:
 
 def percent(value: float | None, *, sign: bool = False) -> str:
     """A share as per cent with one decimal."""
-    return "–" if value is None or value != value else f"{100 * value:{'+' if sign else ''}z.1f}"
+    if value is None or value != value:
+        return "–"
+    shown = f"{100 * value:{'+' if sign else ''}z.1f}"
+    return "0.0" if shown == "+0.0" else shown
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False, scale: float = 1.0) -> str:

@@ -22,7 +22,7 @@ from layerprobe.training.classifier import autocast, in_batches
 from layerprobe.training.finetune import few_shot_rows
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
-ARMS = {"plan": "the chosen plan", "all": "all blocks trained", "none": "no block trained"}
+ARMS = {"plan": "the best plan found", "all": "all blocks trained", "none": "no block trained"}
 SPLITS = ("train", "validation", "test")
 
 

@@ -25,7 +25,7 @@ from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import marks, parse_strip, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import count_text, read_frame, strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy, write_frame
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -117,11 +117,12 @@ class SearchResult(Record):
         )
 
     def arm_rows(self) -> list[dict[str, Any]]:
-        """The plan, the baselines and the probes for a terminal, in percent."""
+        """The best plan found, the baselines and the probes for a terminal, in percent; the recommended one marked."""
         everything = {row["plan"] for row in self.baselines.to_dict("records") if row["arm"] == ALL}
         return [
             {
-                "arm": row["arm"],
+                "arm": (MARK if row["arm"] == self.facts.get("recommended") else "")
+                + ("best found" if row["arm"] == PLAN else row["arm"]),
                 "blocks": marks(parse_strip(row["plan"].split("+")[0]), self._n_parts),
                 "trained": count_text(row["trainable_parameters"]),
                 "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",

@@ -148,8 +148,8 @@ def sentence(
             return f"{what}{accuracy} Nothing else was there to compare it with."
         return (
             f"{what}{accuracy} No difference larger than {points(verdict.margin)} points to training "
-            f"{' or '.join(map(space.describe, others))} ({len(seeds)} unseen seeds, which find "
-            f"{points(verdict.detectable)} points in 8 of 10 cases)."
+            f"{' or '.join(map(space.describe, others))} ({len(seeds)} unseen seeds; a difference of "
+            f"{points(verdict.detectable)} points would be found in 8 of 10 cases)."
         )
     parts = []
     for (first, second), estimate in verdict.differences.items():

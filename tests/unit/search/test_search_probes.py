@@ -86,9 +86,9 @@ def test_a_search_has_probes_and_calls_an_equal_plan_so(tmp_path: Path) -> None:
     few = {"budget": 4, "finetune_steps": 4, "bridge_steps": 0, "batch_size": 16, "seeds": 2, "max_seeds": 2}
     settings = {**few, "lrs": [1e-3], "use_scores": False, "baselines": ("all", "none"), "quiet": True}
     found = lp.freeze_search(backbone, task, output=tmp_path / "run", **settings, must_train=(0, 1, 2))
-    rows = {row["arm"]: row for row in found.arm_rows()}
+    rows = {row["arm"].removeprefix("▸ "): row for row in found.arm_rows()}
     assert {"probe", "pixels"} < set(rows)
-    assert rows["plan"]["− all, points"] == "same plan"
+    assert rows["best found"]["− all, points"] == "same plan"
     assert found.facts["head"] == "probe" and found.facts["stop_margin"] == 0.01
     # What was fitted once is found again.
     again = lp.freeze_search(backbone, task, output=tmp_path / "run", **settings, must_train=(0, 1, 2))
