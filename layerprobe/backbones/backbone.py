@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 MIXED_SIZE = 224
 """Pixels per side to which a language backbone resizes images of several sizes, unless told otherwise."""
 USUAL_TOKENS = 64
-"""Tokens an image that dry runs assume where they cannot be counted; the default patch size aims at so many."""
+"""Tokens an image where they cannot be counted; the default patch size aims at so many."""
 _PCA_IMAGES = 1000
 
 
@@ -57,8 +57,8 @@ class Backbone(nn.Module):
 
     Shapes: pixels B×C×H×W → hidden states B×T×D → features B×D. `model` is exactly what transformers built:
     nothing in it is rewritten, folded or centred, and parameter names in freeze plans are names within it.
-    `n_parameters` counts the whole checkpoint, heads and a second tower included. On the meta device, where
-    there are no values, `attention` is None unless it was chosen, and `run_device` is where the run would be.
+    `n_parameters` counts the whole checkpoint, heads and a second tower included. On the meta device `attention` is
+    None unless it was chosen, and `run_device` is where the run would be.
     """
 
     model: PreTrainedModel
@@ -95,8 +95,7 @@ class Backbone(nn.Module):
         self._compiled = is_compiled(full)
         self.name = source.name
         self.run_device = self.device
-        self.init = init
-        self.seed = seed
+        self.init, self.seed = init, seed
         self.layout = find_layout(self.model, self.config)
         self.hidden_size = hidden_size(self.config, self.model)
         self._parameters_accepted = set(inspect.signature(self.model.forward).parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +101,7 @@ def evaluate(
     trains = mode in TRAINING_MODES
     if arms:
         check_arms(arms, scope, plan)
-        if not trains:
-            raise UsageError(
-                f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
-            )
-        if backbone.shard:
-            raise UsageError("--arms trains in one process; --shard goes with a single evaluation")
-    if not trains and len(seeds) > 1:
-        raise UsageError(f"--mode {mode} trains nothing that a seed changes; leave --seeds out")
+    check_mode_goes_with(mode, arms=arms, seeds=seeds, shard=backbone.shard)
     if trains:
         out.own_folder(backbone.model, task.task, may_differ={"seeds", "arms"} if arms else {"seeds"})
     n_trainings = (len(finetune.lrs) + len(seeds) - 1 if trains else 0) * max(1, len(arms))
@@ -133,7 +127,7 @@ def evaluate(
     is_first = process_number() == 0
     backbone = replace(backbone, device=own_device(backbone.device))
     images = task.load(out)
-    if out.folder is not None:
+    if out.folder is not None and is_first:
         out.keep_settings()
     # Of several processes only the first writes; what one alone finds in a folder the others could not follow.
     folder = out.folder if n_processes() == 1 else None
@@ -155,6 +149,19 @@ def evaluate(
         )
         if is_first:
             out.finish(record, figures=figures(record) if out.folder is not None else None)
+
+
+def check_mode_goes_with(mode: str, *, arms: Sequence[str], seeds: Sequence[int], shard: bool) -> None:
+    """UsageError for options that a mode, or arms, have no use for."""
+    trains = mode in TRAINING_MODES
+    if arms and not trains:
+        raise UsageError(
+            f"--arms compares trainings; it goes with --mode {' or '.join(TRAINING_MODES)}, not {mode}"
+        )
+    if arms and shard:
+        raise UsageError("--arms trains in one process; --shard goes with a single evaluation")
+    if not trains and len(seeds) > 1:
+        raise UsageError(f"--mode {mode} trains nothing that a seed changes; leave --seeds out")
 
 
 def figures(record: Record) -> dict[str, Draw]:

@@ -56,8 +56,7 @@ class LaunchOptions:
             return False
         if self.launch not in CLUSTERS:
             raise UsageError(f"--launch is slurm or local, not '{self.launch}'")
-        if out.folder is None:
-            raise UsageError("--launch keeps results and logs in a folder; name it with -o")
+        assert out.folder is not None, "commands that can be launched have a folder"
         if self.jobs > 1 and self.launch == "slurm" and "://" not in (storage or ""):
             raise UsageError(f"{self.jobs} jobs on several machines need --storage postgresql://…")
         jobs = _submit(self.launch, out, self.jobs, self.job_options, _in_folder(own_arguments(), out.folder))

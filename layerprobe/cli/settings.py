@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from typer import CallbackParam, Context
 
@@ -142,7 +142,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items() if value is not None}
 
 
-def option_name(parameter: Any) -> str:
+class HasOptions(Protocol):
+    """What is read of a parameter of the command line."""
+
+    name: str | None
+    opts: list[str]
+
+
+def option_name(parameter: HasOptions) -> str:
     """The name by which a user knows an option: its long flag without dashes.
 
     >>> from types import SimpleNamespace

@@ -80,9 +80,8 @@ class ImageSplit:
 
     def resized(self, resizer: Resizer, indices: Iterable[int]) -> Tensor:
         """The images at `indices` as `resizer` makes them, B×C×H×W, decoded unless they are kept on disk."""
-        return resizer.stacked(
-            [self.decoding.resized(row, resizer) for row in self._chosen(indices).tolist()]
-        )
+        rows = self._chosen(indices).tolist()
+        return resizer.stacked([self.decoding.resized(row, resizer) for row in rows])
 
     def resized_batches(
         self, resizer: Resizer, batch_size: int, *, start: int = 0, pin: bool = False

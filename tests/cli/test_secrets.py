@@ -109,8 +109,11 @@ def test_no_command_keeps_a_password(
 @pytest.mark.parametrize(
     "url", ["postgresql://me:{}@127.0.0.1:1/db", "nosuch://me:{}@x/db", "sqlite:///nowhere/x.db?password={}"]
 )
-def test_watching_shows_no_password(tmp_path: Path, run_cli: Callable, url: str) -> None:
-    run = run_cli("watch", "--storage", url.format(CANARY), "--once")
+@pytest.mark.parametrize("command", [["watch", "--once"], ["worker"]])
+def test_looking_and_joining_show_no_password(
+    tmp_path: Path, run_cli: Callable, url: str, command: list[str]
+) -> None:
+    run = run_cli(*command, "--storage", url.format(CANARY))
     assert run.code == 1 and run.err.startswith("error: ") and run.err.count("\n") == 1
     assert_no_canary(tmp_path, run.out, run.err)
 
@@ -153,7 +156,7 @@ def test_commands_that_take_an_address_or_a_token() -> None:
         for option in parameter.opts
         if any(word in option for word in ("storage", "token-", "password", "secret", "key", "url"))
     }
-    assert found == {("freeze-search", "--storage"), ("watch", "--storage")}
+    assert found == {(command, "--storage") for command in ("freeze-search", "watch", "worker")}
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def test_written_numbers_stand_to_the_right() -> None:
 def test_a_log_gets_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("layerprobe.progress._quiet", False)  # commands with --quiet ran in this process
     with progress_bar(range(3), unit="layer", desc="probes") as bar:
         list(bar)
     assert capsys.readouterr().err == ""  # quick things say nothing

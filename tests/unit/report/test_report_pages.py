@@ -135,7 +135,9 @@ def test_a_plan_equal_to_a_baseline_and_the_probes_are_called_so(tmp_path: Path)
     }
     ends = zip(("", "_low", "_high"), (0.03, 0.01, 0.05), strict=True)
     probe |= {f"minus_none{end}": value for end, value in ends} | {"trainable_parameters": 0}
-    pd.concat([arms[arms["n_seeds"] > 1], pd.DataFrame([probe])]).to_csv(tmp_path / "run/baselines.csv", index=False)
+    pd.concat([arms[arms["n_seeds"] > 1], pd.DataFrame([probe])]).to_csv(
+        tmp_path / "run/baselines.csv", index=False
+    )
     text = write_report(tmp_path / "run").read_text()
     assert text.count("same plan") == 1
     assert "probe of raw pixels" in text and "+3.0 (+1.0 to +5.0)" in text
