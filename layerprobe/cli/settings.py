@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,8 +145,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 class HasOptions(Protocol):
     """What is read of a parameter of the command line."""
 
-    name: str | None
-    opts: list[str]
+    @property
+    def name(self) -> str | None: ...
+    @property
+    def opts(self) -> Sequence[str]: ...
 
 
 def option_name(parameter: HasOptions) -> str:
