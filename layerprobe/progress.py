@@ -34,6 +34,8 @@ def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> t
 class _Lines(tqdm):
     """A line where tqdm would draw its bar anew."""
 
+    disable: bool
+
     def close(self) -> None:
         """Without the carriage return by which tqdm takes its bar away."""
         if not self.disable:
