@@ -212,7 +212,7 @@ def figures(result: SearchResult) -> dict[str, Any]:
     return {
         "pareto": lambda: plot_pareto(result.plans),
         "ranking": lambda: plot_ranking(result.baselines, chance=result.facts["chance"]),
-        "plans": lambda: plot_strips(result.plans, parts=result.facts["units"].count(",") + 1),
+        "plans": lambda: plot_strips(result.plans, parts=result.n_parts),
     }
 
 

@@ -44,6 +44,7 @@ class LaunchOptions:
         None,
         "slurm: submit this command as a job, requeued when preempted. local: try that here.",
         panel=PANEL,
+        choices=CLUSTERS,
     )
     jobs: int = option(1, "Jobs of a search, which share its --storage.", min=1, panel=PANEL)
     job_options: str | None = option(
@@ -54,8 +55,6 @@ class LaunchOptions:
         """Submit this very command and say which jobs there are; False without --launch."""
         if self.launch is None:
             return False
-        if self.launch not in CLUSTERS:
-            raise UsageError(f"--launch is slurm or local, not '{self.launch}'")
         assert out.folder is not None, "commands that can be launched have a folder"
         if self.jobs > 1 and self.launch == "slurm" and "://" not in (storage or ""):
             raise UsageError(f"{self.jobs} jobs on several machines need --storage postgresql://…")

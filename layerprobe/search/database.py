@@ -41,6 +41,8 @@ _CALLS = ("_get_trials", "get_all_trials", "create_new_trial", "set_trial_state_
 _FULL = ("full", "no space left")
 _FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database", "could not decode")
 _in_a_hurry = False
+DATABASE = "study.db"
+"""The database in a run folder."""
 
 
 def storage_url(url: str | os.PathLike[str]) -> str:
@@ -123,6 +125,10 @@ def hasty() -> Iterator[None]:
         yield
     finally:
         _in_a_hurry = False
+
+
+DATABASE = "study.db"
+"""The database in a run folder."""
 
 
 def _may_pass(error: BaseException) -> bool:

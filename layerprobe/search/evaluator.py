@@ -16,7 +16,7 @@ from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, 
 from layerprobe.plans.names import is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, trial_seed
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, trial_seed
 from layerprobe.training import Outcome, TaskTensors, train_and_score, unit_plan
 from layerprobe.training.config import TrainConfig
 
@@ -110,8 +110,7 @@ def search_space(backbone: Backbone, settings: Settings) -> Space:
     if empty := [unit for unit, size in sizes.items() if not size]:
         what = "parameter to train" if rank is None else "linear map for an adapter"
         raise UsageError(f"{backbone.name}: {empty[0]} holds no {what}; use --units block")
-    parts = tuple(settings.units.split(",")) if settings.units != "block" else ()
-    return Space(tuple(sizes.values()), settings.constraints, parts)
+    return Space(tuple(sizes.values()), settings.constraints, parts_of(settings.units))
 
 
 def block_params(backbone: Backbone) -> tuple[int, ...]:

@@ -17,13 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
 from layerprobe.records import Estimate
-from layerprobe.search.database import STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
+from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
 from layerprobe.training.finetune import Outcome
-
-DATABASE = "study.db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +143,8 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
     }
     budget = arguments.get("budget") or facts.get("budget", {}).get("budget")
     spent = _cost(searched) if pilot is not None else None
-    units = str(arguments.get("units", "block"))
-    parts = () if units == "block" else tuple(units.split(","))
-    space = Space((1,) * max((len(trial.mask) for trial in searched), default=1), parts=parts)
+    n_units = max((len(trial.mask) for trial in searched), default=1)
+    space = Space((1,) * n_units, parts=parts_of(str(arguments.get("units", "block"))))
     gains, best, accuracy = (
         _expected(searched, space, pilot) if pilot is not None and searched else ([], None, None)
     )

@@ -302,6 +302,7 @@ class Comparison:
 
 def best_plan(posterior: Posterior, masks: Sequence[Mask], tolerance: float) -> Mask:
     """The smallest of `masks` whose expected accuracy is at most `tolerance` below the largest."""
+    # Differences between plans are expected to be smaller by the probability that there are none.
     means = posterior.means(masks).max(1) * (1 - posterior.alike)
     params = posterior.space.params
     near = np.flatnonzero(means >= means.max() - tolerance)
@@ -333,6 +334,6 @@ def candidate_masks(space: Space, posterior: Posterior | None, rng: np.random.Ge
         )
         fresh = [mask for mask in flipped if mask not in pool]
         pool = dict.fromkeys([*best, *fresh])
-        if not fresh or (len(fresh) and posterior.means(fresh).max() <= means.max()):
+        if not fresh or posterior.means(fresh).max() <= means.max():
             break
     return list(pool)[:MOST_CANDIDATES]

@@ -22,7 +22,7 @@ from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.probes import ProbeBaseline, probes_in_words
-from layerprobe.search.space import marks, parse_strip, strip
+from layerprobe.search.space import marks, parse_strip, parts_of, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
 from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy, write_frame
@@ -70,13 +70,14 @@ class SearchResult(Record):
     folder: Path | None = None
 
     def summary(self) -> str:
-        shown = marks(parse_strip(self.facts["plan"]["strip"]), self._n_parts)
-        legend = "■ trained, □ frozen" + (", ◧ attention alone, ◨ MLP alone" if self._n_parts > 1 else "")
+        shown = marks(parse_strip(self.facts["plan"]["strip"]), self.n_parts)
+        legend = "■ trained, □ frozen" + (", ◧ attention alone, ◨ MLP alone" if self.n_parts > 1 else "")
         return f"{self.answer}\nPlan: {shown}  (input to output; {legend})"
 
     @property
-    def _n_parts(self) -> int:
-        return self.facts.get("units", "block").count(",") + 1
+    def n_parts(self) -> int:
+        """Units of one block in a plan."""
+        return len(parts_of(self.facts.get("units", "block"))) or 1
 
     def to_frame(self) -> pd.DataFrame:
         rows: list[dict[str, Any]] = [
@@ -123,7 +124,7 @@ class SearchResult(Record):
             {
                 "arm": (MARK if row["arm"] == self.facts.get("recommended") else "")
                 + ("best found" if row["arm"] == PLAN else row["arm"]),
-                "blocks": marks(parse_strip(row["plan"].split("+")[0]), self._n_parts),
+                "blocks": marks(parse_strip(row["plan"].split("+")[0]), self.n_parts),
                 "trained": count_text(row["trainable_parameters"]),
                 "lr": None if pd.isna(row["lr"]) else f"{row['lr']:g}",
                 "test, %": None if pd.isna(row["test_accuracy"]) else f"{100 * row['test_accuracy']:.1f}",

@@ -31,6 +31,7 @@ from layerprobe.search.baselines import (
     report_baselines,
 )
 from layerprobe.search.budget import Scores, TrialBudget
+from layerprobe.search.database import DATABASE
 from layerprobe.search.estimate import budget_of_time, check_search, power_in_words
 from layerprobe.search.evaluator import Evaluator, layer_scores, proposals
 from layerprobe.search.pilot import Pilot, run_pilot
@@ -113,7 +114,7 @@ def freeze_search(
         {**chosen.to_dict(), "preset": preset, "workers": workers},
         backbone=backbone.provenance(),
         task=task.describe(),
-        storage=hide_password(url) if storage is not None else "study.db",
+        storage=hide_password(url) if storage is not None else DATABASE,
     )
     if folder is not None:
         found.folder = folder
@@ -380,7 +381,7 @@ def _storage(storage: str | os.PathLike[str] | None, output: str | os.PathLike[s
     if storage is not None:
         yield storage_url(storage)
     elif output is not None:
-        yield storage_url(Path(output) / "study.db")
+        yield storage_url(Path(output) / DATABASE)
     else:
         with tempfile.TemporaryDirectory(prefix="layerprobe-") as scratch:
-            yield storage_url(Path(scratch) / "study.db")
+            yield storage_url(Path(scratch) / DATABASE)

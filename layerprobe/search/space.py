@@ -84,6 +84,15 @@ def parse_strip(text: str) -> Mask:
     return tuple(character == "#" for character in text)
 
 
+def parts_of(units: str) -> tuple[str, ...]:
+    """Names of a block's units by the setting `units`; empty where they are whole blocks.
+
+    >>> parts_of("block"), parts_of("attention,mlp")
+    ((), ('attention', 'mlp'))
+    """
+    return () if units == "block" else tuple(units.split(","))
+
+
 def mask_of(units: Iterable[int], n_units: int) -> Mask:
     """The mask that trains exactly the units of these indices."""
     chosen = set(units)

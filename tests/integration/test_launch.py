@@ -16,7 +16,7 @@ import pytest
 from families import save
 
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "TERM"  # submitit reads it when it is imported
-pytest.importorskip("submitit")
+pytest.importorskip("submitit", reason="the extra [slurm] is not installed")
 
 BRIDGE = ("bridge", "--task", "digits", "--limit", "60", "--patch-size", "4", "--steps", "1500",
           "--batch-size", "8", "--checkpoint-every", "100")  # fmt: skip
@@ -119,7 +119,7 @@ def test_two_jobs_share_a_search_and_one_is_preempted(llama: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--launch", "pbs", "-o", "run"], "--launch is slurm or local, not 'pbs'"),
+        (["--launch", "pbs", "-o", "run"], "unknown launch 'pbs'. Choose from: slurm, local"),
         (["--launch", "slurm", "--jobs", "2", "-o", "run"], "need --storage postgresql"),
         (["--launch", "local", "--job-options", "colour=red", "-o", "run"], "was not submitted"),
         (["--launch", "slurm", "-o", "run"], "was not submitted"),  # no sbatch here
