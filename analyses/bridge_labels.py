@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import outcome_rows, own_rate, pooled_claims
+from trainings import mean_in_words, noise_in_words, outcome_rows, own_rate, pooled_claims
 
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.inference import PooledArms
@@ -180,23 +180,20 @@ def accuracy_table(
 ) -> list[str]:
     rows = []
     for arm in ARMS:
-        found = pooled.mean(arm)
-        low, high = (100 * (end or 0.0) for end in (found.low, found.high))
         rows.append(
             {
                 "arm": arm,
-                "test accuracy %": f"{100 * (found.value or 0):.1f} ({low:.1f} to {high:.1f})",
+                "test accuracy %": mean_in_words(pooled, arm),
                 "lr": f"{rates[arm]:g}",
                 "recall of random labels % (least)": f"{100 * recalls[arm][1]:.1f} ({100 * recalls[arm][0]:.1f})"
                 if arm in recalls
                 else "–",
             }
         )
-    noise = f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed"
     return [
         *md_table(rows),
         "",
-        f"{noise} ({pooled.freedom} degrees of freedom, pooled over all arms).",
+        noise_in_words(pooled),
         "",
         f"Nothing is claimed of a bridge that recalls less than {100 * LEAST_RECALL:.0f} % of its labels.",
     ]

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import outcome_rows, own_rate, pooled_claims
+from trainings import mean_in_words, noise_in_words, outcome_rows, own_rate, pooled_claims
 
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.inference import PooledArms
@@ -142,15 +142,9 @@ def accuracy_table(pooled: PooledArms, rates: dict[str, float]) -> list[str]:
         row: dict[str, Any] = {"weights": words}
         for scope in SCOPES:
             arm = f"{words}, {scope}"
-            found = pooled.mean(arm)
-            low, high = (100 * (end or 0.0) for end in (found.low, found.high))
-            row[f"trained: {scope}"] = (
-                f"{100 * (found.value or 0):.1f} ({low:.1f} to {high:.1f}) at {rates[arm]:g}"
-            )
+            row[f"trained: {scope}"] = f"{mean_in_words(pooled, arm)} at {rates[arm]:g}"
         rows.append(row)
-    lines = md_table(rows)
-    noise = f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed"
-    return [*lines, "", f"{noise} ({pooled.freedom} degrees of freedom, pooled over all arms)."]
+    return [*md_table(rows), "", noise_in_words(pooled)]
 
 
 def headline(pooled: PooledArms, answers: list[Answer], where: str, n: int) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import outcome_rows, own_rate, pooled_claims
+from trainings import mean_in_words, outcome_rows, own_rate, pooled_claims
 
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.inference import PooledArms
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def seconds(s: Setup, name: str) -> float:
-    return 2.0 if s.quick else SECONDS[short(name)]
+    return 2.0 if s.quick else SECONDS.get(short(name), 60.0)
 
 
 def seeds(s: Setup) -> tuple[int, ...]:
@@ -102,7 +102,8 @@ def trainings(
         def fit(steps: int, *, test: bool) -> tuple[dict[str, Any], float]:
             if stem not in loaded:
                 loaded.clear()
-                patch = {} if s.patch else {"patch_size": PATCHES[short(name)]}
+                known = PATCHES.get(short(name))
+                patch = {} if s.patch or known is None else {"patch_size": known}
                 backbone = s.load(model, task, stem=stem, **patch)
                 loaded[stem] = backbone, TaskTensors.of(backbone, task)
             backbone, images = loaded[stem]
@@ -129,7 +130,7 @@ def trainings(
     found: dict[str, dict[int, float]] = {}
     facts: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
-    lrs = LRS[short(model)]
+    lrs = LRS.get(short(model), LRS["minilm"])
     for words in VARIANTS:
         lr, runs = own_rate(
             lambda lr, seed, words=words: one(words, lr, seed), lrs, seeds(s), most=len(lrs) + (not s.quick)
@@ -147,13 +148,11 @@ def trainings(
 def accuracy_table(pooled: PooledArms, facts: dict[str, dict[str, float]]) -> list[str]:
     rows = []
     for words in VARIANTS:
-        found = pooled.mean(words)
-        low, high = (100 * (end or 0.0) for end in (found.low, found.high))
         about = facts[words]
         rows.append(
             {
                 "variant": words,
-                "test accuracy %": f"{100 * (found.value or 0):.1f} ({low:.1f} to {high:.1f})",
+                "test accuracy %": mean_in_words(pooled, words),
                 "lr": f"{about['lr']:g}",
                 "steps": f"{about['steps']:.0f}",
                 "CPU-s, evaluation included": f"{about['cpu_seconds']:.0f}",

@@ -29,6 +29,8 @@ __all__ = [
     "Trainings",
     "Truth",
     "frugal_plan",
+    "mean_in_words",
+    "noise_in_words",
     "outcome_rows",
     "own_rate",
     "permutation_agreement",
@@ -142,6 +144,24 @@ def outcome_rows(
         for (lr, seed), outcome in runs.items()
         for split in ("validation", "test")
     ]
+
+
+def mean_in_words(pooled: PooledArms, arm: str) -> str:
+    """Mean accuracy of an arm with its 95 % interval, in per cent.
+
+    A cell of a table: `72.7 (70.3 to 75.1)`.
+    """
+    found = pooled.mean(arm)
+    value, low, high = (100 * (end or 0.0) for end in (found.value, found.low, found.high))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
+def noise_in_words(pooled: PooledArms) -> str:
+    """How far one training is from its arm and seed."""
+    return (
+        f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed ({pooled.freedom} degrees of "
+        "freedom, pooled over all arms)."
+    )
 
 
 def pooled_claims(
