@@ -68,6 +68,15 @@ def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
 _INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's own, or torch's for a CPU or an accelerator."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
 def printable(text: str) -> str:
     """`text` with its control characters, invisible marks and halves of letters written out.
 

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from layerprobe import __version__
-from layerprobe.errors import LayerprobeError, Terminated, stopped_by
+from layerprobe.errors import LayerprobeError, NotAvailableError, Terminated, out_of_memory, stopped_by
 from layerprobe.progress import error_line, line_for_people, silence_notes, wrapped
 
 if TYPE_CHECKING:  # typer keeps a click of its own
@@ -54,6 +54,10 @@ MODEL is minilm, gpt2, a hub id or a folder. TASK is digits, cifar100, a data
 set of the hub or a folder of images. RUN is a folder below runs/ or of -o.
 Names: layerprobe ls models, layerprobe ls tasks. More: layerprobe --help
 """
+NO_MEMORY = (
+    "there is not enough memory; finished work is kept. Try a smaller --batch-size or --image-size, a larger "
+    "--patch-size, fewer --workers, or --dtype bfloat16; --dry-run says what it takes"
+)
 UsageMistake: type[ClickException] = typer.BadParameter.__mro__[2]
 """What a user typed wrongly: click's own class, wherever typer keeps its click."""
 
@@ -99,6 +103,11 @@ class Program(TyperGroup):
             sys.exit(error.exit_code)
         except KeyboardInterrupt as stop:  # before typer, which would call it "Aborted!", exit code 1
             _leave(stop)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            sys.stderr.write(wrapped(f"error: {error_line(NotAvailableError(NO_MEMORY))}") + "\n")
+            sys.exit(1)
         except BrokenPipeError:
             # The reader of our stdout left (for example `| head`); nobody is there to be told.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -145,6 +145,29 @@ def test_bad_usage_is_exit_code_two(run_cli: Callable) -> None:
     assert run_cli("no-such-command").code == 2
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …"
+        ),
+    ],
+)
+def test_memory_that_cannot_be_had(
+    run_cli: Callable, llama: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import layerprobe.analyzers.features as module
+
+    def fail(*arguments: object, **more: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "extract_features", fail)
+    result = run_cli("features", "--model", llama, "--task", "digits")
+    assert_one_line(result, 1, "not enough memory", "--batch-size")
+
+
 def test_a_bug_keeps_its_traceback(run_cli: Callable, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import layerprobe.analyzers.features as module
 
