@@ -21,7 +21,7 @@ install: $(VENV)/.installed  ## create the environment and install layerprobe wi
 quickstart: install  ## the main job on MiniLM and the scikit-learn digits; results in quickstart/
 	$(BIN)/layerprobe freeze-search --model minilm --task digits --preset quickstart -o $(RUN)
 
-test: install  ## the default tests (under 12 minutes on 2 cores)
+test: install  ## the default tests (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install  ## every test that this machine can run, the slow ones included
