@@ -68,7 +68,7 @@ def make_table(arguments: argparse.Namespace) -> None:
         lrs=tuple(arguments.lrs),
         seeds=arguments.seeds,
         bridge_steps=arguments.bridge_steps,
-        finetune_steps=arguments.finetune_steps,
+        finetune_steps=arguments.steps,
         batch_size=arguments.batch_size,
         random_classes=arguments.random_classes,
         head=arguments.head,
@@ -85,7 +85,7 @@ def make_table(arguments: argparse.Namespace) -> None:
     print(
         f"{space.count_upper()} plans, {len(selection)} trainings to select by and "
         f"{space.count_upper() * settings.seeds} to judge by: {cost + judging:.0f} full trainings of "
-        f"{arguments.bridge_steps} + {arguments.finetune_steps} steps",
+        f"{arguments.bridge_steps} + {arguments.steps} steps",
         file=sys.stderr,
     )
     if arguments.dry_run:
@@ -135,7 +135,7 @@ def make_table(arguments: argparse.Namespace) -> None:
             "lrs": list(settings.lrs),
             "seeds": settings.seeds,
             "bridge_steps": arguments.bridge_steps,
-            "finetune_steps": arguments.finetune_steps,
+            "finetune_steps": arguments.steps,
             "batch_size": arguments.batch_size,
             "head": arguments.head,
             "head_lr": arguments.head_lr,

@@ -27,7 +27,8 @@ from layerprobe.training.config import TrainConfig, derive_seed
 from layerprobe.training.data import Batch, BatchSampler, ImageTensors, augmented, row_batches
 
 DIVERGED_WINDOW = 50
-"""A run has diverged when its mean loss over this many steps is twice the loss of a uniform guess."""
+"""A run has diverged when over the latest half of this many steps its mean loss is twice that of a uniform guess,
+and no lower than over the half before: a head that starts from a probe may begin high and come down."""
 PREFIX_BYTES = 4 << 30
 """Outputs of a frozen prefix are kept when they take no more memory than this."""
 GROUP_BLOCK = "block"
@@ -273,10 +274,14 @@ def _divergence(losses: list[float], norm: float, *, guess: float, lr: float, pe
     """What is wrong with the latest steps, if anything."""
     if not (np.isfinite(losses[-1]) and np.isfinite(norm)):
         return f"loss {losses[-1]}, gradient norm {norm} at learning rate {lr:.3g}; try a lower --lr"
-    if len(losses) == DIVERGED_WINDOW and np.mean(losses) > 2 * max(guess, 0.5):
+    if len(losses) < DIVERGED_WINDOW:
+        return None
+    half = DIVERGED_WINDOW // 2
+    before, latest = np.mean(losses[:half]), np.mean(losses[half:])
+    if latest > 2 * max(guess, 0.5) and latest >= before:
         return (
-            f"the mean loss of the last {DIVERGED_WINDOW} steps is {np.mean(losses):.3g}, a guess has "
-            f"{guess:.3g}; the learning rate {peak:.3g} is too high"
+            f"the mean loss of the last {half} steps is {latest:.3g} and does not fall, a guess has {guess:.3g}; "
+            f"the learning rate {peak:.3g} is too high"
         )
     return None
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,7 +18,7 @@ from layerprobe.backbones import load_backbone
 from layerprobe.errors import NotAvailableError, PlanError, UsageError
 from layerprobe.files import tensor_digest
 from layerprobe.training import BridgeConfig, all_trainable, block_plan, bridge_train
-from layerprobe.training.loop import DivergedError
+from layerprobe.training.loop import DIVERGED_WINDOW, DivergedError, _divergence
 
 
 def digests(module):
@@ -246,6 +247,13 @@ def test_a_rate_that_diverges_says_so(make_backbone, task):
     config = SMALL.replace(lr=300.0, steps=100, clip_norm=None, warmup=0.0)
     with pytest.raises(DivergedError, match=r"step \d+ of 100: .*(learning rate|--lr)"):
         bridge_train(make_backbone(), task, config=config)
+
+
+def test_a_loss_that_starts_high_and_comes_down_has_not_diverged():
+    falling = [float(loss) for loss in np.linspace(15, 5, DIVERGED_WINDOW)]
+    for losses, diverged in ((falling, False), (falling[::-1], True), ([5.0] * DIVERGED_WINDOW, True)):
+        found = _divergence(losses, 1.0, guess=np.log(10), lr=1e-3, peak=1e-3)
+        assert bool(found) is diverged
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
