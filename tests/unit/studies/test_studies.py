@@ -316,8 +316,10 @@ def test_a_table_of_every_plan_is_made_by_training(tmp_path: Path, monkeypatch: 
     script = importlib.import_module("freeze_search")
     monkeypatch.setattr(script, "TABLES", tmp_path / "tables")
     monkeypatch.setattr(script, "WORK", tmp_path / "runs")
-    options = ["--model", str(model), "--task", "digits", "--limit", "60", "--patch-size", "4", "--name", "tiny"]
-    options += ["--steps", "2", "--batch-size", "8", "--seeds", "2", "--lrs", "1e-3"]
+    words = (
+        "--task digits --limit 60 --patch-size 4 --steps 2 --batch-size 8 --seeds 2 --lrs 1e-3 --name tiny"
+    )
+    options = ["--model", str(model), *words.split()]
     monkeypatch.setattr(sys, "argv", ["freeze_search.py", "make-table", *options])
     script.main()
     table = pd.read_csv(tmp_path / "tables" / "tiny" / "table.csv.gz")
