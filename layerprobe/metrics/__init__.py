@@ -10,7 +10,7 @@ from typing import Any
 
 _MODULES = {
     "intervals": (
-        "Estimate Interval MeanInterval PairedDifference PairedSeeds bootstrap_interval mean_interval "
+        "Estimate Interval bootstrap_interval mean_interval "
         "paired_bootstrap paired_seed_interval wilson_interval"
     ),
     "outliers": "OutlierRules TensorOutliers merge_outliers",

@@ -1,4 +1,4 @@
-"""Inference for trainings that were repeated over seeds: pooled noise, block effects, equivalence, power.
+"""Inference for trainings that were repeated over seeds: pooled noise, equivalence, power.
 
 Accuracies of several arms (freeze plans, initialisations, learning rates) on common seeds follow
 y[arm, seed] = arm + seed + noise. The noise is pooled over all arms, so that a few seeds give many degrees of
@@ -206,91 +206,6 @@ def t_estimate(
     )
 
 
-def block_effects(
-    masks: Sequence[Sequence[bool]],
-    values: ArrayLike,
-    seeds: Sequence[int],
-    *,
-    confidence: float = 0.95,
-) -> list[Estimate]:
-    """What training a block adds on average over the plans at hand: least squares on block indicators and seeds.
-
-    Parameters
-    ----------
-    masks : Sequence[Sequence[bool]]
-        n plans, L booleans each: which blocks were trained.
-    values : ArrayLike
-        n accuracies.
-    seeds : Sequence[int]
-        n seeds; plans of one seed share its effect.
-
-    Returns
-    -------
-    list[Estimate]
-        One per block, in the unit of `values`. Interactions of blocks count as noise. Undefined for a block
-        that no pair of plans tells apart.
-    """
-    plans, y = np.asarray(masks, dtype=float), np.asarray(values, dtype=float)
-    levels = sorted(set(seeds))
-    by_seed = np.array([[seed == level for level in levels] for seed in seeds], dtype=float)
-    design = np.hstack([by_seed, plans])
-    inverse = np.linalg.pinv(design.T @ design)
-    coefficients = inverse @ design.T @ y
-    freedom = len(y) - int(np.linalg.matrix_rank(design))
-    found = []
-    for block in range(plans.shape[1]):
-        column = len(levels) + block
-        others = np.delete(design, column, axis=1)
-        identified = np.linalg.matrix_rank(others) < np.linalg.matrix_rank(design)
-        if not identified or freedom < 1:
-            why = "no plans differ in this block alone" if not identified else "as many effects as trainings"
-            found.append(Estimate(value=None, n=len(y), reason=why))
-            continue
-        noise = float(((y - design @ coefficients) ** 2).sum()) / freedom
-        variance = noise * float(inverse[column, column])
-        found.append(
-            t_estimate(float(coefficients[column]), [(variance, freedom)], n=len(y), confidence=confidence)
-        )
-    return found
-
-
-def shapley_values(
-    plan_means: Mapping[tuple[bool, ...], float], *, noise: float, freedom: int, n_seeds: int
-) -> list[Estimate]:
-    """Shapley value of every block for the accuracy of a plan, from a table of all plans.
-
-    Parameters
-    ----------
-    plan_means : Mapping[tuple[bool, ...], float]
-        All 2^L masks → mean accuracy over seeds.
-    noise : float
-        Standard deviation of one training; `freedom` its degrees of freedom, `n_seeds` trainings a mean.
-
-    Returns
-    -------
-    list[Estimate]
-        One per block; together they sum to the accuracy of all blocks less that of none.
-
-    References
-    ----------
-    Shapley, A value for n-person games, 1953.
-    """
-    n_blocks = len(next(iter(plan_means)))
-    if len(plan_means) != 1 << n_blocks:
-        raise UsageError(f"Shapley values need all {1 << n_blocks} plans, got {len(plan_means)}")
-    found = []
-    for block in range(n_blocks):
-        weights = {
-            mask: (1 if mask[block] else -1)
-            / (n_blocks * math.comb(n_blocks - 1, sum(mask) - (1 if mask[block] else 0)))
-            for mask in plan_means
-        }
-        value = sum(weight * plan_means[mask] for mask, weight in weights.items())
-        variance = noise**2 / n_seeds * sum(weight**2 for weight in weights.values())
-        found.append(t_estimate(value, [(variance, freedom)], n=n_seeds))
-    return found
-
-
 def holm(pvalues: Sequence[float]) -> list[float]:
     """p-values adjusted for several claims by Holm's step-down procedure, in the order given.
 
@@ -351,14 +266,3 @@ def detectable_difference(
 
     shift = float(optimize.brentq(lacking, 0.0, 10 * critical + 10))
     return shift * noise * math.sqrt(2.0 / n_seeds)
-
-
-def seeds_needed(
-    noise: float, half_width: float, *, arms: int, confidence: float = 0.95, most: int = 100
-) -> int:
-    """Common seeds after which the interval of a difference has at most this half-width; `most` at the most."""
-    for n_seeds in range(2, most + 1):
-        freedom = (arms - 1) * (n_seeds - 1)
-        if float(stats.t.ppf(0.5 + confidence / 2, freedom)) * noise * math.sqrt(2.0 / n_seeds) <= half_width:
-            return n_seeds
-    return most

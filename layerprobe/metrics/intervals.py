@@ -14,8 +14,6 @@ from scipy import special, stats
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
 
-MeanInterval = PairedDifference = PairedSeeds = Estimate  # names of earlier releases
-
 
 class Interval(NamedTuple):
     """Lower and upper end of an interval, in the unit of the quantity."""

@@ -1,8 +1,7 @@
-"""Pooled intervals, block effects, Shapley values, Holm, equivalence, power: against theory and simulation."""
+"""Pooled intervals, Holm, equivalence, power: against theory and simulation."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -12,12 +11,9 @@ from scipy import stats
 from layerprobe.errors import UsageError
 from layerprobe.metrics.inference import (
     PooledArms,
-    block_effects,
     detectable_difference,
     equivalence_pvalue,
     holm,
-    seeds_needed,
-    shapley_values,
     t_estimate,
 )
 
@@ -97,36 +93,6 @@ def test_nothing_to_pool_is_refused():
         PooledArms({"a": {0: 0.5}, "b": {0: 0.6}})
 
 
-def masks(n_blocks):
-    return list(itertools.product((False, True), repeat=n_blocks))
-
-
-def test_block_effects_are_those_of_ordinary_least_squares():
-    rng = np.random.default_rng(4)
-    truth = np.array([3.0, 0.0, -1.0])
-    rows = [(mask, seed) for seed in range(3) for mask in masks(3)]
-    y = [float(truth @ np.array(mask)) + 10 * seed + rng.normal(0, 0.5) for mask, seed in rows]
-    found = block_effects([mask for mask, _ in rows], y, [seed for _, seed in rows])
-    assert [e.value for e in found] == pytest.approx(truth, abs=0.5)
-    assert found[0].pvalue < 1e-6 < 0.01 < found[1].pvalue
-    assert found[0].freedom == 24 - 3 - 3
-    assert found[0].stderr == pytest.approx(0.5 / math.sqrt(24 / 4), rel=0.4)
-    lone = block_effects(
-        [(True, True), (False, True)] * 3, [1.0, 2.0, 1.1, 2.1, 1.0, 2.2], [0, 0, 1, 1, 2, 2]
-    )
-    assert lone[0].value == pytest.approx(-1.07, abs=0.01)
-    assert lone[1].reason == "no plans differ in this block alone"
-
-
-def test_shapley_values_share_an_interaction_and_sum_to_the_whole():
-    means = {mask: 0.1 + 0.2 * mask[0] + 0.3 * (mask[1] and mask[2]) for mask in masks(3)}
-    found = shapley_values(means, noise=0.01, freedom=20, n_seeds=3)
-    assert [e.value for e in found] == pytest.approx([0.2, 0.15, 0.15])
-    assert sum(e.value for e in found) == pytest.approx(means[(True,) * 3] - means[(False,) * 3])
-    with pytest.raises(UsageError, match="need all 8 plans, got 7"):
-        shapley_values({k: v for k, v in means.items() if any(k)}, noise=0.01, freedom=2, n_seeds=3)
-
-
 def test_holm_controls_the_family():
     rng = np.random.default_rng(5)
     hits = [min(holm(rng.random(10).tolist())) < 0.05 for _ in range(2000)]
@@ -149,6 +115,3 @@ def test_stated_power_is_the_power_reached():
     ]
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
     assert detectable_difference(0.01, 3, 0) == math.inf
-    n_seeds = seeds_needed(0.01, 0.015, arms=6)
-    half = stats.t.ppf(0.975, 5 * (n_seeds - 1)) * 0.01 * math.sqrt(2 / n_seeds)
-    assert half <= 0.015
