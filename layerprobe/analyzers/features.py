@@ -82,10 +82,6 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         shape = "×".join(map(str, next(iter(self.arrays.values())).shape))
         return f"Features({self.model} on {self.task}/{self.split}: {len(self)} layers of {shape})"
 
-    def block(self, index: int, site: str = "resid_post") -> np.ndarray:
-        """The n×d array of a block's site."""
-        return self.arrays[LayerRef(index, site)]
-
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Write the arrays for other programs, see `layerprobe.analyzers.feature_export.export_features`."""
         return export_features(self, path)

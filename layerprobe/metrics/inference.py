@@ -19,6 +19,10 @@ from scipy import optimize, stats
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
 
+TAIL = 0.975
+"""All intervals here are those of 95 %, two-sided."""
+POWER = 0.8
+
 
 @dataclass(frozen=True)
 class PooledArms:
@@ -95,7 +99,7 @@ class PooledArms:
         """Standard deviation of one training around its arm and seed effects."""
         return math.sqrt(self._fit[3] / self.freedom)
 
-    def difference(self, arm: str, versus: str, confidence: float = 0.95) -> Estimate:
+    def difference(self, arm: str, versus: str) -> Estimate:
         """Difference of two arms' expected accuracies, with pooled noise and the sampling of images.
 
         Returns
@@ -116,9 +120,9 @@ class PooledArms:
         if self.n_images:
             parts.append((self._image_variance(arm, versus), self.n_images - 1.0))
         n = len(self.values[arm].keys() & self.values[versus].keys())
-        return t_estimate(value, parts, n=n, confidence=confidence, bounds=(-1.0, 1.0))
+        return t_estimate(value, parts, n=n, bounds=(-1.0, 1.0))
 
-    def mean(self, arm: str, confidence: float = 0.95) -> Estimate:
+    def mean(self, arm: str) -> Estimate:
         """Mean accuracy of an arm; the interval holds seeds and images, stays in [0, 1] and has a width.
 
         Wilson's interval, with the number of images that would give the total variance, and a t quantile.
@@ -139,7 +143,7 @@ class PooledArms:
         ]
         total = sum(variance for variance, _ in parts)
         freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
-        quantile = float(stats.t.ppf(0.5 + confidence / 2, freedom))
+        quantile = float(stats.t.ppf(TAIL, freedom))
         size = spread / total
         centre = (value + quantile**2 / (2 * size)) / (1 + quantile**2 / size)
         half = quantile / (1 + quantile**2 / size)
@@ -170,7 +174,6 @@ def t_estimate(
     variances: Sequence[tuple[float, float]],
     *,
     n: int | None = None,
-    confidence: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
     """Estimate with a t interval from independent sources of error.
@@ -192,7 +195,7 @@ def t_estimate(
         return Estimate(value=value, stderr=0.0, n=n, reason=reason)
     freedom = total**2 / sum(variance**2 / degrees for variance, degrees in variances if variance > 0)
     stderr = math.sqrt(total)
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * stderr
+    half = float(stats.t.ppf(TAIL, freedom)) * stderr
     above = float(stats.t.cdf(value / stderr, freedom))
     return Estimate(
         value=value,
@@ -235,10 +238,8 @@ def equivalence_pvalue(difference: Estimate, margin: float) -> float:
     return max(below, above)
 
 
-def detectable_difference(
-    noise: float, n_seeds: int, freedom: float, *, power: float = 0.8, confidence: float = 0.95
-) -> float:
-    """The difference of two arms that a comparison over `n_seeds` common seeds finds with probability `power`.
+def detectable_difference(noise: float, n_seeds: int, freedom: float) -> float:
+    """The difference of two arms that a comparison over `n_seeds` common seeds finds in 80 % of all cases.
 
     Parameters
     ----------
@@ -259,10 +260,10 @@ def detectable_difference(
     """
     if freedom < 1 or n_seeds < 1:
         return math.inf
-    critical = float(stats.t.ppf(0.5 + confidence / 2, freedom))
+    critical = float(stats.t.ppf(TAIL, freedom))
 
     def lacking(shift: float) -> float:
-        return float(stats.nct.sf(critical, freedom, shift)) - power
+        return float(stats.nct.sf(critical, freedom, shift)) - POWER
 
     shift = float(optimize.brentq(lacking, 0.0, 10 * critical + 10))
     return shift * noise * math.sqrt(2.0 / n_seeds)

@@ -145,7 +145,6 @@ class Evaluation(Record):
     trials: list[Trial]
     chosen: dict[str, float | None]
     about: dict[str, Any]
-    confidence: float = 0.95
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -169,21 +168,17 @@ class Evaluation(Record):
             reason = next((t.reason for t in self.of(arm) if t.reason), "no seed finished")
             return Estimate(value=None, reason=reason)
         if len(found) > 1:
-            return mean_interval(found, self.confidence)
+            return mean_interval(found)
         n = self._n_test(arm)
-        low, high = wilson_interval(round(found[0] * n), n, self.confidence)
+        low, high = wilson_interval(round(found[0] * n), n)
         return Estimate(value=found[0], low=low, high=high, n=1)
 
     def interval_kind(self, arm: str) -> str | None:
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {percent(self.confidence, 0)} over {n_seeds} seeds"
-        return (
-            f"Wilson {percent(self.confidence, 0)} over {self._n_test(arm):,} images, 1 seed"
-            if n_seeds
-            else None
-        )
+            return f"t 95 % over {n_seeds} seeds"
+        return f"Wilson 95 % over {self._n_test(arm):,} images, 1 seed" if n_seeds else None
 
     def _n_test(self, arm: str) -> int:
         return next(t.n_test or 0 for t in self.of(arm) if t.test_accuracy is not None)
@@ -200,9 +195,9 @@ class Evaluation(Record):
             if len(common) < 2:
                 row |= {"value": None, "reason": f"{len(common)} common seeds; an interval needs 2"}
             else:
-                pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
+                pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common])
                 row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {percent(self.confidence, 0)} over {len(common)} paired seeds"
+                row["interval"] = f"t 95 % over {len(common)} paired seeds"
             rows.append(row)
         return rows
 
