@@ -77,6 +77,11 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def printable(text: str) -> str:
     """`text` with its control characters, invisible marks and halves of letters written out.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layerprobe.errors import BrokenFileError, UsageError, shortened
+from layerprobe.errors import BrokenFileError, UsageError, first_line, shortened
 from layerprobe.files import atomic_write
 from layerprobe.reading import open_file
 
@@ -145,6 +145,11 @@ def bytes_text(count: int) -> str:
     ('1.5 MiB', '2.50 GiB')
     """
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def dtype_name(dtype: object) -> str:
+    """`float32` for torch.float32, "torch.float32" and "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def render_table(
@@ -292,5 +297,6 @@ def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> p
         try:
             return pd.read_parquet(stream) if source.suffix == ".parquet" else pd.read_csv(stream)
         except Exception as error:  # whatever pandas and pyarrow stumble over
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BrokenFileError(f"cannot read table {source}: {shortened(line, 120)}") from error
+            raise BrokenFileError(
+                f"cannot read table {source}: {shortened(first_line(error), 120)}"
+            ) from error

@@ -40,6 +40,7 @@ from layerprobe.backbones.sharding import run_whole
 from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
+from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -102,8 +103,7 @@ class Backbone(nn.Module):
         self.modality = "vision" if sees_pixels(self.model) else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
-        self.patch_size = patch_size
-        self.image_size = image_size
+        self.patch_size, self.image_size = patch_size, image_size
         self.stem = None
         self.output_width = self.hidden_size
         """Width of what `forward` returns, which some models project (OPT-350m)."""
@@ -369,7 +369,7 @@ class Backbone(nn.Module):
             "image_size": self.image_size,
             "attention": self.attention,
             "pooling": self.pooling,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
 

@@ -246,6 +246,11 @@ def _last_writers(block: nn.Module, width: int) -> tuple[str | None, str | None]
     return inside, outside
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear or GPT-2's transposed Conv1D."""
+    return isinstance(module, nn.Linear) or hasattr(module, "nf")
+
+
 def longest_sequence(model: nn.Module, config: PretrainedConfig) -> int | None:
     """How many positions the model has; None where it names no limit.
 

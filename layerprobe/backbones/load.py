@@ -19,19 +19,19 @@ from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import memory_source, unwrap
 from layerprobe.backbones.pretrained import (
     architecture_of,
-    first_line,
     pretrained_model,
     remarks_in_one_line,
 )
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.backbones.sharding import sharding
 from layerprobe.backbones.trained_parts import put_into
-from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError, first_line
 from layerprobe.files import weight_files
 from layerprobe.locks import n_processes
 from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
 from layerprobe.reading import check_plain
+from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -335,7 +335,7 @@ def _check_memory(
     needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize // parts
     free = available_memory(device)
     if free is not None and needed > free:
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         raise NotAvailableError(
             f"'{source.name}' needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {device} has "
             f"{free / 2**30:.1f} GiB free; try --dtype bfloat16, another device, or a smaller model"

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from torch import nn
-
-from layerprobe.backbones.layout import attention_path
+from layerprobe.backbones.layout import attention_path, is_linear
 from layerprobe.errors import UnknownNameError
 from layerprobe.layers import UNITS
 
@@ -42,7 +40,4 @@ def linear_modules(backbone: Backbone, names: Iterable[str]) -> list[str]:
     """The linear maps among the modules that hold parameters of these names: where adapters can be."""
     holders = dict.fromkeys(name.rpartition(".")[0] for name in names)
     model = backbone.model
-    # nn.Linear, and the transposed Conv1D of GPT-2
-    return [
-        name for name in holders if isinstance(m := model.get_submodule(name), nn.Linear) or hasattr(m, "nf")
-    ]
+    return [name for name in holders if is_linear(model.get_submodule(name))]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from layerprobe.errors import PlanError
+from layerprobe.errors import PlanError, first_line
 from layerprobe.plans.adapters import add_adapters, present_ranks, refuse_other_adapters
 from layerprobe.plans.match import match_parameters
 from layerprobe.plans.names import adapter_part, is_original
@@ -14,12 +14,12 @@ from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 from layerprobe.plans.verify import (
     Memory,
     adapter_digests,
-    dtype_in_words,
     effect_of,
     named_parameters,
     remembered,
     take_fingerprint,
 )
+from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,7 +157,7 @@ def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str,
     codes = [n for n, p in parameters.items() if not (p.dtype.is_floating_point or p.dtype.is_complex)]
     if codes:
         raise PlanError(
-            f"{len(codes)} parameters that should be trainable hold {dtype_in_words(parameters[codes[0]])} codes "
+            f"{len(codes)} parameters that should be trainable hold {dtype_name(parameters[codes[0]].dtype)} codes "
             f"(quantised): {few(codes)}; load the model without quantisation, or freeze their blocks. Nothing was "
             "changed"
         )
@@ -178,8 +178,7 @@ def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> 
         for known, flag in before.items():
             if every[known].requires_grad != flag:
                 every[known].requires_grad_(flag)
-        line = str(error).strip().splitlines()[0]
-        raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
+        raise PlanError(f"{name} cannot be set: {first_line(error)}. Nothing was changed") from error
 
 
 def _outside_states(

@@ -19,6 +19,7 @@ from alembic.util import CommandError
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
+from layerprobe import errors
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.progress import note
 from layerprobe.provenance import without_secrets
@@ -204,8 +205,7 @@ def first_line(error: BaseException) -> str:
     """What the error at the bottom of a chain says, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return errors.first_line(error)
 
 
 @contextmanager

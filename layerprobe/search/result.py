@@ -25,7 +25,7 @@ from layerprobe.search.probes import ProbeBaseline, probes_in_words
 from layerprobe.search.space import marks, parse_strip, parts_of, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -166,17 +166,18 @@ class SearchResult(Record):
             **frames,
         )
 
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        return {
+            "layers": self.table,
+            "trials": self.trials,
+            "baselines": self.baselines,
+            "plans": self.plans,
+        }
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
         if target.suffix not in (".csv", ".parquet", ".json"):
             self.plan.save(target / "plan.json")
-            for name, frame in (
-                ("layers", self.table),
-                ("trials", self.trials),
-                ("baselines", self.baselines),
-                ("plans", self.plans),
-            ):
-                write_frame(frame, target / f"{name}.csv")
             write_json(target / "search.json", self.to_search_json())
         return target
 

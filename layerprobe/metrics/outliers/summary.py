@@ -21,6 +21,7 @@ from layerprobe.metrics.outliers import (
 from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_table, decoded, float32_bins
 from layerprobe.metrics.outliers.counting import Engine, TopEntries, make_engine
 from layerprobe.metrics.outliers.moments import AxisSpread, Moments, chunk_moments
+from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -370,7 +371,7 @@ def _raw_codes(weight: ArrayLike | torch.Tensor) -> tuple[np.ndarray, str]:
         import torch
 
         tensor = weight.detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         if dtype in CODE_DTYPES:
             return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.uint16).numpy(), dtype
         weight = tensor.numpy()
