@@ -16,8 +16,8 @@ import pandas as pd
 from layerprobe.analyzers.extraction import TOKENS, fill_store
 from layerprobe.analyzers.feature_export import export_features
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.backbones.choices import POOLINGS
 from layerprobe.backbones.sharding import is_sharded
+from layerprobe.choices import POOLINGS
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.hooks.capture import all_layers, check_layers
 from layerprobe.hooks.feature_store import FeatureStore, features_root

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.attention import attention_mask, choose_attention
-from layerprobe.backbones.choices import check_choices
 from layerprobe.backbones.image_input import (
     HasImages,
     HasRows,
@@ -38,6 +37,7 @@ from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.backbones.sharding import run_whole
 from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
+from layerprobe.choices import check_choices
 from layerprobe.errors import UsageError
 from layerprobe.progress import note
 from layerprobe.tables import dtype_name

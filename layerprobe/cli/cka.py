@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
@@ -31,8 +32,8 @@ def cka(
         "-b",
     ),
     revision_b: str | None = option(None, "Revision of --model-b."),
-    init_b: str | None = option(None, "Weights of the other backbone.", choices=options.INITS),
-    split: str = option("test", "Which images.", choices=options.SPLITS),
+    init_b: str | None = option(None, "Weights of the other backbone.", choices=choices.INITS),
+    split: str = option("test", "Which images.", choices=choices.SPLITS),
     permutations: int = option(1000, "At least this many shuffles of the images.", min=1),
     intervals: bool = option(False, "Write values and 95 % intervals into the heat map.", "--intervals"),
     cache_dir: options.CacheDir = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
@@ -22,8 +23,8 @@ def features(
     task: options.TaskOptions,
     layers: options.LayerOptions,
     out: Output,
-    split: str = option("all", "Which images.", choices=(*options.SPLITS, "all")),
-    store_dtype: str = option("float32", "On disk.", choices=options.DTYPES),
+    split: str = option("all", "Which images.", choices=(*choices.SPLITS, "all")),
+    store_dtype: str = option("float32", "On disk.", choices=choices.DTYPES),
     tokens: bool = option(
         False, "Keep every token instead of pooling; --dry-run tells the size.", "--tokens"
     ),

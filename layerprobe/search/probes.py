@@ -10,6 +10,7 @@ import numpy as np
 
 from layerprobe.analyzers.probes import PIXEL_SIZE, linear_probes, pixel_features
 from layerprobe.backbones.backbone import evaluating
+from layerprobe.choices import SPLITS
 from layerprobe.errors import LayerprobeError
 from layerprobe.metrics.inference import t_estimate
 from layerprobe.metrics.intervals import interval_in_words
@@ -23,7 +24,6 @@ from layerprobe.training.finetune import few_shot_rows
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
 ARMS = {"plan": "the best plan found", "all": "all blocks trained", "none": "no block trained"}
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from layerprobe.choices import MODES, SCOPES
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.metrics.intervals import (
     interval_in_words,
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from layerprobe.plans import FreezePlan
 
-MODES = ("finetune", "fewshot", "probe", "own-head")
-SCOPES = ("arm", "plan", "all")
 FEW_SHOTS = 5
 
 

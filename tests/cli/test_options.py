@@ -71,21 +71,3 @@ def test_what_reading_a_task_left_out_is_said_unless_quiet(
         f"{tmp_path}: 5 images of test/ lie in no class folder, so they have no labels and were left out\n"
     )
     assert (said.out, said.err) == ("", "" if quiet else remark)
-
-
-def test_the_words_of_options_are_those_of_the_library() -> None:
-    from layerprobe.backbones import choices
-    from layerprobe.backbones.image_input import STEM_KINDS
-    from layerprobe.backbones.load import DTYPES
-    from layerprobe.cli import evaluate
-    from layerprobe.tasks.split import SPLITS
-    from layerprobe.training import arms, config
-
-    assert (options.INITS, options.POOLINGS, options.ATTENTIONS) == (
-        choices.INITS,
-        choices.POOLINGS,
-        choices.ATTENTIONS,
-    )
-    assert tuple(STEM_KINDS) == options.STEMS and tuple(DTYPES) == options.DTYPES
-    assert options.SPLITS == SPLITS and options.PRECISIONS == config.PRECISIONS
-    assert (evaluate.MODES, evaluate.SCOPES) == (arms.MODES, arms.SCOPES)
