@@ -62,8 +62,7 @@ def features(
         return
 
     with copies(workers):
-        from layerprobe.analyzers.feature_table import FeatureTable
-        from layerprobe.analyzers.features import TOKENS, extract_features
+        from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
         is_first = process_number() == 0
         images = task.load(out)
