@@ -117,7 +117,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial(Outcome):
+class ArmRun(Outcome):
     """One training of one arm."""
 
     arm: str
@@ -131,7 +131,7 @@ class Evaluation(Record):
     ----------
     mode : str
         Finetune, fewshot, probe or own-head.
-    trials : list[Trial]
+    trials : list[ArmRun]
         Every training done, those of rejected learning rates included.
     chosen : dict[str, float | None]
         Arm → its learning rate, taken on validation; None where nothing is trained by gradient.
@@ -141,7 +141,7 @@ class Evaluation(Record):
 
     command: ClassVar[str] = "evaluate"
     mode: str
-    trials: list[Trial]
+    trials: list[ArmRun]
     chosen: dict[str, float | None]
     about: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -151,7 +151,7 @@ class Evaluation(Record):
         """Arms in the order they were asked for."""
         return list(self.chosen)
 
-    def of(self, arm: str) -> list[Trial]:
+    def of(self, arm: str) -> list[ArmRun]:
         """The trials of an arm at its chosen rate, by seed."""
         rate = self.chosen[arm]
         return sorted((t for t in self.trials if t.arm == arm and t.lr == rate), key=lambda t: t.seed or 0)

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 
 from layerprobe.metrics.intervals import wilson_interval
-from layerprobe.training.arms import Evaluation, Trial
+from layerprobe.training.arms import ArmRun, Evaluation
 
 ABOUT = {"model": "tiny", "revision": None, "task": "corners"}
 
 
 def trial(arm, seed, test, *, lr=1e-3, validation=0.5, reason=None):
-    return Trial(
+    return ArmRun(
         arm=arm,
         lr=lr,
         seed=seed,
