@@ -12,11 +12,11 @@ from layerprobe.plans.match import match_parameters
 from layerprobe.plans.names import adapter_part, is_original
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 from layerprobe.plans.verify import (
-    Memory,
+    AppliedState,
     adapter_digests,
+    applied_states,
     effect_of,
     named_parameters,
-    remembered,
     take_fingerprint,
 )
 from layerprobe.tables import dtype_name
@@ -124,7 +124,7 @@ def apply_plan(
     if before is not None:
         dtypes = {name: str(every[full].dtype) for full, name in ours.items()}
         before.parameters.update(adapter_digests(plan, every, match.prefix))
-        remembered[model] = Memory(effect_of(plan), before, dtypes)
+        applied_states[model] = AppliedState(effect_of(plan), before, dtypes)
     return Applied(
         prefix=match.prefix,
         trainable=sum(name in trained for name in ours.values()),

@@ -67,7 +67,7 @@ Effect = tuple[str, frozenset[str], str]
 
 
 @dataclass(frozen=True)
-class Memory:
+class AppliedState:
     """The effect of the plan applied last, and the model's digests and dtypes at that moment."""
 
     effect: Effect
@@ -75,7 +75,7 @@ class Memory:
     dtypes: dict[str, str]
 
 
-remembered: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
+applied_states: weakref.WeakKeyDictionary[nn.Module, AppliedState] = weakref.WeakKeyDictionary()
 """Model -> what `apply` keeps of it; gone when the model is."""
 
 
@@ -137,7 +137,7 @@ def verify_plan(
     PlanError
         a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
     """
-    memory = remembered.get(model)
+    memory = applied_states.get(model)
     if before is None:
         if memory is None or memory.effect != effect_of(plan):
             raise PlanError(
