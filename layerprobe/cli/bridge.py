@@ -94,7 +94,7 @@ def bridge(
     from layerprobe.training.loop import tracker_options
 
     tracker_options(config.trackers, out.folder)
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     check_plan(freeze_plan, seen)
     if out.dry_run:
         facts = training_facts(

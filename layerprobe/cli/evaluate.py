@@ -105,7 +105,7 @@ def evaluate(
     ways = f"{', '.join(arms)} of {backbone.model}" if arms else backbone.model
     length = f"; {n_trainings} trainings" if trains else ""
     out.start(f"test accuracy of {ways} on {task.task}, by {mode}{length}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     used = plan if arms else plan or run_plan(seen, scope)
     if planned_arms(arms, scope) if arms else trains:
         check_plan(used, seen)

@@ -45,7 +45,7 @@ def features(
         check_export(export)
     what = "every layer" if layers.blocks == "all" else f"blocks {layers.blocks}"
     out.start(f"{what} of {backbone.model} on {split} images of {task.task}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     n_layers = len(layers.pick(seen, model=backbone.model))
     if out.dry_run:
         loaded = task.load(out)

@@ -174,7 +174,7 @@ def freeze_search(
     from layerprobe.search.evaluator import search_space
     from layerprobe.search.workers import processes_on
 
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     given |= settings.blocks(seen.n_blocks, model=seen.name)
     processes = settings.workers or processes_on(seen)
     if out.dry_run:

@@ -125,7 +125,7 @@ class BackboneOptions:
         choose_threads(threads, loaded.n_parameters)
         return loaded
 
-    def sketch(self, task: TaskOptions) -> Backbone:
+    def meta_backbone(self, task: TaskOptions) -> Backbone:
         """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
         from layerprobe.backbones.backbone import MIXED_SIZE
         from layerprobe.backbones.load import load_for_dry_run
