@@ -320,13 +320,7 @@ def cut_task(
         workers=decode_workers,
     )
     splits = {
-        split: ImageSplit(
-            name=split,
-            ids=ids[order],
-            labels=labels[order],
-            decoding=decoding,
-            rows=order,
-        )
+        split: ImageSplit(name=split, ids=ids[order], labels=labels[order], decoding=decoding, rows=order)
         for split, order in rows.items()
     }
     report = {
