@@ -299,6 +299,11 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
     return sorted(set(placed.values())), placed
 
 
+def dtype_name(dtype: object) -> str:
+    """`float32` for torch.float32, "torch.float32" and "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in pieces, so that a large one on an accelerator needs no second copy here.
 

@@ -147,11 +147,6 @@ def bytes_text(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def dtype_name(dtype: object) -> str:
-    """`float32` for torch.float32, "torch.float32" and "float32"."""
-    return str(dtype).removeprefix("torch.")
-
-
 def render_table(
     rows: Sequence[Mapping[str, Any]],
     form: Literal["text", "html", "markdown"] = "text",

@@ -39,8 +39,8 @@ from layerprobe.backbones.sharding import run_whole
 from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
 from layerprobe.choices import check_choices
 from layerprobe.errors import UsageError
+from layerprobe.files import dtype_name
 from layerprobe.progress import note
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -26,12 +26,11 @@ from layerprobe.backbones.sharding import sharding
 from layerprobe.backbones.trained_parts import put_into
 from layerprobe.choices import CONTROLS, DTYPES, check_choices
 from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError, first_line
-from layerprobe.files import weight_files
+from layerprobe.files import dtype_name, weight_files
 from layerprobe.locks import n_processes
 from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
 from layerprobe.reading import check_plain
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

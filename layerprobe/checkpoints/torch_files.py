@@ -12,7 +12,7 @@ import numpy as np
 from layerprobe.checkpoints.safetensors import RAW_DTYPES, StoredTensor
 from layerprobe.checkpoints.states import choose_state, safe_shape
 from layerprobe.errors import BrokenFileError, first_line
-from layerprobe.tables import dtype_name
+from layerprobe.files import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor

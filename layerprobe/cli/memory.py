@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.files import dtype_name
 from layerprobe.locks import n_processes
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone

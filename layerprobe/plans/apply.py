@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from layerprobe.errors import PlanError, first_line
+from layerprobe.files import dtype_name
 from layerprobe.plans.adapters import add_adapters, present_ranks, refuse_other_adapters
 from layerprobe.plans.match import match_parameters
 from layerprobe.plans.names import adapter_part, is_original
@@ -19,7 +20,6 @@ from layerprobe.plans.verify import (
     named_parameters,
     take_fingerprint,
 )
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from torch import nn

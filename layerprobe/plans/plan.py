@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
+from layerprobe.files import dtype_name
 from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
-from layerprobe.tables import dtype_name, percent
+from layerprobe.tables import percent
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerprobe.errors import PlanError, first_line
-from layerprobe.files import tensor_digest
+from layerprobe.files import dtype_name, tensor_digest
 from layerprobe.plans.match import block_modules, match_parameters
 from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.plans.plan import FROZEN, PlanData, few
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
+from layerprobe.files import dtype_name
 from layerprobe.metrics.outliers import (
     OutlierRules,
     TensorOutliers,
@@ -21,7 +22,6 @@ from layerprobe.metrics.outliers import (
 from layerprobe.metrics.outliers.codes import CODE_DTYPES, Distribution, code_table, decoded, float32_bins
 from layerprobe.metrics.outliers.counting import Engine, TopEntries, make_engine
 from layerprobe.metrics.outliers.moments import AxisSpread, Moments, chunk_moments
-from layerprobe.tables import dtype_name
 
 if TYPE_CHECKING:
     import torch
