@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from layerprobe.choices import SPLITS
 from layerprobe.cli import options
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
@@ -53,7 +54,7 @@ def test_lists_of_names_and_numbers() -> None:
     with pytest.raises(
         UnknownNameError, match=r"unknown split 'tset'.* Choose from: train, validation, test"
     ):
-        options.check_name("split", "tset", options.SPLITS)
+        options.check_name("split", "tset", SPLITS)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
