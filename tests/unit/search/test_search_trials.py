@@ -340,6 +340,7 @@ class Failing:
 def test_a_database_that_comes_back_is_waited_for(monkeypatch, capsys) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("layerprobe.search.database.time.sleep", pauses.append)
+    monkeypatch.setattr("layerprobe.progress._quiet", False)  # which a test before may have set
     assert with_retry(Failing(8), "db")() == "done"
     assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15]
     assert capsys.readouterr().err.count("\n") == 1
