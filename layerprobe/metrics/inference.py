@@ -165,8 +165,8 @@ class PooledArms:
         found = [value for name, _, value in self._cells if name == arm]
         if not found or self.correct is None or arm not in self.correct:
             return Estimate(value=None, n=0, reason=f"the right images of '{arm}' are not known")
-        images = _variance_of_mean(np.asarray(correct, float) - np.asarray(self.correct[arm], float))
-        parts = [*self._mean_over_seeds(arm), (images, len(self.correct[arm]) - 1.0)]
+        gaps = np.asarray(correct, float) - np.asarray(self.correct[arm], float)
+        parts = [*self._mean_over_seeds(arm), (_variance_of_mean(gaps), len(gaps) - 1.0)]
         return t_estimate(accuracy - float(np.mean(found)), parts, n=len(found), bounds=(-1.0, 1.0))
 
     def image_variance(self, arm: str, versus: str) -> float:
