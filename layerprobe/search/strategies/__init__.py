@@ -64,8 +64,7 @@ def run_strategy(strategy: Strategy, budget: TrialBudget) -> tuple[Mask, float]:
         raise UsageError(f"no training came through; smaller --lrs may help{why}")
     posterior = budget.posterior()
     masks = candidate_masks(budget.space, posterior, budget.rng)
-    tolerance = budget.tolerance(posterior) if budget.settings.objective == "frugal" else 0.0
-    mask = best_plan(posterior, masks, tolerance)
+    mask = best_plan(posterior, masks, budget.tolerance(posterior))
     return mask, posterior.best_rates([mask])[mask]
 
 
