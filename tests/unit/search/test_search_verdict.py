@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -203,6 +205,21 @@ def test_the_pilot_moves_the_grid_until_the_best_rate_is_inside() -> None:
 def test_a_pilot_that_only_fails_is_one_line() -> None:
     with pytest.raises(UsageError, match="training all blocks fails at the learning rates"):
         run_pilot(lambda ts: {t: Outcome(reason="diverged") for t in ts}, SPACE, make_settings())
+
+
+def test_a_longer_run_that_fails_or_no_plateau_keeps_the_pilot_honest() -> None:
+    def fails_when_long(trials):
+        learnt = learning(0.9, 600)(trials)
+        return {
+            t: learnt[t] if t.fidelity < 1 else Outcome(reason="diverged", call_seconds=1.0) for t in trials
+        }
+
+    found = run_pilot(fails_when_long, SPACE, make_settings())
+    assert found.length == 0.5 and all(np.isfinite(list(found.accuracies.values())))
+    json.dumps(found.to_dict(), allow_nan=False)
+    # Two lengths give no plateau: the longer one, and it is not said to be reached.
+    short = run_pilot(learning(0.9, 1600), SPACE, make_settings(finetune_steps=400, find_length=True))
+    assert short.length == 1.0 and not short.reached
 
 
 def test_a_geometric_series_is_extrapolated_to_its_limit() -> None:
