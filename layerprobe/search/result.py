@@ -135,7 +135,7 @@ class SearchResult(Record):
                 if row["plan"] in everything and row["arm"] != ALL
                 else None
                 if pd.isna(row["minus_all"])
-                else f"{100 * row['minus_all']:+.1f}",
+                else f"{round(100 * row['minus_all'], 1) + 0.0:+.1f}",  # no −0.0
                 "seeds": row["n_seeds"],
             }
             for row in self.baselines.to_dict("records")
@@ -343,9 +343,9 @@ def at_an_end(report: Report, lrs: Sequence[float]) -> list[BaselineResult]:
 
 
 def rates_at_an_end(report: Report, lrs: Sequence[float]) -> str:
-    """A clause for the answer that names the judged lines of `at_an_end`; empty where there are none."""
+    """A clause for the answer that names the judged lines of `at_an_end`; empty without any, or a rate in between."""
     found = [line for line in at_an_end(report, lrs) if line.baseline.name in JUDGED]
-    if not found:
+    if not found or len(lrs) < 3:
         return ""
     names = " and ".join(f"{line.baseline.name} ({line.lr:g})" for line in found)
     return f" The learning rate is at an end of the grid for {names}: a wider --lrs may raise them."
