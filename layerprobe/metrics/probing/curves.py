@@ -153,12 +153,13 @@ def few_shot_curve(
     Returns
     -------
     list[FewShot]
-        Of FewShot; a number of shots that some class cannot supply is left out.
+        Of FewShot; a number of shots of which the rarest class cannot supply three times as many is left out: draws
+        that share their images would hardly differ.
     """
     X, y = check_features(train[0], "the training features"), np.asarray(train[1])
     available = int(np.bincount(y, minlength=n_classes).min())
     curve = []
-    for m in (m for m in shots if m <= available):
+    for m in (m for m in shots if 3 * m <= available):
         accuracies = []
         for draw in range(draws):
             order = np.random.default_rng([seed, draw]).permutation(len(y))
