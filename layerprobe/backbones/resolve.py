@@ -35,6 +35,9 @@ RUN_FIELDS: dict[str, Schema] = {
 }  # fmt: skip
 """What is read of a bridge run, beside its schema."""
 
+TRAINED = "trained"
+"""Origin of a backbone that `bridge_train` trained in place: its weights are not those of its files."""
+
 _REMEMBERED_FROM = 256 << 20
 _PIECE = 1 << 20
 _SETTLED_SECONDS = 3
@@ -67,7 +70,7 @@ class ModelSource:
     """Commit of the hub repository, or `local-` and a hash of the weights."""
     folder: Path
     origin: str
-    """hub, local, package or bridge."""
+    """hub, local, package or bridge; `TRAINED` once its weights were trained in place."""
     run: dict[str, Any] | None = None
     """The contents of the run file, for a bridge run."""
 

@@ -111,7 +111,14 @@ def bridge_train(
         tensors = TaskTensors.of(backbone, task, ("train",))
         with preserved_rng():
             training = _Training(backbone, tensors, plan, config, folder, quiet=quiet)
-            return training.run(finish)
+            try:
+                run = training.run(finish)
+            except BaseException:
+                if not config.shard:  # else not every process need come here
+                    training.check.rename_if_trained()
+                raise
+            training.check.rename_if_trained()
+            return run
 
 
 class _Training:

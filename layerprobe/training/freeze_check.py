@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from layerprobe.backbones.layout import linear_modules, parameter_units
+from layerprobe.backbones.resolve import TRAINED, ModelSource
 from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
@@ -18,9 +21,9 @@ from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapte
 from layerprobe.plans.apply import ERROR
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
-from layerprobe.plans.verify import Verification
+from layerprobe.plans.verify import Fingerprint, Verification
 from layerprobe.training.classifier import Classifier
-from layerprobe.training.config import derive_seed
+from layerprobe.training.config import derive_seed, text_hash
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -49,7 +52,24 @@ class FrozenCheck:
 
     def origin(self) -> dict[str, Any]:
         """`before` as plain values, the same in all processes: of one read in parts, those of every part."""
-        own = self.before.to_dict()
+        return self._of_all_processes(self.before)
+
+    def rename_if_trained(self) -> None:
+        """Give a backbone of files whose weights changed a revision of its own, which is part of every key.
+
+        A model in memory hashes its weights itself.
+        """
+        backbone = self._classifier.backbone
+        now, source = self.plan.fingerprint(backbone.model), backbone.source
+        if not isinstance(source, ModelSource) or now == self.before:
+            return
+        digest = text_hash(json.dumps(self._of_all_processes(now), sort_keys=True))[:12]
+        first = source.revision.partition("+trained-")[0]
+        backbone.source = replace(source, revision=f"{first}+trained-{digest}", origin=TRAINED)
+        backbone.loaded_with = None  # another process would load the weights before training
+
+    def _of_all_processes(self, digests: Fingerprint) -> dict[str, Any]:
+        own = digests.to_dict()
         if not is_sharded(self._classifier.backbone.model):
             return own
         parts: list[dict[str, Any]] = [{}] * dist.get_world_size()

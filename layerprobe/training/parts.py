@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.processor import RECIPE_FILES
-from layerprobe.backbones.resolve import ModelSource
+from layerprobe.backbones.resolve import TRAINED, ModelSource
 from layerprobe.errors import UsageError
 from layerprobe.files import read_json, write_json
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter
@@ -72,6 +72,8 @@ def base_of(backbone: Backbone) -> dict[str, str]:
     why = None
     if source.origin == "memory":
         why = "this one was handed over in memory"
+    elif source.origin == TRAINED:
+        why = "this one was trained in place since it was loaded"
     elif backbone.init != "pretrained":
         why = f"this one is a control (init '{backbone.init}')"
     elif source.run is not None:

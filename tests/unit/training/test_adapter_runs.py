@@ -181,13 +181,13 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 def test_what_was_trained_is_small_and_names_its_base(folder: Path, digits: Any, tmp_path: Path) -> None:
     backbone = load(folder)
-    plan = block_plan(backbone, [2])
+    plan, base = block_plan(backbone, [2]), backbone.source.revision
     lp.bridge_train(
         backbone, digits, plan=plan, config=BRIDGE.replace(save="trained"), output=tmp_path / "run"
     )
     run = json.loads((tmp_path / "run" / "layerprobe_run.json").read_text())
     assert run["base"] == {
-        "name": str(folder), "model_id": "model", "revision": backbone.source.revision, "origin": "local",
+        "name": str(folder), "model_id": "model", "revision": base, "origin": "local",
     }  # fmt: skip
     stored = sum(p.stat().st_size for p in (tmp_path / "run" / "final").glob("*.safetensors"))
     stem_and_head = sum(p.numel() for p in backbone.stem.parameters()) + 33 * 4

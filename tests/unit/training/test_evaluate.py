@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 
+import layerprobe as lp
+import layerprobe.training.bridge as bridge_module
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.files import tensor_digest
+from layerprobe.search.settings import identify, make_settings
 from layerprobe.training import (
     BridgeConfig,
     FineTuneConfig,
@@ -41,6 +45,52 @@ def test_a_bridge_run_is_fine_tuned_under_its_own_plan_and_left_as_it_was(make_b
     record = evaluate(run, task, config=QUICK)
     assert record.trials[0].trainable_parameters == run.plan.counts["trainable_parameters"]
     assert {n: tensor_digest(p) for n, p in backbone.named_parameters()} == before
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
+def test_nothing_stored_of_the_untrained_backbone_is_taken_for_the_trained_one(
+    model_folder, tmp_path, family
+):
+    task, options = lp.load_task("digits", limit=60), {} if family == "vit" else {"patch_size": 4}
+    backbone = lp.load_backbone(str(model_folder(family)), device="cpu", **options).prepare(task)
+    output, settings = tmp_path / "out", make_settings()
+    plan = block_plan(backbone, [1], stem="frozen")
+    bridge = BridgeConfig(steps=2, batch_size=16, random_classes=4, lr=1e-2)
+    evaluate(backbone, task, config=QUICK, output=output)
+    features = lp.extract_features(backbone, task, split="test", quiet=True)
+    searched, revision = identify(backbone, task, settings), backbone.source.revision
+    nothing_moved = bridge_train(backbone, task, plan=block_plan(backbone, [], stem="frozen"), config=bridge)
+    assert nothing_moved.backbone.source.revision == revision
+    run = bridge_train(backbone, task, plan=plan, config=bridge)
+    assert run.about["revision"] == revision  # where the training began
+    assert backbone.source.revision.startswith(f"{revision}+trained-") and backbone.loaded_with is None
+    with pytest.raises(UsageError, match="an evaluation with other settings"):
+        evaluate(
+            run, task, plan=block_plan(backbone, range(4), outside="trainable"), config=QUICK, output=output
+        )
+    found = lp.extract_features(backbone, task, split="test", quiet=True)
+    fresh = lp.extract_features(backbone, task, split="test", quiet=True, cache_dir=tmp_path / "fresh")
+    last = list(found)[-1]
+    assert np.array_equal(found[last], fresh[last]) and not np.array_equal(found[last], features[last])
+    assert identify(backbone, task, settings)["revision"] != searched["revision"]
+    scores = lp.transfer_scores(backbone, task, families=["readable"], n_replicates=0, quiet=True).to_frame()
+    assert set(scores["revision"]) == {backbone.source.revision}
+    with pytest.raises(UsageError, match="this one was trained in place since it was loaded"):
+        bridge_train(
+            backbone, task, plan=plan, config=bridge.replace(save="trained"), output=tmp_path / "run"
+        )
+    once = backbone.source.revision
+    bridge_train(backbone, task, plan=plan, config=bridge)
+    assert backbone.source.revision != once and backbone.source.revision.count("+trained-") == 1
+
+
+def test_a_training_that_was_broken_off_renames_the_backbone(make_backbone, task, monkeypatch):
+    backbone = make_backbone("gpt2")
+    before = backbone.source.revision
+    monkeypatch.setattr(bridge_module._Training, "_finish", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bridge_train(backbone, task, config=BridgeConfig(steps=1, batch_size=16, random_classes=4))
+    assert backbone.source.revision.startswith(f"{before}+trained-")
 
 
 def test_few_shots_use_so_many_images_per_class(make_backbone, task):
