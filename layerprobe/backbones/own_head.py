@@ -50,7 +50,8 @@ def own_head(backbone: Backbone, task: NamedClasses) -> Callable[[Tensor], Tenso
         raise UsageError(f"{backbone.name} brings no image classifier of its own; fine-tune or probe it")
     # The whole model's configuration: the image tower of a CLIP classifier has two classes by default.
     labels = getattr(full.config, "id2label", None) or {}
-    outputs = [str(name) for _, name in sorted(labels.items())]
+    # Keys that were set by hand may be text, and "10" sorts before "2".
+    outputs = [str(labels.get(i, labels.get(str(i), ""))) for i in range(len(labels))]
     order = match_classes(
         outputs, task.classes, f"the classifier of {backbone.name}", f"the task {task.name}"
     )

@@ -74,6 +74,22 @@ def test_the_names_are_those_of_the_whole_checkpoint_not_of_its_tower(tmp_path: 
         torch.testing.assert_close(own_head(backbone, TASK)(pixels), model(pixels).logits[:, [1, 2, 0]])
 
 
+def test_outputs_are_numbered_also_where_the_numbers_are_text() -> None:
+    """A dictionary set on a configuration in memory keeps its keys, and "10" sorts before "2"."""
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+            patch_size=4, num_labels=12,
+        )
+    ).eval()  # fmt: skip
+    names = [f"c{i}" for i in range(12)]
+    model.config.id2label = {str(i): name for i, name in enumerate(names)}
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = own_head(load_backbone(model), SimpleNamespace(name="twelve", classes=names))(pixels)
+    with torch.no_grad():
+        assert torch.equal(found, model(pixels).logits)
+
+
 def test_a_text_classifier_is_no_image_classifier(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99,
