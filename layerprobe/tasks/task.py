@@ -32,7 +32,7 @@ from layerprobe.tasks.split import assign, limited_sizes, stratified_order
 if TYPE_CHECKING:
     from torch import Tensor
 
-FINGERPRINT_VERSION = 2
+FINGERPRINT_VERSION = 3
 """Raised whenever ids or the comparison of images change their meaning."""
 
 NO_LABEL = int(np.iinfo(np.int64).min)

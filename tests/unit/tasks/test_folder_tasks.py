@@ -144,6 +144,19 @@ def test_duplicates_are_counted_kept_together_and_kept_out_of_training(tmp_path:
     json.dumps(task.report, allow_nan=False)
 
 
+def test_a_grey_picture_is_the_same_one_in_colour(tmp_path: Path) -> None:
+    grey = [picture(i, gray=True) for i in range(40)]
+    files = [png(image) for image in grey]
+    write_parquet(tmp_path / "train.parquet", files, {"label": [i % 2 for i in range(40)]})
+    tested = [np.repeat(grey[7][..., None], 3, axis=2), *(picture(i) for i in range(100, 109))]
+    write_parquet(
+        tmp_path / "test.parquet", [png(image) for image in tested], {"label": [i % 2 for i in range(1, 11)]}
+    )
+    task = load_task(str(tmp_path))
+    assert task.report["duplicates"]["across"] == {"train and test": 1}
+    assert task.report["duplicates"]["dropped"] == {"train": 1, "test": 0}
+
+
 def test_a_lone_split_is_cut_with_equal_images_on_one_side(tmp_path: Path) -> None:
     numbers = [i // 2 for i in range(120)]  # every image twice, in different files
     files = [png(picture(n), compress_level=1 + 8 * (row % 2)) for row, n in enumerate(numbers)]
