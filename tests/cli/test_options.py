@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from layerprobe import progress
 from layerprobe.choices import SPLITS
 from layerprobe.cli import options
 from layerprobe.cli.options import option
@@ -59,8 +60,11 @@ def test_lists_of_names_and_numbers() -> None:
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_what_reading_a_task_left_out_is_said_unless_quiet(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, quiet: bool
 ) -> None:
+    monkeypatch.setattr(
+        progress, "_quiet", False
+    )  # put back what `Output` sets, which a command does at its end
     rng = np.random.default_rng(0)
     for name in ["train/ant"] * 12 + ["train/bee"] * 12 + ["test"] * 5:
         path = tmp_path / name / f"{rng.integers(10**9)}.png"
