@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 from layerprobe.errors import NotAvailableError, PlanError, first_line
@@ -105,6 +105,27 @@ def remove_adapters(model: nn.Module, *, merge: bool = False) -> tuple[str, ...]
         if ADAPTER_NAME in (getattr(module, "peft_config", None) or {}):
             del module.peft_config
     return tuple(clean_name(name) for name, _ in layers)
+
+
+def keep_adapters(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the adapters of now back into `model`, whatever plans placed, took away or merged since.
+
+    It does not restore the values of weights.
+    """
+    layers = {name: m for name, m in model.named_modules() if ADAPTER_NAME in _adapters_of(m)}
+    held = [m for m in model.modules() if ADAPTER_NAME in (getattr(m, "peft_config", None) or {})]
+    configs = [(module, module.peft_config) for module in held]
+
+    def put_back() -> None:
+        remove_adapters(model)
+        for name, layer in layers.items():
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer)
+            layer.merged_adapters.clear()  # type: ignore[union-attr, operator]
+        for module, config in configs:
+            module.peft_config = config
+
+    return put_back
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -126,8 +126,11 @@ class PlanData:
         PlanError
             a block that does not exist, a name without a group, an unknown group or state.
         """
+        group_of = {clean_name(name): group for name, group in groups.items()}
         table = {
-            clean_name(name): Parameter(groups.get(name, ""), tuple(int(n) for n in shape), dtype_name(dtype))
+            clean_name(name): Parameter(
+                group_of.get(clean_name(name), ""), tuple(int(n) for n in shape), dtype_name(dtype)
+            )
             for name, (shape, dtype) in parameters.items()
             if not is_adapter(name)
         }

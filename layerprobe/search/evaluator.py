@@ -13,7 +13,7 @@ from layerprobe.analyzers.transfer import transfer_scores
 from layerprobe.backbones.layout import parameter_units
 from layerprobe.errors import UsageError
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
-from layerprobe.plans.names import is_adapter
+from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, trial_seed
@@ -116,9 +116,9 @@ def search_space(backbone: Backbone, settings: Settings) -> Space:
 def block_params(backbone: Backbone) -> tuple[int, ...]:
     """Number of parameters of each block."""
     sizes = [0] * backbone.n_blocks
+    groups = {clean_name(name): group for name, group in backbone.layout.parameter_groups.items()}
     for name, parameter in backbone.model.named_parameters():
-        group = backbone.layout.parameter_groups[name]
-        if group.startswith("block.") and not is_adapter(name):
+        if not is_adapter(name) and (group := groups[clean_name(name)]).startswith("block."):
             sizes[int(group.removeprefix("block."))] += parameter.numel()
     return tuple(sizes)
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded, shard_beside
 from layerprobe.errors import NotAvailableError, PlanError, UsageError
-from layerprobe.plans.adapters import has_adapters, remove_adapters
+from layerprobe.plans.adapters import has_adapters, keep_adapters
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
 
@@ -127,15 +127,14 @@ class Snapshot:
 
     def __init__(self, backbone: nn.Module) -> None:
         self._backbone = backbone
-        self._adapted = has_adapters(backbone)
+        self._put_adapters_back = keep_adapters(backbone)
         self._tensors = {name: tensor.detach().clone() for name, tensor in state_tensors(backbone).items()}
         self._trainable = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._modes = {name: module.training for name, module in backbone.named_modules()}
 
     def restore(self) -> None:
-        """Put everything back and check every bit; PlanError where that fails. Adapters of a plan are taken away."""
-        if not self._adapted:
-            remove_adapters(self._backbone)
+        """Put everything back and check every bit; PlanError where that fails. Adapters placed since are taken away."""
+        self._put_adapters_back()
         state = state_tensors(self._backbone)
         if odd := sorted(state.keys() ^ self._tensors.keys()):
             raise PlanError(

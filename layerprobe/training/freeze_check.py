@@ -138,10 +138,11 @@ def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = No
         raise UnknownNameError(
             f"{backbone.name} has no unit '{missing[0]}'.{did_you_mean(missing[0], known)}"
         )
-    names = [name for unit in chosen for name in known[unit]]
+    names = [name for unit in chosen for name in known[unit] if not is_adapter(name)]
     if rank is None:
         return block_plan(backbone, (), also_trainable=names)
-    return block_plan(backbone, ()).with_adapters(dict.fromkeys(linear_modules(backbone, names), rank))
+    maps = [clean_name(f"{name}.")[:-1] for name in linear_modules(backbone, names)]
+    return block_plan(backbone, ()).with_adapters(dict.fromkeys(maps, rank))
 
 
 def block_plan(

@@ -16,6 +16,7 @@ from layerprobe.backbones.processor import RECIPE_FILES
 from layerprobe.backbones.resolve import TRAINED, ModelSource
 from layerprobe.errors import UsageError
 from layerprobe.files import read_json, write_json
+from layerprobe.plans.adapters import has_adapters
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter
 from layerprobe.training.classifier import spread_like
 
@@ -91,9 +92,10 @@ def check_save(backbone: Backbone, save: str) -> None:
     if save == "trained":
         base_of(backbone)
     if foreign := [name for name, _ in backbone.model.named_parameters() if is_adapter(name)]:
+        own = has_adapters(backbone.model)  # of an earlier training of this very object
         raise UsageError(
-            f"a run folder holds plain models, and this one carries adapters already ({foreign[0]}); merge them first: "
-            "model.merge_and_unload()"
+            f"a run folder holds plain models, and this one carries adapters already ({foreign[0]}); "
+            + ("load the backbone anew" if own else "merge them first: model.merge_and_unload()")
         )
 
 

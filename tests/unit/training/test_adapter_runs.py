@@ -13,8 +13,10 @@ from families import NAMED_FAMILIES
 
 import layerprobe as lp
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
-from layerprobe.plans.adapters import has_adapters, remove_adapters
-from layerprobe.training import TaskTensors, block_plan, evaluate, evaluate_arms, train_and_score
+from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
+from layerprobe.plans.names import clean_name
+from layerprobe.search.evaluator import block_params
+from layerprobe.training import TaskTensors, block_plan, evaluate, evaluate_arms, train_and_score, unit_plan
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 
 peft = pytest.importorskip("peft", reason="the extra [peft] is not installed")
@@ -107,6 +109,26 @@ def test_evaluate_under_adapters(folder: Path, digits: Any, tmp_path: Path) -> N
     )
     trained = {(t.arm, t.trainable_parameters) for t in arms.trials}
     assert trained == {("partial", plan.trained_parameters), ("none", 0)}
+
+
+def test_after_a_bridge_under_adapters_every_other_plan_can_be_trained(
+    folder: Path, digits: Any, tmp_path: Path
+) -> None:
+    backbone = load(folder).prepare(digits)
+    early, plan = block_plan(backbone, [0]), lora(backbone)
+    run = lp.bridge_train(backbone, digits, plan=plan, config=BRIDGE)
+    before, config = values(backbone), FineTuneConfig(steps=2, batch_size=16)
+    assert block_plan(backbone, [0]).content_hash() == early.content_hash()
+    assert unit_plan(backbone, ["1"], rank=2).adapters == plan.adapters
+    assert block_params(backbone) == block_params(load(folder))
+    for other in (early, unit_plan(backbone, ["0", "1"], rank=3), unit_plan(backbone, ["2.mlp"]), plan):
+        record = evaluate(run, digits, plan=other, config=config)
+        assert record.trials[0].trainable_parameters == other.trained_parameters
+        after = values(backbone)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert present_ranks({clean_name(n): p for n, p in backbone.model.named_parameters()}) == plan.adapters
+    with pytest.raises(UsageError, match=r"carries adapters already .*; load the backbone anew"):
+        lp.bridge_train(backbone, digits, config=BRIDGE, output=tmp_path / "run")
 
 
 @pytest.mark.parametrize("save", ["full", "trained"])
