@@ -82,8 +82,8 @@ def bridge_train(
     Raises
     ------
     UsageError
-        More random classes than images, nothing to train, a run folder that another process works in, or that
-        holds a run with other settings or data.
+        More random classes than images, nothing to train, gradient checkpointing that the model lacks, a run folder
+        that another process works in, or that holds a run with other settings or data.
     PlanError
         The plan is for another model, or a frozen tensor changed.
     DivergedError
@@ -97,6 +97,10 @@ def bridge_train(
         raise UsageError(
             f"{config.random_classes} random classes are more than the {n_images} training images; "
             "choose fewer with --random-classes"
+        )
+    if config.gradient_checkpointing and not backbone.model.supports_gradient_checkpointing:
+        raise UsageError(
+            f"{type(backbone.model).__name__} cannot compute activations again; leave --gradient-checkpointing out"
         )
     folder = output_folder(output) if output is not None else None
     with folder_lock(folder, "layerprobe bridge"):

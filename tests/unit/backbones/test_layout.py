@@ -153,6 +153,13 @@ def test_a_model_without_blocks_says_what_was_looked_for() -> None:
         find_layout(model, config)
 
 
+def test_a_module_that_is_two_blocks_is_one_line() -> None:
+    model = build("llama").model
+    model.layers[1] = model.layers[0]
+    with pytest.raises(UsageError, match="LlamaModel runs 2 modules as its 3 blocks"):
+        find_layout(model, model.config)
+
+
 def test_unknown_block_and_layer_that_never_ran(backbone: Backbone) -> None:
     with pytest.raises(UnknownNameError, match=r"block 40 does not exist: .* has [34] blocks"):
         capture(backbone, [LayerRef(40)])

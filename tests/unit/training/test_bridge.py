@@ -202,6 +202,16 @@ def test_memory_savers_change_nothing_but_memory(option, make_backbone, task):
     assert saving.history["loss"].tolist() == pytest.approx(plain.history["loss"].tolist(), rel=1e-5)
 
 
+def test_a_model_that_cannot_compute_activations_again_is_one_line(task, tmp_path):
+    config = transformers.XLNetConfig(d_model=16, n_layer=2, n_head=2, d_inner=32, vocab_size=40)
+    backbone = load_backbone(transformers.XLNetModel(config), patch_size=4)
+    with pytest.raises(UsageError, match="XLNetModel cannot compute activations again"):
+        bridge_train(
+            backbone, task, config=SMALL.replace(gradient_checkpointing=True), output=tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_compiling_changes_no_result(make_backbone, task, tmp_path, monkeypatch):
     """The traced model trains as the plain one, and checkpoints keep the plain model's names."""
     import functools
