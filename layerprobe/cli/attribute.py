@@ -47,7 +47,7 @@ def attribute(
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
     out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
-    seen = backbone.sketch(task)
+    seen = backbone.sketch(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})

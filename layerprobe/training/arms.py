@@ -17,7 +17,7 @@ from layerprobe.metrics.intervals import (
 )
 from layerprobe.records import Estimate, Record
 from layerprobe.tables import count_text, percent, tidy
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     import pandas as pd
