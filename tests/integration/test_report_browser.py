@@ -65,6 +65,26 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
+def test_a_press_on_a_heading_sorts_the_table(browser: Any, pages: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(pages[0].as_uri())
+    table = page.locator("table.stack", has=page.locator("thead button", has_text="test")).first
+    head = table.locator("thead th", has=page.locator("button", has_text="test")).first
+    column = head.evaluate("node => node.cellIndex")
+
+    def values() -> list[float]:
+        texts = table.locator(f"tbody tr > :nth-child({column + 1})").all_text_contents()
+        return [float(text.split()[0]) for text in texts]
+
+    before = values()
+    head.locator("button").press("Enter")  # as a keyboard does
+    assert head.get_attribute("aria-sort") == "descending"
+    assert values() == sorted(before, reverse=True) != before
+    head.locator("button").click()
+    assert values() == sorted(before)
+    page.close()
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_pages_in_a_browser(browser: Any, pages: list[Path], width: int, theme: str) -> None:
