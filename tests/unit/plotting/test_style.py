@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from layerprobe.plotting import style as look
 from layerprobe.plotting.layer_scores import patch_maps_figure
 from layerprobe.plotting.style import (
     BLUE,
