@@ -42,7 +42,7 @@ def attribute(
 
     Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
-    from layerprobe.analyzers.attribution import check_methods, check_sizes
+    from layerprobe.analyzers.attribution_choices import check_methods, check_sizes
 
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
