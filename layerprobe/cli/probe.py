@@ -58,7 +58,7 @@ def probe(
     from layerprobe.metrics.validation import C_GRID, check_grid
 
     grid = check_grid(C_GRID if given is None else given)
-    seen = backbone.sketch(task, out, blocks=layers.blocks)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     layers.pick(seen, model=backbone.model)
     if out.dry_run:
         twins = 1 + ("random" in asked and backbone.init != "random")

@@ -11,7 +11,7 @@ import pandas as pd
 
 from layerprobe.errors import UsageError
 from layerprobe.layers import name_blocks
-from layerprobe.metrics.inference import detectable_difference
+from layerprobe.metrics.inference import detectable_with
 from layerprobe.plans import FreezePlan
 from layerprobe.plotting.search import plot_differences, plot_trials
 from layerprobe.report import page as html
@@ -149,18 +149,19 @@ def _sureness(run: SearchRun) -> str:
     noise, seeds = found["noise"], found["seeds"]
     if not noise:
         return "<p>Too few trainings came through to say how much two trainings of one plan differ.</p>"
-    arms = max(2, sum(row["arm"] not in ("probe", "pixels") for row in run.baselines))
+    judged = len({row["plan"] for row in run.baselines if row["arm"] in ("plan", "all", "none")})
+    images = found.get("image_stderr") or 0.0
     rows: list[list[str]] = []
     mark = None
     for n_seeds in sorted({*MORE_SEEDS, seeds}):
-        finds = detectable_difference(noise, n_seeds, (arms - 1) * (n_seeds - 1))
+        finds = detectable_with(n_seeds, noise=noise, image_stderr=images, arms=max(2, judged))
         if n_seeds == seeds:
             mark = len(rows)
         note = " (this run)" if n_seeds == seeds else ""
         size = html.NOT_ESTIMABLE if finds > 1 else f"{100 * finds:.1f} points"
-        rows.append([f"{n_seeds}{note}", size, _cost(run, arms * n_seeds)])
+        rows.append([f"{n_seeds}{note}", size, _cost(run, judged * n_seeds)])
     low, high = run.recommended.get("low"), run.recommended.get("high")
-    images = (
+    sampling = (
         " Seeds and the sampling of test images together leave the accuracy of the recommended plan at "
         f"{html.interval(low, high)} % (95 % interval); more seeds do not narrow the images' part."
         if low is not None and high is not None
@@ -178,7 +179,7 @@ def _sureness(run: SearchRun) -> str:
     columns = ["unseen seeds", "difference found in 8 of 10 cases", "training time"]
     return (
         f"<p>Two trainings of one plan differ by {html.percent(noise)} points (standard deviation)."
-        f"{images}</p>{html.table(columns, rows, mark=mark)}"
+        f"{sampling}</p>{html.table(columns, rows, mark=mark)}"
         f"<p>To be surer, with {more} seeds:</p>{surer}"
     )
 
@@ -214,8 +215,9 @@ def _baselines(run: SearchRun) -> str:
     columns = ["way of training", "blocks", "test accuracy, %", "minus recommended, points", "learning rate"]
     return (
         html.table(columns, rows, mark=mark)
-        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all ways) and '
-        f"the sampling of test images; for the probes, of the images alone. {html.text(run.found['seeds'])} seeds that "
+        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled with best found, '
+        "all and none) and the sampling of test images; for the probes, of the images alone. "
+        f"{html.text(run.found['seeds'])} seeds that "
         "selected nothing. Each way has its own learning rate, chosen on validation, as is the strength of each "
         "probe. The chance in which plan the search found is not in the intervals. Recommended, and kept in "
         "<code>plan.json</code>, is the smallest of best found, all and none that nothing beats.</p>"

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from layerprobe.training.arms import ARMS, Evaluation, Trial
+    from layerprobe.training.arms import ARMS, ArmRun, Evaluation
     from layerprobe.training.bridge import bridge_train
     from layerprobe.training.bridge_run import BridgeRun
     from layerprobe.training.config import BridgeConfig, FineTuneConfig
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layerprobe.training.outcome import Outcome
 
 _FILES = {
-    "arms": ("ARMS", "Evaluation", "Trial"),
+    "arms": ("ARMS", "ArmRun", "Evaluation"),
     "bridge": ("bridge_train",),
     "bridge_run": ("BridgeRun",),
     "config": ("BridgeConfig", "FineTuneConfig"),
@@ -34,13 +34,13 @@ _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "ARMS",
+    "ArmRun",
     "BridgeConfig",
     "BridgeRun",
     "Evaluation",
     "FineTuneConfig",
     "Outcome",
     "TaskTensors",
-    "Trial",
     "all_trainable",
     "block_plan",
     "bridge_train",

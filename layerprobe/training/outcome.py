@@ -30,8 +30,6 @@ class Outcome:
         Of the backbone, in fine-tuning; stem and head are trained besides.
     test_correct : np.ndarray | None
         Bool, one per image, for paired comparisons; stored as hexadecimal digits.
-    validation_correct : np.ndarray | None
-        The same of the validation images; not stored.
     """
 
     validation_accuracy: float | None = None
@@ -47,7 +45,6 @@ class Outcome:
     lr: float | None = None
     seed: int | None = None
     reason: str | None = None
-    validation_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
     test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -56,22 +53,13 @@ class Outcome:
         return -math.inf if self.validation_accuracy is None else self.validation_accuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON: every field but `validation_correct`."""
+        """Strict JSON."""
         bits = None if self.test_correct is None else np.packbits(self.test_correct).tobytes().hex()
         return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, or the form of version 0.1: accuracy, test, seconds, reason, facts."""
-        if "accuracy" in stored:
-            stored = {
-                "call_seconds": stored["seconds"],
-                **stored["facts"],
-                "validation_accuracy": stored["accuracy"],
-                "test_accuracy": stored["test"],
-                "train_seconds": stored["seconds"],
-                "reason": stored["reason"],
-            }
+        """What `to_dict` gave."""
         bits = stored.get("test_correct")
         right = None
         if bits is not None:

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 import layerprobe as lp
+from layerprobe.metrics.inference import PooledArms
 from layerprobe.records import Estimate
 from layerprobe.search.baselines import Baseline, BaselineResult, Report
 from layerprobe.search.frames import baseline_frame
@@ -32,7 +33,12 @@ def line(name: str, accuracy: float, *, mask: tuple[bool, ...] = (True, False, F
         recall=None,
         test=(accuracy, accuracy),
         accuracy=Estimate(value=accuracy, n=2),
-        right=right,
+        pooled=PooledArms(
+            {name: {0: accuracy, 1: accuracy}, "other": {0: 0.495, 1: 0.505}},
+            n_images=N_IMAGES,
+            correct={name: right},
+        ),
+        arm=name,
         against={},
     )
 
@@ -41,7 +47,7 @@ def report(*lines: BaselineResult) -> Report:
     verdict = Verdict(
         kind="train these", mask=lines[0].baseline.mask, arms={}, margin=None, differences={}, detectable=None
     )
-    return Report(lines=list(lines), verdict=verdict, seeds=[0, 1], noise=0.005, freedom=8)
+    return Report(lines=list(lines), verdict=verdict, seeds=[0, 1], pooled=None)
 
 
 def probe(name: str, accuracy: float) -> ProbeBaseline:
