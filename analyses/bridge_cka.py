@@ -24,7 +24,7 @@ from layerprobe.backbones import Backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
-from layerprobe.tables import tidy
+from layerprobe.tables import percent, tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, block_plan, bridge_train
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             memorised[f"{short(model)}, {short(name)}"] = float(np.mean(found))
     frame = tidy(rows)
     save_figure(lambda: figure(frame), s.output / "bridge_cka.png")
-    learnt = "; ".join(f"{where}: {share:.0%}" for where, share in memorised.items())
+    learnt = "; ".join(f"{where}: {percent(share, 0)}" for where, share in memorised.items())
     publish(
         s,
         rows=frame,
@@ -233,7 +233,7 @@ def headline(frame: pd.DataFrame, answers: list[Answer]) -> str:
     share = float((every["pvalue_max"].astype(float) <= 0.05).mean())
     lines = [
         "Debiased CKA of a block with itself before the bridge; differences over paired seeds. "
-        f"{share:.0%} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at p ≤ 0.05 "
+        f"{percent(share, 0)} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at p ≤ 0.05 "
         f"after correction for the search over cells (largest p {worst:.2g}):",
         "",
     ]
