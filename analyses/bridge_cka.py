@@ -233,8 +233,8 @@ def headline(frame: pd.DataFrame, answers: list[Answer]) -> str:
     share = float((every["pvalue_max"].astype(float) <= 0.05).mean())
     lines = [
         "Debiased CKA of a block with itself before the bridge; differences over paired seeds. "
-        f"{percent(share, 0)} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at p ≤ 0.05 "
-        f"after correction for the search over cells (largest p {worst:.2g}):",
+        f"{percent(share, 0)} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at "
+        f"p ≤ 0.05 after correction for the search over cells (largest p {worst:.2g}):",
         "",
     ]
     return "\n".join(lines + [f"- {'shown' if a.shown else a.verdict}: {a.sentence}." for a in answers])
