@@ -43,7 +43,7 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         "train_gain_low?": _NUMBER, "train_gain_high?": _NUMBER,
     },
     "trials": {
-        "number": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
+        "number": int, "repeat": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
     },
     "plans": {
         "plan": str, "trainable_parameters": _NUMBER, "validation_accuracy": _NUMBER, "low": _NUMBER, "high": _NUMBER,

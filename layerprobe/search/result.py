@@ -21,7 +21,7 @@ from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
-from layerprobe.search.probes import ProbeBaseline, probes_in_words
+from layerprobe.search.probes import ProbeBaseline, pixels_in_words, probes_in_words
 from layerprobe.search.space import marks, parse_strip, parts_of, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
@@ -231,6 +231,7 @@ def make_result(
         n_seeds=len(report.seeds),
         adapter_rank=settings.adapter_rank,
     )
+    answer += pixels_in_words(probes, report)
     answer += rates_at_an_end(report, budget.lrs)
     if own.recall is not None:
         answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"

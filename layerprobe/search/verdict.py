@@ -165,18 +165,14 @@ def sentence(
     if not others:
         return f"{what}{accuracy} Nothing else was there to compare it with."
     if verdict.margin is not None:
-        assert verdict.detectable is not None
         against = " or ".join(map(space.describe, others))
         size = points(verdict.margin)
         claim = (
-            f"No difference larger than {size} points to training {against}"
+            f"No difference is shown to training {against}, and one larger than {size} points is excluded"
             if verdict.kind == NO_DIFFERENCE
             else f"Not decided: a difference of up to {size} points to training {against} is neither shown nor excluded"
         )
-        return (
-            f"{what}{accuracy} {claim} ({seeds}; a difference of {points(verdict.detectable)} points would be found "
-            "in 8 of 10 cases)."
-        )
+        return f"{what}{accuracy} {claim} (at 95 %; {seeds})."
     parts = []
     for (first, second), estimate in verdict.differences.items():
         for one, other, sign in ((first, second, 1), (second, first, -1)):

@@ -282,7 +282,8 @@ def _with_provenance(
 
 _NUMBER = (float, type(None))
 TRIAL_FIELDS: dict[str, Schema] = {
-    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)), "train_seconds?": float,
+    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)),
+    "test_correct?": (str, type(None)), "train_seconds?": float,
     "call_seconds?": float, "train_flops?": float, "steps?": int,
     **dict.fromkeys(("validation_accuracy?", "test_accuracy?", "bridge_accuracy?"), _NUMBER),
     **dict.fromkeys(("trainable_parameters?", "n_validation?", "n_test?"), (int, type(None))),
@@ -310,8 +311,8 @@ class _TrialStore:
     def get(self, arm: str, lr: float, seed: int) -> ArmRun | None:
         found = self._found.get(f"{arm}/{lr:g}/{seed}")
         try:
-            return ArmRun(**found) if found is not None else None
-        except TypeError as error:
+            return ArmRun.from_dict(found) if found is not None else None
+        except (TypeError, ValueError, KeyError) as error:
             raise BrokenFileError(f"{self._path} holds a trial that cannot be read: {error}") from error
 
     def put(self, trial: ArmRun) -> ArmRun:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -58,15 +58,16 @@ class Outcome:
         return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave."""
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave; of a subclass, with its own fields."""
         bits = stored.get("test_correct")
         right = None
         if bits is not None:
             right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
                 bool
             )
-        return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
+        names = {item.name for item in fields(cls)} - {"test_correct"}
+        return cls(**{name: value for name, value in stored.items() if name in names}, test_correct=right)
 
 
 _STORED = tuple(item.name for item in fields(Outcome) if item.compare)

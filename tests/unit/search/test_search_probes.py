@@ -13,7 +13,7 @@ from layerprobe.metrics.inference import PooledArms
 from layerprobe.records import Estimate
 from layerprobe.search.baselines import Baseline, BaselineResult, Report
 from layerprobe.search.frames import baseline_frame
-from layerprobe.search.probes import ProbeBaseline, probes_in_words
+from layerprobe.search.probes import ProbeBaseline, pixels_in_words, probes_in_words
 from layerprobe.search.space import Space
 from layerprobe.search.verdict import Verdict
 
@@ -71,6 +71,14 @@ def test_a_probe_that_is_ahead_by_chance_is_said_to_be_no_worse() -> None:
     assert words.startswith("No trained plan is ahead of a linear probe of the frozen features: 80.3 %")
     assert probes_in_words([probe("probe", 0.70)], report(line("plan", 0.80))) == ""
     assert probes_in_words([], report(line("plan", 0.80))) == ""
+
+
+def test_pixels_that_are_not_shown_to_be_behind_are_the_last_sentence() -> None:
+    words = pixels_in_words([probe("pixels", 0.797)], report(line("plan", 0.80)))
+    assert words.startswith(" A linear probe of the raw pixels is not shown to be behind (79.7 %; -")
+    assert words.endswith("this task may not need the backbone.")
+    for other in ([probe("pixels", 0.60)], [probe("pixels", 0.90)], [probe("probe", 0.797)], []):
+        assert pixels_in_words(other, report(line("plan", 0.80))) == ""
 
 
 def test_a_stored_probe_comes_back_and_is_compared_on_the_same_images() -> None:

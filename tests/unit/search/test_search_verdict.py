@@ -53,7 +53,10 @@ def test_each_verdict_has_its_case(accuracies, kind, mask) -> None:
     assert (verdict.kind, verdict.mask) == (kind, mask)
     told = sentence(verdict, SPACE, test=None, n_seeds=5)
     if kind == "no difference":
-        assert 0 < verdict.margin < 0.02 and f"larger than {100 * verdict.margin:.1f} points" in told
+        assert (
+            0 < verdict.margin < 0.02
+            and f"one larger than {100 * verdict.margin:.1f} points is excluded" in told
+        )
     else:
         assert "points against" in told and verdict.margin is None
 
