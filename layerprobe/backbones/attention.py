@@ -41,13 +41,11 @@ def choose_attention(backbone: Backbone, asked: str | None) -> None:
 
 def _as_its_modules_say(backbone: Backbone) -> str | None:
     """Of a model without values, which cannot be tried: by `is_causal` of its attention modules, where all agree."""
-    said = {
-        module.is_causal
-        for block in backbone.blocks
-        for module in block.modules()
-        if hasattr(module, "is_causal")
-    }
-    return {(True,): "causal", (False,): "bidirectional"}.get(tuple(said))
+    attentions = [m for block in backbone.blocks for m in block.modules() if hasattr(m, "is_causal")]
+    said = {bool(attention.is_causal) for attention in attentions}
+    if len(said) != 1:
+        return None
+    return "causal" if said.pop() else "bidirectional"
 
 
 @torch.no_grad()

@@ -255,7 +255,7 @@ def weights_hash(folder: Path) -> str:
     return _NAMES[facts]
 
 
-_NAMES: dict[tuple[tuple[str | int, ...], ...], str] = {}
+_NAMES: dict[tuple[object, ...], str] = {}
 
 
 def _hash_files(folder: Path) -> str:

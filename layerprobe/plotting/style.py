@@ -78,8 +78,8 @@ def stacked_axes(width: float, heights: Sequence[float]) -> tuple[Figure, list[A
     """Axes below one another, each with margins of its own, in the style of `new_axes`."""
     with seaborn.axes_style("ticks"), settings(STYLE):
         figure = plt.figure(figsize=(width, sum(heights)), layout="constrained")
-        parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-        return figure, [part.subplots() for part in parts]
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        return figure, [part.subplots() for part in np.ravel(parts)]
 
 
 def loose_axes(width: float, height: float) -> Axes:
@@ -205,8 +205,8 @@ def name_panels(figure: Figure, axes: Sequence[Axes], *, title: str | None = Non
     for ax in axes:
         handles, labels = ax.get_legend_handles_labels()
         known |= {label: handle for handle, label in zip(handles, labels, strict=True)}
-    shown = {"loc": "outside upper center", "frameon": False, "ncols": ncols, "title": title}
-    figure.legend(list(known.values()), list(known), **shown)
+    handles, labels = list(known.values()), list(known)
+    figure.legend(handles, labels, loc="outside upper center", frameon=False, ncols=ncols, title=title)
 
 
 def log_axis(ax: Axes, which: str) -> None:
@@ -237,8 +237,10 @@ def show_chance(ax: Axes, chance: float | None, *, vertical: bool = False) -> No
         note = ax.annotate(text, at, shift, where, "offset points", va="top" if vertical else "bottom")
     else:
         text, corner, top = (f"← {text}", (0, 1), True) if vertical else (f"↓ {text}", (0, 0), False)
-        where, shift = "axes fraction", (3, -2 if top else 3)
-        note = ax.annotate(text, corner, shift, where, "offset points", va="top" if top else "bottom")
+        shift = (3, -2 if top else 3)
+        note = ax.annotate(
+            text, corner, shift, "axes fraction", "offset points", va="top" if top else "bottom"
+        )
     # Rounding may put a point on the axis outside it, and matplotlib would leave the text out.
     note.set_annotation_clip(False)
 
