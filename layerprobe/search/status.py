@@ -21,7 +21,7 @@ from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_li
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,8 @@ import numpy as np
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing import Standardised
-from layerprobe.metrics.probing.logistic import (
-    C_GRID,
-    ProbeResult,
-    check_grid,
-    fit_logistic_path,
-    select_probe,
-)
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, fit_logistic_path, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 
 SHOTS = (1, 2, 5, 10)
 """Training images per class of the few-shot curve."""
