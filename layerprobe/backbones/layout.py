@@ -143,7 +143,7 @@ def find_layout(model: nn.Module, config: PretrainedConfig) -> Layout:
     if (different := len({id(block) for block in blocks})) < len(blocks):
         raise UsageError(
             f"{type(model).__name__} runs {different} modules as its {len(blocks)} blocks, some more than once: what "
-            " belongs to one block cannot be told apart; give each block a module of its own (copy.deepcopy)"
+            "belongs to one block cannot be told apart; give each block a module of its own (copy.deepcopy)"
         )
     width = hidden_size(config, model)
     names = tuple(f"{list_name}.{index}" if list_name else str(index) for index in range(len(blocks)))
