@@ -127,10 +127,6 @@ def hasty() -> Iterator[None]:
         _in_a_hurry = False
 
 
-DATABASE = "study.db"
-"""The database in a run folder."""
-
-
 def _may_pass(error: BaseException) -> bool:
     """Whether an error comes from the connection or a lock, and not from what was asked."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error

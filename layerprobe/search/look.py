@@ -20,7 +20,7 @@ from layerprobe.records import Estimate
 from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, training_cost
 from layerprobe.training.finetune import Outcome
 
 
@@ -172,9 +172,9 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
 
 
 def _cost(searched: Mapping[Trial, Outcome]) -> float:
-    """In full trainings, see `Space.cost`; the largest plan is the one of all blocks, which every pilot trains."""
+    """In full trainings, as `Space.cost`; the largest plan is the one of all blocks, which every pilot trains."""
     sizes = [outcome.trainable_parameters or 0 for outcome in searched.values()]
-    return sum((2.0 + size / max(1, *sizes)) / 3.0 for size in sizes) if sizes else 0.0
+    return sum(training_cost(size / max(1, *sizes)) for size in sizes)
 
 
 def _expected(

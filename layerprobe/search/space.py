@@ -70,6 +70,15 @@ class Trial:
         )
 
 
+def training_cost(share: float) -> float:
+    """Cost of a training in which a `share` of the parameters trains, as a share of that of them all.
+
+    Counted in matrix products: forward and the gradient towards the stem always run (two of three), the weight gradient
+    only for what trains.
+    """
+    return (2.0 + share) / 3.0
+
+
 def strip(mask: Mask) -> str:
     """A mask as text, one character per unit.
 
@@ -305,8 +314,6 @@ class Space:
     def cost(self, trial: Trial) -> float:
         """Cost of a trial in full trainings (all blocks trained for the same number of steps = 1).
 
-        Counted in matrix products: forward and the gradient towards the stem always run (two of three),
-        the weight gradient only for what trains. Measured seconds are kept with every trial beside it.
+        Measured seconds are kept with every trial beside it.
         """
-        share = self.params(trial.mask) / max(1, sum(self.unit_params))
-        return (2.0 + share) / 3.0
+        return training_cost(self.params(trial.mask) / max(1, sum(self.unit_params)))

@@ -1,11 +1,13 @@
-"""One small change to one file of an example: bytes, JSON values, cells of tables, or what kind of thing it is."""
+"""One small change to one file of an example: bytes, JSON values, cells of tables, rows of databases, or its kind."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import sqlite3
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def _change(path: Path, draw: random.Random) -> str:
         return _change_csv(path, draw)
     if path.suffix == ".safetensors" and draw.random() < 0.5:
         return _change_header(path, draw)
+    if path.suffix == ".db" and draw.random() < 0.8:
+        return _change_database(path, draw)
     return _change_bytes(path, draw)
 
 
@@ -106,6 +110,38 @@ def _change_json(path: Path, draw: random.Random) -> str:
         text, done = text[:-1] + ',"deep":' + "[" * 50_000 + "]" * 50_000 + "}", "nested deep"
     path.write_text(text)
     return done
+
+
+def _change_database(path: Path, draw: random.Random) -> str:
+    """One cell of one row, or the row as a whole, of a table that has rows."""
+    with closing(sqlite3.connect(path)) as database:
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+        table = draw.choice([name for name in names if counts[name]])
+        row = draw.randrange(counts[table])
+        cursor = database.execute(f"SELECT rowid, * FROM {table} LIMIT 1 OFFSET {row}")
+        columns = [column[0] for column in cursor.description]
+        cells = cursor.fetchone()
+        at = draw.randrange(1, len(cells))
+        if draw.random() < 0.1:
+            done, words, values = "gone", f"DELETE FROM {table}", ()
+        else:
+            new, done = cells[at], ""
+            if isinstance(new, str) and new[:1] in ("{", "[") and draw.random() < 0.8:
+                changed, done = change_value(json.loads(new), draw)
+                new = json.dumps(changed)
+            else:
+                new = draw.choice(
+                    [json.dumps(draw.choice(HOSTILE)), draw.choice([None, -1, 0, 3, 2**40, 1e308, b"x"])]
+                )
+                done = str(new)[:40]
+            words, values = f"UPDATE {table} SET {columns[at]} = ?", (new,)
+        try:
+            with database:
+                database.execute(f"{words} WHERE rowid = {cells[0]}", values)
+        except sqlite3.Error as error:
+            done = str(error)
+    return f"{table} {row} {columns[at]}: {done}"
 
 
 def change_value(value: Any, draw: random.Random) -> tuple[Any, str]:
