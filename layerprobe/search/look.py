@@ -16,6 +16,7 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
+from layerprobe.reading import Schema, check_fields
 from layerprobe.records import Estimate
 from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
 from layerprobe.search.pilot import Pilot
@@ -123,8 +124,10 @@ def look(storage: str | os.PathLike[str]) -> Look:
 
 
 def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
-    """The state of a search from the rows of its database."""
-    facts = {t.user_attrs["fact"]: t.user_attrs["value"] for t in trials if "fact" in t.user_attrs}
+    """The state of a search from the rows of its database; BrokenFileError where they are none of a search."""
+    check_fields(arguments, ARGUMENTS, PLACE)
+    facts = {str(t.user_attrs["fact"]): t.user_attrs.get("value") for t in trials if "fact" in t.user_attrs}
+    check_fields(facts, {"budget?": {"budget": float}}, PLACE)
     pilot = Pilot.from_dict(facts["pilot"]) if "pilot" in facts else None
     found: dict[Trial, tuple[Outcome, datetime | None]] = {}
     for frozen in trials:
@@ -141,6 +144,8 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
         and trial.lr in pilot.lrs
         and abs(trial.fidelity - pilot.length) < 1e-9
     }
+    if len({len(trial.mask) for trial in searched}) > 1:
+        raise BrokenFileError(f"{PLACE} holds plans of several sizes")
     budget = arguments.get("budget") or facts.get("budget", {}).get("budget")
     spent = _cost(searched) if pilot is not None else None
     n_units = max((len(trial.mask) for trial in searched), default=1)
@@ -169,6 +174,12 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
         accuracy=accuracy,
         seconds_left=left,
     )
+
+
+PLACE = "the search's database"
+ARGUMENTS: dict[str, Schema] = {
+    "model": str, "task": str, "strategy?": str, "units?": str, "budget?": (float, type(None)),
+}  # fmt: skip
 
 
 def _cost(searched: Mapping[Trial, Outcome]) -> float:

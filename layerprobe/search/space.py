@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
 from layerprobe.layers import name_blocks
+from layerprobe.reading import Schema, check_fields
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,16 +59,21 @@ class Trial:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Trial:
-        """The trial whose fields a database row holds."""
-        return cls(
-            mask=tuple(map(bool, stored["mask"])),
-            lr=float(stored["lr"]),
-            repeat=int(stored["repeat"]),
-            fidelity=float(stored["fidelity"]),
-            norms=bool(stored["norms"]),
-            auto_rgn=bool(stored.get("auto_rgn", False)),
-            rank=int(stored.get("rank", 0)),
+        """The trial whose fields a database row holds; BrokenFileError where they are none, or of another key."""
+        check_fields(dict(stored), TRIAL_FIELDS, "a trial in the search's database")
+        names = (field.removesuffix("?") for field in TRIAL_FIELDS if field != "key")
+        found = cls(
+            **{**{name: stored[name] for name in names if name in stored}, "mask": tuple(stored["mask"])}
         )
+        if found.key != stored["key"]:
+            raise BrokenFileError(f"the search's database calls the trial {found.key} {stored['key'][:80]!r}")
+        return found
+
+
+TRIAL_FIELDS: dict[str, Schema] = {
+    "key": str, "mask": [bool], "lr": float, "repeat": int, "fidelity": float, "norms": bool, "auto_rgn?": bool,
+    "rank?": int,
+}  # fmt: skip
 
 
 def training_cost(share: float) -> float:

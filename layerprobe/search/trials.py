@@ -343,7 +343,7 @@ class Pause:
 
 
 def _fact(trials: Sequence[FrozenTrial], name: str) -> Any:
-    kept = [frozen for frozen in trials if frozen.user_attrs.get("fact") == name]
+    kept = [f for f in trials if f.user_attrs.get("fact") == name and "value" in f.user_attrs]
     return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
 
 

@@ -13,8 +13,9 @@ import torch
 
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded
-from layerprobe.errors import UsageError
+from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
+from layerprobe.reading import Schema, check_fields
 from layerprobe.training.classifier import (
     Classifier,
     Snapshot,
@@ -95,7 +96,10 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, or the form of version 0.1: accuracy, test, seconds, reason, facts."""
+        """What `to_dict` gave, or the form of version 0.1; BrokenFileError for anything else."""
+        check_fields(stored, dict, STORED_PLACE)
+        if "accuracy" in stored:
+            check_fields(stored, OLD_FIELDS, STORED_PLACE)
         if "accuracy" in stored:
             stored = {
                 "call_seconds": stored["seconds"],
@@ -105,15 +109,42 @@ class Outcome:
                 "train_seconds": stored["seconds"],
                 "reason": stored["reason"],
             }
+        check_fields(stored, OUTCOME_FIELDS, STORED_PLACE)
+        for name in ("validation_accuracy", "test_accuracy", "bridge_accuracy"):
+            if stored.get(name) is not None and not 0 <= stored[name] <= 1:
+                raise BrokenFileError(
+                    f"cannot read {STORED_PLACE}: '{name}' must be in [0, 1], not {stored[name]:g}"
+                )
         bits = stored.get("test_correct")
-        right = None
-        if bits is not None:
-            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
-                bool
-            )
+        right = None if bits is None else unpack_bits(bits, stored.get("n_test"))
         return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
 
 
+def unpack_bits(digits: str, n: int | None) -> np.ndarray:
+    """The `n` truth values that hexadecimal `digits` hold; BrokenFileError where they hold another number."""
+    try:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+    except ValueError:
+        bits = np.empty(0)
+    if n is None or not 0 <= len(bits) - n < 8:
+        raise BrokenFileError(
+            f"cannot read {STORED_PLACE}: its bits of correct images are not those of {n} images"
+        )
+    return bits[:n].astype(bool)
+
+
+STORED_PLACE = "a training in the search's database"
+_NUMBER: Schema = (float, type(None))
+_COUNT: Schema = (int, type(None))
+OLD_FIELDS: dict[str, Schema] = {
+    "accuracy": _NUMBER, "test": _NUMBER, "seconds": float, "reason": (str, type(None)), "facts": dict,
+}  # fmt: skip
+OUTCOME_FIELDS: dict[str, Schema] = {
+    "validation_accuracy?": _NUMBER, "test_accuracy?": _NUMBER, "bridge_accuracy?": _NUMBER, "train_seconds?": float,
+    "call_seconds?": float, "train_flops?": float, "steps?": int, "trainable_parameters?": _COUNT,
+    "n_validation?": _COUNT, "n_test?": _COUNT, "lr?": _NUMBER, "seed?": _COUNT, "reason?": (str, type(None)),
+    "test_correct?": (str, type(None)),
+}  # fmt: skip
 PROBE_C = 0.1
 """Inverse strength of the penalty of the regression that a head starts from."""
 

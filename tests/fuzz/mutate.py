@@ -114,34 +114,33 @@ def _change_json(path: Path, draw: random.Random) -> str:
 
 def _change_database(path: Path, draw: random.Random) -> str:
     """One cell of one row, or the row as a whole, of a table that has rows."""
-    with closing(sqlite3.connect(path)) as database:
-        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
-        table = draw.choice([name for name in names if counts[name]])
-        row = draw.randrange(counts[table])
-        cursor = database.execute(f"SELECT rowid, * FROM {table} LIMIT 1 OFFSET {row}")
-        columns = [column[0] for column in cursor.description]
-        cells = cursor.fetchone()
-        at = draw.randrange(1, len(cells))
-        if draw.random() < 0.1:
-            done, words, values = "gone", f"DELETE FROM {table}", ()
-        else:
-            new, done = cells[at], ""
-            if isinstance(new, str) and new[:1] in ("{", "[") and draw.random() < 0.8:
-                changed, done = change_value(json.loads(new), draw)
-                new = json.dumps(changed)
-            else:
-                new = draw.choice(
-                    [json.dumps(draw.choice(HOSTILE)), draw.choice([None, -1, 0, 3, 2**40, 1e308, b"x"])]
-                )
-                done = str(new)[:40]
-            words, values = f"UPDATE {table} SET {columns[at]} = ?", (new,)
-        try:
-            with database:
-                database.execute(f"{words} WHERE rowid = {cells[0]}", values)
-        except sqlite3.Error as error:
-            done = str(error)
-    return f"{table} {row} {columns[at]}: {done}"
+    try:
+        with closing(sqlite3.connect(path)) as database, database:
+            return _change_row(database, draw)
+    except (sqlite3.Error, IndexError):  # what the change before left, or what the table forbids
+        return _change_bytes(path, draw)
+
+
+def _change_row(database: sqlite3.Connection, draw: random.Random) -> str:
+    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+    table = draw.choice([name for name in names if counts[name]])
+    row = draw.randrange(counts[table])
+    cursor = database.execute(f"SELECT rowid, * FROM {table} LIMIT 1 OFFSET {row}")
+    number, *cells = cursor.fetchone()
+    if draw.random() < 0.1:
+        database.execute(f"DELETE FROM {table} WHERE rowid = ?", (number,))
+        return f"{table} {row}: gone"
+    at = draw.randrange(len(cells))
+    new, done = cells[at], ""
+    if isinstance(new, str) and new[:1] in ("{", "[") and draw.random() < 0.8:
+        changed, done = change_value(json.loads(new), draw)
+        new = json.dumps(changed)
+    else:
+        new = draw.choice([json.dumps(draw.choice(HOSTILE)), None, -1, 0, 3, 2**40, 1e308, b"x"])
+    column = cursor.description[at + 1][0]
+    database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new, number))
+    return f"{table} {row} {column}: {done or str(new)[:40]}"
 
 
 def change_value(value: Any, draw: random.Random) -> tuple[Any, str]:

@@ -131,7 +131,7 @@ def test_a_copied_state_is_what_a_kill_leaves(search, tmp_path: Path) -> None:
 
 
 def continue_every_state(run: Callable[[Path], None], expected: dict, root: Path, kept: Path) -> None:
-    """Stop `run` at each operation in `root`, continue from each state, compare; the figures: $LAYERPROBE_FAULTS_LOG."""
+    """Stop `run` at each operation in `root`, continue from each state, compare; figures: $LAYERPROBE_FAULTS_LOG."""
     places: list[str] = []
     for state in list(every_state(lambda: run(root), root, kept, places)):
         run(state)
