@@ -27,22 +27,18 @@ from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, block_plan, bridge_train
 
-QUICK = Size(("minilm",), ("digits",), 300, 4)
-FULL = Size(("stories260k",), ("cifar10",), 1000, 8)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
-STEPS, QUICK_STEPS = 150, 20
-BATCH = 32
-LR, QUICK_LR = 3e-3, 3e-4
-"""Fixed beforehand and equal for all plans: what is compared is where a bridge changes a network, not how well."""
-
 PLANS = {
     "all blocks": "#0072B2",
     "first half": "#009E73",
     "none": "#999999",
     "untrained, all blocks": "#D55E00",
 }
-QUICK_PLANS = ("all blocks", "none")
-PERMUTATIONS, QUICK_PERMUTATIONS = 1000, 200
+QUICK = Size(("minilm",), ("digits",), 300, 4,
+             seeds=(0, 1), steps=20, lr=3e-4, permutations=200, plans=("all blocks", "none"))  # fmt: skip
+FULL = Size(("stories260k",), ("cifar10",), 1000, 8,
+            seeds=(0, 1, 2), steps=150, lr=3e-3, permutations=1000, plans=tuple(PLANS))  # fmt: skip
+"""The rate is fixed and equal for all plans: what is compared is where a bridge changes a network, not how well."""
+BATCH = 32
 TOLERANCE = 0.15
 """Of a CKA value, between two machines: a short bridge training is chaotic."""
 
@@ -56,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
         vision="vision-trained model to compare with; default vit-cifar10 of DATA, else none",
     )
-    seeds = QUICK_SEEDS if s.quick else SEEDS
-    plans = QUICK_PLANS if s.quick else tuple(PLANS)
+    seeds, plans = s.settings.seeds, s.settings.plans
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     memorised: dict[str, float] = {}
@@ -86,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         headline=headline(frame, answers),
         setting=(
             f"Images: {sizes}; CKA on the test images. Patch {s.patch}, PCA stem, mean pooling. Bridge: "
-            f"{QUICK_STEPS if s.quick else STEPS} steps of {BATCH} images on 10 random classes, rate "
-            f"{QUICK_LR if s.quick else LR:g}. Random labels recalled at the end with all blocks trained (a guess: "
-            f"10 %): {learnt}. {len(seeds)} seeds; p-values from {QUICK_PERMUTATIONS if s.quick else PERMUTATIONS} "
+            f"{s.settings.steps} steps of {BATCH} images on 10 random classes, rate "
+            f"{s.settings.lr:g}. Random labels recalled at the end with all blocks trained (a guess: "
+            f"10 %): {learnt}. {len(seeds)} seeds; p-values from {s.settings.permutations} "
             "permutations of the images. The stem is trained under every "
             "plan, so also frozen blocks see other inputs afterwards."
         ),
@@ -102,18 +97,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def part(s: Setup, model: str, name: str, task: Task, plan: str, seed: int) -> list[dict[str, Any]]:
     """One bridge training and its comparisons, as table rows, kept on disk."""
-    steps = QUICK_STEPS if s.quick else STEPS
+    steps, lr = s.settings.steps, s.settings.lr
 
     def make() -> list[dict[str, Any]]:
         init = "random" if plan.startswith("untrained") else "pretrained"
         backbone = s.load(model, task, init=init, seed=seed)
         before = features(s, backbone, task)
         blocks = {"none": [], "first half": range(backbone.n_blocks // 2)}.get(plan, range(backbone.n_blocks))
-        config = BridgeConfig(steps=steps, batch_size=BATCH, lr=QUICK_LR if s.quick else LR, seed=seed)
+        config = BridgeConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed)
         trained = bridge_train(backbone, task, plan=block_plan(backbone, list(blocks)), config=config)
         after = features(s, backbone, task)
-        number = QUICK_PERMUTATIONS if s.quick else PERMUTATIONS
-        same = cka_matrix(before, after, permutations=number, seed=0)
+        same = cka_matrix(before, after, permutations=s.settings.permutations, seed=0)
         about = {"model": short(model), "task": short(name), "plan": plan, "seed": seed}
         rows = [about | row for row in diagonal(same)]
         changed = trained.to_frame()
@@ -133,7 +127,7 @@ def part(s: Setup, model: str, name: str, task: Task, plan: str, seed: int) -> l
     return s.kept(
         f"{model} {name} {plan} {seed}".replace(",", ""),
         make,
-        training=[steps, BATCH, QUICK_LR if s.quick else LR],
+        training=[steps, BATCH, lr],
         images=task.split_hash,
         part=[model, name, plan, seed, vision_of(s)],
     )

@@ -28,22 +28,18 @@ from layerprobe.search.space import Mask, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("mnist",), 2000, 7)
-SHARES, QUICK_SHARES = (0.01, 0.1, 1.0), (0.1, 1.0)
-LRS, QUICK_LRS = (3e-3, 1e-2), (3e-4,)
-N_SEEDS, QUICK_N_SEEDS = 3, 2
-"""Seeds to select by, and as many unseen ones to judge by."""
-
-STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
-BATCH, QUICK_BATCH = 32, 16
 PLANS = {
     "none": "#999999",
     "first half": "#009E73",
     "last half": "#E69F00",
     "all": "#0072B2",
 }
-QUICK_PLANS = ("none", "first half", "all")
+TRAINING = {"bridge_steps": 0, "finetune_steps": 200, "batch_size": 32, "lrs": (3e-3, 1e-2), "seeds": 3}
+QUICK = Size(("minilm",), ("digits",), 200, 4, shares=(0.1, 1.0), plans=("none", "first half", "all"),
+             training=TRAINING | {"finetune_steps": 12, "batch_size": 16, "lrs": (3e-4,), "seeds": 2})  # fmt: skip
+FULL = Size(("stories260k",), ("mnist",), 2000, 7, shares=(0.01, 0.1, 1.0), plans=tuple(PLANS),
+            training=TRAINING)  # fmt: skip
+"""`seeds` to select by, and as many unseen ones to judge by."""
 TOLERANCE = 0.15
 """Of a share, between two machines: short trainings are chaotic."""
 
@@ -58,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = s.task(name)
         sizes[short(name)] = {key: len(split) for key, split in task.splits.items()}
         for model in s.models:
-            found = {share: valued(s, model, name, task, share) for share in shares(s)}
+            found = {share: valued(s, model, name, task, share) for share in s.settings.shares}
             best = {share: best_plan(table, plans) for share, (table, plans, _) in found.items()}
             rows += [
                 row | {"chance": 1 / task.n_classes} for row in table_rows(found, best, model, name, task)
@@ -66,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             answers += claims(found, best, model, name, len(task.test))
             said += [moved(found, best, f"{short(model)}, {short(name)}", task)]
     frame = tidy(rows)
+    used = s.settings.training
+    rates = ", ".join(f"{lr:g}" for lr in used["lrs"])
     save_figure(lambda: figure(frame), s.output / "depth_and_data.png")
     shown = [a for a in answers if a.key in ("best − all", "order", "moves")]
     publish(
@@ -75,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         headline="\n".join([*said, "", *(f"- {a.verdict}: {a.sentence}." for a in shown)]),
         setting=(
             f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Fine-tuning from a probed head: "
-            f"{steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images at every share, rates "
-            f"{', '.join(f'{lr:g}' for lr in lrs(s))} for each plan separately; {n_seeds(s)} seeds select, as "
+            f"{used['finetune_steps']} steps of {used['batch_size']} images at every share, rates "
+            f"{rates} for each plan separately; {used['seeds']} seeds select, as "
             "many others judge. The best plan has the fewest parameters within one standard error of the best "
             "validation accuracy. Validation keeps its size at every share, so that few training images do not mean "
             "few labels in all."
@@ -87,22 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def shares(s: Setup) -> tuple[float, ...]:
-    return QUICK_SHARES if s.quick else SHARES
-
-
-def lrs(s: Setup) -> tuple[float, ...]:
-    return QUICK_LRS if s.quick else LRS
-
-
-def steps(s: Setup) -> dict[str, int]:
-    return QUICK_STEPS if s.quick else STEPS
-
-
-def n_seeds(s: Setup) -> int:
-    return QUICK_N_SEEDS if s.quick else N_SEEDS
 
 
 def part_of(task: Task, share: float) -> Task:
@@ -116,14 +98,7 @@ def valued(
 ) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
     """The plans at one share, and how many training images that is."""
     part = part_of(task, share)
-    settings = make_settings(
-        lrs=lrs(s),
-        seeds=n_seeds(s),
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=QUICK_BATCH if s.quick else BATCH,
-        **steps(s),
-    )
+    settings = make_settings(budget=1.0, strategy="exhaustive", **s.settings.training)
     label = f"{short(model)}-{short(name)}-{share:g}"
     runs = Trainings(s, label, s.load(model, part), part, settings)
     n = runs.space.n_blocks
@@ -134,7 +109,7 @@ def valued(
         "last half": range(n - half, n),
         "all": range(n),
     }
-    plans = {key: mask_of(span, n) for key, span in spans.items() if not s.quick or key in QUICK_PLANS}
+    plans = {key: mask_of(span, n) for key, span in spans.items() if key in s.settings.plans}
     return runs.plans(list(plans.values())), plans, len(part.train)
 
 

@@ -29,13 +29,11 @@ from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, bridge_train
 
-QUICK = Size(("minilm",), ("digits",), 400, 4)
-FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100"), 1000, 8)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
-STEPS, QUICK_STEPS = 150, 20
+QUICK = Size(("minilm",), ("digits",), 400, 4, seeds=(0,), steps=20, lr=3e-4)
+FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100"), 1000, 8,
+            seeds=(0, 1, 2), steps=150, lr=3e-3)  # fmt: skip
+"""The rate of the bridge is fixed beforehand, not tuned; another one can move its curve."""
 BATCH = 32
-LR, QUICK_LR = 3e-3, 3e-4
-"""Of the bridge: fixed beforehand, not tuned; another rate can move the bridge's curve."""
 
 ORIGINS = {"language": "#0072B2", "bridge": "#009E73", "random init": "#D55E00", "vision": "#CC79A7"}
 DRAWN = ("language − random", "bridge − language")
@@ -62,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vision = vision_of(s, name)
         seen = {} if vision is None else {"vision": [probed(s, vision, name, task, "vision", 0)]}
         for model in s.models:
-            seeds = QUICK_SEEDS if s.quick else SEEDS
+            seeds = s.settings.seeds
             found = {
                 origin: [probed(s, model, name, task, origin, seed) for seed in (seeds if drawn else (0,))]
                 for origin, drawn in (("language", False), ("bridge", True), ("random init", True))
@@ -77,9 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers=answers,
         headline=headline(answers),
         setting=(
-            f"Images per split: {counts}. Patch {s.patch}, PCA stem, mean pooling. Bridge: {steps(s)} steps of {BATCH} "
-            f"images on 10 random classes, all blocks trained, rate {QUICK_LR if s.quick else LR:g}. "
-            f"{len(QUICK_SEEDS if s.quick else SEEDS)} seed(s) of random weights and bridge; probes refitted on train "
+            f"Images per split: {counts}. Patch {s.patch}, PCA stem, mean pooling. Bridge: {s.settings.steps} steps of "
+            f"{BATCH} images on 10 random classes, all blocks trained, rate {s.settings.lr:g}. "
+            f"{len(s.settings.seeds)} seed(s) of random weights and bridge; probes refitted on train "
             "and validation images with the C that validation chose. Best layers are chosen on validation, not on test."
         ),
         figures={
@@ -88,10 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def steps(s: Setup) -> int:
-    return QUICK_STEPS if s.quick else STEPS
 
 
 def vision_of(s: Setup, task: str) -> str | None:
@@ -103,13 +97,14 @@ def vision_of(s: Setup, task: str) -> str | None:
 
 def probed(s: Setup, model: str, name: str, task: Task, origin: str, seed: int) -> dict[str, Any]:
     """Probes of one network: accuracies by layer and which test images are right, kept on disk."""
+    steps, lr = s.settings.steps, s.settings.lr
 
     def make() -> dict[str, Any]:
         init = "random" if origin == "random init" else "pretrained"
         backbone = s.load(model, task, **({} if is_vision(model) else {"init": init, "seed": seed}))
         memorised = None
         if origin == "bridge":
-            config = BridgeConfig(steps=steps(s), batch_size=BATCH, lr=QUICK_LR if s.quick else LR, seed=seed)
+            config = BridgeConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed)
             memorised = bridge_train(backbone, task, config=config).value("random_label_accuracy")
         probes = probe_backbone(
             backbone,
@@ -124,7 +119,7 @@ def probed(s: Setup, model: str, name: str, task: Task, origin: str, seed: int) 
     return s.kept(
         f"{model} {name} {origin} {seed}",
         make,
-        training=[steps(s), BATCH, QUICK_LR if s.quick else LR] if origin == "bridge" else None,
+        training=[steps, BATCH, lr] if origin == "bridge" else None,
         images=task.split_hash,
         part=[model, name, origin, seed],
     )

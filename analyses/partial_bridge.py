@@ -18,11 +18,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
+from study import (
+    TABLES,
+    Answer,
+    Setup,
+    Size,
+    against,
+    mean_row,
+    publish,
+    run,
+    setup,
+    short,
+    table_folders,
+    tally,
+)
 from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
-from layerprobe.errors import NotAvailableError
 from layerprobe.files import read_json
 from layerprobe.plotting.studies import draw_levels
 from layerprobe.search.settings import make_settings
@@ -30,13 +42,10 @@ from layerprobe.search.space import Mask, strip
 from layerprobe.tables import tidy
 from layerprobe.tasks.catalog import TASKS
 
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size((), (), 2000, 8)
-TABLES = Path("results/freeze_search/tables")
-LRS, QUICK_LRS = (1e-4, 3e-4, 1e-3), (1e-4, 1e-3)
-N_SEEDS, QUICK_N_SEEDS = 3, 2
-STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
-BATCH, QUICK_BATCH = 32, 16
+QUICK = Size(("minilm",), ("digits",), 200, 4,
+             lrs=(1e-4, 1e-3), seeds=2, batch_size=16, bridge_steps=0, finetune_steps=12)  # fmt: skip
+FULL = Size((), (), 2000, 8,
+            lrs=(1e-4, 3e-4, 1e-3), seeds=3, batch_size=32, bridge_steps=0, finetune_steps=200)  # fmt: skip
 LOOKS = {
     "first k": ("#009E73", "^"),
     "last k": ("#E69F00", "v"),
@@ -60,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     train = s.quick or bool(s.arguments.model)
     sources = (
-        [trained(s, m, t) for t in s.tasks for m in s.models] if train else [stored(f) for f in folders(s)]
+        [trained(s, m, t) for t in s.tasks for m in s.models]
+        if train
+        else [stored(f) for f in table_folders(s)]
     )
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
@@ -95,18 +106,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 Source = tuple[ExhaustiveTable, list[Mask], dict[str, Any]]
 
 
-def folders(s: Setup) -> list[Path]:
-    if s.arguments.tables:
-        return [Path(folder) for folder in s.arguments.tables.split(",")]
-    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
-    if not found:
-        raise NotAvailableError(
-            f"no table of every plan in {TABLES}: give --model and --task to train the plans, or make a table "
-            "(python benchmarks/freeze_search.py make-table)"
-        )
-    return found
-
-
 def stored(folder: Path) -> Source:
     table = ExhaustiveTable.load(folder)
     about = read_json(folder / "table.json", what="exhaustive table")
@@ -122,15 +121,7 @@ def stored(folder: Path) -> Source:
 
 def trained(s: Setup, model: str, name: str) -> Source:
     task = s.task(name)
-    steps, batch = (QUICK_STEPS, QUICK_BATCH) if s.quick else (STEPS, BATCH)
-    settings = make_settings(
-        lrs=QUICK_LRS if s.quick else LRS,
-        seeds=QUICK_N_SEEDS if s.quick else N_SEEDS,
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=batch,
-        **steps,
-    )
+    settings = make_settings(budget=1.0, strategy="exhaustive", **vars(s.settings))
     runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, settings)
     space = runs.space
     n = space.n_blocks
@@ -139,7 +130,7 @@ def trained(s: Setup, model: str, name: str) -> Source:
         spans = [(0, 0), (0, n // 2), (n - n // 2, n), (0, n)]
     masks = [tuple(start <= index < stop for index in range(n)) for start, stop in spans]
     counts = {key: len(split) for key, split in task.splits.items()}
-    setting = f"{counts} images, patch {s.patch}, {steps['finetune_steps']} steps of {batch}"
+    setting = f"{counts} images, patch {s.patch}, {settings.finetune_steps} steps of {settings.batch_size}"
     facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
     return runs.plans(masks), masks, facts | {"chance": 1 / task.n_classes}
 

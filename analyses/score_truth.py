@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short
+from study import TABLES, Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, table_folders
 from trainings import ExhaustiveTable, Trainings, Truth, permutation_agreement, score_agreement
 
 from layerprobe.backbones import load_backbone
@@ -35,7 +35,6 @@ from layerprobe.tasks import load_task
 
 QUICK = Size(("minilm",), ("digits",), 200, 4)
 FULL = Size((), (), None, None)
-TABLES = Path("results/freeze_search/tables")
 QUICK_FROZEN = (3, 4, 5)
 """Blocks that no plan of the quick table trains: eight plans instead of 64."""
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
         tables=f"comma-separated folders of tables; default all in {TABLES}",
     )
-    tables = [quick_table(s)] if s.quick else [stored(s, folder) for folder in folders(s)]
+    tables = [quick_table(s)] if s.quick else [stored(s, folder) for folder in table_folders(s)]
     rows: list[dict[str, Any]] = []
     for table, n_test in tables:
         rows += measured(table, n_test)
@@ -84,17 +83,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def folders(s: Setup) -> list[Path]:
-    if s.arguments.tables:
-        return [Path(folder) for folder in s.arguments.tables.split(",")]
-    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
-    if not found:
-        raise NotAvailableError(
-            f"no table of every plan in {TABLES}; make one: python benchmarks/freeze_search.py make-table"
-        )
-    return found
 
 
 def stored(s: Setup, folder: Path) -> tuple[ExhaustiveTable, int]:

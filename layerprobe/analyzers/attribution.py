@@ -6,11 +6,9 @@ The only module that imports captum, for the two methods that need a pass per la
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,7 +34,7 @@ from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import table_by_layer, tidy, write_frame
+from layerprobe.tables import table_by_layer, tidy
 from layerprobe.tasks import ImageSplit, Task
 
 METHODS = ("skip", "mean_ablation", "conductance", "update")
@@ -80,12 +78,8 @@ class LayerAttribution(Record):
         rows = self.frame[self.frame["block"].notna() & shown]
         return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """As every record; a folder gets the maps as `attribution_maps.csv`, too."""
-        target = super().save(path)
-        if target.suffix not in (".csv", ".parquet", ".json") and not self.maps.empty:
-            write_frame(self.maps, target / "attribution_maps.csv")
-        return target
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        return {} if self.maps.empty else {"attribution_maps": self.maps}
 
     def summary(self) -> str:
         facts = self.provenance["prediction"]

@@ -23,7 +23,6 @@ from layerprobe.analyzers.features import (
     extract_features,
     place,
     row_name,
-    rows_of_metric,
 )
 from layerprobe.analyzers.heads import Predictor, check_head, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
@@ -61,10 +60,6 @@ class TransferScores(Record):
 
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
-
-    def score(self, name: str) -> pd.DataFrame:
-        """The rows of one score ("logme" or "transfer_logme"), in order of layers."""
-        return rows_of_metric(self.frame, name, prefix="transfer_", what="score")
 
     def table(self) -> list[dict[str, Any]]:
         """One row a layer, its rank in each score: 1 is best, or highest where no direction is claimed."""

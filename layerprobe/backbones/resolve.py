@@ -18,6 +18,7 @@ from layerprobe.errors import (
     NotAvailableError,
     UnknownNameError,
     did_you_mean,
+    first_line,
 )
 from layerprobe.files import cache_root, read_json, weight_files, write_json
 from layerprobe.model_config import read_model_config
@@ -188,7 +189,7 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
                 snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
             )
     except HFValidationError as error:
-        raise UnknownNameError(f"'{hub_id}' is no hub id (owner/name): {_first_line(error)}") from error
+        raise UnknownNameError(f"'{hub_id}' is no hub id (owner/name): {first_line(error)}") from error
     except GatedRepoError as error:
         raise NotAvailableError(
             f"'{hub_id}' is gated: accept its terms on the hub and log in with `hf auth login`"
@@ -207,7 +208,7 @@ def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> Mo
             f"'{name}' ({hub_id}{at}) is not cached and {why}; download it first or pass a local folder"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise NotAvailableError(f"cannot download '{hub_id}': {_first_line(error)}") from error
+        raise NotAvailableError(f"cannot download '{hub_id}': {first_line(error)}") from error
     _check_weights(folder)
     return ModelSource(name=name, model_id=hub_id, revision=folder.name, folder=folder, origin="hub")
 
@@ -218,10 +219,6 @@ def _offline_reason(offline: bool) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "offline mode is on (HF_HUB_OFFLINE=1)"
     return "offline mode is on (--offline)"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_weights(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
@@ -26,9 +27,9 @@ def attribute(
         "integrated_gradients.",
     ),
     head: str = option(
-        "probe", "Whose prediction: a linear probe's, or the model's own classifier's.", choices=options.HEADS
+        "probe", "Whose prediction: a linear probe's, or the model's own classifier's.", choices=choices.HEADS
     ),
-    split: str = option("test", "Images to explain.", choices=options.SPLITS),
+    split: str = option("test", "Images to explain.", choices=choices.SPLITS),
     images: int = option(128, "How many images to explain.", min=2),
     maps: int = option(6, "Patch-level maps of the first images.", min=0),
     tolerance: float = option(0.02, "Largest completeness error of path methods, a share."),
@@ -47,7 +48,7 @@ def attribute(
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
     out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})

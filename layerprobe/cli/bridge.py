@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.memory import check_plan, count_images, training_facts
@@ -39,7 +40,7 @@ class BridgeOptions(options.TrainingOptions):
     save: str = option(
         "full",
         "Keep whole models, or what was trained and the name of its base.",
-        choices=("full", "trained"),
+        choices=choices.SAVES,
     )
     shard: bool = option(
         False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
@@ -93,7 +94,7 @@ def bridge(
     from layerprobe.training.loop import tracker_options
 
     tracker_options(config.trackers, out.folder)
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     check_plan(freeze_plan, seen)
     if out.dry_run:
         facts = training_facts(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.choices import MODES, SCOPES, TRAINING_MODES
 from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from layerprobe.plans import FreezePlan
     from layerprobe.records import Record
     from layerprobe.training import BridgeConfig, FineTuneConfig
-
-TRAINING_MODES = ("finetune", "fewshot")
-MODES = (*TRAINING_MODES, "probe", "own-head")
-SCOPES = ("arm", "plan", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +105,7 @@ def evaluate(
     ways = f"{', '.join(arms)} of {backbone.model}" if arms else backbone.model
     length = f"; {n_trainings} trainings" if trains else ""
     out.start(f"test accuracy of {ways} on {task.task}, by {mode}{length}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     used = plan if arms else plan or run_plan(seen, scope)
     if planned_arms(arms, scope) if arms else trains:
         check_plan(used, seen)

@@ -58,7 +58,7 @@ def probe(
     from layerprobe.metrics.probing.logistic import C_GRID, check_grid
 
     grid = check_grid(C_GRID if given is None else given)
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task)
     layers.pick(seen, model=backbone.model)
     if out.dry_run:
         twins = 1 + ("random" in asked and backbone.init != "random")

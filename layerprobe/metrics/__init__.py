@@ -5,12 +5,11 @@ The names below are bound on first use; each is documented where it is defined.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from layerprobe.lazy import lazy_names
 
 _MODULES = {
     "intervals": (
-        "Estimate Interval MeanInterval PairedDifference PairedSeeds bootstrap_interval mean_interval "
+        "Estimate Interval bootstrap_interval mean_interval "
         "paired_bootstrap paired_seed_interval wilson_interval"
     ),
     "outliers": "OutlierRules TensorOutliers merge_outliers",
@@ -32,15 +31,4 @@ _MODULES = {
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'layerprobe.metrics' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"layerprobe.metrics.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

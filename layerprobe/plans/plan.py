@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
+from layerprobe.files import dtype_name
 from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.tables import percent
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 SCHEMA = "freeze-plan/v1"
@@ -327,11 +327,6 @@ def derived_counts(
 def parameter_table(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Parameter name -> (shape, dtype), in the module's order; a tied tensor under its first name alone."""
     return {name: (tuple(p.shape), dtype_name(p.dtype)) for name, p in module.named_parameters()}
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """`float32` for torch.float32, "torch.float32" and "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def model_hash(parameters: ParameterTable) -> str:

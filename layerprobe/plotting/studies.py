@@ -87,9 +87,9 @@ def plot_claims(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     return ax
 
 
-def draw_levels(ax: Axes, levels: Mapping[str, float], *, scale: float = 100.0) -> Axes:
-    """Horizontal reference lines such as chance or raw pixels: name → value, drawn in this order."""
+def draw_levels(ax: Axes, levels: Mapping[str, float]) -> Axes:
+    """Horizontal reference lines such as chance or raw pixels: name → share, drawn in this order."""
     shapes: Sequence[Any] = (":", "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
     for shape, (name, value) in zip(shapes, levels.items(), strict=False):
-        look.reference_line(ax, scale * value, color="#444444", linestyle=shape, linewidth=1.2, label=name)
+        look.reference_line(ax, 100 * value, color="#444444", linestyle=shape, linewidth=1.2, label=name)
     return ax

@@ -185,13 +185,13 @@ def whole_numbers(ax: Axes) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def show_chance(ax: Axes, chance: float | None, *, vertical: bool = False, name: str = "chance") -> None:
+def show_chance(ax: Axes, chance: float | None, *, vertical: bool = False) -> None:
     """A dotted line at `chance`, named; where it would squeeze what is shown to less than a third of the axis,
     words at that end of the axis instead."""
     if chance is None:
         return
     low, high = ax.get_xlim() if vertical else ax.get_ylim()
-    text = f"{name} {chance:.3g} %"
+    text = f"chance {chance:.3g} %"
     if low <= chance or high - low >= (high - chance) / 3:
         reference_line(ax, chance, vertical=vertical, color=LINE_GREY, linestyle=":")
         at = (chance, 1.0) if vertical else (0.0, chance)

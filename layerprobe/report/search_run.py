@@ -22,7 +22,7 @@ SEARCH_FIELDS: dict[str, Schema] = {
     "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
     "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int, "steps": int,
     "noise": _NUMBER, "margin?": _NUMBER, "kind?": _WORDS, "recommended?": _WORDS, "head?": _WORDS,
-    "stop_margin?": _NUMBER,
+    "stop_margin?": _NUMBER, "image_stderr?": _NUMBER,
     "plan?": ({"strip?": _WORDS}, type(None)),
     "differences?": ([{"arm": str, "versus": str, "difference": _NUMBER, "low": _NUMBER, "high": _NUMBER}], type(None)),
     "pilot?": ({
@@ -42,7 +42,7 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         "train_gain_low?": _NUMBER, "train_gain_high?": _NUMBER,
     },
     "trials": {
-        "number": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
+        "number": int, "repeat": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
     },
     "plans": {
         "plan": str, "trainable_parameters": _NUMBER, "validation_accuracy": _NUMBER, "low": _NUMBER, "high": _NUMBER,

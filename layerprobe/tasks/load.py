@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerprobe.errors import LayerprobeError, NotAvailableError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.errors import (
+    LayerprobeError,
+    NotAvailableError,
+    UnknownNameError,
+    UsageError,
+    did_you_mean,
+    first_line,
+)
 from layerprobe.network import hub_is_out_of_reach
 from layerprobe.reading import is_there
 from layerprobe.tasks.catalog import TASKS, TaskEntry
@@ -253,9 +260,7 @@ def _download(
     except ConnectionError as error:
         raise _Unreachable from error
     except (DatasetsError, ValueError, OSError) as error:
-        raise UsageError(
-            f"cannot load '{hub_id}' from the hub: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        raise UsageError(f"cannot load '{hub_id}' from the hub: {first_line(error)}") from error
     except HTTPError as error:
         raise _Unreachable from error
     source = from_datasets(splits, choice, hub_id, follow_paths=reader == "imagefolder")

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from layerprobe.choices import SPLITS
 from layerprobe.errors import UsageError
 
-SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",

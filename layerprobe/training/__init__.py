@@ -1,6 +1,6 @@
 """Random-label bridge training under a freeze plan, fine-tuning and evaluation."""
 
-from layerprobe.training.arms import ARMS, Evaluation, Trial
+from layerprobe.training.arms import ARMS, ArmRun, Evaluation
 from layerprobe.training.bridge import bridge_train
 from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
@@ -11,13 +11,13 @@ from layerprobe.training.freeze_check import all_trainable, block_plan, unit_pla
 
 __all__ = [
     "ARMS",
+    "ArmRun",
     "BridgeConfig",
     "BridgeRun",
     "Evaluation",
     "FineTuneConfig",
     "Outcome",
     "TaskTensors",
-    "Trial",
     "all_trainable",
     "block_plan",
     "bridge_train",

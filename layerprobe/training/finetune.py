@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
+from layerprobe.progress import note
 from layerprobe.reading import Schema, check_fields
 from layerprobe.training.classifier import (
     Classifier,
@@ -64,8 +66,6 @@ class Outcome:
         Of the backbone, in fine-tuning; stem and head are trained besides.
     test_correct : np.ndarray | None
         Bool, one per image, for paired comparisons; stored as hexadecimal digits.
-    validation_correct : np.ndarray | None
-        The same of the validation images; not stored.
     """
 
     validation_accuracy: float | None = None
@@ -81,7 +81,6 @@ class Outcome:
     lr: float | None = None
     seed: int | None = None
     reason: str | None = None
-    validation_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
     test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -90,25 +89,13 @@ class Outcome:
         return -math.inf if self.validation_accuracy is None else self.validation_accuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """Strict JSON: every field but `validation_correct`."""
+        """Strict JSON."""
         bits = None if self.test_correct is None else np.packbits(self.test_correct).tobytes().hex()
         return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
 
     @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, or the form of version 0.1; BrokenFileError for anything else."""
-        check_fields(stored, dict, STORED_PLACE)
-        if "accuracy" in stored:
-            check_fields(stored, OLD_FIELDS, STORED_PLACE)
-        if "accuracy" in stored:
-            stored = {
-                "call_seconds": stored["seconds"],
-                **stored["facts"],
-                "validation_accuracy": stored["accuracy"],
-                "test_accuracy": stored["test"],
-                "train_seconds": stored["seconds"],
-                "reason": stored["reason"],
-            }
+    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave; of a subclass, with its own fields. BrokenFileError for anything else."""
         check_fields(stored, OUTCOME_FIELDS, STORED_PLACE)
         for name in ("validation_accuracy", "test_accuracy", "bridge_accuracy"):
             if stored.get(name) is not None and not 0 <= stored[name] <= 1:
@@ -117,7 +104,8 @@ class Outcome:
                 )
         bits = stored.get("test_correct")
         right = None if bits is None else unpack_bits(bits, stored.get("n_test"))
-        return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
+        names = {item.name for item in fields(cls)} - {"test_correct"}
+        return cls(**{name: value for name, value in stored.items() if name in names}, test_correct=right)
 
 
 def unpack_bits(digits: str, n: int | None) -> np.ndarray:
@@ -133,18 +121,16 @@ def unpack_bits(digits: str, n: int | None) -> np.ndarray:
     return bits[:n].astype(bool)
 
 
-STORED_PLACE = "a training in the search's database"
+STORED_PLACE = "a stored training"
 _NUMBER: Schema = (float, type(None))
 _COUNT: Schema = (int, type(None))
-OLD_FIELDS: dict[str, Schema] = {
-    "accuracy": _NUMBER, "test": _NUMBER, "seconds": float, "reason": (str, type(None)), "facts": dict,
-}  # fmt: skip
 OUTCOME_FIELDS: dict[str, Schema] = {
     "validation_accuracy?": _NUMBER, "test_accuracy?": _NUMBER, "bridge_accuracy?": _NUMBER, "train_seconds?": float,
     "call_seconds?": float, "train_flops?": float, "steps?": int, "trainable_parameters?": _COUNT,
     "n_validation?": _COUNT, "n_test?": _COUNT, "lr?": _NUMBER, "seed?": _COUNT, "reason?": (str, type(None)),
     "test_correct?": (str, type(None)),
 }  # fmt: skip
+
 PROBE_C = 0.1
 """Inverse strength of the penalty of the regression that a head starts from."""
 
@@ -223,7 +209,6 @@ def train_and_score(
         lr=finetune.lr,
         seed=finetune.seed,
         reason=reason,
-        validation_correct=validation,
         test_correct=tested,
     )
 
@@ -345,3 +330,41 @@ def few_shot_rows(labels: np.ndarray, config: FineTuneConfig) -> np.ndarray:
     draw = np.random.default_rng(config.seed)
     chosen = [draw.permutation(np.flatnonzero(labels == k))[: config.shots] for k in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
+
+
+def choose_rate(
+    backbone: Backbone,
+    tensors: TaskTensors,
+    labels: np.ndarray,
+    plan: FreezePlan,
+    config: BridgeConfig,
+    *,
+    quiet: bool,
+) -> float:
+    """The rate of `config.lrs` with the lowest loss after `config.lr_steps` steps, each annealed to its end.
+
+    The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
+    training with weak augmentation shows one time in eighteen.
+    """
+    steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
+    rows = np.arange(min(len(labels), 2048))
+    plain, targets = tensors.pixels["train"].subset(rows), torch.from_numpy(labels[rows])
+    losses: dict[float, float] = {}
+    for lr in config.lrs:
+        trial = config.replace(lr=lr, steps=steps, lrs=())
+        with Snapshot(backbone):
+            try:
+                stage = run_stage(backbone, tensors, trial, plan=plan)
+                model = stage.classifier.eval()
+                with autocast(model.device, config.precision):
+                    logits = in_batches(model, plain, device=model.device)
+                losses[lr] = float(cross_entropy(logits.float(), targets))
+            except DivergedError:
+                losses[lr] = math.inf
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        raise DivergedError(f"all learning rates diverged: {', '.join(map(str, config.lrs))}; try lower ones")
+    if not quiet:
+        shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
+        note(f"learning rate {best:g}, by random-label loss on plain views after {steps} steps ({shown})")
+    return best

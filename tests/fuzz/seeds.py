@@ -23,7 +23,7 @@ from layerprobe.layers import LayerRef
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.lint.config import read_config, trainer_of
 from layerprobe.report import write_report
-from layerprobe.search.look import look
+from layerprobe.search.status import search_status
 from layerprobe.search.trials import TrialStore
 from layerprobe.tables import read_frame
 from layerprobe.tasks.duplicates import _recall
@@ -98,7 +98,7 @@ def _read_evaluation(folder: Path) -> object:
 def _read_study(folder: Path) -> object:
     store = TrialStore.open(folder / "study.db", ABOUT)
     try:
-        return [store.records(), store.get("scores"), look(folder / "study.db")]
+        return [store.records(), store.get("scores"), search_status(folder / "study.db")]
     finally:
         store.close()
 
@@ -227,9 +227,9 @@ def _runs(root: Path, _: object) -> None:
 
     _unfinished(root / "unfinished", backbone(), task)
     store = _TrialStore(root / "evaluation", SETTINGS)
-    from layerprobe.training.arms import Trial
+    from layerprobe.training.arms import ArmRun
 
-    store.put(Trial(arm="language", lr=1e-3, seed=0, validation_accuracy=0.5, train_seconds=1.0))
+    store.put(ArmRun(arm="language", lr=1e-3, seed=0, validation_accuracy=0.5, train_seconds=1.0))
     lp.freeze_search(backbone(), lp.load_task("digits", limit=60), output=root / "search", **SEARCH)
     (root / "searched").mkdir()
     (root / "search" / "study.db").rename(root / "searched" / "study.db")

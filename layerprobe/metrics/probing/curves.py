@@ -32,18 +32,13 @@ class CodeLength:
     ----------
     bits : float
         Length of the online code.
-    uniform_bits : float
-        n·log2 K, the length without features.
     compression : float
-        uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
-    portions : list[int]
-        Ends of the portions, in rows.
+        n·log2 K, the length without features, over `bits`; 1 = no information in the features, higher = labels easier
+        to predict.
     """
 
     bits: float
-    uniform_bits: float
     compression: float
-    portions: list[int]
 
 
 def online_code_length(
@@ -108,7 +103,7 @@ def online_code_length(
         p = _predicted(rows[:end], labels[:end], seen, n_classes, C=C, tol=tol, device=device)
         nats -= np.log((seen * p + 1) / (seen + n_classes)).sum()
     bits, uniform = float(nats / np.log(2)), float(n * np.log2(n_classes))
-    return CodeLength(bits=bits, uniform_bits=uniform, compression=uniform / bits, portions=ends)
+    return CodeLength(bits=bits, compression=uniform / bits)
 
 
 def _predicted(

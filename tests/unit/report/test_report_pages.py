@@ -23,7 +23,7 @@ from layerprobe.records import Record
 from layerprobe.report import write_report
 from layerprobe.report.page import estimate, figure, interval, page, percent, strip
 from layerprobe.report.style import DARK, LIGHT
-from layerprobe.tables import cell_text, render_table, tidy
+from layerprobe.tables import cell_text, tidy
 
 QUICKSTART = Path(__file__).parents[3] / "results/quickstart"
 
@@ -268,6 +268,4 @@ def test_pieces() -> None:
     ]
     marks = strip(["trained", "frozen", "mlp"])
     assert marks.count('class="on"') == marks.count('class="half"') == 1 and "half: mlp alone" in marks
-    marked = render_table([{"arm": "plan", "n": 1}, {"arm": "all", "n": 2}], "html", mark="plan")
-    assert marked.count('class="mark"') == 1
     assert page("t", ["<p>x</p>"]).startswith("<!doctype html>")

@@ -12,7 +12,7 @@ import pytest
 from small_search import ABOUT, make_study
 
 from layerprobe.errors import BrokenFileError
-from layerprobe.search.look import look
+from layerprobe.search.status import search_status
 from layerprobe.search.trials import TrialStore
 
 
@@ -47,7 +47,7 @@ def test_a_trial_of_another_form_is_one_line(tmp_path: Path, key: str, value: ob
         store.records()
     assert told in str(caught.value)
     with pytest.raises(BrokenFileError):
-        look(path)
+        search_status(path)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_a_pilot_of_another_form_is_one_line(tmp_path: Path, key: str, value: ob
     make_study(path)
     rewrite(path, key, value)
     if key == "fact":  # no fact of that name, so the pilot seems to run
-        assert look(path).pilot is None
+        assert search_status(path).pilot is None
         return
     with pytest.raises(BrokenFileError) as caught:
-        look(path)
+        search_status(path)
     assert told in str(caught.value)
 
 

@@ -26,8 +26,8 @@ from layerprobe.training.finetune import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """One look at a search.
+class SearchStatus:
+    """How far a search is, and what it knows.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ def find_storage(run: Path) -> str:
     return str(path)
 
 
-def look(storage: str | os.PathLike[str]) -> Look:
+def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
     """Read a search's database; nothing is written there.
 
     Raises
@@ -123,7 +123,7 @@ def look(storage: str | os.PathLike[str]) -> Look:
     return summarise(arguments, trials)
 
 
-def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
+def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> SearchStatus:
     """The state of a search from the rows of its database; BrokenFileError where they are none of a search."""
     check_fields(arguments, ARGUMENTS, PLACE)
     facts = {str(t.user_attrs["fact"]): t.user_attrs.get("value") for t in trials if "fact" in t.user_attrs}
@@ -158,7 +158,7 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
     if spent and budget and len(ended) > 1:
         took = (max(ended) - min(ended)).total_seconds() * len(ended) / (len(ended) - 1)
         left = max(0.0, budget - spent) * took / spent
-    return Look(
+    return SearchStatus(
         arguments=arguments,
         pilot=pilot,
         budget=budget,
