@@ -34,7 +34,7 @@ def rewrite(path: Path, key: str, value: object, *, table: str = "trial") -> Non
         ("repeat", None, "'repeat' must be a whole number, not null"),
         ("outcome", {"validation_accuracy": 7.5}, "'validation_accuracy' must be in [0, 1], not 7.5"),
         ("outcome", {"validation_accuracy": float("nan")}, "must be in [0, 1], not nan"),
-        ("outcome", [1], "it holds list, not an object"),
+        ("outcome", [1], "it holds a list, not an object"),
         ("outcome", {"test_correct": "zz", "n_test": 8}, "are not those of 8 images"),
         ("outcome", {"test_correct": "ff", "n_test": 20}, "are not those of 20 images"),
     ],
