@@ -70,4 +70,4 @@ def test_names_from_a_database_do_not_move_the_cursor(tmp_path: Path, run_cli: C
     make_study(tmp_path / "study.db")
     rewrite(tmp_path / "study.db", "arguments", {**ABOUT, "model": "\x1b[2Jgone"}, table="study")
     shown = run_cli("watch", tmp_path, "--once")
-    assert shown.exit_code == 0 and "\x1b" not in shown.out and "\\x1b[2Jgone on digits" in shown.out
+    assert shown.code == 0 and "\x1b" not in shown.out and "\\x1b[2Jgone on digits" in shown.out
