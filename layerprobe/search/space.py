@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
+from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, shortened
 from layerprobe.layers import name_blocks
 from layerprobe.reading import Schema, check_fields
 
@@ -66,7 +66,9 @@ class Trial:
             **{**{name: stored[name] for name in names if name in stored}, "mask": tuple(stored["mask"])}
         )
         if found.key != stored["key"]:
-            raise BrokenFileError(f"the search's database calls the trial {found.key} {stored['key'][:80]!r}")
+            raise BrokenFileError(
+                f"the search's database calls the trial {shortened(found.key, 80)} {shortened(stored['key'], 80)!r}"
+            )
         return found
 
 
