@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from layerprobe.analyzers.attribution_choices import METHODS, SLOW_METHODS, check_methods, check_sizes
 from layerprobe.analyzers.attribution_path import (
-    FIRST_STEPS,
     ablated,
     adaptive_steps,
     completeness,
@@ -29,7 +29,7 @@ from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.analyzers.features import columns_of, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
+from layerprobe.errors import LayerprobeError, UnknownNameError
 from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
@@ -37,16 +37,6 @@ from layerprobe.records import Record
 from layerprobe.tables import table_by_layer, tidy
 from layerprobe.tasks import ImageSplit, Task
 
-METHODS = ("skip", "mean_ablation", "conductance", "update")
-SLOW_METHODS = ("gradient_x_activation", "integrated_gradients")
-REFUSED = {
-    "deeplift": "its rules cover pointwise non-linearities, not softmax attention or LayerNorm, and its "
-    "contributions miss f(x) − f(baseline) by 43 to 300 % on transformers",
-    "lrp": "it has no propagation rule for LayerNorm or attention",
-    "block_sum": "the sum of conductance or integrated gradients over a whole block is f(x) − f(baseline) for "
-    "every block, because every block's output cuts the network; it ranks nothing",
-}
-"""Methods that are not offered, and why."""
 MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"]
 
 
@@ -186,30 +176,6 @@ def attribute_layers(
         pictures=dict(zip(images.ids[:n_maps], images.images(range(n_maps)), strict=True)),
         provenance=provenance("attribute", arguments, **described),
     )
-
-
-def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:
-    """UsageError for numbers that `attribute_layers` cannot work with."""
-    if n_images < 2 or not 0 < tolerance < 1 or max_steps < FIRST_STEPS:
-        raise UsageError(
-            f"attribution needs at least 2 images, a tolerance between 0 and 1 and max_steps ≥ {FIRST_STEPS}: got "
-            f"n_images={n_images}, tolerance={tolerance}, max_steps={max_steps}"
-        )
-
-
-def check_methods(methods: Sequence[str]) -> list[str]:
-    """The methods, each once; UnknownNameError or UsageError for one that is not offered here."""
-    for method in methods:
-        plain = method.lower().replace("-", "").replace("_", "")
-        for name, reason in REFUSED.items():
-            if plain.startswith((name.replace("_", ""), f"layer{name}")):
-                raise UsageError(f"'{method}' is not valid for transformer blocks: {reason}")
-        if method not in (*METHODS, *SLOW_METHODS):
-            known = ", ".join((*METHODS, *SLOW_METHODS))
-            raise UnknownNameError(f"unknown attribution method '{method}'; choose of: {known}")
-    if not methods:
-        raise UsageError(f"no attribution method was asked for; choose of: {', '.join(METHODS)}")
-    return list(dict.fromkeys(methods))
 
 
 class _Run:

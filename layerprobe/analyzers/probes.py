@@ -24,8 +24,8 @@ from layerprobe.choices import SPLITS
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.layers import EMBED, LayerRef
 from layerprobe.metrics.probing.curves import control_labels
-from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, check_refit, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tasks import ImageSplit, Task

@@ -43,12 +43,12 @@ def attribute(
 
     Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
-    from layerprobe.analyzers.attribution import check_methods, check_sizes
+    from layerprobe.analyzers.attribution_choices import check_methods, check_sizes
 
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
     out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})

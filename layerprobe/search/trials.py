@@ -38,7 +38,7 @@ from layerprobe.search.database import (
 from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,12 +39,14 @@ from layerprobe.training.loop import (
     preserved_rng,
     training_steps,
 )
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.plans import FreezePlan
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What one training under one plan gave; also the form in which a search stores it.
@@ -131,10 +132,10 @@ OUTCOME_FIELDS: dict[str, Schema] = {
     "test_correct?": (str, type(None)),
 }  # fmt: skip
 
+=======
+>>>>>>> main
 PROBE_C = 0.1
 """Inverse strength of the penalty of the regression that a head starts from."""
-
-_STORED = tuple(item.name for item in fields(Outcome) if item.compare)
 
 
 def train_and_score(

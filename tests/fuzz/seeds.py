@@ -29,7 +29,7 @@ from layerprobe.tables import read_frame
 from layerprobe.tasks.duplicates import _recall
 from layerprobe.training import BridgeConfig, bridge_train
 from layerprobe.training.checkpoints import find_checkpoint
-from layerprobe.training.evaluate import _TrialStore
+from layerprobe.training.evaluation import _TrialStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "tasks"))
 from task_files import picture, png, write_idx, write_parquet
