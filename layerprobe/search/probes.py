@@ -20,7 +20,8 @@ from layerprobe.search.baselines import BaselineResult, Report
 from layerprobe.search.evaluator import Evaluator
 from layerprobe.search.space import REPORT_REPEAT, trial_seed
 from layerprobe.training.classifier import autocast, in_batches
-from layerprobe.training.finetune import few_shot_rows, unpack_bits
+from layerprobe.training.finetune import few_shot_rows
+from layerprobe.training.outcome import unpack_bits
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
 ARMS = {"plan": "the best plan found", "all": "all blocks trained", "none": "no block trained"}

@@ -21,13 +21,8 @@ from layerprobe.records import Estimate
 from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
-<<<<<<< HEAD
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, training_cost
-from layerprobe.training.finetune import Outcome
-=======
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
 from layerprobe.training.outcome import Outcome
->>>>>>> main
 
 
 @dataclass(frozen=True, kw_only=True)
