@@ -9,6 +9,8 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.cli.processes import copies, own_device, sharing_work
+from layerprobe.locks import process_number
 
 if TYPE_CHECKING:
     from layerprobe.analyzers.probe_record import LinearProbes
@@ -37,6 +39,9 @@ def probe(
     ),
     refit: str = option(
         "train+validation", "Images of the last fit, at the chosen C.", choices=("train+validation", "train")
+    ),
+    workers: int = option(
+        1, "Processes on this machine that share the images, the layers and the cores.", min=1
     ),
     cache_dir: options.CacheDir = None,
 ) -> None:
@@ -73,28 +78,33 @@ def probe(
         out.show_facts(facts)
         return
 
-    from layerprobe.analyzers.probes import probe_backbone
+    with copies(workers), sharing_work() as work:
+        from layerprobe.analyzers.probes import probe_backbone
 
-    images = task.load(out)
-    network = backbone.load()
-    random = "random" in asked and backbone.init != "random"
-    record = probe_backbone(
-        network,
-        images,
-        twin=replace(backbone, init="random").load() if random else None,
-        pixels="pixels" in asked,
-        layers=layers.pick(network, model=backbone.model),
-        extras=[*(["labels"] if "labels" in asked else []), *further],
-        Cs=grid,
-        refit=refit,
-        seed=backbone.seed,
-        batch_size=layers.batch_size,
-        cache_dir=cache_dir,
-        # The solver needs float64, which Apple's GPUs lack.
-        device="cpu" if network.device.type == "mps" else str(network.device),
-        quiet=out.quiet,
-    )
-    out.finish(record, figures=figures(record) if out.folder is not None else None)
+        is_first = process_number() == 0
+        images = task.load(out)
+        own = replace(backbone, device=own_device(backbone.device))
+        network = own.load()
+        random = "random" in asked and backbone.init != "random"
+        record = probe_backbone(
+            network,
+            images,
+            twin=replace(own, init="random").load() if random else None,
+            pixels="pixels" in asked,
+            layers=layers.pick(network, model=backbone.model),
+            extras=[*(["labels"] if "labels" in asked else []), *further],
+            Cs=grid,
+            refit=refit,
+            seed=backbone.seed,
+            batch_size=layers.batch_size,
+            cache_dir=cache_dir,
+            # The solver needs float64, which Apple's GPUs lack.
+            device="cpu" if network.device.type == "mps" else str(network.device),
+            quiet=out.quiet or not is_first,
+            work=work,
+        )
+    if is_first:
+        out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
 def figures(record: LinearProbes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,21 @@ def stem_gradient(backbone: Backbone, task: Task) -> list[float]:
     return found
 
 
+def resident(field: str) -> int:
+    """Bytes that this process has in memory (VmRSS), or had at most (VmHWM); mapped files included."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, field
+    return int(found[1]) * 1024
+
+
 def main(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     output, world = settings["output"], int(os.environ.get("WORLD_SIZE", "1"))
+    before = 0
+    if first := settings.get("first"):  # whose libraries and buffers are not counted as the model's
+        main({**settings, "first": None, "model": first, "output": f"{output}.first"})
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = resident("VmRSS")
     task = load_task("digits", limit=50, offline=True)
     loading = {"device": "cpu", "patch_size": 4, "shard": world > 1, **settings.get("loading", {})}
     found: dict[str, Any] = {}
@@ -70,6 +83,8 @@ def main(settings: dict[str, Any]) -> None:
         found["drift"] = [
             row["value"] for row in run.rows if row["value"] is not None and "second" not in row["metric"]
         ]
+    if before:
+        found["peak"] = resident("VmHWM") - before
     Path(f"{output}.rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
 
 
