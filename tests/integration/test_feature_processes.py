@@ -119,7 +119,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=() if name == "features" else pytest.mark.slow) for name in COMMANDS]
+)
 def test_the_command_on_two_processes(command: str, llama: Path, tmp_path: Path) -> None:
     """The numbers are those of one process to the last bit, and the stores have the same bytes."""
 

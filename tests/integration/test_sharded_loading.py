@@ -105,6 +105,17 @@ def test_two_processes_that_share_a_model_find_what_one_finds(
 
 
 @pytest.mark.slow
+def test_a_shared_bridge_in_bfloat16(tmp_path: Path) -> None:
+    """Autocast over float32 parts, as in one process: losses agree to bfloat16's rounding."""
+    bridge = {**BRIDGE, "precision": "bfloat16"}
+    settings = {"model": str(save("llama", tmp_path / "llama")), "what": ["bridge"], "bridge": bridge}
+    (one,) = run(1, tmp_path / "one", **settings)
+    for process in run(2, tmp_path / "two", **settings):
+        assert process["loss"] == pytest.approx(one["loss"], rel=2e-2)
+        assert "bit-identical" in process["verified"]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc"
 )
