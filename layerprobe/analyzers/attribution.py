@@ -108,8 +108,7 @@ def attribute_layers(
         raise UnknownNameError(f"unknown split '{split}'; choose one of: {', '.join(task.splits)}")
     check_sizes(n_images, tolerance, max_steps)
     predictor = make_predictor(backbone, task, head, batch_size=batch_size)
-    images = task.splits[split].subset(range(min(n_images, len(task.splits[split]))))
-    reference = task.train.subset(range(min(n_reference, len(task.train))))
+    images, reference = _first(task.splits[split], n_images), _first(task.train, n_reference)
     with only_these_train(backbone, []):
         run = _Run(predictor, images, batch_size, quiet, work)
         rows, n_steps, maps = run.measure(wanted, reference, tolerance, max_steps, n_maps)
@@ -132,6 +131,10 @@ def attribute_layers(
         pictures=dict(zip(images.ids[:n_maps], images.images(range(n_maps)), strict=True)),
         provenance=provenance("attribute", arguments, **described),
     )
+
+
+def _first(split: ImageSplit, n: int) -> ImageSplit:
+    return split.subset(range(min(n, len(split))))
 
 
 def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:

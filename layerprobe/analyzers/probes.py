@@ -97,24 +97,10 @@ def linear_probes(
     if "labels" in extras:
         labels = control_labels(surface or _surface(splits), len(classes), seed=seed)
         setting = setting._replace(control=labels)
-    constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
     layers = list(train.arrays)
-
-    def probe(number: int) -> tuple[ProbeResult | None, list[Row]]:
-        parts = [(part.arrays[layers[number]], part.labels) for part in splits]
-        return _probe_layer(parts, refit, extras, setting)
-
-    shown: dict[str, Any] = {"unit": "layer", "quiet": quiet}
-    if work is not None:
-        found = work.results(len(layers), probe, what="probes", **shown)
-    else:
-        found = [probe(number) for number in progress_bar(range(len(layers)), desc="probes", **shown)]
-    results = [result for result, _ in found]
-    extra_rows = [
-        {**constants, **place(layer), **row}
-        for layer, (_, rows) in zip(layers, found, strict=True)
-        for row in rows
-    ]
+    results, extra_rows = _probe_layers(layers, splits, refit, extras, setting, work, quiet)
+    constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
+    extra_rows = [{**constants, **row} for row in extra_rows]
     arguments = {**options, "Cs": grid.tolist(), "refit": refit, "extras": list(extras)}
     origin = getattr(features_train, "provenance", None)
     facts_of_origin = {"features": origin} if origin else {}
@@ -140,6 +126,30 @@ def _check_extras(extras: Sequence[str]) -> None:
             raise UnknownNameError(
                 f"unknown extra '{kind}'.{did_you_mean(kind, EXTRAS)} Extras: {', '.join(EXTRAS)}"
             )
+
+
+def _probe_layers(
+    layers: Sequence[Layer],
+    splits: Sequence[_Split],
+    refit: str,
+    extras: Sequence[str],
+    setting: Setting,
+    work: SharedWork | None,
+    quiet: bool,
+) -> tuple[list[ProbeResult | None], list[Row]]:
+    """`_probe_layer` of every layer, by this process or shared with others."""
+
+    def probe(number: int) -> tuple[ProbeResult | None, list[Row]]:
+        parts = [(part.arrays[layers[number]], part.labels) for part in splits]
+        return _probe_layer(parts, refit, extras, setting)
+
+    if work is not None:
+        found = work.results(len(layers), probe, unit="layer", what="probes", quiet=quiet)
+    else:
+        numbers = progress_bar(range(len(layers)), unit="layer", desc="probes", quiet=quiet)
+        found = [probe(number) for number in numbers]
+    rows = [{**place(layer), **row} for layer, (_, more) in zip(layers, found, strict=True) for row in more]
+    return [result for result, _ in found], rows
 
 
 def _probe_layer(

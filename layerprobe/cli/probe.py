@@ -65,10 +65,10 @@ def probe(
     grid = check_grid(C_GRID if given is None else given)
     seen = backbone.sketch(task)
     layers.pick(seen, model=backbone.model)
+    random = "random" in asked and backbone.init != "random"
     if out.dry_run:
-        twins = 1 + ("random" in asked and backbone.init != "random")
         facts = forward_facts(
-            seen, batch_size=layers.batch_size, models=twins, counts=count_images(task, out)
+            seen, batch_size=layers.batch_size, models=1 + random, counts=count_images(task, out)
         )
         facts["controls"] = ", ".join(["chance", *(name for name in asked if name != "chance")])
         facts["extras"] = ", ".join(further) or "none"
@@ -81,11 +81,9 @@ def probe(
     with copies(workers), sharing_work() as work:
         from layerprobe.analyzers.probes import probe_backbone
 
-        is_first = process_number() == 0
         images = task.load(out)
         own = replace(backbone, device=own_device(backbone.device))
         network = own.load()
-        random = "random" in asked and backbone.init != "random"
         record = probe_backbone(
             network,
             images,
@@ -100,10 +98,10 @@ def probe(
             cache_dir=cache_dir,
             # The solver needs float64, which Apple's GPUs lack.
             device="cpu" if network.device.type == "mps" else str(network.device),
-            quiet=out.quiet or not is_first,
+            quiet=out.quiet or process_number() > 0,
             work=work,
         )
-    if is_first:
+    if process_number() == 0:
         out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
