@@ -98,10 +98,8 @@ def attribute_layers(
 
     Raises
     ------
-    UsageError
-        A method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
-    UnknownNameError
-        A method or split that does not exist.
+    UsageError, UnknownNameError
+        A method that is invalid here (DeepLift, LRP, sums over blocks) or unknown, an unknown split, too few images.
     """
     wanted = check_methods(methods)
     if split not in task.splits:
