@@ -118,7 +118,7 @@ def test_a_shared_bridge_in_bfloat16(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
 def test_no_process_ever_holds_the_whole_model(tmp_path: Path) -> None:
-    """Features, evaluation and bridge, from the first byte read: own part and private memory together are less than the model.
+    """From the first byte read, own part and private memory together are less than the model.
 
     The own part is mapped from the file, so that private memory is what is gathered and computed beside it.
     """
