@@ -22,27 +22,24 @@ from layerprobe.analyzers.features import Features, extract_features
 from layerprobe.analyzers.similarity import CKAMatrix, cka_matrix
 from layerprobe.backbones import Backbone
 from layerprobe.cli.output import save_figure
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
-from layerprobe.tables import tidy
+from layerprobe.tables import percent, tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, block_plan, bridge_train
 
-QUICK = Size(("minilm",), ("digits",), 300, 4)
-FULL = Size(("stories260k",), ("cifar10",), 1000, 8)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
-STEPS, QUICK_STEPS = 150, 20
-BATCH = 32
-LR, QUICK_LR = 3e-3, 3e-4
-"""Fixed beforehand and equal for all plans: what is compared is where a bridge changes a network, not how well."""
-
 PLANS = {
-    "all blocks": "#0072B2",
-    "first half": "#009E73",
-    "none": "#999999",
-    "untrained, all blocks": "#D55E00",
+    "all blocks": look.BLUE,
+    "first half": look.GREEN,
+    "none": look.GREY,
+    "untrained, all blocks": look.PINK,
 }
-QUICK_PLANS = ("all blocks", "none")
-PERMUTATIONS, QUICK_PERMUTATIONS = 1000, 200
+QUICK = Size(("minilm",), ("digits",), 300, 4,
+             seeds=(0, 1), steps=20, lr=3e-4, permutations=200, plans=("all blocks", "none"))  # fmt: skip
+FULL = Size(("stories260k",), ("cifar10",), 1000, 8,
+            seeds=(0, 1, 2), steps=150, lr=3e-3, permutations=1000, plans=tuple(PLANS))  # fmt: skip
+"""The rate is fixed and equal for all plans: what is compared is where a bridge changes a network, not how well."""
+BATCH = 32
 TOLERANCE = 0.15
 """Of a CKA value, between two machines: a short bridge training is chaotic."""
 
@@ -56,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
         vision="vision-trained model to compare with; default vit-cifar10 of DATA, else none",
     )
-    seeds = QUICK_SEEDS if s.quick else SEEDS
-    plans = QUICK_PLANS if s.quick else tuple(PLANS)
+    seeds, plans = s.settings.seeds, s.settings.plans
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     memorised: dict[str, float] = {}
@@ -77,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             memorised[f"{short(model)}, {short(name)}"] = float(np.mean(found))
     frame = tidy(rows)
-    save_figure(lambda: figure(frame, s), s.output / "bridge_cka.png")
-    learnt = "; ".join(f"{where}: {share:.0%}" for where, share in memorised.items())
+    save_figure(lambda: figure(frame), s.output / "bridge_cka.png")
+    learnt = "; ".join(f"{where}: {percent(share, 0)}" for where, share in memorised.items())
     publish(
         s,
         rows=frame,
@@ -86,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         headline=headline(frame, answers),
         setting=(
             f"Images: {sizes}; CKA on the test images. Patch {s.patch}, PCA stem, mean pooling. Bridge: "
-            f"{QUICK_STEPS if s.quick else STEPS} steps of {BATCH} images on 10 random classes, rate "
-            f"{QUICK_LR if s.quick else LR:g}. Random labels recalled at the end with all blocks trained (a guess: "
-            f"10 %): {learnt}. {len(seeds)} seeds; p-values from {QUICK_PERMUTATIONS if s.quick else PERMUTATIONS} "
+            f"{s.settings.steps} steps of {BATCH} images on 10 random classes, rate "
+            f"{s.settings.lr:g}. Random labels recalled at the end with all blocks trained (a guess: "
+            f"10 %): {learnt}. {len(seeds)} seeds; p-values from {s.settings.permutations} "
             "permutations of the images. The stem is trained under every "
             "plan, so also frozen blocks see other inputs afterwards."
         ),
@@ -102,18 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def part(s: Setup, model: str, name: str, task: Task, plan: str, seed: int) -> list[dict[str, Any]]:
     """One bridge training and its comparisons, as table rows, kept on disk."""
-    steps = QUICK_STEPS if s.quick else STEPS
+    steps, lr = s.settings.steps, s.settings.lr
 
     def make() -> list[dict[str, Any]]:
         init = "random" if plan.startswith("untrained") else "pretrained"
         backbone = s.load(model, task, init=init, seed=seed)
         before = features(s, backbone, task)
         blocks = {"none": [], "first half": range(backbone.n_blocks // 2)}.get(plan, range(backbone.n_blocks))
-        config = BridgeConfig(steps=steps, batch_size=BATCH, lr=QUICK_LR if s.quick else LR, seed=seed)
+        config = BridgeConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed)
         trained = bridge_train(backbone, task, plan=block_plan(backbone, list(blocks)), config=config)
         after = features(s, backbone, task)
-        number = QUICK_PERMUTATIONS if s.quick else PERMUTATIONS
-        same = cka_matrix(before, after, permutations=number, seed=0)
+        same = cka_matrix(before, after, permutations=s.settings.permutations, seed=0)
         about = {"model": short(model), "task": short(name), "plan": plan, "seed": seed}
         rows = [about | row for row in diagonal(same)]
         changed = trained.to_frame()
@@ -133,7 +128,7 @@ def part(s: Setup, model: str, name: str, task: Task, plan: str, seed: int) -> l
     return s.kept(
         f"{model} {name} {plan} {seed}".replace(",", ""),
         make,
-        training=[steps, BATCH, QUICK_LR if s.quick else LR],
+        training=[steps, BATCH, lr],
         images=task.split_hash,
         part=[model, name, plan, seed, vision_of(s)],
     )
@@ -238,8 +233,8 @@ def headline(frame: pd.DataFrame, answers: list[Answer]) -> str:
     share = float((every["pvalue_max"].astype(float) <= 0.05).mean())
     lines = [
         "Debiased CKA of a block with itself before the bridge; differences over paired seeds. "
-        f"{share:.0%} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at p ≤ 0.05 "
-        f"after correction for the search over cells (largest p {worst:.2g}):",
+        f"{percent(share, 0)} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at "
+        f"p ≤ 0.05 after correction for the search over cells (largest p {worst:.2g}):",
         "",
     ]
     return "\n".join(lines + [f"- {'shown' if a.shown else a.verdict}: {a.sentence}." for a in answers])
@@ -271,30 +266,23 @@ def by_block(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def figure(frame: pd.DataFrame, s: Setup) -> Any:
-    import matplotlib.pyplot as plt
-
+def figure(frame: pd.DataFrame) -> Any:
     means = frame[frame["metric"] == "cka_debiased_mean"]
     pairs = list(dict.fromkeys(zip(means["model"], means["task"], strict=True)))
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(4.1 * len(pairs) + 1.9, 3.6), squeeze=False, layout="constrained", sharey=True
-    )
-    for ax, (model, task) in zip(panels[0], pairs, strict=True):
+    figure, panels = look.new_panels(1, len(pairs), max(look.PRINT_WIDTH, 4.0 * len(pairs)), 4.2, sharey=True)
+    for ax, (model, task) in zip(panels, pairs, strict=True):
         part = means[(means["model"] == model) & (means["task"] == task)]
         part = part.assign(layer=part["block"].astype("float64").fillna(-1.0))
         plot_lines(part, "layer", "plan", ax=ax, colours=PLANS, scale=1.0, shift=0.07, bars=True)
         layers = sorted(part["layer"].unique())
         ax.set_xticks(layers, ["embed" if x < 0 else f"{x:.0f}" for x in layers])
-        ax.axhline(1.0, color="#444444", linestyle=":", linewidth=1)
-        ax.axhline(0.0, color="#444444", linestyle="--", linewidth=1, label="chance")
+        look.reference_line(ax, 0.0)
+        ax.annotate("0: no likeness", (0, 0), (3, 2), ("axes fraction", "data"), "offset points", va="bottom")
         ax.set_ylim(-0.1, 1.1)
-        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,}", fontsize=10)
-    figure.supxlabel("block, input → output", fontsize=11)
-    figure.supylabel("CKA before : after", fontsize=11)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside right center", frameon=False, fontsize=10, title="trained in the bridge"
-    )
+        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
+        ax.set_xlabel(look.BLOCKS)
+    panels[0].set_ylabel("debiased CKA, before with after")
+    look.name_panels(figure, panels, title="trained in the bridge", ncols=2)
     return figure
 
 

@@ -47,14 +47,13 @@ PAIRS = [
     ("never the true label − hashed labels", "never the true label", "hashed labels"),
     ("random init: bridge − no bridge", "random init, hashed labels", "random init, no bridge"),
 ]
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("mnist",), 3000, 7)
-N_IMAGES, QUICK_IMAGES = 300, 60
-BRIDGE_STEPS, FINETUNE_STEPS = 500, 200
+SEEDS = (0, 1, 2, 3, 4)
+QUICK = Size(("minilm",), ("digits",), 200, 4,
+             images=60, steps={"bridge": 10, "finetune": 5}, seeds=SEEDS[:2], most_rates=3)  # fmt: skip
+FULL = Size(("stories260k",), ("mnist",), 3000, 7,
+            images=300, steps={"bridge": 500, "finetune": 200}, seeds=SEEDS, most_rates=5)  # fmt: skip
 BRIDGE_LR = 3e-3
 LRS = (1e-3, 3e-3, 1e-2)
-MOST_RATES = 5
-SEEDS = (0, 1, 2, 3, 4)
 SHARED = {"batch_size": 32, "head_lr": 10.0, "augment": "none"}
 TOLERANCE = 0.15
 
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     headlines = []
     for name in s.tasks:
         task = s.task(name)
-        train = task.train.subset(range(QUICK_IMAGES if s.quick else N_IMAGES))
+        train = task.train.subset(range(s.settings.images))
         task = replace(task, splits={**task.splits, "train": train})
         for model in s.models:
             found, rates, recalls, own_rows = trainings(s, model, name, task)
@@ -89,16 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting=setting(s),
         sections=sections,
         figures={"bridge_labels.png": "What a random-label bridge adds; 95 % intervals."},
-        facts={"training": steps(s) | SHARED, "lrs": LRS, "bridge_lr": BRIDGE_LR, "seeds": seeds(s)},
+        facts={
+            "training": s.settings.steps | SHARED,
+            "lrs": LRS,
+            "bridge_lr": BRIDGE_LR,
+            "seeds": s.settings.seeds,
+        },
     )
-
-
-def steps(s: Setup) -> dict[str, int]:
-    return {"bridge": 10, "finetune": 5} if s.quick else {"bridge": BRIDGE_STEPS, "finetune": FINETUNE_STEPS}
-
-
-def seeds(s: Setup) -> tuple[int, ...]:
-    return SEEDS[:2] if s.quick else SEEDS
 
 
 def trainings(
@@ -108,7 +104,7 @@ def trainings(
 ]:
     """Per arm: seed → test accuracy at its own rate; the rate; least and mean recall; and a row a training."""
     loaded: dict[tuple[str, int], Any] = {}
-    length = steps(s)
+    length = s.settings.steps
 
     def one(arm: str, lr: float, seed: int) -> dict[str, Any]:
         init, labels, longer = ARMS[arm]
@@ -149,8 +145,7 @@ def trainings(
     recalls: dict[str, tuple[float, float]] = {}
     rows: list[dict[str, Any]] = []
     for arm in ARMS:
-        most = len(LRS) if s.quick else MOST_RATES
-        rates[arm], runs = own_rate(partial(one, arm), LRS, seeds(s), most=most)
+        rates[arm], runs = own_rate(partial(one, arm), LRS, s.settings.seeds, most=s.settings.most_rates)
         own = {seed: outcome for (lr, seed), outcome in runs.items() if lr == rates[arm]}
         found[arm] = {seed: outcome["test_accuracy"] or 0.0 for seed, outcome in own.items()}
         recall = [outcome["bridge_accuracy"] for outcome in own.values()]
@@ -210,13 +205,13 @@ def headline(answers: list[Answer], recalls: dict[str, tuple[float, float]], whe
 
 
 def setting(s: Setup) -> str:
-    used = steps(s)
+    used = s.settings.steps
     return (
         f"Bridge of {used['bridge']} steps of {SHARED['batch_size']} images at a learning rate of {BRIDGE_LR:g}, then "
         f"fine-tuning of all blocks for {used['finetune']} steps on the same images with their true labels (for equal "
         f"steps: {used['bridge'] + used['finetune']}). PCA stem, head at {SHARED['head_lr']:g} times the blocks' "
         f"learning rate, no augmentation; rates {LRS} and beyond where the best lies at an edge, each arm's own chosen "
-        f"on validation with seed {seeds(s)[0]}; seeds {seeds(s)}. As many random labels as classes."
+        f"on validation with seed {s.settings.seeds[0]}; seeds {s.settings.seeds}. As many random labels as classes."
     )
 
 

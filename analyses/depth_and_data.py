@@ -22,28 +22,20 @@ from study import Answer, Setup, Size, against, mean_row, publish, run, setup, s
 from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
-from layerprobe.plotting.studies import draw_levels, plot_lines
+from layerprobe.plotting import style as look
+from layerprobe.plotting.studies import plot_lines
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("mnist",), 2000, 7)
-SHARES, QUICK_SHARES = (0.01, 0.1, 1.0), (0.1, 1.0)
-LRS, QUICK_LRS = (3e-3, 1e-2), (3e-4,)
-N_SEEDS, QUICK_N_SEEDS = 3, 2
-"""Seeds to select by, and as many unseen ones to judge by."""
-
-STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
-BATCH, QUICK_BATCH = 32, 16
-PLANS = {
-    "none": "#999999",
-    "first half": "#009E73",
-    "last half": "#E69F00",
-    "all": "#0072B2",
-}
-QUICK_PLANS = ("none", "first half", "all")
+PLANS = {"none": look.GREY, "first half": look.GREEN, "last half": look.YELLOW, "all": look.BLUE}
+TRAINING = {"bridge_steps": 0, "finetune_steps": 200, "batch_size": 32, "lrs": (3e-3, 1e-2), "seeds": 3}
+QUICK = Size(("minilm",), ("digits",), 200, 4, shares=(0.1, 1.0), plans=("none", "first half", "all"),
+             training=TRAINING | {"finetune_steps": 12, "batch_size": 16, "lrs": (3e-4,), "seeds": 2})  # fmt: skip
+FULL = Size(("stories260k",), ("mnist",), 2000, 7, shares=(0.01, 0.1, 1.0), plans=tuple(PLANS),
+            training=TRAINING)  # fmt: skip
+"""`seeds` to select by, and as many unseen ones to judge by."""
 TOLERANCE = 0.15
 """Of a share, between two machines: short trainings are chaotic."""
 
@@ -58,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = s.task(name)
         sizes[short(name)] = {key: len(split) for key, split in task.splits.items()}
         for model in s.models:
-            found = {share: valued(s, model, name, task, share) for share in shares(s)}
+            found = {share: valued(s, model, name, task, share) for share in s.settings.shares}
             best = {share: best_plan(table, plans) for share, (table, plans, _) in found.items()}
             rows += [
                 row | {"chance": 1 / task.n_classes} for row in table_rows(found, best, model, name, task)
@@ -66,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             answers += claims(found, best, model, name, len(task.test))
             said += [moved(found, best, f"{short(model)}, {short(name)}", task)]
     frame = tidy(rows)
+    used = s.settings.training
+    rates = ", ".join(f"{lr:g}" for lr in used["lrs"])
     save_figure(lambda: figure(frame), s.output / "depth_and_data.png")
     shown = [a for a in answers if a.key in ("best − all", "order", "moves")]
     publish(
@@ -75,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         headline="\n".join([*said, "", *(f"- {a.verdict}: {a.sentence}." for a in shown)]),
         setting=(
             f"Images at 100 %: {sizes}. Patch {s.patch}, PCA stem. Fine-tuning from a probed head: "
-            f"{steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images at every share, rates "
-            f"{', '.join(f'{lr:g}' for lr in lrs(s))} for each plan separately; {n_seeds(s)} seeds select, as "
+            f"{used['finetune_steps']} steps of {used['batch_size']} images at every share, rates "
+            f"{rates} for each plan separately; {used['seeds']} seeds select, as "
             "many others judge. The best plan has the fewest parameters within one standard error of the best "
             "validation accuracy. Validation keeps its size at every share, so that few training images do not mean "
             "few labels in all."
@@ -87,22 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def shares(s: Setup) -> tuple[float, ...]:
-    return QUICK_SHARES if s.quick else SHARES
-
-
-def lrs(s: Setup) -> tuple[float, ...]:
-    return QUICK_LRS if s.quick else LRS
-
-
-def steps(s: Setup) -> dict[str, int]:
-    return QUICK_STEPS if s.quick else STEPS
-
-
-def n_seeds(s: Setup) -> int:
-    return QUICK_N_SEEDS if s.quick else N_SEEDS
 
 
 def part_of(task: Task, share: float) -> Task:
@@ -116,14 +94,7 @@ def valued(
 ) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
     """The plans at one share, and how many training images that is."""
     part = part_of(task, share)
-    settings = make_settings(
-        lrs=lrs(s),
-        seeds=n_seeds(s),
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=QUICK_BATCH if s.quick else BATCH,
-        **steps(s),
-    )
+    settings = make_settings(budget=1.0, strategy="exhaustive", **s.settings.training)
     label = f"{short(model)}-{short(name)}-{share:g}"
     runs = Trainings(s, label, s.load(model, part), part, settings)
     n = runs.space.n_blocks
@@ -134,7 +105,7 @@ def valued(
         "last half": range(n - half, n),
         "all": range(n),
     }
-    plans = {key: mask_of(span, n) for key, span in spans.items() if not s.quick or key in QUICK_PLANS}
+    plans = {key: mask_of(span, n) for key, span in spans.items() if key in s.settings.plans}
     return runs.plans(list(plans.values())), plans, len(part.train)
 
 
@@ -236,33 +207,28 @@ def moved(
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     pairs = list(dict.fromkeys(zip(means["model"], means["task"], strict=True)))
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(4.8 * len(pairs) + 1.6, 4.0), squeeze=False, layout="constrained"
-    )
-    for ax, (model, task) in zip(panels[0], pairs, strict=True):
+    figure, panels = look.new_panels(1, len(pairs), look.PRINT_WIDTH * len(pairs), 4.2)
+    for ax, (model, task) in zip(panels, pairs, strict=True):
         part = means[(means["model"] == model) & (means["task"] == task)]
         part = part.assign(place=np.log10(part["share"].astype(float)))
         plot_lines(part, "place", "plan", ax=ax, colours=PLANS, bars=True, shift=0.05)
-        draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
         plans = list(dict.fromkeys(part["plan"]))
         for _, row in part[part["chosen"].astype(bool)].iterrows():
             place = row["place"] + 0.05 * (plans.index(row["plan"]) - (len(plans) - 1) / 2)
-            ax.plot(place, 100 * row["value"], "o", ms=14, mfc="none", mec="#D55E00", mew=2)
+            ax.plot(place, 100 * row["value"], "o", ms=14, mfc="none", mec=look.ORANGE, mew=2)
         ticks = part.drop_duplicates("share").sort_values("share")
         ax.set_xticks(
             ticks["place"],
             [f"{100 * a:g} %\n({int(b):,})" for a, b in zip(ticks["share"], ticks["n_train"], strict=True)],
         )
         ax.set_ylim(0, min(100.0, ax.get_ylim()[1]))
-        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
-        ax.set_xlabel("share of the training images (number)")
-        ax.set_ylabel("test accuracy (%)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, title="trained blocks")
+        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
+        ax.set_xlabel("share of the training images (number); ring: chosen on validation")
+        ax.set_ylabel(f"test accuracy (%)\nbars: 95 % t interval over {int(part['n_seeds'].max())} seeds")
+        look.show_chance(ax, 100 * float(part["chance"].iloc[0]))
+        look.name_lines(ax)
     return figure
 
 

@@ -14,30 +14,31 @@ over seeds (t); the wider ends are shown.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, tally
 
 from layerprobe.analyzers.probe_record import LinearProbes
 from layerprobe.analyzers.probes import probe_backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.intervals import paired_bootstrap, paired_seed_interval
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels, plot_lines
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, bridge_train
 
-QUICK = Size(("minilm",), ("digits",), 400, 4)
-FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100"), 1000, 8)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
-STEPS, QUICK_STEPS = 150, 20
+QUICK = Size(("minilm",), ("digits",), 400, 4, seeds=(0,), steps=20, lr=3e-4)
+FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100"), 1000, 8,
+            seeds=(0, 1, 2), steps=150, lr=3e-3)  # fmt: skip
+"""The rate of the bridge is fixed beforehand, not tuned; another one can move its curve."""
 BATCH = 32
-LR, QUICK_LR = 3e-3, 3e-4
-"""Of the bridge: fixed beforehand, not tuned; another rate can move the bridge's curve."""
 
-ORIGINS = {"language": "#0072B2", "bridge": "#009E73", "random init": "#D55E00", "vision": "#CC79A7"}
+ORIGINS = {"language": look.BLUE, "bridge": look.GREEN, "random init": look.PINK, "vision": look.YELLOW}
 DRAWN = ("language − random", "bridge − language")
 """Claims in which something is random."""
 
@@ -62,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         vision = vision_of(s, name)
         seen = {} if vision is None else {"vision": [probed(s, vision, name, task, "vision", 0)]}
         for model in s.models:
-            seeds = QUICK_SEEDS if s.quick else SEEDS
+            seeds = s.settings.seeds
             found = {
                 origin: [probed(s, model, name, task, origin, seed) for seed in (seeds if drawn else (0,))]
                 for origin, drawn in (("language", False), ("bridge", True), ("random init", True))
             } | seen
             rows += table(found, model, name)
             answers += claims(found, model, name)
-    save_figure(lambda: figure(rows, s), s.output / "depth_curves.png")
+    save_figure(lambda: figure(tidy(rows)), s.output / "depth_curves.png")
     counts = {name: {k: len(v) for k, v in task.splits.items()} for name, task in tasks.items()}
     publish(
         s,
@@ -77,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers=answers,
         headline=headline(answers),
         setting=(
-            f"Images per split: {counts}. Patch {s.patch}, PCA stem, mean pooling. Bridge: {steps(s)} steps of {BATCH} "
-            f"images on 10 random classes, all blocks trained, rate {QUICK_LR if s.quick else LR:g}. "
-            f"{len(QUICK_SEEDS if s.quick else SEEDS)} seed(s) of random weights and bridge; probes refitted on train "
+            f"Images per split: {counts}. Patch {s.patch}, PCA stem, mean pooling. Bridge: {s.settings.steps} steps of "
+            f"{BATCH} images on 10 random classes, all blocks trained, rate {s.settings.lr:g}. "
+            f"{len(s.settings.seeds)} seed(s) of random weights and bridge; probes refitted on train "
             "and validation images with the C that validation chose. Best layers are chosen on validation, not on test."
         ),
         figures={
@@ -88,10 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def steps(s: Setup) -> int:
-    return QUICK_STEPS if s.quick else STEPS
 
 
 def vision_of(s: Setup, task: str) -> str | None:
@@ -103,13 +100,14 @@ def vision_of(s: Setup, task: str) -> str | None:
 
 def probed(s: Setup, model: str, name: str, task: Task, origin: str, seed: int) -> dict[str, Any]:
     """Probes of one network: accuracies by layer and which test images are right, kept on disk."""
+    steps, lr = s.settings.steps, s.settings.lr
 
     def make() -> dict[str, Any]:
         init = "random" if origin == "random init" else "pretrained"
         backbone = s.load(model, task, **({} if is_vision(model) else {"init": init, "seed": seed}))
         memorised = None
         if origin == "bridge":
-            config = BridgeConfig(steps=steps(s), batch_size=BATCH, lr=QUICK_LR if s.quick else LR, seed=seed)
+            config = BridgeConfig(steps=steps, batch_size=BATCH, lr=lr, seed=seed)
             memorised = bridge_train(backbone, task, config=config).value("random_label_accuracy")
         probes = probe_backbone(
             backbone,
@@ -124,7 +122,7 @@ def probed(s: Setup, model: str, name: str, task: Task, origin: str, seed: int) 
     return s.kept(
         f"{model} {name} {origin} {seed}",
         make,
-        training=[steps(s), BATCH, QUICK_LR if s.quick else LR] if origin == "bridge" else None,
+        training=[steps, BATCH, lr] if origin == "bridge" else None,
         images=task.split_hash,
         part=[model, name, origin, seed],
     )
@@ -247,31 +245,22 @@ def headline(answers: list[Answer]) -> str:
     return "Probe accuracy at the best layer:\n\n" + "\n".join(said)
 
 
-def figure(rows: list[dict[str, Any]], s: Setup) -> Any:
-    import matplotlib.pyplot as plt
-
-    frame = tidy(rows)
+def figure(frame: pd.DataFrame) -> Any:
     frame = frame[frame["metric"] == "probe_accuracy_mean"]
-    models = [short(m) for m in s.models]
-    tasks = [short(t) for t in s.tasks]
-    size = (3.5 * len(tasks) + 1.9, 3.0 * len(models) + 0.4)
-    figure, panels = plt.subplots(
-        len(models), len(tasks), figsize=size, squeeze=False, layout="constrained", sharex=True
-    )
-    for line, model in zip(panels, models, strict=True):
-        for ax, task in zip(line, tasks, strict=True):
-            part = frame[(frame["model"] == model) & (frame["task"] == task)]
-            curves = part[part["origin"].isin(ORIGINS)]
-            plot_lines(curves, "depth", "origin", ax=ax, colours=ORIGINS)
-            flat = part.set_index("origin")["value"]
-            draw_levels(ax, {name: float(flat[name]) for name in ("chance", "raw pixels")})
-            n = int(curves["n"].iloc[0])
-            ax.set_title(f"{model}, {task}, n = {n:,}", fontsize=10)
-            ax.set_ylim(bottom=0)
-    figure.supxlabel("relative depth, input → output", fontsize=11)
-    figure.supylabel("probe accuracy on test images (%)", fontsize=11)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    models, tasks = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["task"]))
+    size = (max(look.PRINT_WIDTH, 3.2 * len(tasks)), 2.9 * len(models) + 0.9)
+    figure, panels = look.new_panels(len(models), len(tasks), *size, sharex=True)
+    for ax, (model, task) in zip(panels, itertools.product(models, tasks), strict=True):
+        part = frame[(frame["model"] == model) & (frame["task"] == task)]
+        curves = part[part["origin"].isin(ORIGINS)]
+        plot_lines(curves, "depth", "origin", ax=ax, colours=ORIGINS)
+        flat = part.set_index("origin")["value"]
+        draw_levels(ax, {name: float(flat[name]) for name in ("chance", "raw pixels")})
+        ax.set_title(f"{model}, {task}, n = {int(curves['n'].iloc[0]):,}", loc="left", fontsize=10)
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("relative depth (input → output)", fontsize=10)
+    figure.supylabel("probe accuracy on test images (%)", fontsize=10)
+    look.name_panels(figure, panels, ncols=6)
     return figure
 
 

@@ -33,13 +33,13 @@ INITS = {
     "random": "random init",
 }
 SCOPES = ("none", "last half", "all")
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("mnist",), 3000, 7)
 LRS = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2, 3, 4)
 TRAINING = {"steps": 400, "batch_size": 32, "head_lr": 10.0, "augment": "none"}
-MOST_RATES = 5
-"""The grid of an arm grows by factors of three while its best rate lies at an edge."""
+QUICK = Size(("minilm",), ("digits",), 200, 4,
+             training=TRAINING | {"steps": 10}, seeds=SEEDS[:2], most_rates=len(LRS))  # fmt: skip
+FULL = Size(("stories260k",), ("mnist",), 3000, 7, training=TRAINING, seeds=SEEDS, most_rates=5)
+"""The grid of an arm grows by factors of three, to `most_rates`, while its best rate lies at an edge."""
 TOLERANCE = 0.15
 
 
@@ -70,16 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting=setting(s),
         sections=sections,
         figures={"language_controls.png": "Language against its controls, by what trains; 95 % intervals."},
-        facts={"training": training(s), "lrs": LRS, "seeds": seeds(s)},
+        facts={"training": s.settings.training, "lrs": LRS, "seeds": s.settings.seeds},
     )
-
-
-def training(s: Setup) -> dict[str, Any]:
-    return TRAINING | ({"steps": 10} if s.quick else {})
-
-
-def seeds(s: Setup) -> tuple[int, ...]:
-    return SEEDS[:2] if s.quick else SEEDS
 
 
 def trainings(
@@ -97,14 +89,14 @@ def trainings(
             backbone, images = tensors[init, seed]
             n = backbone.n_blocks
             blocks = {"none": range(0), "last half": range(n // 2, n), "all": range(n)}[scope]
-            config = FineTuneConfig(lr=lr, seed=seed, **training(s))
+            config = FineTuneConfig(lr=lr, seed=seed, **s.settings.training)
             outcome = train_and_score(
                 backbone, images, block_plan(backbone, blocks), bridge=None, finetune=config, test=True
             )
             return outcome.to_dict()
 
         key = f"{short(model)}-{short(name)}-{init}-{scope}-{lr:g}-{seed}"
-        return s.kept(key.replace(" ", "-"), train, **training(s))
+        return s.kept(key.replace(" ", "-"), train, **s.settings.training)
 
     found: dict[str, dict[int, float]] = {}
     rates: dict[str, float] = {}
@@ -112,8 +104,9 @@ def trainings(
     for init, words in INITS.items():
         for scope in SCOPES:
             arm = f"{words}, {scope}"
-            most = len(LRS) if s.quick else MOST_RATES
-            rates[arm], runs = own_rate(partial(one, init, scope), LRS, seeds(s), most=most)
+            rates[arm], runs = own_rate(
+                partial(one, init, scope), LRS, s.settings.seeds, most=s.settings.most_rates
+            )
             found[arm] = {
                 seed: outcome["test_accuracy"] or 0.0
                 for (lr, seed), outcome in runs.items()
@@ -164,12 +157,12 @@ def headline(pooled: PooledArms, answers: list[Answer], where: str, n: int) -> s
 
 
 def setting(s: Setup) -> str:
-    used = training(s)
+    used = s.settings.training
     return (
         f"Fine-tuning without a bridge: {used['steps']} steps of {used['batch_size']} images, PCA stem, head at "
         f"{used['head_lr']:g} times the blocks' learning rate, no augmentation; rates {LRS} and beyond where the best "
-        f"lies at an edge, each arm's own chosen on validation with seed {seeds(s)[0]}; seeds {seeds(s)}. Stem and "
-        "head train in every arm; embeddings and outer norms in none."
+        f"lies at an edge, each arm's own chosen on validation with seed {s.settings.seeds[0]}; "
+        f"seeds {s.settings.seeds}. Stem and head train in every arm; embeddings and outer norms in none."
     )
 
 

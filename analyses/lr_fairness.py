@@ -31,19 +31,18 @@ from study import (
 from trainings import Trainings, trial_rows
 
 from layerprobe.cli.output import save_figure
-from layerprobe.plotting.studies import draw_levels, plot_claims, plot_lines
+from layerprobe.plotting import style as look
+from layerprobe.plotting.studies import plot_claims, plot_lines
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import REPORT_REPEAT, Trial, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size(("stories260k",), ("mnist",), 2000, 7)
-LRS, QUICK_LRS = (3e-4, 1e-3, 3e-3, 1e-2), (1e-4, 1e-3)
-SEEDS, QUICK_SEEDS = (0, 1, 2), (0, 1)
-STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
-BATCH, QUICK_BATCH = 32, 16
-ARMS = {"all": "#0072B2", "first half": "#009E73", "none": "#999999", "untrained, all": "#D55E00"}
+QUICK = Size(("minilm",), ("digits",), 200, 4,
+             lrs=(1e-4, 1e-3), seeds=2, batch_size=16, bridge_steps=0, finetune_steps=12)  # fmt: skip
+FULL = Size(("stories260k",), ("mnist",), 2000, 7,
+            lrs=(3e-4, 1e-3, 3e-3, 1e-2), seeds=3, batch_size=32, bridge_steps=0, finetune_steps=200)  # fmt: skip
+ARMS = {"all": look.BLUE, "first half": look.GREEN, "none": look.GREY, "untrained, all": look.PINK}
 CONTRASTS = (("all", "untrained, all"), ("first half", "all"), ("none", "all"))
 OWN = "own"
 TOLERANCE = 0.15
@@ -65,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += [row | {"chance": 1 / task.n_classes} for row in table(found, own, model, name)]
             here = claims(found, own, model, name, len(task.test))
             answers += here
-            said += conclusions(here, own, f"{short(model)}, {short(name)}", lrs(s))
+            said += conclusions(here, own, f"{short(model)}, {short(name)}", s.settings.lrs)
     frame = tidy(rows)
-    grid = ", ".join(f"{lr:g}" for lr in lrs(s))
+    grid = ", ".join(f"{lr:g}" for lr in s.settings.lrs)
     save_figure(lambda: figure(frame, answer_rows(s, answers)), s.output / "lr_fairness.png")
     publish(
         s,
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         headline="\n".join(said),
         setting=(
             f"Images: {sizes}. Patch {s.patch}, PCA stem. Every arm: fine-tuning from a probed "
-            f"head, {steps(s)['finetune_steps']} steps of {QUICK_BATCH if s.quick else BATCH} images; the arm "
+            f"head, {s.settings.finetune_steps} steps of {s.settings.batch_size} images; the arm "
             f"says which blocks train (stem and head always do). Rates {grid}; an arm's "
             "own rate has the best mean validation accuracy over the seeds."
         ),
@@ -88,32 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def lrs(s: Setup) -> tuple[float, ...]:
-    return QUICK_LRS if s.quick else LRS
-
-
-def steps(s: Setup) -> dict[str, int]:
-    return QUICK_STEPS if s.quick else STEPS
-
-
 def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Trial, Any]]:
     """Arm → trial → outcome: every rate with every seed, judged on test."""
-    seeds = QUICK_SEEDS if s.quick else SEEDS
-    settings = make_settings(
-        lrs=lrs(s),
-        seeds=len(seeds),
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=QUICK_BATCH if s.quick else BATCH,
-        **steps(s),
-    )
+    lrs, seeds = s.settings.lrs, range(s.settings.seeds)
+    settings = make_settings(budget=1.0, strategy="exhaustive", **vars(s.settings))
     label = f"{short(model)}-{short(name)}"
     runs = Trainings(s, label, s.load(model, task), task, settings)
     n = runs.space.n_blocks
     masks = {"all": runs.space.all, "first half": mask_of(range(n // 2), n), "none": runs.space.none}
     found = {
         arm: runs.outcomes(
-            [Trial(mask=mask, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs(s) for seed in seeds]
+            [Trial(mask=mask, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs for seed in seeds]
         )
         for arm, mask in masks.items()
         if not (s.quick and arm == "first half")
@@ -122,7 +106,7 @@ def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Tri
     for seed in seeds:
         untrained = s.load(model, task, init="random", seed=seed)
         runs = Trainings(s, f"{label}-untrained-{seed}", untrained, task, settings)
-        trials = [Trial(mask=runs.space.all, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs(s)]
+        trials = [Trial(mask=runs.space.all, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs]
         found["untrained, all"] |= runs.outcomes(trials)
     return found
 
@@ -200,30 +184,30 @@ def conclusions(
 
 
 def figure(frame: pd.DataFrame, claimed: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     first = means[["model", "task"]].iloc[0]
     means = means[(means["model"] == first["model"]) & (means["task"] == first["task"])]
     claimed = claimed[(claimed["model"] == first["model"]) & (claimed["task"] == first["task"])]
     heights = [3.4, 0.9 + 0.3 * len(claimed)]
-    figure = plt.figure(figsize=(7.5, sum(heights)), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=heights)
-    above, below = parts[0].subplots(), parts[1].subplots()
+    figure, (above, below) = look.stacked_axes(look.PRINT_WIDTH, heights)
     plot_lines(means, "lr", "arm", ax=above, colours=ARMS)
-    draw_levels(above, {"chance": float(means["chance"].iloc[0])})
-    above.set_xscale("log")
+    look.log_axis(above, "x")
+    rates = sorted(set(means["lr"].astype(float)))
+    above.set_xticks(rates, [f"{rate:g}" for rate in rates])
     above.set_ylim(0, min(100.0, above.get_ylim()[1]))
     above.set_xlabel("learning rate (ring: the arm's own)")
     for arm, rows in means[means["own"].astype(bool)].groupby("arm"):
         above.plot(
             rows["lr"], 100 * rows["value"].astype(float), "o", ms=13, mfc="none", mec=ARMS[str(arm)], mew=2
         )
-    above.set_ylabel("test accuracy (%)")
+    above.set_ylabel(f"test accuracy (%)\nband: 95 % t interval, {int(means['n_seeds'].max())} seeds")
     above.set_title(
-        f"{first['model']}, {first['task']}, n = {int(means['n'].iloc[0]):,} test images", fontsize=10
+        f"{first['model']}, {first['task']}, n = {int(means['n'].iloc[0]):,} test images",
+        loc="left",
+        fontsize=10,
     )
-    above.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    look.show_chance(above, 100 * float(means["chance"].iloc[0]))
+    look.name_lines(above)
     plot_claims(claimed, ax=below)
     return figure
 

@@ -18,31 +18,41 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
+from study import (
+    TABLES,
+    Answer,
+    Setup,
+    Size,
+    against,
+    mean_row,
+    publish,
+    run,
+    setup,
+    short,
+    table_folders,
+    tally,
+)
 from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
-from layerprobe.errors import NotAvailableError
 from layerprobe.files import read_json
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, strip
 from layerprobe.tables import tidy
 from layerprobe.tasks.catalog import TASKS
 
-QUICK = Size(("minilm",), ("digits",), 200, 4)
-FULL = Size((), (), 2000, 8)
-TABLES = Path("results/freeze_search/tables")
-LRS, QUICK_LRS = (1e-4, 3e-4, 1e-3), (1e-4, 1e-3)
-N_SEEDS, QUICK_N_SEEDS = 3, 2
-STEPS, QUICK_STEPS = {"bridge_steps": 0, "finetune_steps": 200}, {"bridge_steps": 0, "finetune_steps": 12}
-BATCH, QUICK_BATCH = 32, 16
+QUICK = Size(("minilm",), ("digits",), 200, 4,
+             lrs=(1e-4, 1e-3), seeds=2, batch_size=16, bridge_steps=0, finetune_steps=12)  # fmt: skip
+FULL = Size((), (), 2000, 8,
+            lrs=(1e-4, 3e-4, 1e-3), seeds=3, batch_size=32, bridge_steps=0, finetune_steps=200)  # fmt: skip
 LOOKS = {
-    "first k": ("#009E73", "^"),
-    "last k": ("#E69F00", "v"),
-    "contiguous": ("#CC79A7", "D"),
-    "all": ("#0072B2", "o"),
-    "none": ("#000000", "s"),
+    "first k": (look.GREEN, "^"),
+    "last k": (look.YELLOW, "v"),
+    "contiguous": (look.PINK, "D"),
+    "all": (look.BLUE, "o"),
+    "none": (look.GREY, "s"),
     "other": ("#BBBBBB", "."),
 }
 TOLERANCE = 0.15
@@ -60,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     train = s.quick or bool(s.arguments.model)
     sources = (
-        [trained(s, m, t) for t in s.tasks for m in s.models] if train else [stored(f) for f in folders(s)]
+        [trained(s, m, t) for t in s.tasks for m in s.models]
+        if train
+        else [stored(f) for f in table_folders(s)]
     )
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
@@ -95,18 +107,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 Source = tuple[ExhaustiveTable, list[Mask], dict[str, Any]]
 
 
-def folders(s: Setup) -> list[Path]:
-    if s.arguments.tables:
-        return [Path(folder) for folder in s.arguments.tables.split(",")]
-    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
-    if not found:
-        raise NotAvailableError(
-            f"no table of every plan in {TABLES}: give --model and --task to train the plans, or make a table "
-            "(python benchmarks/freeze_search.py make-table)"
-        )
-    return found
-
-
 def stored(folder: Path) -> Source:
     table = ExhaustiveTable.load(folder)
     about = read_json(folder / "table.json", what="exhaustive table")
@@ -122,15 +122,7 @@ def stored(folder: Path) -> Source:
 
 def trained(s: Setup, model: str, name: str) -> Source:
     task = s.task(name)
-    steps, batch = (QUICK_STEPS, QUICK_BATCH) if s.quick else (STEPS, BATCH)
-    settings = make_settings(
-        lrs=QUICK_LRS if s.quick else LRS,
-        seeds=QUICK_N_SEEDS if s.quick else N_SEEDS,
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=batch,
-        **steps,
-    )
+    settings = make_settings(budget=1.0, strategy="exhaustive", **vars(s.settings))
     runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, settings)
     space = runs.space
     n = space.n_blocks
@@ -139,7 +131,7 @@ def trained(s: Setup, model: str, name: str) -> Source:
         spans = [(0, 0), (0, n // 2), (n - n // 2, n), (0, n)]
     masks = [tuple(start <= index < stop for index in range(n)) for start, stop in spans]
     counts = {key: len(split) for key, split in task.splits.items()}
-    setting = f"{counts} images, patch {s.patch}, {steps['finetune_steps']} steps of {batch}"
+    setting = f"{counts} images, patch {s.patch}, {settings.finetune_steps} steps of {settings.batch_size}"
     facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
     return runs.plans(masks), masks, facts | {"chance": 1 / task.n_classes}
 
@@ -236,16 +228,11 @@ def headline(answers: list[Answer]) -> str:
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     pairs = list(dict.fromkeys(means["pair"]))
     columns = min(2, len(pairs))
     lines = -(-len(pairs) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.4 * columns + 1.5, 3.4 * lines + 0.3), squeeze=False, layout="constrained"
-    )
-    flat = list(panels.ravel())
+    figure, flat = look.new_panels(lines, columns, max(look.PRINT_WIDTH, 4.2 * columns), 3.3 * lines + 0.8)
     for ax, pair in zip(flat, pairs, strict=False):
         part = means[means["pair"] == pair]
         for family in ("other", *[f for f in LOOKS if f != "other"]):
@@ -277,18 +264,17 @@ def figure(frame: pd.DataFrame) -> Any:
         chosen = part[part["chosen"].astype(bool)]
         shift = {"first k": -1.0, "last k": 1.0}.get(chosen["family"].iloc[0], 0.0)
         x, y = 100 * chosen["trainable_share"].astype(float) + shift, 100 * chosen["value"].astype(float)
-        ax.plot(x, y, "o", ms=15, mfc="none", mec="#D55E00", mew=2, label="searched plan")
+        ax.plot(x, y, "o", ms=15, mfc="none", mec=look.ORANGE, mew=2, label="searched plan")
         if part["chance"].notna().any():
             draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
-        ax.set_title(f"{pair}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
+        ax.set_title(f"{pair}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
     for ax in flat[len(pairs) :]:
         ax.set_axis_off()
-    figure.supxlabel("share of the blocks' parameters that train (%)", fontsize=11)
-    figure.supylabel("test accuracy (%)", fontsize=11)
-    known: dict[str, Any] = {}
-    for ax in flat[: len(pairs)]:
-        known |= dict(zip(ax.get_legend_handles_labels()[1], ax.get_legend_handles_labels()[0], strict=True))
-    figure.legend(list(known.values()), list(known), loc="outside right center", frameon=False)
+    figure.supxlabel("share of the blocks' parameters that train (%)", fontsize=10)
+    figure.supylabel(
+        f"test accuracy (%), bars: 95 % t interval over {int(means['n_seeds'].max())} seeds", fontsize=10
+    )
+    look.name_panels(figure, flat[: len(pairs)], ncols=4)
     return figure
 
 

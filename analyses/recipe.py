@@ -44,12 +44,12 @@ PATCHES = {"mnist": 7, "digits": 2, "cifar10": 8}
 """Pixels a side: 16 tokens an image in each of them."""
 SECONDS = {"mnist": 20.0, "digits": 12.0, "cifar10": 40.0}
 """Processor seconds of a training's steps."""
-TARGETS = {"mnist": (90.0, 0.95), "digits": (120.0, 0.95), "cifar10": (900.0, 0.50)}
+TARGETS = {"mnist": (90.0, 0.95), "digits": (120.0, 0.95), "cifar10": (450.0, 0.50)}
 """Processor seconds of one training with its evaluation, and the test accuracy that it should reach."""
 SHARE = 0.85
 """Of these seconds, what the steps get; probe, decoding and evaluation take the rest."""
 LRS = {"stories260k": (1e-3, 3e-3), "minilm": (1e-4, 3e-4)}
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 TOLERANCE = 0.2
 
 
@@ -133,8 +133,11 @@ def trainings(
 
         def measured() -> dict[str, float]:
             fit(PROBE_STEPS, test=False)  # decodes the images
-            short_run, long_run = (fit(n, test=False)[1] for n in (PROBE_STEPS, 3 * PROBE_STEPS))
-            return {"step": max((long_run - short_run) / (2 * PROBE_STEPS), 1e-4)}
+            # The least of three: on a shared core other work can only add to the processor time.
+            short_run, long_run = (
+                min(fit(n, test=False)[1] for _ in range(3)) for n in (PROBE_STEPS, 5 * PROBE_STEPS)
+            )
+            return {"step": max((long_run - short_run) / (4 * PROBE_STEPS), 1e-4)}
 
         def train() -> dict[str, Any]:
             outcome, spent = fit(n_steps, test=True)

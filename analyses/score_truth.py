@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short
+from study import TABLES, Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, table_folders
 from trainings import ExhaustiveTable, Trainings, Truth, permutation_agreement, score_agreement
 
 from layerprobe.backbones import load_backbone
@@ -27,6 +27,7 @@ from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.intervals import mean_interval
+from layerprobe.plotting import style as look
 from layerprobe.plotting.layer_scores import FAMILY_COLOURS
 from layerprobe.search.evaluator import by_block, layer_scores
 from layerprobe.search.settings import make_settings
@@ -35,7 +36,6 @@ from layerprobe.tasks import load_task
 
 QUICK = Size(("minilm",), ("digits",), 200, 4)
 FULL = Size((), (), None, None)
-TABLES = Path("results/freeze_search/tables")
 QUICK_FROZEN = (3, 4, 5)
 """Blocks that no plan of the quick table trains: eight plans instead of 64."""
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv=argv,
         tables=f"comma-separated folders of tables; default all in {TABLES}",
     )
-    tables = [quick_table(s)] if s.quick else [stored(s, folder) for folder in folders(s)]
+    tables = [quick_table(s)] if s.quick else [stored(s, folder) for folder in table_folders(s)]
     rows: list[dict[str, Any]] = []
     for table, n_test in tables:
         rows += measured(table, n_test)
@@ -84,17 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
         facts={"tolerance": TOLERANCE},
     )
-
-
-def folders(s: Setup) -> list[Path]:
-    if s.arguments.tables:
-        return [Path(folder) for folder in s.arguments.tables.split(",")]
-    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
-    if not found:
-        raise NotAvailableError(
-            f"no table of every plan in {TABLES}; make one: python benchmarks/freeze_search.py make-table"
-        )
-    return found
 
 
 def stored(s: Setup, folder: Path) -> tuple[ExhaustiveTable, int]:
@@ -287,12 +276,10 @@ def by_table(frame: pd.DataFrame) -> list[str]:
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "kendall_within_mean"]
     names = list(means["score"])
-    colours = {**FAMILY_COLOURS, "baseline": "#000000"}
-    figure, ax = plt.subplots(figsize=(7.2, 1.2 + 0.36 * len(names)), layout="constrained")
+    colours = {**FAMILY_COLOURS, "baseline": look.BLACK}
+    ax = look.new_axes(look.PRINT_WIDTH, 1.4 + 0.36 * len(names))
     single = frame[frame["metric"] == "kendall_within"]
     for place, (_, row) in enumerate(means.iterrows()):
         colour = colours[row["family"]]
@@ -308,18 +295,19 @@ def figure(frame: pd.DataFrame) -> Any:
             color=colour,
             capsize=3,
         )
-    ax.axvline(0, color="#333333", ls="--", lw=1)
+    look.reference_line(ax, 0, vertical=True)
     ax.set_yticks(
         range(len(names)),
         [f"{n} ({f})" if f != "baseline" else n for n, f in zip(names, means["family"], strict=True)],
     )
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlim(-1.05, 1.05)
+    ax.set_xlim(-1, 1)
     kinds = list(means["interval"].dropna().unique())
     ax.set_xlabel(
-        f"Kendall τ within equal counts (chance: 0)\nbar: {kinds[0] if kinds else 'none'}; strokes: single tables"
+        "Kendall τ within equal counts (chance: 0; τ ends at ±1, and so do the bars)\n"
+        f"bar: {kinds[0] if kinds else 'none'}; strokes: single tables"
     )
-    return figure
+    return ax
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from layerprobe.backbones import Backbone, load_backbone
-from layerprobe.errors import LayerprobeError
+from layerprobe.errors import LayerprobeError, NotAvailableError
 from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.intervals import mean_interval, paired_seed_interval
 from layerprobe.progress import note
@@ -45,20 +46,29 @@ STUDIES = (
 WORK = Path("runs/studies")
 """Finished parts of unfinished studies; not part of the repository."""
 
+TABLES = Path("results/freeze_search/tables")
 MIN_SEEDS = 3
 """Fewer seeds claim nothing (PROTOCOL.md, section 8); 0 means that nothing was random."""
 
 VISION = ("vit-mnist", "vit-cifar10", "vit-base", "deit", "dinov2", "clip")
 
 
-@dataclass(frozen=True)
 class Size:
-    """What a study does by default: `quick` on what the extra [demo] brings, full on the shared folder."""
+    """What a study does by default: `quick` on what the extra [demo] brings, full on the shared folder.
 
-    models: tuple[str, ...]
-    tasks: tuple[str, ...]
-    limit: int | None
-    patch: int | None
+    `settings` are those of the study alone, by names of its own.
+    """
+
+    def __init__(
+        self,
+        models: tuple[str, ...],
+        tasks: tuple[str, ...],
+        limit: int | None,
+        patch: int | None,
+        **settings: Any,
+    ) -> None:
+        self.models, self.tasks, self.limit, self.patch = models, tasks, limit, patch
+        self.settings = SimpleNamespace(**settings)
 
 
 @dataclass
@@ -72,6 +82,7 @@ class Setup:
     tasks: list[str]
     limit: int | None
     patch: int | None
+    settings: SimpleNamespace
     began: float = field(default_factory=time.process_time)
 
     @property
@@ -163,7 +174,21 @@ def setup(
         _listed(arguments.task) or list(size.tasks),
         arguments.limit or size.limit,
         arguments.patch or size.patch,
+        size.settings,
     )
+
+
+def table_folders(s: Setup) -> list[Path]:
+    """The tables of every plan that `--tables` names, or all that there are."""
+    if s.arguments.tables:
+        return [Path(folder) for folder in s.arguments.tables.split(",")]
+    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
+    if not found:
+        raise NotAvailableError(
+            f"no table of every plan in {TABLES}; name some with --tables, or make one: "
+            "python benchmarks/freeze_search.py make-table"
+        )
+    return found
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,14 +11,11 @@ cost what images cost; weights are random where the package is absent.
 
 from __future__ import annotations
 
-import os
+from common import circumstances, processor_time  # before numpy and torch
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
+# isort: split
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,6 @@ from layerprobe.analyzers.attribution_path import path_conductance, residual_tap
 from layerprobe.analyzers.heads import only_these_train
 from layerprobe.backbones import load_backbone
 from layerprobe.files import write_json
-from layerprobe.provenance import machine, versions
 
 
 class Images32:
@@ -99,10 +95,9 @@ def main() -> None:
     with residual_taps(backbone) as taps:
         for round_ in range(options.rounds + 1):
             for name, work in sides.items():
-                start = time.process_time()
-                values[name] = work(taps)
+                seconds, values[name] = processor_time(lambda work=work: work(taps))
                 if round_:  # the first round warms allocators and caches
-                    times[name].append(time.process_time() - start)
+                    times[name].append(seconds)
     median = {name: statistics.median(spent) for name, spent in times.items()}
     difference = {
         name: max(
@@ -132,10 +127,8 @@ def main() -> None:
         write_json(
             options.output / "benchmark.json",
             {
-                "command": "OMP_NUM_THREADS=1 python benchmarks/attribution.py --output results/attribution",
+                **circumstances(),
                 "arguments": {name: value for name, value in vars(options).items() if name != "output"},
-                "versions": versions(),
-                "machine": machine(),
                 "n_blocks": n_blocks,
                 "median_cpu_seconds": median,
                 "cpu_seconds": times,

@@ -13,13 +13,12 @@ the process (its workers apart) for 2,000 and for 20,000 images, up to block 0.
 
 from __future__ import annotations
 
-import os
+from common import circumstances  # before numpy and torch
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
+# isort: split
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -63,7 +62,6 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
-    from layerprobe.provenance import machine, versions
 
     make_images(root / "images", arguments.images)
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
@@ -91,7 +89,7 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         memory[n_images] = in_process("memory", root, arguments.model)["peak_mib"]
         print(f"peak memory with {n_images:,} images: {memory[n_images]:,.0f} MiB")
     return {
-        "command": " ".join(["python", "benchmarks/features.py", *sys.argv[1:]]),
+        **circumstances(),
         "model": arguments.model,
         "images": arguments.images,
         "batch_size": BATCH,
@@ -100,8 +98,6 @@ def measure(arguments: argparse.Namespace, root: Path) -> dict[str, Any]:
         "peak_mib": memory,
         "bar": "first-2 at least 0.9 of bare; second-0 decodes 0; peak memory flat",
         "load_average": os.getloadavg(),
-        "versions": versions(),
-        "machine": machine(),
     }
 
 

@@ -28,6 +28,7 @@ from freeze_search_page import SHARE, bars, publish, summarise
 from replay import (
     WHOLE_TABLE,
     ExhaustiveTable,
+    Reliability,
     Truth,
     judging_trials,
     replay,
@@ -159,18 +160,18 @@ def replay_tables(arguments: argparse.Namespace) -> None:
     truths = {table.name: Truth.of(table) for table in tables}
     rows = []
     for table in tables:
-        cost = table.exhaustive_cost()
+        cost, null = table.exhaustive_cost(), Reliability.of(table).null
         for strategy in arguments.strategies:
             for share in arguments.shares:
                 for seed in range(arguments.runs):
                     try:
                         rows.append(
-                            {"share": share}
+                            {"share": share, "null": null}
                             | replay(table, truths[table.name], strategy, share * cost, seed=seed)
                         )
                     except BudgetError:  # of this table and share, whatever the seed: no row
                         break
-        rows.append({"share": 1.0} | whole_table(table, truths[table.name]))
+        rows.append({"share": 1.0, "null": null} | whole_table(table, truths[table.name]))
     if not any(row["strategy"] != WHOLE_TABLE for row in rows):
         raise BudgetError(
             f"no strategy can start on {arguments.shares} of the exhaustive cost; give larger --shares"

@@ -29,9 +29,6 @@ REGRET_BAR, FRUGAL_BAR, CHEAPER_BAR = 0.5, 0.8, 2.0
 """Accuracy points; share of replays with at most one block too many; times cheaper than others at equal regret."""
 STOP_SHARE, STOP_BAR = 0.5, 0.8
 """On a table without differences the search stops before this share of the budget, in this share of replays."""
-NULL = "-null"
-"""How the name of a table ends whose plans should not differ."""
-
 DEFAULT = "bayes"
 COLOURS = {"bayes": "#D55E00", "random": "#0072B2", "greedy": "#009E73", "tpe": "#CC79A7"}
 MARKS = dict(zip(COLOURS, "osD^", strict=True))
@@ -153,7 +150,7 @@ def bars(frame: pd.DataFrame, summary: pd.DataFrame) -> list[dict[str, Any]]:
             "reached": judged(frugal / n, shares.min(), FRUGAL_BAR, at_most=False),
         }
     )
-    nulls = frame[frame["pair"].str.endswith(NULL) & (frame["strategy"] == DEFAULT) & (frame["share"] == 1.0)]
+    nulls = frame[frame["null"] & (frame["strategy"] == DEFAULT) & (frame["share"] == 1.0)]
     if len(nulls):
         early = int((nulls["spent"] <= STOP_SHARE * nulls["budget"]).sum())
         found.append(

@@ -10,18 +10,14 @@ torch allocates during a pass is counted while it lives. Peers run when they are
 
 from __future__ import annotations
 
-import os
+from common import circumstances, processor_time  # before numpy and torch
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
+# isort: split
 import argparse
 import gc
-import importlib.metadata
 import importlib.util
 import statistics
 import tempfile
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +33,6 @@ from layerprobe.analyzers.features import extract_features
 from layerprobe.backbones import load_backbone
 from layerprobe.files import write_json
 from layerprobe.hooks import all_layers, capture
-from layerprobe.provenance import machine, versions
 
 BATCH, TOKENS = 64, 65
 IMAGES = 2000
@@ -145,8 +140,7 @@ def main() -> None:
             "bar_percent": 3.0,
         },
         "absent": absent,
-        "versions": {**versions(), **{peer: version_of(peer) for peer in ("nnsight", "transformer-lens")}},
-        "machine": machine(),
+        **circumstances("nnsight", "transformer-lens"),
     }
     for row in rows:
         print(f"{row['way']:<32} {row['overhead_percent']:+6.2f} %   quartiles {row['quartiles_percent']}   "
@@ -198,9 +192,7 @@ def interleaved(
 
 def timed(run: Callable[[], Any]) -> float:
     gc.disable()
-    began = time.process_time()
-    run()
-    took = time.process_time() - began
+    took, _ = processor_time(run)
     gc.enable()
     return took
 
@@ -242,13 +234,6 @@ def transformer_lens_way(backbone: Any, tokens: torch.Tensor) -> Callable[[], An
         return model.run_with_cache(tokens, start_at_layer=0, names_filter=names, return_type=None)
 
     return run
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -18,18 +18,16 @@ The contestants take turns layer by layer. Writes results/probes/benchmark.json 
 
 from __future__ import annotations
 
+from common import circumstances, processor_time  # before numpy and torch
+
+# isort: split
 import argparse
 import json
 import os
-import platform
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"
 
 import numpy as np
 import pandas as pd
@@ -39,12 +37,11 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifierCV, _logisti
 from threadpoolctl import threadpool_info
 
 from layerprobe.layers import parse_blocks
+from layerprobe.metrics import C_GRID
 from layerprobe.metrics.intervals import paired_bootstrap
 from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.knn_ridge import ALPHA_GRID, ridge_sweep
-from layerprobe.metrics.probing.logistic import C_GRID
 from layerprobe.metrics.probing.solver import LogisticPath
-from layerprobe.provenance import machine, versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("LAYERPROBE_SHARED", REPOSITORY.parent / "shared"))
@@ -81,13 +78,6 @@ class _StopAt:
 
 ORACLE = _StopAt()
 _logistic.optimize = ORACLE
-
-
-def cpu(call: Callable[[], Any]) -> tuple[float, Any]:
-    """CPU seconds of a call, and what it returned."""
-    start = time.process_time()
-    result = call()
-    return time.process_time() - start, result
 
 
 def minilm_features(seed: int) -> tuple[list[np.ndarray], np.ndarray, list[np.ndarray], np.ndarray] | None:
@@ -132,7 +122,7 @@ def scikit_learn(
         ORACLE.target = target * (1 + 1e-6) / len(y)
         ORACLE.deadline = time.process_time() + seconds
         model.set_params(C=C)
-        seconds, _ = cpu(lambda: model.fit(Z, y))
+        seconds, _ = processor_time(lambda: model.fit(Z, y))
         found.append(
             {
                 "seconds": seconds,
@@ -151,7 +141,7 @@ def default_scikit_learn(Z: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:
     found = []
     for C in C_GRID:
         model = LogisticRegression(C=C, max_iter=MOST_ITERATIONS)
-        seconds, _ = cpu(lambda model=model: model.fit(Z, y))
+        seconds, _ = processor_time(lambda model=model: model.fit(Z, y))
         found.append(
             {
                 "seconds": seconds,
@@ -250,9 +240,11 @@ def ridge_contest(X: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     alphas = len(y) * np.array(ALPHA_GRID)
     ours, theirs = [], []
     for _ in range(5):
-        seconds, sweep = cpu(lambda: ridge_sweep(X, y, CLASSES, ALPHA_GRID))
+        seconds, sweep = processor_time(lambda: ridge_sweep(X, y, CLASSES, ALPHA_GRID))
         ours.append(seconds)
-        seconds, peer = cpu(lambda: RidgeClassifierCV(alphas=alphas, store_cv_results=True).fit(Z, y))
+        seconds, peer = processor_time(
+            lambda: RidgeClassifierCV(alphas=alphas, store_cv_results=True).fit(Z, y)
+        )
         theirs.append(seconds)
     # scikit-learn regresses onto −1/1 instead of 0/1: squared residuals are four times ours.
     error = np.asarray(peer.cv_results_).reshape(len(y), -1, len(alphas)).mean(axis=(0, 1)) / 4
@@ -330,9 +322,7 @@ def main() -> None:
     if numbers or "ridge" in names:
         result["features"] = source
     result |= {
-        "command": "OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/probes.py",
-        "machine": machine(),
-        "versions": {**versions(), "python": platform.python_version()},
+        **circumstances(),
         "blas": [
             {k: lib.get(k) for k in ("internal_api", "version", "num_threads")} for lib in threadpool_info()
         ],

@@ -27,6 +27,8 @@ from layerprobe.training import Outcome
 
 WHOLE_TABLE = "whole table"
 """Name of the answer that sees everything, among the strategies."""
+NULL_SNR = 0.3
+"""A table with a smaller signal-to-noise ratio of size and of blocks counts as one without differences."""
 
 COLUMNS = ("plan", "lr", "repeat", "validation_accuracy", "test_accuracy", "seconds")
 
@@ -224,6 +226,11 @@ class Reliability:
     snr_size: float
     snr_blocks: float
     within: float
+
+    @property
+    def null(self) -> bool:
+        """Whether the plans of the table hardly differ: neither their size nor their blocks stand out of the noise."""
+        return max(self.snr_size, self.snr_blocks) < NULL_SNR
 
     @classmethod
     def of(cls, table: ExhaustiveTable) -> Reliability:

@@ -19,21 +19,17 @@ permutations : processor time per permutation of the whole matrix, against `cali
 
 from __future__ import annotations
 
-import os
+from common import circumstances, processor_time, version_of  # before numpy and torch
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"
-
+# isort: split
 import argparse
-import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +40,6 @@ from layerprobe.files import write_json
 from layerprobe.metrics.similarity.all_pairs import pairwise_cka
 from layerprobe.metrics.similarity.measures import debiased_linear_cka
 from layerprobe.metrics.similarity.permutation import permutation_null
-from layerprobe.provenance import machine, versions
 from layerprobe.tables import tidy, write_frame
 
 LAYERS, WIDTH, COMMON = 13, 768, 64
@@ -73,19 +68,6 @@ def load(folder: Path, side: str, mode: str | None) -> list[np.ndarray]:
     return [np.load(folder / f"{side}{layer}.npy", mmap_mode=mode) for layer in range(LAYERS)]
 
 
-def processor_time(task: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.process_time()
-    result = task()
-    return time.process_time() - start, result
-
-
-def peer_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def product_rate() -> float:
     """Best multiplications per second of a float32 matrix product of friendly shape."""
     x, y = torch.randn(1024, WIDTH), torch.randn(1024, WIDTH)
@@ -94,7 +76,7 @@ def product_rate() -> float:
 
 
 def bench_time(n: int, rounds: int) -> list[Row]:
-    version = peer_version("pytorch-cka")
+    version = version_of("pytorch-cka")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_features(folder, n)
@@ -185,7 +167,7 @@ def bench_accuracy(n: int, cells: int) -> list[Row]:
             pairs = [(int(i), int(j)) for i, j in rng.integers(0, LAYERS, (cells, 2))]
             exact = np.array([debiased_linear_cka(a[i], b[j]) for i, j in pairs])
             results = {f"layerprobe ({m})": pairwise_cka(a, b, method=m).values for m in ("gram", "features")}
-            version = peer_version("pytorch-cka")
+            version = version_of("pytorch-cka")
             if version is not None:
                 from cka import cka_from_features
 
@@ -209,7 +191,7 @@ def bench_accuracy(n: int, cells: int) -> list[Row]:
 
 
 def bench_permutations(n: int) -> list[Row]:
-    version = peer_version("calibrated-similarity")
+    version = version_of("calibrated-similarity")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_features(folder, n)
@@ -299,14 +281,11 @@ def show(part: str, item: Row) -> None:
 
 def keep(folder: Path, part: str, n: int, rows: list[Row]) -> None:
     """One JSON a part and size, with its circumstances, and one table of all that lie in the folder."""
-    peers = {name: peer_version(name) for name in ("pytorch-cka", "calibrated-similarity")}
     facts = {
-        "command": "python " + " ".join(["benchmarks/similarity.py", *sys.argv[1:]]),
+        **circumstances("pytorch-cka", "calibrated-similarity"),
         "layers": LAYERS,
         "width": WIDTH,
         "threads": 1,
-        "machine": machine(),
-        "versions": {**versions(), **peers},
     }
     write_json(folder / f"benchmark_{part}_{n}.json", {"provenance": facts, "rows": rows})
     found = [

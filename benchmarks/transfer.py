@@ -10,14 +10,11 @@ Both sides run in turn on one thread; the figure is the median of CPU times.
 
 from __future__ import annotations
 
-import os
+from common import circumstances, processor_time  # before numpy and torch
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
+# isort: split
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +22,6 @@ import numpy as np
 
 from layerprobe.files import write_json
 from layerprobe.metrics.transferability.scores import SPECTRAL_SCORES, logme, loo_knn, readable_scores
-from layerprobe.provenance import machine, versions
 
 
 def features(n: int, d: int, n_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,12 +68,6 @@ def fixed_point_logme(X: np.ndarray, labels: np.ndarray, *, tolerance: float, mo
     return float(np.mean(evidences))
 
 
-def cpu_seconds(work: Callable[[], float]) -> tuple[float, float]:
-    start = time.process_time()
-    value = work()
-    return time.process_time() - start, value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=5000)
@@ -106,7 +96,7 @@ def main() -> None:
     values: dict[str, float] = {}
     for round_ in range(options.rounds + 1):
         for name, work in sides.items():
-            seconds, values[name] = cpu_seconds(work)
+            seconds, values[name] = processor_time(work)
             if round_:  # the first round warms caches and allocators
                 times[name].append(seconds)
     median = {name: statistics.median(spent) for name, spent in times.items()}
@@ -125,10 +115,8 @@ def main() -> None:
         write_json(
             options.output / "benchmark.json",
             {
-                "command": "OMP_NUM_THREADS=1 python benchmarks/transfer.py --output results/transfer",
+                **circumstances(),
                 "arguments": {name: value for name, value in vars(options).items() if name != "output"},
-                "versions": versions(),
-                "machine": machine(),
                 "median_cpu_seconds": median,
                 "cpu_seconds": times,
                 "values": {name: value for name, value in values.items() if "logme" in name},

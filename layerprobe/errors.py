@@ -53,13 +53,13 @@ def stopped_by(signum: int) -> KeyboardInterrupt:
     return Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
 
 
-def did_you_mean(name: str, choices: Iterable[str], *, n: int = 3) -> str:
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """The tail of an error message: the nearest of `choices`, or nothing when none is near.
 
     >>> did_you_mean("lama-7b", ["llama-7b", "gpt2"])
     " Did you mean 'llama-7b'?"
     """
-    close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
     if not close:
         return ""
     return " Did you mean " + " or ".join(f"'{match}'" for match in close) + "?"
@@ -75,6 +75,11 @@ def out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
+from layerprobe.errors import (
+    BrokenFileError,
+    LayerprobeError,
+    NotAvailableError,
+    UsageError,
+    first_line,
+    shortened,
+)
 from layerprobe.reading import check_plain, is_folder, is_shallow, is_there, read_file
 
 if TYPE_CHECKING:
@@ -123,6 +130,17 @@ def read_json(
             f"cannot read {what} {source}: not valid JSON ({shortened(str(error), 120)})"
         ) from error
     return value
+
+
+def read_yaml(path: Path, *, what: str, max_bytes: int) -> Any:
+    """Read YAML; BrokenFileError as `read_json`."""
+    import yaml
+
+    text = read_file(path, what=what, max_bytes=max_bytes)
+    try:
+        return yaml.safe_load(text.decode())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BrokenFileError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
@@ -279,6 +297,11 @@ def _shards(index: Path) -> tuple[list[Path], dict[str, Path]]:
     for file in set(placed.values()):
         check_plain(file, what="weights", inside=index.parent)
     return sorted(set(placed.values())), placed
+
+
+def dtype_name(dtype: object) -> str:
+    """`float32` for torch.float32, "torch.float32" and "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:

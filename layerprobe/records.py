@@ -89,6 +89,10 @@ class Record(ABC):
         """The rows worth a look on a terminal; the whole of `to_frame` where a record knows no shorter ones."""
         return strict_rows(self.to_frame())
 
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        """Name → table that `save` writes into a folder beside that of `to_frame`."""
+        return {}
+
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: schema, provenance, rows; and summary and table, for a report."""
         body = envelope(self.command, self.to_frame(), self.provenance)
@@ -113,7 +117,8 @@ class Record(ABC):
             return write_frame(self.to_frame(), target)
         if target.suffix == ".json":
             return write_json(target, self.to_json())
-        write_frame(self.to_frame(), target / f"{self.command}.csv")
+        for name, frame in {self.command: self.to_frame(), **self.extra_tables()}.items():
+            write_frame(frame, target / f"{name}.csv")
         write_json(target / f"{self.command}.json", self.to_json())
         return target
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from layerprobe.errors import BrokenFileError, UsageError, shortened
+from layerprobe.errors import BrokenFileError, UsageError, first_line, shortened
 from layerprobe.files import atomic_write
 from layerprobe.reading import open_file
 
@@ -152,7 +152,6 @@ def render_table(
     form: Literal["text", "html", "markdown"] = "text",
     *,
     columns: Sequence[str] | None = None,
-    mark: str | None = None,
     width: int | None = None,
 ) -> str:
     """Rows as a table; text to the left, numbers to the right.
@@ -160,7 +159,6 @@ def render_table(
     Parameters
     ----------
     columns : which, in order; default: all, as they come.
-    mark : in HTML, the row whose first cell equals it is highlighted.
     width : in text, lines are no longer: what does not fit stands below, behind the first column once more.
     """
     if width is not None:
@@ -178,7 +176,7 @@ def render_table(
     is_text = [any(_is_text(row.get(name)) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]
     if form == "html":
-        return _html_table(names, body, is_text, mark) if rows else '<p class="soft">none</p>'
+        return _html_table(names, body, is_text) if rows else '<p class="soft">none</p>'
     if form == "markdown":
         rule = ["---" if text else "---:" for text in is_text]
         return "\n".join("| " + " | ".join(line) + " |" for line in [names, rule, *body]) if rows else "–"
@@ -211,16 +209,14 @@ def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None, w
     return groups
 
 
-def _html_table(names: list[str], body: list[list[str]], is_text: list[bool], mark: str | None) -> str:
+def _html_table(names: list[str], body: list[list[str]], is_text: list[bool]) -> str:
     def row(tag: str, line: list[str]) -> str:
         opening = [f'<{tag} class="t">' if text else f"<{tag}>" for text in is_text]
-        return "".join(f"{o}{html.escape(c)}</{tag}>" for o, c in zip(opening, line, strict=True)) + "</tr>"
+        cells = "".join(f"{o}{html.escape(c)}</{tag}>" for o, c in zip(opening, line, strict=True))
+        return f"<tr>{cells}</tr>"
 
-    lines = [f"<tr>{row('th', names)}"]
-    for line in body:
-        marked = mark is not None and line[0] == mark
-        lines.append(('<tr class="mark">' if marked else "<tr>") + row("td", line))
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    lines = row("th", names) + "".join(row("td", line) for line in body)
+    return f'<div class="wide"><table>{lines}</table></div>'
 
 
 MARK = "▸ "
@@ -296,5 +292,6 @@ def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> p
         try:
             return pd.read_parquet(stream) if source.suffix == ".parquet" else pd.read_csv(stream)
         except Exception as error:  # whatever pandas and pyarrow stumble over
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BrokenFileError(f"cannot read table {source}: {shortened(line, 120)}") from error
+            raise BrokenFileError(
+                f"cannot read table {source}: {shortened(first_line(error), 120)}"
+            ) from error

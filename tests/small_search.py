@@ -7,7 +7,7 @@ from pathlib import Path
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.space import Trial
 from layerprobe.search.trials import TrialStore
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 
 def make_study(path: Path) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from layerprobe.analyzers.attribution_choices import METHODS, SLOW_METHODS, check_methods, check_sizes
 from layerprobe.analyzers.attribution_path import (
-    FIRST_STEPS,
     ablated,
     adaptive_steps,
     completeness,
@@ -25,29 +26,77 @@ from layerprobe.analyzers.attribution_path import (
     path_conductance,
     residual_taps,
 )
-from layerprobe.analyzers.attribution_record import MAP_COLUMNS, LayerAttribution
 from layerprobe.analyzers.extraction import pixel_batches
-from layerprobe.analyzers.features import columns_of
+from layerprobe.analyzers.features import columns_of, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
+from layerprobe.errors import LayerprobeError, UnknownNameError
 from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
+from layerprobe.records import Record
 from layerprobe.shared_work import Result, SharedWork
-from layerprobe.tables import tidy
+from layerprobe.tables import table_by_layer, tidy
 from layerprobe.tasks import ImageSplit, Task
 
-METHODS = ("skip", "mean_ablation", "conductance", "update")
-SLOW_METHODS = ("gradient_x_activation", "integrated_gradients")
-REFUSED = {
-    "deeplift": "its rules cover pointwise non-linearities, not softmax attention or LayerNorm, and its "
-    "contributions miss f(x) − f(baseline) by 43 to 300 % on transformers",
-    "lrp": "it has no propagation rule for LayerNorm or attention",
-    "block_sum": "the sum of conductance or integrated gradients over a whole block is f(x) − f(baseline) for "
-    "every block, because every block's output cuts the network; it ranks nothing",
-}
-"""Methods that are not offered, and why."""
+MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"]
+
+
+@dataclass(repr=False, kw_only=True)
+class LayerAttribution(Record):
+    """Importance of every block for the predicted class, and patch-level maps of a few images.
+
+    `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
+    f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
+    """
+
+    command: ClassVar[str] = "attribute"
+
+    frame: pd.DataFrame
+    maps: pd.DataFrame
+    pictures: dict[str, np.ndarray]
+    provenance: dict[str, Any]
+
+    def to_frame(self) -> pd.DataFrame:
+        return self.frame.copy()
+
+    def metric(self, name: str) -> pd.DataFrame:
+        """The rows of one metric ("skip" or "attribution_skip")."""
+        return rows_of_metric(self.frame, name, prefix="attribution_", what="attribution")
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a block, one column a metric."""
+        shown = self.frame["metric"] != "attribution_completeness_error"
+        rows = self.frame[self.frame["block"].notna() & shown]
+        return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
+
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        return {} if self.maps.empty else {"attribution_maps": self.maps}
+
+    def summary(self) -> str:
+        facts = self.provenance["prediction"]
+        metrics = set(self.frame["metric"])
+        parts = []
+        for name, words in (("skip", "skipping it"), ("mean_ablation", "replacing its update by the mean")):
+            if f"attribution_{name}" not in metrics:
+                continue
+            rows = self.metric(name)
+            top = rows.loc[rows["value"].astype(float).idxmax()]
+            lost = float(self.metric(f"{name}_accuracy_lost").set_index("block")["value"][top["block"]])
+            parts.append(
+                f"Block {int(top['block'])} matters most by {words}: the predicted class loses {top['value']:.3g} ± "
+                f"{top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
+            )
+        if "attribution_completeness_error" in metrics:
+            worst = float(self.metric("completeness_error")["value"].astype(float).max())
+            parts.append(
+                f"Completeness error of the path: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
+            )
+        parts.append(
+            f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, "
+            f"head: {facts['head']}" + (f" (C = {facts['C']:g})" if facts.get("C") else "") + "."
+        )
+        return " ".join(parts)
 
 
 def attribute_layers(
@@ -133,30 +182,6 @@ def attribute_layers(
 
 def _first(split: ImageSplit, n: int) -> ImageSplit:
     return split.subset(range(min(n, len(split))))
-
-
-def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:
-    """UsageError for numbers that `attribute_layers` cannot work with."""
-    if n_images < 2 or not 0 < tolerance < 1 or max_steps < FIRST_STEPS:
-        raise UsageError(
-            f"attribution needs at least 2 images, a tolerance between 0 and 1 and max_steps ≥ {FIRST_STEPS}: got "
-            f"n_images={n_images}, tolerance={tolerance}, max_steps={max_steps}"
-        )
-
-
-def check_methods(methods: Sequence[str]) -> list[str]:
-    """The methods, each once; UnknownNameError or UsageError for one that is not offered here."""
-    for method in methods:
-        plain = method.lower().replace("-", "").replace("_", "")
-        for name, reason in REFUSED.items():
-            if plain.startswith((name.replace("_", ""), f"layer{name}")):
-                raise UsageError(f"'{method}' is not valid for transformer blocks: {reason}")
-        if method not in (*METHODS, *SLOW_METHODS):
-            known = ", ".join((*METHODS, *SLOW_METHODS))
-            raise UnknownNameError(f"unknown attribution method '{method}'; choose of: {known}")
-    if not methods:
-        raise UsageError(f"no attribution method was asked for; choose of: {', '.join(METHODS)}")
-    return list(dict.fromkeys(methods))
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -153,6 +154,13 @@ def check_groups(groups: Mapping[str, Sequence[object]] | None) -> None:
         raise UsageError("groups need at least two names with at least one model each")
 
 
+def check_members(groups: Mapping[str, Sequence[str]]) -> None:
+    """UsageError for a model that stands twice: copies of one model are no independent ones."""
+    counts = Counter(member for members in groups.values() for member in members)
+    if twice := [member for member, count in counts.items() if count > 1]:
+        raise UsageError(f"'{twice[0]}' stands twice in the groups; each model counts once")
+
+
 def check_number(n_models: int) -> None:
     """UsageError for fewer than two different models."""
     if n_models < 2:
@@ -199,18 +207,25 @@ def compare_outliers(
     check_groups(groups)
     named = {name: list(members) for name, members in (groups or {}).items()}
     options: dict[str, Any] = {"threads": threads, "engine": engine, "offline": offline, "quiet": quiet}
-    reports: dict[str, OutlierReport] = {}
+    made: dict[object, OutlierReport] = {}
     for model in (*models, *(member for members in named.values() for member in members)):
-        if isinstance(model, OutlierReport):
-            reports.setdefault(model.model, model)
-        elif str(model) not in reports:
-            reports[str(model)] = outlier_report(model, rules=rules, **options)
+        key = (model.model, model.revision) if isinstance(model, OutlierReport) else str(model)
+        if key not in made:
+            known = isinstance(model, OutlierReport)
+            made[key] = model if known else outlier_report(model, rules=rules, **options)
+    by_name = Counter(report.model for report in made.values())
+    names = {
+        key: report.model if by_name[report.model] == 1 else f"{report.model} ({report.revision})"
+        for key, report in made.items()
+    }
+    reports = {names[key]: report for key, report in made.items()}
     check_number(len(reports))
     _check_comparable(reports.values(), n_sigma)
     members = {
-        name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
+        name: [names[(m.model, m.revision) if isinstance(m, OutlierReport) else str(m)] for m in group]
         for name, group in named.items()
     }
+    check_members(members)
     bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
     maker = _Rows(reports, _counted_by_all(reports.values(), (n_sigma, *rules.sigmas)), bootstrap)
     facts = provenance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -12,15 +13,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import save_file
 
 from layerprobe.analyzers.extraction import TOKENS, fill_store
-from layerprobe.analyzers.feature_export import export_features
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.backbones.choices import POOLINGS
 from layerprobe.backbones.sharding import is_sharded
+from layerprobe.choices import POOLINGS
 from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.files import atomic_write
 from layerprobe.hooks.capture import all_layers, check_layers
 from layerprobe.hooks.feature_store import FeatureStore, features_root
+from layerprobe.hooks.store_records import check_export
 from layerprobe.layers import LayerRef
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
@@ -82,12 +85,8 @@ class Features(Record, Mapping[LayerRef, np.ndarray]):
         shape = "×".join(map(str, next(iter(self.arrays.values())).shape))
         return f"Features({self.model} on {self.task}/{self.split}: {len(self)} layers of {shape})"
 
-    def block(self, index: int, site: str = "resid_post") -> np.ndarray:
-        """The n×d array of a block's site."""
-        return self.arrays[LayerRef(index, site)]
-
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Write the arrays for other programs, see `layerprobe.analyzers.feature_export.export_features`."""
+        """Write the arrays for other programs, see `export_features`."""
         return export_features(self, path)
 
     def summary(self) -> str:
@@ -156,6 +155,43 @@ def _row_pieces(array: np.ndarray) -> Iterator[np.ndarray]:
         )
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(eq=False, repr=False)
+class FeatureTable(Record):
+    """Several splits of one backbone as one record: what the `features` command returns."""
+
+    command: ClassVar[str] = "features"
+
+    splits: list[Features]
+
+    def __post_init__(self) -> None:
+        self.provenance = self.splits[0].provenance
+
+    def to_frame(self) -> pd.DataFrame:
+        return pd.concat([part.to_frame() for part in self.splits], ignore_index=True)
+
+    def summary(self) -> str:
+        first = self.splits[0]
+        counts = ", ".join(f"{len(part.ids):,} {part.split}" for part in self.splits)
+        return (
+            f"{len(first)} layers of {first.model} on {first.task} ({counts} images, {first.pooling} pooling) "
+            "are in the feature store."
+        )
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row a layer of the first split."""
+        return self.splits[0].table()
+
+    def export(self, path: str | os.PathLike[str]) -> list[Path]:
+        """`export_features` of every split; of several, the split's name stands before the ending."""
+        target = Path(path)
+        if len(self.splits) == 1:
+            return [export_features(self.splits[0], target)]
+        check_export(target)
+        return [
+            export_features(part, target.with_suffix(f".{part.split}{target.suffix}")) for part in self.splits
+        ]
 
 
 def extract_features(
@@ -236,7 +272,7 @@ def extract_features(
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:
     """The table columns `model`, `revision` and `task`."""
-    name = backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)"
+    name = backbone.name if backbone.init == "pretrained" else f"{backbone.name} ({backbone.init} init)"
     return {"model": name, "revision": backbone.source.revision, "task": task.name}
 
 
@@ -279,3 +315,32 @@ def arrays_by_layer(features: object) -> dict[Layer, Any] | None:
     ):
         return dict(enumerate(features))
     return None
+
+
+def export_features(features: Features, path: str | os.PathLike[str]) -> Path:
+    """Write features for other programs, and return the path.
+
+    `.safetensors`: one tensor a layer ("block.3.resid_post"), `labels`, and ids, classes and origin as metadata.
+    `.npy`: one array layers × n × d (for tokens layers × n × tokens × d), in the order of `features.layers`.
+
+    Raises
+    ------
+    UsageError
+        Another ending, or layers of different shapes for `.npy`.
+    """
+    target = Path(path)
+    check_export(target)
+    arrays = {str(layer): np.ascontiguousarray(array) for layer, array in features.arrays.items()}
+    if target.suffix == ".safetensors":
+        facts = {
+            key: str(getattr(features, key)) for key in ("model", "revision", "task", "split", "pooling")
+        }
+        facts |= {"ids": json.dumps(features.ids.tolist()), "classes": json.dumps(features.classes)}
+        with atomic_write(target) as aside:
+            save_file({**arrays, "labels": np.ascontiguousarray(features.labels)}, aside, metadata=facts)
+        return target
+    if len({array.shape for array in arrays.values()}) > 1:
+        raise UsageError("layers of different shapes do not fit into one .npy file; use .safetensors")
+    with atomic_write(target) as aside, aside.open("wb") as stream:
+        np.save(stream, np.stack(list(arrays.values())))
+    return target

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.backbones.backbone import Backbone, evaluating
 from layerprobe.backbones.own_head import own_head
+from layerprobe.choices import HEADS
 from layerprobe.errors import UnknownNameError, UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
 from layerprobe.tasks import ImageSplit, Task
-
-HEADS = ("probe", "own")
 
 
 @dataclass

@@ -20,17 +20,17 @@ from layerprobe.analyzers.features import (
 from layerprobe.analyzers.probe_extras import EXTRAS, Parts, Row, Setting
 from layerprobe.analyzers.probe_record import LinearProbes
 from layerprobe.backbones.backbone import Backbone
+from layerprobe.choices import SPLITS
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.layers import EMBED, LayerRef
 from layerprobe.metrics.probing.curves import control_labels
-from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, check_refit, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.shared_work import SharedWork
 from layerprobe.tasks import ImageSplit, Task
 
-SPLITS = ("train", "validation", "test")
 CONSTANT = "constant layer: every image has the same features"
 PIXEL_SIZE = 32
 """Raw pixels are probed at the images' own size, at most at this many pixels per side."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +24,7 @@ from layerprobe.metrics.similarity.permutation import PermutationNull, permutati
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
-from layerprobe.tables import tidy, write_frame
+from layerprobe.tables import tidy
 
 FloatArray = NDArray[np.float64]
 
@@ -146,12 +144,8 @@ class CKAMatrix(Record):
             **{f"{key}_y": value for key, value in self.side_y.columns(j).items()},
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """As every record; a folder gets the closest layers as `cka_closest.csv`, too."""
-        target = super().save(path)
-        if target.suffix not in (".csv", ".parquet", ".json"):
-            write_frame(self.closest(), target / "cka_closest.csv")
-        return target
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        return {"cka_closest": self.closest()}
 
     def closest(self) -> pd.DataFrame:
         """For each layer of A the nearest layer of B: one row each, `value`, interval, corrected p-value.

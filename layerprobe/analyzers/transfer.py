@@ -23,7 +23,6 @@ from layerprobe.analyzers.features import (
     extract_features,
     place,
     row_name,
-    rows_of_metric,
 )
 from layerprobe.analyzers.heads import Predictor, check_head, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
@@ -62,10 +61,6 @@ class TransferScores(Record):
     def to_frame(self) -> pd.DataFrame:
         return self.frame.copy()
 
-    def score(self, name: str) -> pd.DataFrame:
-        """The rows of one score ("logme" or "transfer_logme"), in order of layers."""
-        return rows_of_metric(self.frame, name, prefix="transfer_", what="score")
-
     def table(self) -> list[dict[str, Any]]:
         """One row a layer, its rank in each score: 1 is best, or highest where no direction is claimed."""
         layers = [row_name(*where) for where in zip(self.frame["block"], self.frame["site"], strict=True)]
@@ -91,7 +86,8 @@ class TransferScores(Record):
                 error = "" if pd.isna(top["stderr"]) else f" ± {top['stderr']:.2g}"
                 detail = f" (LogME is highest at {_place_of(top)}: {top['value']:.4g}{error})"
             parts.append(
-                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores{detail}."
+                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores, which are correlated"
+                f"{detail}."
             )
         leads = [
             f"{name} at {_place_of(_largest(rows))}"
@@ -195,7 +191,8 @@ def _readable_rows(
         stderr = errors[name].value if name in errors else None
         if name == "knn" and score.value is not None:
             stderr = float(np.sqrt(score.value * (1 - score.value) / len(X)))
-        found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=score.reason)
+        reason = score.reason or (errors[name].reason if stderr is None and name in errors else None)
+        found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=reason)
         columns = {"family": "readable", "higher_is_better": HIGHER_IS_BETTER[name]}
         rows.append({**place(layer), "metric": f"transfer_{name}", **_measured(found), **columns})
     return rows

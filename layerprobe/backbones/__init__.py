@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from layerprobe.lazy import lazy_names
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -13,10 +14,4 @@ if TYPE_CHECKING:
 _FILES = {"Backbone": "backbone", "load_backbone": "load", "resolve_model": "resolve"}
 
 __all__ = ["Backbone", "load_backbone", "resolve_model"]
-
-
-def __getattr__(name: str) -> object:
-    # Lazily, because finding a model's files must not load torch.
-    if name not in _FILES:
-        raise AttributeError(f"module 'layerprobe.backbones' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"layerprobe.backbones.{_FILES[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _FILES)  # finding a model's files must not load torch

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.attention import attention_mask, choose_attention
-from layerprobe.backbones.choices import check_choices
 from layerprobe.backbones.image_input import (
     HasImages,
     HasRows,
@@ -38,7 +37,9 @@ from layerprobe.backbones.resolve import ModelIdentity, ModelSource
 from layerprobe.backbones.self_check import N_IMAGES, SelfCheck, self_check
 from layerprobe.backbones.sharding import run_whole
 from layerprobe.backbones.shown import backbone_as_html, backbone_in_words
+from layerprobe.choices import check_choices
 from layerprobe.errors import UsageError
+from layerprobe.files import dtype_name
 from layerprobe.progress import note
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ class Backbone(nn.Module):
         self.modality = "vision" if sees_pixels(self.model) else "language"
         self.stem_kind = stem
         self.pooling = pooling or "mean"
-        self.patch_size = patch_size
-        self.image_size = image_size
+        self.patch_size, self.image_size = patch_size, image_size
         self.stem = None
         self.output_width = self.hidden_size
         """Width of what `forward` returns, which some models project (OPT-350m)."""
@@ -369,7 +369,7 @@ class Backbone(nn.Module):
             "image_size": self.image_size,
             "attention": self.attention,
             "pooling": self.pooling,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "preprocessing": self.preprocessing.describe() if self.preprocessing else None,
         }
 

@@ -17,17 +17,10 @@ from layerprobe.backbones.layout import find_layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONTROLS = {
-    "shuffled": "the pretrained entries, permuted within each tensor",
-    "matched": "Gaussian with each block matrix's mean and deviation; norms and embeddings as pretrained",
-    "matched-reset": "the same, with the norms as a new model has them",
-}
-"""Values of `init` beside 'pretrained' and 'random'."""
-
 
 @torch.no_grad()
 def replace_weights(model: PreTrainedModel, init: str, *, seed: int, fresh: nn.Module | None = None) -> None:
-    """Turn a pretrained model into one of `CONTROLS`, in place.
+    """Turn a pretrained model into one of `layerprobe.choices.CONTROLS`, in place.
 
     Each tensor draws from a generator of its own, seeded by (seed, its name): the result depends neither on
     the order of tensors nor on the rest of the model. Tied tensors stay tied.

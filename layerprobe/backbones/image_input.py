@@ -43,7 +43,6 @@ PIXEL_MEAN = 0.5
 PIXEL_STD = 0.25
 """Pixels in [0, 1] are shifted and divided by these, which brings natural images near unit variance."""
 
-STEM_KINDS = ("random", "pca")
 _Out = TypeVar("_Out")
 
 

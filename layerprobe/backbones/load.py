@@ -11,23 +11,22 @@ import torch
 from torch import nn
 
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.backbones.choices import check_choices
-from layerprobe.backbones.controls import CONTROLS, replace_weights
+from layerprobe.backbones.controls import replace_weights
 from layerprobe.backbones.image_input import PatchStem, for_language
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.own_head import is_image_classifier
 from layerprobe.backbones.own_model import memory_source, unwrap
 from layerprobe.backbones.pretrained import (
     architecture_of,
-    first_line,
     pretrained_model,
     remarks_in_one_line,
 )
 from layerprobe.backbones.resolve import ModelSource, inside, resolve_model
 from layerprobe.backbones.sharding import sharding
 from layerprobe.backbones.trained_parts import put_into
-from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError
-from layerprobe.files import weight_files
+from layerprobe.choices import CONTROLS, DTYPES, check_choices
+from layerprobe.errors import BrokenFileError, NotAvailableError, UnknownNameError, UsageError, first_line
+from layerprobe.files import dtype_name, weight_files
 from layerprobe.locks import n_processes
 from layerprobe.model_config import read_model_config
 from layerprobe.progress import note
@@ -36,8 +35,6 @@ from layerprobe.reading import check_plain
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.image_processing_backends import PilBackend
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_backbone(
@@ -77,7 +74,7 @@ def load_backbone(
         Branch, tag or commit on the hub.
     init : str
         "pretrained", or a control of the same architecture, drawn with `seed`: "random" (as the constructor
-        draws it), or one of `layerprobe.backbones.controls.CONTROLS`.
+        draws it), or one of `layerprobe.choices.CONTROLS`.
     device : str | None
         "cpu", "cuda", "cuda:1", "mps"; None takes the best one there is and says so. On "meta" it has names
         and shapes but no values, and takes no memory: what a dry run looks at.
@@ -114,7 +111,7 @@ def load_backbone(
     if dtype is not None and dtype not in DTYPES:
         raise UnknownNameError(f"unknown dtype '{dtype}'; choose one of: {', '.join(DTYPES)}")
     source = resolve_model(name, revision=revision, offline=offline)
-    kind = DTYPES[dtype or "float32"]
+    kind = getattr(torch, dtype or "float32")
     asked = {**images, "revision": revision, "init": init, "seed": seed, "device": device, "dtype": dtype}
     return _load(source, asked, target, kind, shard=shard, trust_remote_code=trust_remote_code)
 
@@ -335,7 +332,7 @@ def _check_memory(
     needed = sum(parameter.numel() for parameter in full.parameters()) * dtype.itemsize // parts
     free = available_memory(device)
     if free is not None and needed > free:
-        kind = str(dtype).removeprefix("torch.")
+        kind = dtype_name(dtype)
         raise NotAvailableError(
             f"'{source.name}' needs {needed / 2**30:.1f} GiB for its weights in {kind}, but {device} has "
             f"{free / 2**30:.1f} GiB free; try --dtype bfloat16, another device, or a smaller model"

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from layerprobe.backbones.backbone import Backbone
+from layerprobe.backbones.backbone import Backbone, evaluating
 from layerprobe.tables import bytes_text
 
 LIBRARIES = 150 << 20
@@ -139,7 +139,7 @@ def pass_bytes(seen: Backbone, images: int, *, training: bool) -> int | None:
     shape = _image_shape(seen)
     if shape is None:
         return None
-    with contextlib.suppress(RuntimeError, NotImplementedError), _modes_kept(seen):
+    with contextlib.suppress(RuntimeError, NotImplementedError), evaluating(seen):
         return _peak(seen, images, shape, training=training)
     return None
 
@@ -155,16 +155,6 @@ def _peak(seen: Backbone, n: int, shape: tuple[int, int, int], *, training: bool
     for parameter in seen.parameters():
         parameter.grad = None
     return counted.peak
-
-
-@contextlib.contextmanager
-def _modes_kept(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _image_shape(seen: Backbone) -> tuple[int, int, int] | None:

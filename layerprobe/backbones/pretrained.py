@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerprobe.backbones.layout import image_or_text_tower
 from layerprobe.backbones.resolve import ModelSource
 from layerprobe.backbones.sharding import settle
-from layerprobe.errors import BrokenFileError, NotAvailableError
+from layerprobe.errors import BrokenFileError, NotAvailableError, first_line
 from layerprobe.files import read_json, unread_weights, weight_files
 from layerprobe.progress import note
 from layerprobe.reading import check_fields, is_there
@@ -310,9 +310,3 @@ class _Collector(logging.Handler):
         message = record.getMessage().strip()
         if message and "LOAD REPORT" not in message:
             self.remarks.setdefault(message.splitlines()[0][:300])
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.errors import BrokenFileError, UsageError, first_line
 from layerprobe.files import read_json
 from layerprobe.model_config import numbers_and_texts
 from layerprobe.reading import is_there
@@ -115,7 +115,7 @@ def _load(folder: Path, config: PretrainedConfig, changes: dict[str, object]) ->
                 folder, backend="pil", local_files_only=True, trust_remote_code=False, **known, **changes
             )
         except _UNUSABLE as error:
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
         else:
             return made
     if (recipe_class(recipe) or type(config).__name__).startswith("DINOv3ViT"):
@@ -218,7 +218,7 @@ def made_of(
     except _UNUSABLE as error:
         raise BrokenFileError(
             f"{type(processor).__name__} cannot prepare an image of {given.shape[0]}×{given.shape[1]}: "
-            f"{_first_line(error)[:300]}"
+            f"{first_line(error)}"
         ) from error
     if pixels.ndim != 3 or len(values) != 1:
         shape = "×".join(map(str, (len(values), *pixels.shape)))
@@ -241,7 +241,3 @@ def output_size(processor: PilBackend, channels: int) -> tuple[int, int] | None:
         return None
     _, height, width = shapes.pop()
     return height, width
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from layerprobe.backbones.block_sums import BlockRecorder, find_writers
 from layerprobe.backbones.layout import Layout, first_tensor
-from layerprobe.errors import LayerprobeError, UsageError
+from layerprobe.errors import LayerprobeError, UsageError, first_line
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -166,10 +166,9 @@ def _run(backbone: Backbone, pixels: Tensor, *, altered: bool = False) -> Tensor
 def cannot_run(backbone: Backbone, error: Exception) -> UsageError:
     """The one line for a model that stops with an error of its own."""
     entering = "images" if backbone.modality == "vision" else "embeddings of images in place of token ids"
-    said = next(iter(str(error).strip().splitlines()), "")[:150]
     return UsageError(
         f"{backbone.name}: {_kind(backbone)} cannot take {entering} alone "
-        f"({type(error).__name__}: {said}); it may need inputs of its own"
+        f"({type(error).__name__}: {first_line(error)[:150]}); it may need inputs of its own"
     )
 
 

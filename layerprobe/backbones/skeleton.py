@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from layerprobe.backbones.layout import is_linear
 from layerprobe.backbones.load import random_model
 from layerprobe.backbones.pretrained import architecture_of
 from layerprobe.backbones.resolve import resolve_model
@@ -57,10 +58,7 @@ def model_names(name: str, *, revision: str | None, offline: bool) -> dict[str, 
     head = model.get_output_embeddings()
     return {
         "sizes": {key: p.numel() for key, p in model.named_parameters()},
-        # nn.Linear, and the transposed Conv1D of GPT-2
-        "linear": frozenset(
-            key for key, m in model.named_modules() if isinstance(m, nn.Linear) or hasattr(m, "nf")
-        ),
+        "linear": frozenset(key for key, m in model.named_modules() if is_linear(m)),
         "n_layers": int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0),
         "head": next((key for key, m in model.named_modules() if m is head), None)
         if head is not None

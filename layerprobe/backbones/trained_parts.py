@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerprobe.backbones.resolve import ModelSource, inside
-from layerprobe.errors import BrokenFileError
+from layerprobe.errors import BrokenFileError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,8 +38,9 @@ def put_into(model: nn.Module, source: ModelSource) -> None:
         try:
             put(model, tensors, run)
         except (KeyError, AttributeError, RuntimeError) as error:
-            what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BrokenFileError(f"{path} does not fit {type(model).__name__}: {what}") from error
+            raise BrokenFileError(
+                f"{path} does not fit {type(model).__name__}: {first_line(error)}"
+            ) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

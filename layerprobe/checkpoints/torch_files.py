@@ -11,7 +11,8 @@ import numpy as np
 
 from layerprobe.checkpoints.safetensors import RAW_DTYPES, StoredTensor
 from layerprobe.checkpoints.states import choose_state, safe_shape
-from layerprobe.errors import BrokenFileError
+from layerprobe.errors import BrokenFileError, first_line
+from layerprobe.files import dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +45,11 @@ def read_torch(file: Path, state_name: str | None = None) -> tuple[list[StoredTe
             # Files older than torch 1.6 are no zip archive and cannot be mapped.
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        first = str(error).splitlines()[0]
         raise BrokenFileError(
-            f"cannot read {file}: {first} (only tensors are loaded, never pickled code)"
+            f"cannot read {file}: {first_line(error)} (only tensors are loaded, never pickled code)"
         ) from error
     except Exception as error:  # whatever the reader meets in a damaged file is the file's fault
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BrokenFileError(f"cannot read {file}: {first}") from error
+        raise BrokenFileError(f"cannot read {file}: {first_line(error)}") from error
     state = choose_state(loaded, state_name, file)
     seen: dict[tuple[Any, ...], str] = {}
     tensors = [_stored(file, name, tensor, seen) for name, tensor in state.tensors]
@@ -60,7 +59,7 @@ def read_torch(file: Path, state_name: str | None = None) -> tuple[list[StoredTe
 
 
 def _stored(file: Path, name: str, tensor: Tensor, seen: dict[tuple[Any, ...], str]) -> StoredTensor:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     made = StoredTensor(
         name=name,
         dtype=dtype,

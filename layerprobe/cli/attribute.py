@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
@@ -29,9 +30,9 @@ def attribute(
         "integrated_gradients.",
     ),
     head: str = option(
-        "probe", "Whose prediction: a linear probe's, or the model's own classifier's.", choices=options.HEADS
+        "probe", "Whose prediction: a linear probe's, or the model's own classifier's.", choices=choices.HEADS
     ),
-    split: str = option("test", "Images to explain.", choices=options.SPLITS),
+    split: str = option("test", "Images to explain.", choices=choices.SPLITS),
     images: int = option(128, "How many images to explain.", min=2),
     maps: int = option(6, "Patch-level maps of the first images.", min=0),
     tolerance: float = option(0.02, "Largest completeness error of path methods, a share."),
@@ -46,12 +47,12 @@ def attribute(
 
     Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
-    from layerprobe.analyzers.attribution import check_methods, check_sizes
+    from layerprobe.analyzers.attribution_choices import check_methods, check_sizes
 
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
     out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})

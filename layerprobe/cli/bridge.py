@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.memory import check_plan, count_images, training_facts
@@ -39,7 +40,7 @@ class BridgeOptions(options.TrainingOptions):
     save: str = option(
         "full",
         "Keep whole models, or what was trained and the name of its base.",
-        choices=("full", "trained"),
+        choices=choices.SAVES,
     )
     shard: bool = option(
         False, "Spread the model over the processes of a launch while it is read (FSDP).", "--shard"
@@ -88,12 +89,12 @@ def bridge(
         f"{length} of {config.random_classes} random labels, {backbone.model} on images of {task.task}; "
         + ("everything trains" if plan is None else f"what {plan} trains")
     )
-    check_folder(out.folder, config)
     backbone = replace(backbone, device=own_device(backbone.device))
+    seen = backbone.meta_backbone(task, out, plan=freeze_plan)
+    check_folder(out.folder, config)
     from layerprobe.training.loop import tracker_options
 
     tracker_options(config.trackers, out.folder)
-    seen = backbone.sketch(task)
     check_plan(freeze_plan, seen)
     if out.dry_run:
         facts = training_facts(

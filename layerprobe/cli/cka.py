@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
@@ -31,8 +32,8 @@ def cka(
         "-b",
     ),
     revision_b: str | None = option(None, "Revision of --model-b."),
-    init_b: str | None = option(None, "Weights of the other backbone.", choices=options.INITS),
-    split: str = option("test", "Which images.", choices=options.SPLITS),
+    init_b: str | None = option(None, "Weights of the other backbone.", choices=choices.INITS),
+    split: str = option("test", "Which images.", choices=choices.SPLITS),
     permutations: int = option(1000, "At least this many shuffles of the images.", min=1),
     intervals: bool = option(False, "Write values and 95 % intervals into the heat map.", "--intervals"),
     cache_dir: options.CacheDir = None,
@@ -48,14 +49,17 @@ def cka(
     other = None
     if model_b is not None or init_b is not None:
         other = replace(
-            backbone, model=model_b or backbone.model, revision=revision_b, init=init_b or "pretrained"
+            backbone,
+            model=model_b or backbone.model,
+            revision=revision_b if model_b or revision_b else backbone.revision,
+            init=init_b or "pretrained",
         )
     with_whom = "one another" if other is None else f"those of {other.model} ({other.init})"
     out.start(f"layers of {backbone.model} against {with_whom}, {split} images of {task.task}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     layers.pick(seen, model=backbone.model)
     if other is not None:
-        layers.pick(other.sketch(task), model=other.model)
+        layers.pick(other.meta_backbone(task, out), model=other.model)
     if out.dry_run:
         counts = {name: n for name, n in count_images(task, out).items() if name == split}
         facts = forward_facts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
@@ -22,8 +23,8 @@ def features(
     task: options.TaskOptions,
     layers: options.LayerOptions,
     out: Output,
-    split: str = option("all", "Which images.", choices=(*options.SPLITS, "all")),
-    store_dtype: str = option("float32", "On disk.", choices=options.DTYPES),
+    split: str = option("all", "Which images.", choices=(*choices.SPLITS, "all")),
+    store_dtype: str = option("float32", "On disk.", choices=choices.DTYPES),
     tokens: bool = option(
         False, "Keep every token instead of pooling; --dry-run tells the size.", "--tokens"
     ),
@@ -38,13 +39,13 @@ def features(
 
     Example: layerprobe features minilm --task digits
     """
-    from layerprobe.hooks.store_records import check_export
-
     if export is not None:
+        from layerprobe.hooks.store_records import check_export
+
         check_export(export)
     what = "every layer" if layers.blocks == "all" else f"blocks {layers.blocks}"
     out.start(f"{what} of {backbone.model} on {split} images of {task.task}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     n_layers = len(layers.pick(seen, model=backbone.model))
     if out.dry_run:
         loaded = task.load(out)
@@ -61,8 +62,7 @@ def features(
         return
 
     with copies(workers):
-        from layerprobe.analyzers.feature_table import FeatureTable
-        from layerprobe.analyzers.features import TOKENS, extract_features
+        from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
         is_first = process_number() == 0
         images = task.load(out)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.options import option
@@ -90,7 +91,7 @@ class SearchOptions:
     )
     lrs: str | None = _training("Learning rates to choose from, per plan; default: found by the pilot.")
     head: str | None = _training(
-        "Start of the head", default=defaults.DEFAULT_HEAD, choices=("probe", "random")
+        "Start of the head", default=defaults.DEFAULT_HEAD, choices=choices.HEAD_STARTS
     )
     head_lr: float | None = _training("Multiple of the rate for the head", default=defaults.DEFAULT_HEAD_LR)
     bridge_steps: int | None = _training(
@@ -108,7 +109,7 @@ class SearchOptions:
     precision: str | None = _training(
         "bfloat16: autocast over float32 weights",
         default=defaults.DEFAULT_PRECISION,
-        choices=options.PRECISIONS,
+        choices=choices.PRECISIONS,
     )
     min_frozen: int | None = _limits("At least so many frozen blocks.", min=0)
     max_trainable_params: int | None = _limits("In the blocks.", min=0)
@@ -169,11 +170,11 @@ def freeze_search(
         stem=backbone.stem or "pca",
         patch_size=backbone.patch_size or usual.get("patch_size"),
     )
+    seen = backbone.meta_backbone(task, out)
     from layerprobe.search.estimate import check_search, search_facts
     from layerprobe.search.evaluator import search_space
     from layerprobe.search.workers import processes_on
 
-    seen = backbone.sketch(task)
     given |= settings.blocks(seen.n_blocks, model=seen.name)
     processes = settings.workers or processes_on(seen)
     if out.dry_run:

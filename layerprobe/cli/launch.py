@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerprobe.cli.options import name_list, option
 from layerprobe.cli.output import Output, print_body
-from layerprobe.errors import NotAvailableError, UsageError
+from layerprobe.errors import NotAvailableError, UsageError, first_line
 
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
@@ -134,5 +134,4 @@ def _submit(cluster: str, out: Output, count: int, asked: str | None, arguments:
         executor.update_parameters(**chosen)
         return [executor.submit(Command(arguments)) for _ in range(count)]
     except Exception as error:  # a parameter that is not known, or what sbatch says
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"the job was not submitted: {line}") from error
+        raise UsageError(f"the job was not submitted: {first_line(error)}") from error

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from layerprobe.files import dtype_name
 from layerprobe.locks import n_processes
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def forward_facts(
         "width": seen.hidden_size,
         "parameters": f"{seen.n_parameters:,}",
         "device": str(seen.run_device),
-        "dtype": str(seen.dtype).removeprefix("torch."),
+        "dtype": dtype_name(seen.dtype),
         "weights": bytes_text(seen.weights_bytes // (n_processes() if shard else 1)),
         "tokens an image": seen.tokens_in_words,
         "activations": f"about {bytes_text(needed.activations)} for {batch_size} images of {seen.tokens} tokens",

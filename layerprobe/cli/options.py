@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 from typer import Argument, CallbackParam, Option
 
+from layerprobe import choices
 from layerprobe.cli.output import Output
 from layerprobe.cli.settings import option_name, use_config
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
@@ -22,6 +23,7 @@ from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
     from layerprobe.layers import LayerRef
+    from layerprobe.plans import FreezePlan
     from layerprobe.tasks.task import Task
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -78,16 +80,6 @@ TrustRemoteCode = Annotated[
 ]
 Quiet = Annotated[bool, common("--quiet", "-q", help="No progress and no remarks.")]
 
-INITS = ("pretrained", "random", "shuffled", "matched", "matched-reset")
-STEMS = ("random", "pca")
-ATTENTIONS = ("causal", "bidirectional")
-POOLINGS = ("mean", "last", "cls")
-DTYPES = ("float32", "bfloat16", "float16")
-PRECISIONS = ("float32", "bfloat16")
-HEADS = ("probe", "own")
-SPLITS = ("train", "validation", "test")
-"""The words of the library, written out so that nothing heavy is imported for a help text; a test compares them."""
-
 FIRST = ("model", "task")
 """Options that lead the help of a command, before its own."""
 
@@ -99,21 +91,25 @@ class BackboneOptions:
     model: Model
     revision: Revision = None
     init: str = option(
-        "pretrained", "Weights: the published ones, or a control of the same architecture.", choices=INITS
+        "pretrained",
+        "Weights: the published ones, or a control of the same architecture.",
+        choices=choices.INITS,
     )
-    stem: str = option("random", "How a language model's image stem starts.", choices=STEMS)
+    stem: str = option("random", "How a language model's image stem starts.", choices=choices.STEMS)
     patch_size: int | None = option(None, "Pixels per side of a patch; default: about 64 patches.", min=1)
     image_size: int | None = option(
         None, "Pixels per side; default: the model's own, or the task's for language.", min=1
     )
-    attention: str | None = option(None, "Default: as the model was pretrained.", choices=ATTENTIONS)
-    pooling: str | None = option(None, "How tokens become one vector; default: mean.", choices=POOLINGS)
+    attention: str | None = option(None, "Default: as the model was pretrained.", choices=choices.ATTENTIONS)
+    pooling: str | None = option(
+        None, "How tokens become one vector; default: mean.", choices=choices.POOLINGS
+    )
     seed: Seed = 0
     self_check: bool = common_option(
         True, "Check on two images that the model does what features rest on.", "--self-check/--no-self-check"
     )
     device: str | None = common_option(None, "cpu, cuda, cuda:1, mps; default: the best one here.")
-    dtype: str | None = common_option(None, "Of the computation; default: float32.", choices=DTYPES)
+    dtype: str | None = common_option(None, "Of the computation; default: float32.", choices=choices.DTYPES)
     threads: int | None = common_option(
         None, "Threads of the computation; default: all cores, one for models below 1 M parameters.", min=1
     )
@@ -130,13 +126,16 @@ class BackboneOptions:
         choose_threads(threads, loaded.n_parameters)
         return loaded
 
-    def sketch(self, task: TaskOptions) -> Backbone:
-        """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
+    def meta_backbone(
+        self, task: TaskOptions, out: Output, *, blocks: str = "all", plan: FreezePlan | None = None
+    ) -> Backbone:
+        """The backbone before images and weights are read; refuses what `load` would."""
+        from layerprobe.cli.mistakes import refuse_mistakes
+
+        side, certain = refuse_mistakes(self, task, dry_run=out.dry_run, blocks=blocks, plan=plan)
         from layerprobe.backbones.backbone import MIXED_SIZE
         from layerprobe.backbones.load import load_for_dry_run
-        from layerprobe.tasks.load import peek_image_size
 
-        side, certain = peek_image_size(task.task, data_dir=task.data_dir)
         chosen = asdict(self)
         del chosen["seed"], chosen["threads"]
         return load_for_dry_run(
@@ -251,10 +250,10 @@ class TrainingOptions:
     random_labels: str = option(
         "hash",
         "hash of the image's id, or complementary: never the true class, a leak.",
-        choices=("hash", "complementary"),
+        choices=choices.RANDOM_LABELS,
     )
-    augment: str = option("weak", "weak: shift by a pixel, mirror.", choices=("weak", "none"))
-    precision: str = option("float32", "bfloat16: autocast over float32 weights.", choices=PRECISIONS)
+    augment: str = option("weak", "weak: shift by a pixel, mirror.", choices=choices.AUGMENTATIONS)
+    precision: str = option("float32", "bfloat16: autocast over float32 weights.", choices=choices.PRECISIONS)
 
 
 def option_group(

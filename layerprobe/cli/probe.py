@@ -60,10 +60,10 @@ def probe(
         f"a linear classifier on every layer of {backbone.model} for {task.task}; "
         f"controls: {', '.join(['chance', *asked])}"
     )
-    from layerprobe.metrics.probing.logistic import C_GRID, check_grid
+    from layerprobe.metrics.validation import C_GRID, check_grid
 
     grid = check_grid(C_GRID if given is None else given)
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     layers.pick(seen, model=backbone.model)
     random = "random" in asked and backbone.init != "random"
     if out.dry_run:

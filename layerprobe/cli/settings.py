@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from typer import CallbackParam, Context
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
-from layerprobe.reading import is_there, read_file
+from layerprobe.files import read_yaml, write_text
+from layerprobe.reading import is_there
 
 SETTINGS_FILE = "settings.yaml"
 MAX_BYTES = 1 << 20
@@ -51,7 +52,6 @@ class Call:
         """Keep the settings in `folder`, so that `--config` repeats the run."""
         import yaml
 
-        from layerprobe.files import write_text
         from layerprobe.provenance import without_secrets
 
         path = folder / SETTINGS_FILE
@@ -124,15 +124,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     BrokenFileError
         It is no YAML of option names with values.
     """
-    import yaml
-
     if not is_there(path):
         raise UsageError(f"there is no file of settings {path}; every run folder holds a {SETTINGS_FILE}")
-    text = read_file(path, what="file of settings", max_bytes=MAX_BYTES)
-    try:
-        found = yaml.safe_load(text.decode())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BrokenFileError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    found = read_yaml(path, what="file of settings", max_bytes=MAX_BYTES)
     values = found.values() if isinstance(found, dict) else [{}]
     if not all(isinstance(one, (str, int, float, bool, list, type(None))) for one in values):
         raise BrokenFileError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from layerprobe import choices
 from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
@@ -28,7 +29,7 @@ def transfer(
     batches: int = option(8, "Gradient batches.", min=3),
     batch_size: options.BatchSize = 32,
     head: str = option(
-        "probe", "Gradients of what: a probe, or the model's own classifier.", choices=options.HEADS
+        "probe", "Gradients of what: a probe, or the model's own classifier.", choices=choices.HEADS
     ),
     cache_dir: options.CacheDir = None,
 ) -> None:
@@ -40,7 +41,7 @@ def transfer(
     Example: layerprobe transfer minilm --task digits --limit 300
     """
     out.start(f"{' and '.join(FAMILIES[family])} scores of every layer of {backbone.model} on {task.task}")
-    seen = backbone.sketch(task)
+    seen = backbone.meta_backbone(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "families": " and ".join(FAMILIES[family])})

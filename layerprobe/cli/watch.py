@@ -17,7 +17,7 @@ from layerprobe.progress import duration
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from layerprobe.search.look import Look
+    from layerprobe.search.status import SearchStatus
 
 HALF = 10
 """Characters of a bar on either side of zero."""
@@ -42,11 +42,11 @@ def watch(
     """
     if (run is None) == (storage is None):
         raise UsageError("name the folder of a search, or its database with --storage")
-    from layerprobe.search.look import find_storage, look
+    from layerprobe.search.status import find_storage, search_status
 
     place = storage if run is None else find_storage(run)
     assert place is not None
-    found = look(place)
+    found = search_status(place)
     if as_json:
         print_body("watch", {"run": None if run is None else str(run)}, facts(found, run))
     elif once or not sys.stdout.isatty():
@@ -59,19 +59,19 @@ def follow(place: str, run: Path | None, every: float) -> None:
     """Look again and again, until the search is done or the user has seen enough."""
     from rich.live import Live
 
-    from layerprobe.search.look import look
+    from layerprobe.search.status import search_status
 
     try:
-        with Live(screen(look(place), run), refresh_per_second=4) as live:
+        with Live(screen(search_status(place), run), refresh_per_second=4) as live:
             while not finished(run):
                 time.sleep(every)
-                live.update(screen(look(place), run))
+                live.update(screen(search_status(place), run))
     except KeyboardInterrupt:
         sys.stderr.write("stopped watching; the search goes on\n")
 
 
-def screen(found: Look, run: Path | None) -> RenderableType:
-    """The look in colours: trained blocks green, gains that may be none dim."""
+def screen(found: SearchStatus, run: Path | None) -> RenderableType:
+    """The status in colours: trained blocks green, gains that may be none dim."""
     from rich.text import Text
 
     text = Text("\n".join(head(found, run)), style="bold")
@@ -84,7 +84,7 @@ def screen(found: Look, run: Path | None) -> RenderableType:
     return text
 
 
-def head(found: Look, run: Path | None) -> list[str]:
+def head(found: SearchStatus, run: Path | None) -> list[str]:
     """How the search stands, a fact a line; at most 80 columns where names are of usual length."""
     from layerprobe.search.space import marks
 
@@ -115,7 +115,7 @@ def head(found: Look, run: Path | None) -> list[str]:
     return lines
 
 
-def bars(found: Look) -> list[str]:
+def bars(found: SearchStatus) -> list[str]:
     """What training each block adds: number, 95 % interval and bar."""
     if not found.gains:
         return []
@@ -132,15 +132,15 @@ def bars(found: Look) -> list[str]:
     return lines
 
 
-def _unit_names(found: Look) -> list[str]:
+def _unit_names(found: SearchStatus) -> list[str]:
     """`3` for a block, `3.attention` and `3.mlp` for its halves."""
     space = found.space
     parts = [f".{part}" for part in space.parts] or [""]
     return [f"{block}{part}" for block in range(space.n_blocks) for part in parts][: len(found.gains)]
 
 
-def facts(found: Look, run: Path | None) -> dict[str, Any]:
-    """The look as JSON."""
+def facts(found: SearchStatus, run: Path | None) -> dict[str, Any]:
+    """The status as JSON."""
     return {
         "model": found.arguments["model"],
         "task": found.arguments["task"],

@@ -5,12 +5,11 @@ The names below are bound on first use; each is documented where it is defined.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from layerprobe.lazy import lazy_names
 
 _MODULES = {
     "intervals": (
-        "Estimate Interval MeanInterval PairedDifference PairedSeeds bootstrap_interval mean_interval "
+        "Estimate Interval bootstrap_interval mean_interval "
         "paired_bootstrap paired_seed_interval wilson_interval"
     ),
     "outliers": "OutlierRules TensorOutliers merge_outliers",
@@ -18,13 +17,14 @@ _MODULES = {
     "outliers.summary": "outlier_statistics outlier_ratio",
     "probing.curves": "online_code_length few_shot_curve control_labels control_probe",
     "probing.knn_ridge": "knn_predict select_knn ridge_sweep select_ridge",
-    "probing.logistic": "C_GRID LogisticProbe ProbeResult fit_logistic_path select_probe",
+    "probing.logistic": "LogisticProbe ProbeResult fit_logistic_path select_probe",
     "similarity.all_pairs": "MinibatchCKA pairwise_cka",
     "similarity.measures": (
         "rsa mutual_knn pwcca svcca procrustes_distance debiased_rbf_cka linear_cka "
         "debiased_linear_cka debiased_hsic BiasedEstimateWarning"
     ),
     "similarity.permutation": "permutation_null",
+    "validation": "C_GRID",
     "transferability.scores": (
         "gbc h_score half_sample_errors logme loo_knn loo_ridge neural_collapse readable_scores transrate"
     ),
@@ -32,15 +32,4 @@ _MODULES = {
 _PUBLIC = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = sorted(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'layerprobe.metrics' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"layerprobe.metrics.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

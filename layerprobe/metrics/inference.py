@@ -1,8 +1,10 @@
-"""Inference for trainings that were repeated over seeds: pooled noise, block effects, equivalence, power.
+"""Inference for trainings that were repeated over seeds: pooled noise, equivalence, power.
 
 Accuracies of several arms (freeze plans, initialisations, learning rates) on common seeds follow
-y[arm, seed] = arm + seed + noise. The noise is pooled over all arms, so that a few seeds give many degrees of
-freedom; the seed effect cancels in differences. The sampling of the test images is a second source of error.
+y[arm, seed] = arm + seed + noise. The noise is pooled over the arms, so that a few seeds give more degrees of
+freedom; the seed effect cancels in differences. Where a pair of arms varies more than the pool, its own variance
+counts: arms need not be equally noisy (a frozen network hardly varies). The sampling of the test images is a second
+source of error.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from scipy import optimize, stats
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
 
+TAIL = 0.975
+"""All intervals here are those of 95 %, two-sided."""
+
 
 @dataclass(frozen=True)
 class PooledArms:
@@ -29,7 +34,7 @@ class PooledArms:
     values : Mapping[str, Mapping[int, float]]
         Arm → seed → accuracy in [0, 1]. Arms may miss seeds; a value that is not finite is left out.
     n_images : int | None
-        Test images that each accuracy rests on; None leaves their sampling out of all intervals.
+        Test images that each accuracy rests on, ≥ 2; None leaves their sampling out of all intervals.
     correct : Mapping[str, ArrayLike] | None
         Arm → n_images means over seeds of "classified right", for the sampling error of differences. Without
         it the images of two arms are taken for independent, which is too cautious.
@@ -37,7 +42,7 @@ class PooledArms:
     Raises
     ------
     UsageError
-        No arm has a value, or no arm has two: then there is nothing to estimate the noise from.
+        No arm has a value, or no arm has two: then there is nothing to estimate the noise from. One test image.
     """
 
     values: Mapping[str, Mapping[int, float]]
@@ -45,6 +50,8 @@ class PooledArms:
     correct: Mapping[str, ArrayLike] | None = None
 
     def __post_init__(self) -> None:
+        if self.n_images == 1:
+            raise UsageError("one test image says nothing about others; give two or more")
         if self.freedom < 1:
             raise UsageError(
                 "the noise between seeds needs two arms with two common seeds, or one arm with two"
@@ -95,14 +102,16 @@ class PooledArms:
         """Standard deviation of one training around its arm and seed effects."""
         return math.sqrt(self._fit[3] / self.freedom)
 
-    def difference(self, arm: str, versus: str, confidence: float = 0.95) -> Estimate:
-        """Difference of two arms' expected accuracies, with pooled noise and the sampling of images.
+    def difference(self, arm: str, versus: str) -> Estimate:
+        """Difference of two arms' expected accuracies, from seeds and the sampling of images.
+
+        The variance over seeds is the pooled one, or that of this pair's own differences where it is larger.
 
         Returns
         -------
         Estimate
             In [−1, 1]; `pvalue` is two-sided, `probability` that `arm` is better. Undefined, with a reason,
-            where an arm has no value.
+            where an arm has no value, or where no chain of common seeds joins the two.
         """
         for name in (arm, versus):
             if name not in self.arms:
@@ -111,14 +120,19 @@ class PooledArms:
         contrast[self.arms.index(arm)] += 1.0
         contrast[self.arms.index(versus)] -= 1.0
         coefficients, inverse, _, _ = self._fit
+        if not np.allclose(self._design.T @ self._design @ inverse @ contrast, contrast, atol=1e-8):
+            return Estimate(value=None, n=0, reason=f"'{arm}' and '{versus}' have no seeds in common")
         value = float(contrast @ coefficients)
-        parts = [(self.noise**2 * float(contrast @ inverse @ contrast), float(self.freedom))]
+        gaps = self._gaps(arm, versus)
+        n = len(gaps)
+        own = float(np.var(gaps, ddof=1)) / n if n > 1 else 0.0
+        pooled = self.noise**2 * float(contrast @ inverse @ contrast)
+        parts = [(max(pooled, own), float(self.freedom))]
         if self.n_images:
-            parts.append((self._image_variance(arm, versus), self.n_images - 1.0))
-        n = len(self.values[arm].keys() & self.values[versus].keys())
-        return t_estimate(value, parts, n=n, confidence=confidence, bounds=(-1.0, 1.0))
+            parts.append((self.image_variance(arm, versus), self.n_images - 1.0))
+        return t_estimate(value, parts, n=n, bounds=(-1.0, 1.0))
 
-    def mean(self, arm: str, confidence: float = 0.95) -> Estimate:
+    def mean(self, arm: str) -> Estimate:
         """Mean accuracy of an arm; the interval holds seeds and images, stays in [0, 1] and has a width.
 
         Wilson's interval, with the number of images that would give the total variance, and a t quantile.
@@ -130,16 +144,10 @@ class PooledArms:
         images = self.n_images or 10**9
         smooth = (value * images + 2.0) / (images + 4.0)
         spread = smooth * (1.0 - smooth)
-        n_seeds = len({seed for _, seed, _ in self._cells})
-        common = max(0.0, self._seed_variance - self.noise**2) / len(found)
-        parts = [
-            (self.noise**2 / len(found), self.freedom),
-            (common, max(1, n_seeds - 1)),
-            (spread / images, max(1, images - 1)),
-        ]
+        parts = [*self._mean_over_seeds(arm), (spread / images, images - 1.0)]
         total = sum(variance for variance, _ in parts)
-        freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts)
-        quantile = float(stats.t.ppf(0.5 + confidence / 2, freedom))
+        freedom = total**2 / sum(variance**2 / degrees for variance, degrees in parts if variance > 0)
+        quantile = float(stats.t.ppf(TAIL, freedom))
         size = spread / total
         centre = (value + quantile**2 / (2 * size)) / (1 + quantile**2 / size)
         half = quantile / (1 + quantile**2 / size)
@@ -149,6 +157,50 @@ class PooledArms:
             value=value, low=low, high=high, stderr=math.sqrt(total), n=len(found), freedom=freedom
         )
 
+    def fixed_minus(self, accuracy: float, correct: ArrayLike, arm: str) -> Estimate:
+        """Accuracy of a classifier without seeds minus the expected one of an arm, on the same test images.
+
+        Parameters
+        ----------
+        correct : ArrayLike
+            n_images: whether that classifier is right.
+        """
+        found = [value for name, _, value in self._cells if name == arm]
+        if not found or self.correct is None or arm not in self.correct:
+            return Estimate(value=None, n=0, reason=f"the right images of '{arm}' are not known")
+        gaps = np.asarray(correct, float) - np.asarray(self.correct[arm], float)
+        parts = [*self._mean_over_seeds(arm), (_variance_of_mean(gaps), len(gaps) - 1.0)]
+        return t_estimate(accuracy - float(np.mean(found)), parts, n=len(found), bounds=(-1.0, 1.0))
+
+    def image_variance(self, arm: str, versus: str) -> float:
+        """Variance of a difference that comes from the sampling of the test images alone; no seeds lower it."""
+        if not self.n_images:
+            return 0.0
+        if self.correct is not None and arm in self.correct and versus in self.correct:
+            return _variance_of_mean(
+                np.asarray(self.correct[arm], float) - np.asarray(self.correct[versus], float)
+            )
+        shares = [np.mean([v for name, _, v in self._cells if name == side]) for side in (arm, versus)]
+        return float(sum(share * (1 - share) for share in shares)) / self.n_images
+
+    def _gaps(self, arm: str, versus: str) -> list[float]:
+        """Differences on common seeds."""
+        first, second = (
+            {seed: value for name, seed, value in self._cells if name == one} for one in (arm, versus)
+        )
+        return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+
+    def _mean_over_seeds(self, arm: str) -> list[tuple[float, float]]:
+        """Variance of an arm's mean over seeds and its degrees of freedom: noise, common seed effects, and what
+        the arm's own spread exceeds both by."""
+        found = [value for name, _, value in self._cells if name == arm]
+        n_seeds = len({seed for _, seed, _ in self._cells})
+        noise, common = self.noise**2, max(0.0, self._seed_variance - self.noise**2)
+        own = float(np.var(found, ddof=1)) if len(found) > 1 else 0.0
+        excess = max(0.0, own - noise - common)
+        parts = [(noise, self.freedom), (common, n_seeds - 1), (excess, len(found) - 1)]
+        return [(variance / len(found), max(1.0, degrees)) for variance, degrees in parts]
+
     @cached_property
     def _seed_variance(self) -> float:
         """Variance of one training around its arm, the effect of its seed included."""
@@ -156,13 +208,10 @@ class PooledArms:
         freedom = sum(len(group) - 1 for group in groups)
         return sum(float(np.var(group)) * len(group) for group in groups) / freedom if freedom else 0.0
 
-    def _image_variance(self, arm: str, versus: str) -> float:
-        assert self.n_images is not None
-        if self.correct is not None and arm in self.correct and versus in self.correct:
-            gap = np.asarray(self.correct[arm], float) - np.asarray(self.correct[versus], float)
-            return max(float(gap.var(ddof=1)), 1.0 / len(gap)) / len(gap)
-        shares = [np.mean([v for name, _, v in self._cells if name == side]) for side in (arm, versus)]
-        return float(sum(share * (1 - share) for share in shares)) / self.n_images
+
+def _variance_of_mean(gaps: np.ndarray) -> float:
+    """Of per-image differences, with at least the variance of one image that differs."""
+    return max(float(gaps.var(ddof=1)), 1.0 / len(gaps)) / len(gaps)
 
 
 def t_estimate(
@@ -170,7 +219,6 @@ def t_estimate(
     variances: Sequence[tuple[float, float]],
     *,
     n: int | None = None,
-    confidence: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
     """Estimate with a t interval from independent sources of error.
@@ -192,7 +240,7 @@ def t_estimate(
         return Estimate(value=value, stderr=0.0, n=n, reason=reason)
     freedom = total**2 / sum(variance**2 / degrees for variance, degrees in variances if variance > 0)
     stderr = math.sqrt(total)
-    half = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * stderr
+    half = float(stats.t.ppf(TAIL, freedom)) * stderr
     above = float(stats.t.cdf(value / stderr, freedom))
     return Estimate(
         value=value,
@@ -204,91 +252,6 @@ def t_estimate(
         pvalue=2 * float(stats.t.sf(abs(value) / stderr, freedom)),
         probability=above,
     )
-
-
-def block_effects(
-    masks: Sequence[Sequence[bool]],
-    values: ArrayLike,
-    seeds: Sequence[int],
-    *,
-    confidence: float = 0.95,
-) -> list[Estimate]:
-    """What training a block adds on average over the plans at hand: least squares on block indicators and seeds.
-
-    Parameters
-    ----------
-    masks : Sequence[Sequence[bool]]
-        n plans, L booleans each: which blocks were trained.
-    values : ArrayLike
-        n accuracies.
-    seeds : Sequence[int]
-        n seeds; plans of one seed share its effect.
-
-    Returns
-    -------
-    list[Estimate]
-        One per block, in the unit of `values`. Interactions of blocks count as noise. Undefined for a block
-        that no pair of plans tells apart.
-    """
-    plans, y = np.asarray(masks, dtype=float), np.asarray(values, dtype=float)
-    levels = sorted(set(seeds))
-    by_seed = np.array([[seed == level for level in levels] for seed in seeds], dtype=float)
-    design = np.hstack([by_seed, plans])
-    inverse = np.linalg.pinv(design.T @ design)
-    coefficients = inverse @ design.T @ y
-    freedom = len(y) - int(np.linalg.matrix_rank(design))
-    found = []
-    for block in range(plans.shape[1]):
-        column = len(levels) + block
-        others = np.delete(design, column, axis=1)
-        identified = np.linalg.matrix_rank(others) < np.linalg.matrix_rank(design)
-        if not identified or freedom < 1:
-            why = "no plans differ in this block alone" if not identified else "as many effects as trainings"
-            found.append(Estimate(value=None, n=len(y), reason=why))
-            continue
-        noise = float(((y - design @ coefficients) ** 2).sum()) / freedom
-        variance = noise * float(inverse[column, column])
-        found.append(
-            t_estimate(float(coefficients[column]), [(variance, freedom)], n=len(y), confidence=confidence)
-        )
-    return found
-
-
-def shapley_values(
-    plan_means: Mapping[tuple[bool, ...], float], *, noise: float, freedom: int, n_seeds: int
-) -> list[Estimate]:
-    """Shapley value of every block for the accuracy of a plan, from a table of all plans.
-
-    Parameters
-    ----------
-    plan_means : Mapping[tuple[bool, ...], float]
-        All 2^L masks → mean accuracy over seeds.
-    noise : float
-        Standard deviation of one training; `freedom` its degrees of freedom, `n_seeds` trainings a mean.
-
-    Returns
-    -------
-    list[Estimate]
-        One per block; together they sum to the accuracy of all blocks less that of none.
-
-    References
-    ----------
-    Shapley, A value for n-person games, 1953.
-    """
-    n_blocks = len(next(iter(plan_means)))
-    if len(plan_means) != 1 << n_blocks:
-        raise UsageError(f"Shapley values need all {1 << n_blocks} plans, got {len(plan_means)}")
-    found = []
-    for block in range(n_blocks):
-        weights = {
-            mask: (1 if mask[block] else -1)
-            / (n_blocks * math.comb(n_blocks - 1, sum(mask) - (1 if mask[block] else 0)))
-            for mask in plan_means
-        }
-        value = sum(weight * plan_means[mask] for mask, weight in weights.items())
-        variance = noise**2 / n_seeds * sum(weight**2 for weight in weights.values())
-        found.append(t_estimate(value, [(variance, freedom)], n=n_seeds))
-    return found
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -320,45 +283,66 @@ def equivalence_pvalue(difference: Estimate, margin: float) -> float:
     return max(below, above)
 
 
-def detectable_difference(
-    noise: float, n_seeds: int, freedom: float, *, power: float = 0.8, confidence: float = 0.95
-) -> float:
-    """The difference of two arms that a comparison over `n_seeds` common seeds finds with probability `power`.
+def detectable_difference(stderr: float, freedom: float, *, claims: int = 1, power: float = 0.8) -> float:
+    """The difference that a two-sided test at 5 % finds with probability `power`.
 
     Parameters
     ----------
-    noise : float
-        Standard deviation of one training around its arm and seed effects.
+    stderr : float
+        Standard error of the difference, of every source that the test counts.
     freedom : float
-        Degrees of freedom of the pooled noise at the end.
+        Its degrees of freedom.
+    claims : int
+        Differences that are tested together: the level is divided by their number, as Holm's first step does.
 
     Returns
     -------
     float
-        In the unit of `noise`; inf where there are no degrees of freedom.
+        In the unit of `stderr`; inf where there are no degrees of freedom.
 
     Examples
     --------
-    >>> round(detectable_difference(1.0, 3, 2), 1), round(detectable_difference(1.0, 5, 28), 1)
-    (4.6, 1.8)
+    >>> noise = 1.0  # of one training, in points; three paired seeds, and five pooled over eight arms
+    >>> round(detectable_difference(noise * (2 / 3) ** 0.5, 2), 1)
+    4.6
+    >>> round(detectable_difference(noise * (2 / 5) ** 0.5, 28), 1)
+    1.8
     """
-    if freedom < 1 or n_seeds < 1:
+    if freedom < 1:
         return math.inf
-    critical = float(stats.t.ppf(0.5 + confidence / 2, freedom))
+    critical = float(stats.t.ppf(1 - 0.025 / claims, freedom))
 
     def lacking(shift: float) -> float:
         return float(stats.nct.sf(critical, freedom, shift)) - power
 
-    shift = float(optimize.brentq(lacking, 0.0, 10 * critical + 10))
-    return shift * noise * math.sqrt(2.0 / n_seeds)
+    return stderr * float(optimize.brentq(lacking, 0.0, 10 * critical + 10))
 
 
-def seeds_needed(
-    noise: float, half_width: float, *, arms: int, confidence: float = 0.95, most: int = 100
-) -> int:
-    """Common seeds after which the interval of a difference has at most this half-width; `most` at the most."""
-    for n_seeds in range(2, most + 1):
-        freedom = (arms - 1) * (n_seeds - 1)
-        if float(stats.t.ppf(0.5 + confidence / 2, freedom)) * noise * math.sqrt(2.0 / n_seeds) <= half_width:
-            return n_seeds
-    return most
+def detectable_with(n_seeds: int, *, noise: float, image_stderr: float = 0.0, arms: int = 3) -> float:
+    """The difference between two of `arms` that a report over `n_seeds` common seeds finds in 8 of 10 cases.
+
+    Parameters
+    ----------
+    noise : float
+        Standard deviation of one training around its arm and seed.
+    image_stderr : float
+        Standard error of a difference that comes from the test images alone.
+    arms : int
+        Number of arms, ≥ 2: all their differences are tested together.
+
+    Returns
+    -------
+    float
+        In the unit of `noise`; inf for one seed.
+
+    Examples
+    --------
+    >>> round(detectable_with(5, noise=1.0), 1), round(detectable_with(5, noise=1.0, image_stderr=1.0), 1)
+    (2.5, 3.9)
+    """
+    if n_seeds < 2:
+        return math.inf
+    seeds = 2 * noise**2 / n_seeds
+    total = seeds + image_stderr**2
+    freedom = (arms - 1) * (n_seeds - 1) * (total / seeds if seeds else math.inf) ** 2
+    return detectable_difference(math.sqrt(total), min(freedom, 1e6), claims=arms * (arms - 1) // 2)

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
-
-MeanInterval = PairedDifference = PairedSeeds = Estimate  # names of earlier releases
 
 
 class Interval(NamedTuple):
@@ -94,7 +92,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     >>> round(mean_interval([1.0, 2.0, 3.0]).high, 3)
     4.484
     """
-    x = _finite_vector(values, "mean_interval", minimum=2)
+    x = _finite_vector(values, "mean_interval")
     _normal_quantile(confidence)
     mean, stderr = float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x)))
     half = float(special.stdtrit(len(x) - 1, 0.5 + confidence / 2)) * stderr
@@ -240,22 +238,20 @@ def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
     mean = mean_interval(difference, confidence)
     assert mean.value is not None and mean.stderr is not None
     if mean.stderr > 0:
-        probability = float(stats.t.cdf(mean.value / mean.stderr, len(difference) - 1))
+        probability = float(special.stdtr(len(difference) - 1, mean.value / mean.stderr))
     else:
         probability = 0.5 + 0.5 * float(np.sign(mean.value))
     return dataclasses.replace(mean, probability=probability)
 
 
-def interval_in_words(
-    low: float, high: float, *, scale: float = 100.0, digits: int = 1, sign: bool = False
-) -> str:
-    """The ends of an interval as text; shares become percent by the default scale.
+def interval_in_words(low: float, high: float, *, sign: bool = False) -> str:
+    """The ends of an interval of shares as text, in percent.
 
     >>> interval_in_words(-0.001, 0.007, sign=True)
     '-0.1 to +0.7'
     """
-    form = f"{'+' if sign else ''}z.{digits}f"  # z: no minus before a zero
-    return f"{scale * low:{form}} to {scale * high:{form}}"
+    form = f"{'+' if sign else ''}z.1f"  # z: no minus before a zero
+    return f"{100 * low:{form}} to {100 * high:{form}}"
 
 
 def _normal_quantile(confidence: float) -> float:
@@ -274,17 +270,17 @@ def _percentiles(found: np.ndarray, confidence: float) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _finite_vector(values: ArrayLike, name: str, *, minimum: int) -> np.ndarray:
+def _finite_vector(values: ArrayLike, name: str) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or len(x) < minimum:
-        raise UsageError(f"{name} needs a vector of at least {minimum} values, got shape {x.shape}")
+    if x.ndim != 1 or len(x) < 2:
+        raise UsageError(f"{name} needs a vector of at least 2 values, got shape {x.shape}")
     if not np.isfinite(x).all():
         raise UsageError(f"{name} got {int((~np.isfinite(x)).sum())} non-finite of {len(x)} values")
     return x
 
 
 def _paired(a: ArrayLike, b: ArrayLike, name: str) -> np.ndarray:
-    x, y = _finite_vector(a, name, minimum=2), _finite_vector(b, name, minimum=2)
+    x, y = _finite_vector(a, name), _finite_vector(b, name)
     if len(x) != len(y):
         raise UsageError(f"{name} pairs values one by one: a has {len(x)}, b has {len(y)}")
     return x - y

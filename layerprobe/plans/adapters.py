@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
-from layerprobe.errors import NotAvailableError, PlanError
+from layerprobe.errors import NotAvailableError, PlanError, first_line
 from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.plans.plan import PlanData, few
 
@@ -79,8 +79,7 @@ def add_adapters(plan: PlanData, model: nn.Module, prefix: str, *, seed: int) ->
         remove_adapters(model)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PlanError(f"PEFT cannot place the plan's adapters: {line}") from error
+        raise PlanError(f"PEFT cannot place the plan's adapters: {first_line(error)}") from error
 
 
 def remove_adapters(model: nn.Module, *, merge: bool = False) -> tuple[str, ...]:

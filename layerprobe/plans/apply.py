@@ -6,18 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from layerprobe.errors import PlanError
+from layerprobe.errors import PlanError, first_line
+from layerprobe.files import dtype_name
 from layerprobe.plans.adapters import add_adapters, present_ranks, refuse_other_adapters
 from layerprobe.plans.match import match_parameters
 from layerprobe.plans.names import adapter_part, is_original
 from layerprobe.plans.plan import FROZEN, TRAINABLE, PlanData, few
 from layerprobe.plans.verify import (
-    Memory,
+    AppliedState,
     adapter_digests,
-    dtype_in_words,
+    applied_states,
     effect_of,
     named_parameters,
-    remembered,
     take_fingerprint,
 )
 
@@ -124,7 +124,7 @@ def apply_plan(
     if before is not None:
         dtypes = {name: str(every[full].dtype) for full, name in ours.items()}
         before.parameters.update(adapter_digests(plan, every, match.prefix))
-        remembered[model] = Memory(effect_of(plan), before, dtypes)
+        applied_states[model] = AppliedState(effect_of(plan), before, dtypes)
     return Applied(
         prefix=match.prefix,
         trainable=sum(name in trained for name in ours.values()),
@@ -157,7 +157,7 @@ def _check_trainable(parameters: Mapping[str, nn.Parameter], every: Mapping[str,
     codes = [n for n, p in parameters.items() if not (p.dtype.is_floating_point or p.dtype.is_complex)]
     if codes:
         raise PlanError(
-            f"{len(codes)} parameters that should be trainable hold {dtype_in_words(parameters[codes[0]])} codes "
+            f"{len(codes)} parameters that should be trainable hold {dtype_name(parameters[codes[0]].dtype)} codes "
             f"(quantised): {few(codes)}; load the model without quantisation, or freeze their blocks. Nothing was "
             "changed"
         )
@@ -178,8 +178,7 @@ def _set_flags(every: Mapping[str, nn.Parameter], flags: Mapping[str, bool]) -> 
         for known, flag in before.items():
             if every[known].requires_grad != flag:
                 every[known].requires_grad_(flag)
-        line = str(error).strip().splitlines()[0]
-        raise PlanError(f"{name} cannot be set: {line}. Nothing was changed") from error
+        raise PlanError(f"{name} cannot be set: {first_line(error)}. Nothing was changed") from error
 
 
 def _outside_states(

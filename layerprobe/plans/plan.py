@@ -16,12 +16,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from layerprobe.errors import PlanError
+from layerprobe.files import dtype_name
 from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.tables import percent
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 SCHEMA = "freeze-plan/v1"
@@ -165,6 +165,13 @@ class PlanData:
     @property
     def n_blocks(self) -> int:
         return len(self.blocks)
+
+    def other_depth(self, n_blocks: int, *, name: str = "this model") -> str:
+        """What to say of a model that has another number of blocks."""
+        return (
+            f"{self.source} was made for {self.n_blocks} blocks ({self.model_id}); {name} has {n_blocks}. "
+            "Make one with: layerprobe freeze-search"
+        )
 
     @property
     def trainable_blocks(self) -> list[int]:
@@ -327,11 +334,6 @@ def derived_counts(
 def parameter_table(module: nn.Module) -> dict[str, tuple[tuple[int, ...], str]]:
     """Parameter name -> (shape, dtype), in the module's order; a tied tensor under its first name alone."""
     return {name: (tuple(p.shape), dtype_name(p.dtype)) for name, p in module.named_parameters()}
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """`float32` for torch.float32, "torch.float32" and "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def model_hash(parameters: ParameterTable) -> str:

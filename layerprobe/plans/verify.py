@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import PlanError
-from layerprobe.files import tensor_digest
+from layerprobe.errors import PlanError, first_line
+from layerprobe.files import dtype_name, tensor_digest
 from layerprobe.plans.match import block_modules, match_parameters
 from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.plans.plan import FROZEN, PlanData, few
@@ -66,7 +66,7 @@ Effect = tuple[str, frozenset[str], str]
 
 
 @dataclass(frozen=True)
-class Memory:
+class AppliedState:
     """The effect of the plan applied last, and the model's digests and dtypes at that moment."""
 
     effect: Effect
@@ -74,7 +74,7 @@ class Memory:
     dtypes: dict[str, str]
 
 
-remembered: weakref.WeakKeyDictionary[nn.Module, Memory] = weakref.WeakKeyDictionary()
+applied_states: weakref.WeakKeyDictionary[nn.Module, AppliedState] = weakref.WeakKeyDictionary()
 """Model -> what `apply` keeps of it; gone when the model is."""
 
 
@@ -136,7 +136,7 @@ def verify_plan(
     PlanError
         a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
     """
-    memory = remembered.get(model)
+    memory = applied_states.get(model)
     if before is None:
         if memory is None or memory.effect != effect_of(plan):
             raise PlanError(
@@ -184,17 +184,18 @@ def _digest(name: str, tensor: Tensor) -> str:
     try:
         return tensor_digest(tensor)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        what = f"{name} ({type(tensor).__name__}, {kind}, {dtype_in_words(tensor)})"
-        raise PlanError(f"{what} cannot be read byte by byte ({line}); apply with remember=False") from error
+        what = f"{name} ({type(tensor).__name__}, {kind}, {dtype_name(tensor.dtype)})"
+        raise PlanError(
+            f"{what} cannot be read byte by byte ({first_line(error)}); apply with remember=False"
+        ) from error
 
 
 def _refuse_cast(model: nn.Module, dtypes: Mapping[str, str], moved: list[str]) -> None:
     """PlanError where what looks like training is a model that was cast after the plan was applied."""
     there = _by_plan_name(model, [name for name in moved if name in dtypes])
     if cast := [name for name, found in there.items() if str(found[0].dtype) != dtypes[name]]:
-        was, is_now = dtypes[cast[0]].removeprefix("torch."), dtype_in_words(there[cast[0]][0])
+        was, is_now = dtype_name(dtypes[cast[0]]), dtype_name(there[cast[0]][0].dtype)
         raise PlanError(
             f"{len(cast)} frozen tensors were {was} when the plan was applied and are {is_now} now ({few(cast)}): "
             "the model was cast in between; cast it first, then apply the plan"
@@ -216,10 +217,6 @@ def _by_plan_name(model: nn.Module, names: Iterable[str]) -> dict[str, list[nn.P
     there = named_parameters(model).items()
     found = {name: [p for full, p in there if f".{full}".endswith(f".{name}")] for name in names}
     return {name: fitting for name, fitting in found.items() if fitting}
-
-
-def dtype_in_words(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def effect_of(plan: PlanData) -> Effect:

@@ -5,7 +5,7 @@ The names below are bound on first use, so that nothing is drawn with before it 
 
 from __future__ import annotations
 
-import importlib
+from layerprobe.lazy import lazy_names
 
 _FUNCTIONS = {
     "bridge": ("plot_bridge_curve", "plot_weight_drift", "plot_accuracy_against"),
@@ -25,16 +25,7 @@ _FUNCTIONS = {
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _FUNCTIONS.items() for name in names}
 
-__all__ = sorted([*_FUNCTIONS, *_MODULE_OF, "style"])
+_FILES = (*_FUNCTIONS, "style")
 
-
-def __getattr__(name: str) -> object:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    if name in __all__:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__ = sorted([*_FILES, *_MODULE_OF])
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF, modules=_FILES)

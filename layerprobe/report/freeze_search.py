@@ -11,41 +11,23 @@ import pandas as pd
 
 from layerprobe.errors import UsageError
 from layerprobe.layers import name_blocks
-from layerprobe.metrics.inference import detectable_difference
+from layerprobe.metrics.inference import detectable_with
 from layerprobe.plans import FreezePlan
 from layerprobe.plotting.search import plot_differences, plot_trials
 from layerprobe.report import page as html
 from layerprobe.report.drawing import drawn
-from layerprobe.report.search_run import SearchRun
+from layerprobe.report.search_run import SearchRun, name_of
+from layerprobe.search.space import REPORT_REPEAT
 from layerprobe.tables import cell_text
 
-ARM_NAMES = {
-    "plan": "best plan found",
-    "all": "all blocks",
-    "none": "no block",
-    "norms": "norms only",
-    "first-5": "first five blocks",
-    "last-5": "last five blocks",
-    "first-half": "first half",
-    "last-half": "last half",
-    "rgn-half": "large gradient-to-weight ratio",
-    "auto-rgn": "all, rates by gradient-to-weight",
-    "greedy": "greedy selection, same budget",
-    "attention": "attention of every block",
-    "mlp": "all but attention",
-    "first-equal": "first, same size as the plan",
-    "last-equal": "last, same size as the plan",
-    "random-equal": "random, same size as the plan",
-    "everywhere-equal": "adapters everywhere, same size",
-    "probe": "probe of frozen features",
-    "pixels": "probe of raw pixels",
-}
 HEADS = {
     "probe": "the head starts from a logistic regression on the frozen features",
     "random": "the head starts from random weights",
 }
 MORE_SEEDS = (3, 5, 8, 12, 20)
 SHOWN_PLANS = 8
+WORTH = 0.85
+"""More seeds are proposed where they make the difference that would be found smaller than this share of today's."""
 
 
 def search_sections(folder: Path) -> tuple[str, list[str]]:
@@ -97,11 +79,6 @@ def _share(plan: FreezePlan) -> str:
     )
 
 
-def name_of(row: Mapping[str, Any]) -> str:
-    """An arm in words."""
-    return ARM_NAMES.get(row["arm"], str(row["arm"]))
-
-
 def main_figure(run: SearchRun, *, name: str = "differences") -> str:
     """How far the other ways of training are from the recommended one."""
     mine = run.recommended
@@ -149,18 +126,19 @@ def _sureness(run: SearchRun) -> str:
     noise, seeds = found["noise"], found["seeds"]
     if not noise:
         return "<p>Too few trainings came through to say how much two trainings of one plan differ.</p>"
-    arms = max(2, sum(row["arm"] not in ("probe", "pixels") for row in run.baselines))
+    judged = len({row["plan"] for row in run.baselines if row["arm"] in ("plan", "all", "none")})
+    images = found.get("image_stderr") or 0.0
     rows: list[list[str]] = []
     mark = None
     for n_seeds in sorted({*MORE_SEEDS, seeds}):
-        finds = detectable_difference(noise, n_seeds, (arms - 1) * (n_seeds - 1))
+        finds = detectable_with(n_seeds, noise=noise, image_stderr=images, arms=max(2, judged))
         if n_seeds == seeds:
             mark = len(rows)
         note = " (this run)" if n_seeds == seeds else ""
         size = html.NOT_ESTIMABLE if finds > 1 else f"{100 * finds:.1f} points"
-        rows.append([f"{n_seeds}{note}", size, _cost(run, arms * n_seeds)])
+        rows.append([f"{n_seeds}{note}", size, _cost(run, judged * n_seeds)])
     low, high = run.recommended.get("low"), run.recommended.get("high")
-    images = (
+    sampling = (
         " Seeds and the sampling of test images together leave the accuracy of the recommended plan at "
         f"{html.interval(low, high)} % (95 % interval); more seeds do not narrow the images' part."
         if low is not None and high is not None
@@ -175,11 +153,18 @@ def _sureness(run: SearchRun) -> str:
         if line
         else f"<p>From Python: <code>freeze_search(…, seeds={more}, max_seeds={more})</code>.</p>"
     )
+    now, then = (
+        detectable_with(n, noise=noise, image_stderr=images, arms=max(2, judged)) for n in (seeds, more)
+    )
+    advice = f"<p>To be surer, with {more} seeds:</p>{surer}"
+    if then > WORTH * now:
+        advice = (
+            "<p>More seeds would hardly help: the test images are the limit. A larger test split would.</p>"
+        )
     columns = ["unseen seeds", "difference found in 8 of 10 cases", "training time"]
     return (
-        f"<p>Two trainings of one plan differ by {html.percent(noise)} points (standard deviation)."
-        f"{images}</p>{html.table(columns, rows, mark=mark)}"
-        f"<p>To be surer, with {more} seeds:</p>{surer}"
+        f"<p>One training varies by {html.percent(noise)} points around its plan and seed (standard deviation; what a "
+        f"seed does to all plans alike is left out).{sampling}</p>{html.table(columns, rows, mark=mark)}{advice}"
     )
 
 
@@ -214,11 +199,13 @@ def _baselines(run: SearchRun) -> str:
     columns = ["way of training", "blocks", "test accuracy, %", "minus recommended, points", "learning rate"]
     return (
         html.table(columns, rows, mark=mark)
-        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled over all ways) and '
-        f"the sampling of test images; for the probes, of the images alone. {html.text(run.found['seeds'])} seeds that "
-        "selected nothing. Each way has its own learning rate, chosen on validation, as is the strength of each "
-        "probe. The chance in which plan the search found is not in the intervals. Recommended, and kept in "
-        "<code>plan.json</code>, is the smallest of best found, all and none that nothing beats.</p>"
+        + f'<p class="soft">In brackets: 95 % intervals, which hold the noise between seeds (pooled with best found, '
+        "all and none) and the sampling of test images; for the probes, of the images alone. "
+        f"{html.text(run.found['seeds'])} seeds that selected nothing. Each way has its own learning rate, chosen on "
+        "validation, as is the strength of each probe. <em>Best plan found</em> is what the search expects to be best "
+        "from all its trainings; it need not be one of them. The chance in which plan the search found is not in the "
+        "intervals. Recommended, and kept in <code>plan.json</code>, is the smallest of best found, all and none that "
+        "nothing beats.</p>"
     )
 
 
@@ -285,13 +272,14 @@ def _scores(rows: list[dict[str, Any]]) -> str:
 def _trials(run: SearchRun) -> str:
     found = run.found
     failed = sum(row["validation_accuracy"] is None for row in run.trials)
-    frame = pd.DataFrame(run.trials)
+    searched = [row for row in run.trials if row["repeat"] < REPORT_REPEAT]
+    frame = pd.DataFrame(searched)
     caption = (
-        f"Every training in the order in which they finished: {len(run.trials)} of them, "
+        f"The {len(searched)} trainings of pilot and search in the order in which they finished; they spent "
+        f"{found['spent']:.3g} of {found['budget']:.3g} full trainings, and validation accuracy alone was looked at. "
+        f"{len(run.trials) - len(searched)} more, on unseen seeds, judged the answer. All together: "
         f"{cell_text(round(float(found['train_seconds'])))} seconds of training"
-        + (f", {failed} failed" if failed else "")
-        + f"; {found['spent']:.3g} of {found['budget']:.3g} full trainings went into the search, the others into the "
-        "pilot and the unseen seeds. Validation accuracy selected; test accuracy was not looked at."
+        + (f", {failed} failed." if failed else ".")
     )
     try:
         picture = drawn(lambda ax: plot_trials(frame, chance=found["chance"], ax=ax), caption, name="trials")

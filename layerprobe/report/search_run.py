@@ -23,7 +23,7 @@ SEARCH_FIELDS: dict[str, Schema] = {
     "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
     "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int, "steps": int,
     "noise": _NUMBER, "margin?": _NUMBER, "kind?": _WORDS, "recommended?": _WORDS, "head?": _WORDS,
-    "stop_margin?": _NUMBER,
+    "stop_margin?": _NUMBER, "image_stderr?": _NUMBER,
     "plan?": ({"strip?": _WORDS}, type(None)),
     "differences?": ([{"arm": str, "versus": str, "difference": _NUMBER, "low": _NUMBER, "high": _NUMBER}], type(None)),
     "pilot?": ({
@@ -43,7 +43,7 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
         "train_gain_low?": _NUMBER, "train_gain_high?": _NUMBER,
     },
     "trials": {
-        "number": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
+        "number": int, "repeat": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
     },
     "plans": {
         "plan": str, "trainable_parameters": _NUMBER, "validation_accuracy": _NUMBER, "low": _NUMBER, "high": _NUMBER,
@@ -51,6 +51,29 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
     },
 }  # fmt: skip
 """What is read of `search.json` and of the tables beside it."""
+
+
+ARM_NAMES = {
+    "plan": "best plan found",
+    "all": "all blocks",
+    "none": "no block",
+    "norms": "norms only",
+    "first-5": "first five blocks",
+    "last-5": "last five blocks",
+    "first-half": "first half",
+    "last-half": "last half",
+    "rgn-half": "large gradient-to-weight ratio",
+    "auto-rgn": "all, rates by gradient-to-weight",
+    "greedy": "greedy selection, same budget",
+    "attention": "attention of every block",
+    "mlp": "all but attention",
+    "first-equal": "first, same size as the plan",
+    "last-equal": "last, same size as the plan",
+    "random-equal": "random, same size as the plan",
+    "everywhere-equal": "adapters everywhere, same size",
+    "probe": "probe of frozen features",
+    "pixels": "probe of raw pixels",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,3 +166,8 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _minus(value: float | None) -> float | None:
     return None if value is None else -value
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """An arm in words."""
+    return ARM_NAMES.get(row["arm"], str(row["arm"]))

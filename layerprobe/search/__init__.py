@@ -5,24 +5,16 @@ Names are bound lazily: importing this package loads nothing heavy.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from layerprobe.lazy import lazy_names
 
 _PUBLIC = {
-    "freeze_search": "layerprobe.search.run",
-    "SearchResult": "layerprobe.search.result",
-    "STRATEGIES": "layerprobe.search.strategies",
-    "Constraints": "layerprobe.search.space",
-    "Space": "layerprobe.search.space",
-    "Trial": "layerprobe.search.space",
+    "freeze_search": "run",
+    "SearchResult": "result",
+    "STRATEGIES": "strategies",
+    "Constraints": "space",
+    "Space": "space",
+    "Trial": "space",
 }
 
 __all__ = list(_PUBLIC)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'layerprobe.search' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

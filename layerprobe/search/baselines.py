@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +17,10 @@ from layerprobe.records import Estimate
 from layerprobe.search.budget import Scores, TrainBatch, TrialBudget
 from layerprobe.search.settings import DEFAULT_BASELINES, Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
-from layerprobe.search.verdict import Verdict, decide
+from layerprobe.search.verdict import LEVEL, Verdict, decide
 
 if TYPE_CHECKING:
-    from layerprobe.training.finetune import Outcome
+    from layerprobe.training.outcome import Outcome
 
 PLAN = "plan"
 ALL = "all"
@@ -70,15 +72,16 @@ class BaselineResult:
     test : tuple[float | None, ...]
         Test accuracy per seed, None where a run failed.
     accuracy : Estimate
-        Their mean; the interval holds seeds (noise pooled over all lines) and test images.
+        Their mean; the interval holds seeds (noise pooled with the plan, all and none) and test images.
     cost : float
         Of one training, in full trainings.
     seconds : float
         Mean of its steps.
     recall : float | None
         Share of the random labels that the bridges recalled, None without a bridge.
-    right : np.ndarray | None
-        Per test image, the share of seeds that are right.
+    pooled : PooledArms | None
+        The line with the three of the verdict, where it is called `arm`: of equal plans, one stands for all. None
+        where too few trainings came through.
     against : dict[str, Estimate | None]
         Difference to the plan, to training everything and to training no block; None for that line itself, or
         without an estimate.
@@ -92,7 +95,8 @@ class BaselineResult:
     recall: float | None
     test: tuple[float | None, ...]
     accuracy: Estimate
-    right: np.ndarray | None
+    pooled: PooledArms | None
+    arm: str
     against: dict[str, Estimate | None]
 
 
@@ -108,17 +112,27 @@ class Report:
         About plan, all and none.
     seeds : list[int]
         Unseen seeds of these three, by their number.
-    noise : float | None
-        Standard deviation of one training around its arm and seed, as a share.
-    freedom : int
-        Its degrees of freedom.
+    pooled : PooledArms | None
+        These three on their seeds; None where too few trainings came through.
     """
 
     lines: list[BaselineResult]
     verdict: Verdict
     seeds: list[int]
-    noise: float | None
-    freedom: int = 0
+    pooled: PooledArms | None
+
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of one training of the three around its arm and seed, as a share."""
+        return None if self.pooled is None else self.pooled.noise
+
+    @property
+    def image_stderr(self) -> float:
+        """The largest standard error of a difference of the three that comes from the test images alone."""
+        if self.pooled is None:
+            return 0.0
+        pairs = combinations(self.pooled.arms, 2)
+        return math.sqrt(max((self.pooled.image_variance(*pair) for pair in pairs), default=0.0))
 
     def line(self, name: str) -> BaselineResult:
         """The line of a baseline."""
@@ -227,8 +241,9 @@ def report_baselines(
     """Test accuracy of the plan and the baselines at equal length on seeds that selected nothing, and the verdict.
 
     Every line has its own learning rate: the posterior's for plans and for the places of adapters, the best on
-    validation for the others, or that of `rates`. Seeds are added for plan, all and none until the half-width of their
-    differences is at most `settings.half_width`, or there are `settings.max_seeds`.
+    validation for the others, or that of `rates`. Seeds are added for plan, all and none until every difference of
+    theirs is a claim, or known to `settings.half_width`, or no seeds can narrow it so far, for its test images are too
+    few; at most `settings.max_seeds`.
     """
     settings = budget.settings
     everyone = [Baseline(name=PLAN, mask=plan), *baselines]
@@ -250,10 +265,16 @@ def report_baselines(
     arms = {name: mask for mask, name in distinct.items()}
     while True:
         outcomes = {one.name: _outcomes(found, [trial(one, s) for s in range(n_seeds)]) for one in everyone}
-        pooled = _pooled(outcomes)
-        verdict = decide(arms, pooled, budget.space, tolerance=tolerance)
-        wide = [e for e in verdict.differences.values() if _half_width(e) > settings.half_width]
-        if not wide or n_seeds >= settings.max_seeds:
+        pooled = _pooled({name: outcomes[name] for name in arms})
+        verdict = decide(
+            arms,
+            pooled,
+            budget.space,
+            tolerance=tolerance,
+            margin=2 * settings.half_width,
+            n_seeds=n_seeds,
+        )
+        if n_seeds >= settings.max_seeds or not _more_seeds_help(verdict, pooled, settings.half_width):
             break
         train([one for one in everyone if one.name in arms], [n_seeds])
         n_seeds += 1
@@ -263,9 +284,14 @@ def report_baselines(
         accuracies = tuple(outcome.test_accuracy for outcome in done)
         params = [o.trainable_parameters for o in done if o.trainable_parameters is not None]
         recalls = [o.bridge_accuracy for o in done if o.bridge_accuracy is not None]
+        # Equal plans are one arm. Other baselines may be less noisy, so each is pooled with the three alone.
+        own = distinct.get(one.mask, one.name) if one.is_plan else one.name
+        with_this = _pooled({name: outcomes[name] for name in {**arms, own: one.mask}})
         compared = {
-            name: None if pooled is None or one.name == name else pooled.difference(one.name, name)
-            for name in JUDGED
+            name: None
+            if with_this is None or own == distinct[mask]
+            else with_this.difference(own, distinct[mask])
+            for name, mask in judged.items()
         }
         lines.append(
             BaselineResult(
@@ -276,13 +302,13 @@ def report_baselines(
                 seconds=float(np.mean([outcome.train_seconds for outcome in done])),
                 recall=float(np.mean(recalls)) if recalls else None,
                 test=accuracies,
-                accuracy=_mean(one.name, pooled, done),
-                right=_right(pooled, one.name),
+                accuracy=_mean(own, with_this, done),
+                pooled=with_this,
+                arm=own,
                 against=compared,
             )
         )
-    noise, freedom = (None, 0) if pooled is None else (pooled.noise, pooled.freedom)
-    return Report(lines=lines, verdict=verdict, seeds=list(range(n_seeds)), noise=noise, freedom=freedom)
+    return Report(lines=lines, verdict=verdict, seeds=list(range(n_seeds)), pooled=pooled)
 
 
 def _rates(everyone: Sequence[Baseline], budget: TrialBudget, train_batch: TrainBatch) -> dict[str, float]:
@@ -304,7 +330,7 @@ def _outcomes(found: Mapping[Trial, Outcome], trials: Sequence[Trial]) -> dict[i
 
 
 def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:
-    """Test accuracies of all lines with pooled noise; None where too few trainings came through."""
+    """Test accuracies of some lines with pooled noise; None where too few trainings came through."""
     values = {
         name: {seed: o.test_accuracy for seed, o in by_seed.items() if o.test_accuracy is not None}
         for name, by_seed in outcomes.items()
@@ -322,16 +348,17 @@ def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:
         return None
 
 
-def _right(pooled: PooledArms | None, name: str) -> np.ndarray | None:
-    if pooled is None or pooled.correct is None or name not in pooled.correct:
-        return None
-    return np.asarray(pooled.correct[name], dtype=float)
-
-
-def _half_width(difference: Estimate) -> float:
-    if difference.low is None or difference.high is None:
-        return 0.0  # nothing that more seeds would narrow
-    return (difference.high - difference.low) / 2
+def _more_seeds_help(verdict: Verdict, pooled: PooledArms | None, half_width: float) -> bool:
+    """Whether a difference is no claim yet, wider than asked for, and not so for its images alone."""
+    if pooled is None:
+        return False
+    for (first, second), e in verdict.differences.items():
+        if e.low is None or e.high is None or (e.pvalue or 0.0) < LEVEL:
+            continue
+        images = 1.96 * math.sqrt(pooled.image_variance(first, second))
+        if (e.high - e.low) / 2 > half_width > images:
+            return True
+    return False
 
 
 def _mean(name: str, pooled: PooledArms | None, outcomes: Sequence[Outcome]) -> Estimate:

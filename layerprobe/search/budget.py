@@ -18,7 +18,7 @@ from layerprobe.search.space import Mask, Space, Trial
 
 if TYPE_CHECKING:
     from layerprobe.search.settings import Settings
-    from layerprobe.training.finetune import Outcome
+    from layerprobe.training.outcome import Outcome
 
 Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Score name → (value, standard error) per block."""
@@ -95,8 +95,10 @@ class TrialBudget:
         return Posterior(space=self.space, lrs=self.lrs, trials=known, accuracies=accuracies)
 
     def tolerance(self, posterior: Posterior) -> float:
-        """Accuracy that fewer trained parameters may cost: one standard error of a mean over the report's seeds, or
-        half of the margin that ends the search, whichever is larger."""
+        """Accuracy that fewer trained parameters may cost: nothing where the objective is accuracy, else one standard
+        error of a mean over the report's seeds, or half of the margin that ends the search, whichever is larger."""
+        if self.settings.objective == "accuracy":
+            return 0.0
         return max(posterior.noise / math.sqrt(self.settings.seeds), self.settings.margin / 2)
 
     def price(self, trials: Sequence[Trial]) -> float:

@@ -1,4 +1,4 @@
-"""The database of a search: its address, its connection, and patience when it does not answer."""
+"""The database of a search: its address, its connection, and retries when it does not answer."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from alembic.util import CommandError
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
+from layerprobe import errors
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.progress import note
 from layerprobe.provenance import without_secrets
@@ -40,7 +41,7 @@ _CALLS = ("_get_trials", "get_all_trials", "create_new_trial", "set_trial_state_
           "get_study_user_attrs", "set_study_user_attr")  # fmt: skip
 _FULL = ("full", "no space left")
 _FOR_GOOD = ("readonly", "read-only", "disk i/o error", "malformed", "not a database", "could not decode")
-_in_a_hurry = False
+_retries_off = False
 DATABASE = "study.db"
 """The database in a run folder."""
 
@@ -63,13 +64,13 @@ def hide_password(url: str) -> str:
     return without_secrets(url)
 
 
-def be_patient(storage: optuna.storages.RDBStorage, shown: str) -> None:
+def install_retries(storage: optuna.storages.RDBStorage, shown: str) -> None:
     """Let every call that reads or writes trials wait for a database that does not answer."""
     for name in _CALLS:
-        setattr(storage, name, patient(getattr(storage, name), shown))
+        setattr(storage, name, with_retry(getattr(storage, name), shown))
 
 
-def patient(call: Callable[P, R], shown: str) -> Callable[P, R]:
+def with_retry(call: Callable[P, R], shown: str) -> Callable[P, R]:
     """`call`, tried again for five minutes, at growing intervals, while the database does not answer.
 
     What is written to a search may be written twice: trials with one key count once, and a claim that was made but not
@@ -98,7 +99,7 @@ def patient(call: Callable[P, R], shown: str) -> Callable[P, R]:
                         f"storage {shown} cannot be written: {why}; finished trainings are kept, and the same command "
                         "continues"
                     ) from error
-                if not _may_pass(error) or _in_a_hurry:
+                if not _may_pass(error) or _retries_off:
                     raise
                 waited = time.monotonic() - began
                 if waited > RECONNECT_SECONDS:
@@ -117,18 +118,14 @@ def patient(call: Callable[P, R], shown: str) -> Callable[P, R]:
 
 
 @contextmanager
-def hasty() -> Iterator[None]:
+def no_retry() -> Iterator[None]:
     """Within: nothing is waited for, since the process is about to end."""
-    global _in_a_hurry
-    _in_a_hurry = True
+    global _retries_off
+    _retries_off = True
     try:
         yield
     finally:
-        _in_a_hurry = False
-
-
-DATABASE = "study.db"
-"""The database in a run folder."""
+        _retries_off = False
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -208,8 +205,7 @@ def first_line(error: BaseException) -> str:
     """What the error at the bottom of a chain says, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return errors.first_line(error)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from layerprobe.backbones.load import available_memory
 from layerprobe.backbones.memory_use import memory_needed
 from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
-from layerprobe.metrics.inference import detectable_difference
+from layerprobe.metrics.inference import detectable_with
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import block_params, search_space
@@ -100,16 +100,13 @@ def parse_constraints(
 
 
 def power_in_words(noise: float, settings: Settings) -> str:
-    """What the report can find: the difference that its fewest and its most seeds detect in 8 of 10 cases."""
-    found = [
-        # Three arms with pooled noise; (arms - 1) * (seeds - 1) degrees of freedom.
-        100 * detectable_difference(noise, n_seeds, 2 * (n_seeds - 1))
-        for n_seeds in (settings.seeds, settings.max_seeds)
-    ]
+    """What the report can find: the difference that its fewest and its most seeds detect in 8 of 10 cases, the
+    sampling of test images left out, which is not known yet."""
+    found = [100 * detectable_with(n_seeds, noise=noise) for n_seeds in (settings.seeds, settings.max_seeds)]
     more = f", {settings.max_seeds} find {found[1]:.1f}" if settings.max_seeds > settings.seeds else ""
     return (
-        f"trainings of one plan differ by {100 * noise:.1f} points; {settings.seeds} unseen seeds find differences of "
-        f"{found[0]:.1f} points in 8 of 10 cases{more}"
+        f"trainings of one plan differ by about {100 * noise:.1f} points; with test images without number, "
+        f"{settings.seeds} unseen seeds find differences of {found[0]:.1f} points in 8 of 10 cases{more}"
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from layerprobe.analyzers.transfer import transfer_scores
-from layerprobe.backbones.units import parameter_units
+from layerprobe.backbones.layout import parameter_units
 from layerprobe.errors import UsageError
 from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
 from layerprobe.plans.names import is_adapter

@@ -94,7 +94,7 @@ def _probe_row(probe: ProbeBaseline, report: Report) -> dict[str, Any]:
         "low": probe.low,
         "high": probe.high,
         "n_seeds": 1,
-        **_differences({name: probe.minus(line, report) for name, line in judged.items()}),
+        **_differences({name: probe.minus(line) for name, line in judged.items()}),
         "test_per_seed": f"{probe.accuracy:.6f}",
     }
 
@@ -109,10 +109,10 @@ def _about(mask: Mask, space: Space) -> dict[str, Any]:
 
 
 def plan_frame(budget: TrialBudget, chosen: Mask) -> pd.DataFrame:
-    """One row a plan that was trained, cheapest first: expected accuracy with its 95 % interval, cost, on the front
-    or not."""
+    """One row a plan of which a training came through, cheapest first: expected accuracy with its 95 % interval, cost,
+    on the front or not."""
     posterior = budget.posterior()
-    masks = budget.tried_masks()
+    masks = [mask for mask in budget.tried_masks() if mask not in posterior.failed]
     if chosen not in masks:
         masks.append(chosen)
     rates = posterior.best_rates(masks)

@@ -11,7 +11,7 @@ from layerprobe.errors import NotAvailableError, UsageError
 from layerprobe.progress import note
 from layerprobe.search.run import prepare
 from layerprobe.search.settings import make_settings
-from layerprobe.search.trials import LOADING, Pause, TrialStore, hide_password, storage_url
+from layerprobe.search.trials import LOADING, Backoff, TrialStore, hide_password, storage_url
 from layerprobe.search.workers import processes_on
 
 WAIT_SECONDS = 300.0
@@ -70,7 +70,7 @@ def join_search(
 
 def _wait_for_search(store: TrialStore, shown: str, *, quiet: bool) -> dict[str, Any]:
     """How its backbone, task and settings are made."""
-    began, pause = time.monotonic(), Pause()
+    began, pause = time.monotonic(), Backoff()
     how: dict[str, Any] | None = store.get(LOADING)
     if how is None and not quiet:
         note(f"no search has begun in {shown}; waiting for it")

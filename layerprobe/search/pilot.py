@@ -110,6 +110,9 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
     plateau: float | None = None
     while settings.find_length:
         accuracies = [found[Trial(mask=space.all, lr=lr, fidelity=length)] for length in lengths]
+        if not math.isfinite(accuracies[-1]):  # longer ones at this rate would fail, too
+            lengths.pop()
+            break
         if len(lengths) >= 3:
             plateau = extrapolated(accuracies)
             if accuracies[-1] >= PLATEAU_SHARE * plateau:
@@ -119,14 +122,16 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
         lengths.append(min(1.0, 2 * lengths[-1]))
         train((lr,), lengths[-1])
     reached = {length: found[Trial(mask=space.all, lr=lr, fidelity=length)] for length in lengths}
-    enough = [length for length in lengths if plateau is None or reached[length] >= PLATEAU_SHARE * plateau]
+    enough = [
+        length for length in lengths if plateau is not None and reached[length] >= PLATEAU_SHARE * plateau
+    ]
     length = min(enough, default=lengths[-1])
     return Pilot(
         length=length,
         lrs=lrs,
         accuracies={round(length * limit): accuracy for length, accuracy in reached.items()},
         plateau=plateau,
-        reached=bool(enough),
+        reached=bool(enough) or not settings.find_length,
         seconds=seconds[length],
     )
 

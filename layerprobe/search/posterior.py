@@ -59,7 +59,8 @@ class Posterior:
     trials : Sequence[Trial]
         n trainings, n ≥ 1.
     accuracies : Sequence[float]
-        Their validation accuracies; a failed one (−inf) counts as the worst of the others.
+        Their validation accuracies; a failed one (−inf) counts as the worst of the others, and a plan of which all
+        trainings failed is no answer (`failed`).
     """
 
     space: Space
@@ -86,6 +87,13 @@ class Posterior:
         for _ in range(ROUNDS):
             self._rescale()
             self._condition()
+
+    @property
+    def failed(self) -> set[Mask]:
+        """Plans of which every training failed."""
+        outcomes = list(zip(self.trials, self.accuracies, strict=True))
+        finished = {trial.mask for trial, accuracy in outcomes if math.isfinite(accuracy)}
+        return {trial.mask for trial, _ in outcomes} - finished
 
     @cached_property
     def alike(self) -> float:
@@ -301,7 +309,8 @@ class Comparison:
 
 
 def best_plan(posterior: Posterior, masks: Sequence[Mask], tolerance: float) -> Mask:
-    """The smallest of `masks` whose expected accuracy is at most `tolerance` below the largest."""
+    """The smallest of `masks` whose expected accuracy is at most `tolerance` below the largest; none that failed."""
+    masks = [mask for mask in masks if mask not in posterior.failed] or masks
     # Differences between plans are expected to be smaller by the probability that there are none.
     means = posterior.means(masks).max(1) * (1 - posterior.alike)
     params = posterior.space.params

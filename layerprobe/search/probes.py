@@ -10,8 +10,8 @@ import numpy as np
 
 from layerprobe.analyzers.probes import PIXEL_SIZE, linear_probes, pixel_features
 from layerprobe.backbones.backbone import evaluating
+from layerprobe.choices import SPLITS
 from layerprobe.errors import LayerprobeError
-from layerprobe.metrics.inference import t_estimate
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.progress import note
 from layerprobe.records import Estimate
@@ -23,7 +23,6 @@ from layerprobe.training.finetune import few_shot_rows
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
 ARMS = {"plan": "the best plan found", "all": "all blocks trained", "none": "no block trained"}
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +61,11 @@ class ProbeBaseline:
         stored["correct"] = np.unpackbits(bits)[: stored.pop("n")].astype(bool)
         return cls(**stored)
 
-    def minus(self, line: BaselineResult, report: Report) -> Estimate:
+    def minus(self, line: BaselineResult) -> Estimate:
         """Test accuracy of the probe minus that of a line of the report, on the same images."""
-        if line.accuracy.value is None or line.right is None or report.noise is None:
+        if line.pooled is None:
             return Estimate(value=None, reason="not judged")
-        gap = self.correct - line.right
-        images = max(float(gap.var(ddof=1)), 1.0 / len(gap)) / len(gap)
-        seeds = max(1, line.accuracy.n or 1)
-        parts = [(report.noise**2 / seeds, float(report.freedom)), (images, len(gap) - 1.0)]
-        return t_estimate(self.accuracy - line.accuracy.value, parts, n=seeds, bounds=(-1.0, 1.0))
+        return line.pooled.fixed_minus(self.accuracy, self.correct, line.arm)
 
 
 def probe_baselines(evaluator: Evaluator, *, quiet: bool = True) -> list[ProbeBaseline]:
@@ -129,7 +124,7 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
     best = max(trained, key=lambda line: line.accuracy.value or 0.0)
     if probe.accuracy <= (best.accuracy.value or 0.0):
         return ""
-    gap = probe.minus(best, report)
+    gap = probe.minus(best)
     if gap.low is None or gap.high is None:
         return ""
     what, arm = PROBE_NAMES[probe.name], ARMS.get(best.baseline.name, best.baseline.name)
@@ -142,4 +137,19 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
         f"{lead}: {100 * probe.accuracy:.1f} % of the test images against {100 * (best.accuracy.value or 0.0):.1f} % "
         f"({arm}; difference {100 * (gap.value or 0.0):+.1f} points, 95 % interval "
         f"{interval_in_words(gap.low, gap.high, sign=True)}). "
+    )
+
+
+def pixels_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
+    """A last sentence where the raw pixels are behind the best line, but no difference is shown; or nothing."""
+    probe = next((one for one in probes if one.name == "pixels"), None)
+    best = max(report.lines, key=lambda line: line.accuracy.value or 0.0)
+    if probe is None or probe.accuracy > (best.accuracy.value or 0.0):
+        return ""
+    gap = probe.minus(best)
+    if gap.low is None or gap.high is None or gap.high < 0:
+        return ""
+    return (
+        f" A linear probe of the raw pixels is not shown to be behind ({100 * probe.accuracy:.1f} %; "
+        f"{interval_in_words(gap.low, gap.high, sign=True)} points): this task may not need the backbone."
     )

@@ -16,16 +16,16 @@ from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
 from layerprobe.reading import check_fields
 from layerprobe.records import Estimate, Record
-from layerprobe.search.baselines import ALL, PLAN, BaselineResult, Report
+from layerprobe.search.baselines import ALL, JUDGED, PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
 from layerprobe.search.frames import baseline_frame, layer_frame, plan_frame, trial_frame
 from layerprobe.search.pilot import Pilot
-from layerprobe.search.probes import ProbeBaseline, probes_in_words
+from layerprobe.search.probes import ProbeBaseline, pixels_in_words, probes_in_words
 from layerprobe.search.space import marks, parse_strip, parts_of, strip
 from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
-from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy, write_frame
+from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy
 from layerprobe.training.arms import LEAST_RECALL
 
 SCHEMA = "layerprobe.search/v1"
@@ -42,7 +42,7 @@ class SearchResult(Record):
     answer : str
         The sentence.
     kind : str
-        The verdict: 'train these', 'train all', 'train none', 'no difference', 'not judged'.
+        The verdict: 'train these', 'train all', 'train none', 'no difference', 'not decided', 'not judged'.
     table : pd.DataFrame
         One row a unit: scores, measured gain of training it, in the plan or not (layers.csv).
     trials : pd.DataFrame
@@ -135,7 +135,7 @@ class SearchResult(Record):
                 if row["plan"] in everything and row["arm"] != ALL
                 else None
                 if pd.isna(row["minus_all"])
-                else f"{100 * row['minus_all']:+.1f}",
+                else f"{round(100 * row['minus_all'], 1) + 0.0:+.1f}",  # no −0.0
                 "seeds": row["n_seeds"],
             }
             for row in self.baselines.to_dict("records")
@@ -166,17 +166,18 @@ class SearchResult(Record):
             **frames,
         )
 
+    def extra_tables(self) -> dict[str, pd.DataFrame]:
+        return {
+            "layers": self.table,
+            "trials": self.trials,
+            "baselines": self.baselines,
+            "plans": self.plans,
+        }
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
         if target.suffix not in (".csv", ".parquet", ".json"):
             self.plan.save(target / "plan.json")
-            for name, frame in (
-                ("layers", self.table),
-                ("trials", self.trials),
-                ("baselines", self.baselines),
-                ("plans", self.plans),
-            ):
-                write_frame(frame, target / f"{name}.csv")
             write_json(target / "search.json", self.to_search_json())
         return target
 
@@ -227,9 +228,11 @@ def make_result(
         verdict,
         space,
         test=own.accuracy,
-        seeds=report.seeds,
+        n_seeds=len(report.seeds),
         adapter_rank=settings.adapter_rank,
     )
+    answer += pixels_in_words(probes, report)
+    answer += rates_at_an_end(report, budget.lrs)
     if own.recall is not None:
         answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"
         answer += (
@@ -255,7 +258,7 @@ def make_result(
             "mean": own.accuracy.value,
             "low": own.accuracy.low,
             "high": own.accuracy.high,
-            "interval": "95 %, noise between seeds pooled over all lines, test images included",
+            "interval": "95 %, noise between seeds pooled over plan, all and none, test images included",
             "n_seeds": own.accuracy.n,
         },
         against_all=facts["against_all"],
@@ -284,8 +287,6 @@ def _facts(
 ) -> dict[str, Any]:
     backbone, task, settings, space = evaluator.backbone, evaluator.task, budget.settings, budget.space
     verdict = report.verdict
-    grid = (min(budget.lrs), max(budget.lrs))
-    at_edge = [line.baseline.name for line in report.lines if len(budget.lrs) > 1 and line.lr in grid]
     others = [record for record in records if record.trial not in budget.history]
     bridge_steps, steps = (max(1, round(pilot.length * n)) if n else 0 for n in settings.steps)
     return {
@@ -315,12 +316,14 @@ def _facts(
         ],
         "margin": verdict.margin,
         "detectable": verdict.detectable,
+        "failed": dict(verdict.failed),
         "noise": report.noise,
+        "image_stderr": report.image_stderr,
         "pilot": pilot.to_dict(),
         "bridge_steps": bridge_steps,
         "steps": steps,
         "lrs": list(budget.lrs),
-        "lr_at_edge": at_edge,
+        "lr_at_edge": [line.baseline.name for line in at_an_end(report, budget.lrs)],
         "head": settings.finetune.head,
         "stop_margin": settings.margin,
         "objective": settings.objective,
@@ -333,6 +336,20 @@ def _facts(
         "seeds": len(report.seeds),
         "seed": settings.seed,
     }
+
+
+def at_an_end(report: Report, lrs: Sequence[float]) -> list[BaselineResult]:
+    """Lines whose learning rate is the smallest or the largest of the grid: another might serve them better."""
+    return [line for line in report.lines if len(lrs) > 1 and line.lr in (min(lrs), max(lrs))]
+
+
+def rates_at_an_end(report: Report, lrs: Sequence[float]) -> str:
+    """A clause for the answer that names the judged lines of `at_an_end`; empty without any, or a rate in between."""
+    found = [line for line in at_an_end(report, lrs) if line.baseline.name in JUDGED]
+    if not found or len(lrs) < 3:
+        return ""
+    names = " and ".join(f"{line.baseline.name} ({line.lr:g})" for line in found)
+    return f" The learning rate is at an end of the grid for {names}: a wider --lrs may raise them."
 
 
 def estimate_row(found: Estimate) -> dict[str, float | int | None]:

@@ -152,10 +152,10 @@ class Settings:
         'frugal' (the one-standard-error rule: fewest parameters within one standard error of the best) or
         'accuracy'.
     seeds, max_seeds
-        Unseen seeds of the report: at least, at most.
+        Unseen seeds of the report: at least, at most (default 8; with `time`, as many as `seeds`).
     half_width
-        Seeds are added until the 95 % intervals of the differences between plan, all and none reach so far on
-        either side, as a share.
+        Seeds are added until each difference between plan, all and none is a claim, or its 95 % interval reaches so
+        far on either side, as a share. "No difference" is said of differences within twice this.
     margin
         The search stops when no plan is likely to be better than the best by this share.
     lrs
@@ -296,7 +296,8 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
             merged[name] = tuple(merged[name])
     merged.setdefault("find_length", "finetune_steps" not in merged)
     merged.setdefault("find_lrs", "lrs" not in merged)
-    merged.setdefault("max_seeds", max(DEFAULT_MAX_SEEDS, merged.get("seeds", 0)))
+    few = merged.get("seeds", DEFAULT_SEEDS)  # a time leaves no room for more seeds than it was planned with
+    merged.setdefault("max_seeds", max(DEFAULT_MAX_SEEDS if merged.get("budget") is not None else 0, few))
     if "lrs" in merged:  # one grid, one search, however it was written
         merged["lrs"] = tuple(sorted(set(merged["lrs"])))
 

@@ -25,9 +25,9 @@ REPORT_REPEAT = 1000
 class Trial:
     """One training: which blocks train, at which learning rate, seed and length.
 
-    `repeat` counts the common seeds: equal repeats share random labels, data order and stem, so that plans
-    are compared in pairs. `fidelity` is the share of the settings' steps, in (0, 1]; a shorter run has a complete
-    annealed schedule of its own. `norms` adds the layer norms (the norms-only
+    `repeat` counts the common seeds: equal repeats share random labels and data order, so that plans are compared in
+    pairs; how the stem starts is drawn once, with the backbone. `fidelity` is the share of the settings' steps, in
+    (0, 1]; a shorter run has a complete annealed schedule of its own. `norms` adds the layer norms (the norms-only
     baseline); `auto_rgn` gives every block a learning rate of its own (the baseline of that name); `rank` is that of
     the adapters where it is not the settings' own, else 0.
     """

@@ -26,19 +26,19 @@ from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search.database import (
     HEARTBEAT_SECONDS,
     STORAGE_ERRORS,
-    be_patient,
     connect,
     first_line,
-    hasty,
     heartbeats,
     hide_password,
-    patient,
+    install_retries,
+    no_retry,
     storage_url,
+    with_retry,
 )
 from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25
@@ -137,7 +137,7 @@ class TrialStore:
         an answer (no accuracy, a reason); an exception is none: the trial goes back and it is raised.
         `watch` is called with the number of finished trials and of all, at each look at the database.
         """
-        wanted, pause = {trial.key: trial for trial in trials}, Pause()
+        wanted, pause = {trial.key: trial for trial in trials}, Backoff()
         while True:
             owners = _owners(self._trials())
             done = {key: found for key in wanted if (found := _finished(owners.get(key))) is not None}
@@ -155,14 +155,14 @@ class TrialStore:
             claimed = self._claim(owners, list(wanted))
             if claimed is not None:
                 self._run(claimed, wanted[claimed.user_attrs["key"]], evaluate)
-                pause = Pause()
+                pause = Backoff()
             else:
                 self.revive()
                 pause.sleep()
 
     def serve(self, evaluate: Evaluate, keep_on: Callable[[], bool] = lambda: True) -> int:
         """Train waiting trials until the search has its answer or `keep_on` is false; how many it were."""
-        pause, trained = Pause(), 0
+        pause, trained = Backoff(), 0
         while keep_on():
             trials = self._trials()
             if _fact(trials, FINISHED) is not None:
@@ -171,7 +171,7 @@ class TrialStore:
             claimed = self._claim(owners, list(owners))
             if claimed is not None:
                 self._run(claimed, Trial.from_dict(claimed.user_attrs), evaluate)
-                pause, trained = Pause(), trained + 1
+                pause, trained = Backoff(), trained + 1
             else:
                 pause.sleep(keep_on)
         return trained
@@ -250,7 +250,7 @@ class TrialStore:
             trial_id = frozen._trial_id
             # The heartbeat goes in first: a process that dies right after claiming must be found out. The
             # name follows the claim, for only who has the trial may say whose death sets it free.
-            patient(self._storage.record_heartbeat, "the storage")(trial_id)
+            with_retry(self._storage.record_heartbeat, "the storage")(trial_id)
             try:
                 if self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING):
                     self._set_attr(trial_id, "worker", this_worker())
@@ -264,7 +264,7 @@ class TrialStore:
             with self._heartbeat(frozen._trial_id):
                 outcome = evaluate(trial)
         except BaseException:  # Ctrl-C as well: whatever it was, nobody trains this trial any more
-            with suppress(*STORAGE_ERRORS), hasty():  # else it is found out by its heartbeat
+            with suppress(*STORAGE_ERRORS), no_retry():  # else it is found out by its heartbeat
                 self._close(frozen, TrialState.FAIL)
             raise
         self._set_attr(frozen._trial_id, "outcome", outcome.to_dict())
@@ -315,7 +315,7 @@ def _connected(url: str | os.PathLike[str]) -> tuple[optuna.storages.RDBStorage,
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage, study = connect(target)
-        be_patient(storage, shown)
+        install_retries(storage, shown)
     except ImportError as error:
         raise NotAvailableError(
             f"storage {shown} needs a driver that is not installed ({error.name}); "
@@ -328,7 +328,7 @@ def _connected(url: str | os.PathLike[str]) -> tuple[optuna.storages.RDBStorage,
     return storage, study
 
 
-class Pause:
+class Backoff:
     """Sleeps that grow with the time since it was made."""
 
     def __init__(self) -> None:

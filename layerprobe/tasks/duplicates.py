@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from layerprobe.choices import SPLITS
 from layerprobe.errors import LayerprobeError
 from layerprobe.files import atomic_write, cache_root
 from layerprobe.progress import progress_bar
 from layerprobe.reading import open_file
 from layerprobe.tasks.images import ArrayImages, ImageStore, decode_all
-from layerprobe.tasks.split import SPLITS
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, UnknownNameError, UsageError, did_you_mean
+from layerprobe.errors import (
+    BrokenFileError,
+    LayerprobeError,
+    UnknownNameError,
+    UsageError,
+    did_you_mean,
+    first_line,
+)
 from layerprobe.reading import check_plain, check_unpacked
 from layerprobe.tasks.images import ArrowImages, ChosenImages, ImageStore
 from layerprobe.tasks.split import SPLIT_WORDS, split_word
@@ -306,7 +313,7 @@ def _map_columns(path: Path, wanted: list[str]) -> pa.Table:
 
 
 def _broken_parquet(path: Path, error: Exception) -> BrokenFileError:
-    return BrokenFileError(f"cannot read {path}: {str(error).splitlines()[0] if str(error) else error!r}")
+    return BrokenFileError(f"cannot read {path}: {first_line(error)}")
 
 
 def _check_one_data_set(files: Sequence[Path], root: Path) -> None:

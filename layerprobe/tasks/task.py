@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerprobe.choices import SPLITS
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.reading import check_plain
 from layerprobe.tables import render_table
@@ -26,7 +27,7 @@ from layerprobe.tasks.duplicates import (
     scan_images,
 )
 from layerprobe.tasks.images import ArrayImages, ImageStore, JoinedImages
-from layerprobe.tasks.split import SPLITS, assign, limited_sizes, stratified_order
+from layerprobe.tasks.split import assign, limited_sizes, stratified_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -319,13 +320,7 @@ def cut_task(
         workers=decode_workers,
     )
     splits = {
-        split: ImageSplit(
-            name=split,
-            ids=ids[order],
-            labels=labels[order],
-            decoding=decoding,
-            rows=order,
-        )
+        split: ImageSplit(name=split, ids=ids[order], labels=labels[order], decoding=decoding, rows=order)
         for split, order in rows.items()
     }
     report = {

@@ -8,24 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from layerprobe.choices import MODES, SCOPES
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
-from layerprobe.metrics.intervals import (
-    interval_in_words,
-    mean_interval,
-    paired_seed_interval,
-    wilson_interval,
-)
+from layerprobe.metrics.inference import PooledArms, holm
+from layerprobe.metrics.intervals import interval_in_words, wilson_interval
 from layerprobe.records import Estimate, Record
 from layerprobe.tables import count_text, percent, tidy
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from layerprobe.plans import FreezePlan
 
-MODES = ("finetune", "fewshot", "probe", "own-head")
-SCOPES = ("arm", "plan", "all")
 FEW_SHOTS = 5
 
 
@@ -76,6 +71,8 @@ COMPARISONS = (
     ("full-bridge", "random-bridge", "does pretraining help where all are bridged"),
 )
 """Pairs of arms that share seeds, and the question that their difference answers."""
+LEVEL = 0.05
+"""An answer is given at this level, corrected for the number of comparisons (Holm)."""
 LEAST_RECALL = 0.9
 """A bridge that recalls fewer of its random labels has bridged little; nothing is claimed of it."""
 
@@ -118,7 +115,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial(Outcome):
+class ArmRun(Outcome):
     """One training of one arm."""
 
     arm: str
@@ -132,7 +129,7 @@ class Evaluation(Record):
     ----------
     mode : str
         Finetune, fewshot, probe or own-head.
-    trials : list[Trial]
+    trials : list[ArmRun]
         Every training done, those of rejected learning rates included.
     chosen : dict[str, float | None]
         Arm → its learning rate, taken on validation; None where nothing is trained by gradient.
@@ -142,10 +139,9 @@ class Evaluation(Record):
 
     command: ClassVar[str] = "evaluate"
     mode: str
-    trials: list[Trial]
+    trials: list[ArmRun]
     chosen: dict[str, float | None]
     about: dict[str, Any]
-    confidence: float = 0.95
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -153,7 +149,7 @@ class Evaluation(Record):
         """Arms in the order they were asked for."""
         return list(self.chosen)
 
-    def of(self, arm: str) -> list[Trial]:
+    def of(self, arm: str) -> list[ArmRun]:
         """The trials of an arm at its chosen rate, by seed."""
         rate = self.chosen[arm]
         return sorted((t for t in self.trials if t.arm == arm and t.lr == rate), key=lambda t: t.seed or 0)
@@ -163,33 +159,45 @@ class Evaluation(Record):
         return {t.seed or 0: t.test_accuracy for t in self.of(arm) if t.test_accuracy is not None}
 
     def interval(self, arm: str) -> Estimate:
-        """Mean test accuracy over the seeds (`n`), with its interval; of one seed, Wilson's over the images."""
+        """Mean test accuracy over the seeds (`n`), with its 95 % interval over seeds and images; of one seed, Wilson's
+        over the images."""
         found = list(self.accuracies(arm).values())
         if not found:
             reason = next((t.reason for t in self.of(arm) if t.reason), "no seed finished")
             return Estimate(value=None, reason=reason)
         if len(found) > 1:
-            return mean_interval(found, self.confidence)
+            return self._pooled(arm).mean(arm)
         n = self._n_test(arm)
-        low, high = wilson_interval(round(found[0] * n), n, self.confidence)
+        low, high = wilson_interval(round(found[0] * n), n)
         return Estimate(value=found[0], low=low, high=high, n=1)
 
     def interval_kind(self, arm: str) -> str | None:
         """How `interval` was made; None where there is none."""
         n_seeds = len(self.accuracies(arm))
         if n_seeds > 1:
-            return f"t {percent(self.confidence, 0)} over {n_seeds} seeds"
-        return (
-            f"Wilson {percent(self.confidence, 0)} over {self._n_test(arm):,} images, 1 seed"
-            if n_seeds
-            else None
-        )
+            return f"95 % over {n_seeds} seeds and {self._n_test(arm):,} images"
+        return f"Wilson 95 % over {self._n_test(arm):,} images, 1 seed" if n_seeds else None
+
+    def _pooled(self, *arms: str) -> PooledArms:
+        """Test accuracies of arms on the seeds that they share."""
+        common = set.intersection(*(set(self.accuracies(arm)) for arm in arms))
+        trials = {arm: [t for t in self.of(arm) if (t.seed or 0) in common] for arm in arms}
+        correct = {
+            arm: np.mean([t.test_correct for t in own if t.test_correct is not None], axis=0)
+            for arm, own in trials.items()
+            if all(t.test_correct is not None for t in own)
+        }
+        values = {arm: {t.seed or 0: t.test_accuracy or 0.0 for t in own} for arm, own in trials.items()}
+        return PooledArms(values, n_images=self._n_test(arms[0]), correct=correct)
 
     def _n_test(self, arm: str) -> int:
         return next(t.n_test or 0 for t in self.of(arm) if t.test_accuracy is not None)
 
     def differences(self) -> list[dict[str, Any]]:
-        """Paired differences in test accuracy over common seeds, for the pairs of `COMPARISONS` at hand."""
+        """Paired differences in test accuracy over common seeds, for the pairs of `COMPARISONS` at hand.
+
+        The intervals hold seeds and test images; `pvalue` is corrected for the number of differences (Holm).
+        """
         rows: list[dict[str, Any]] = []
         for first, second, question in COMPARISONS:
             if first not in self.chosen or second not in self.chosen:
@@ -200,10 +208,13 @@ class Evaluation(Record):
             if len(common) < 2:
                 row |= {"value": None, "reason": f"{len(common)} common seeds; an interval needs 2"}
             else:
-                pair = paired_seed_interval([a[s] for s in common], [b[s] for s in common], self.confidence)
-                row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability")}
-                row["interval"] = f"t {percent(self.confidence, 0)} over {len(common)} paired seeds"
+                pair = self._pooled(first, second).difference(first, second)
+                row |= {key: getattr(pair, key) for key in ("value", "low", "high", "probability", "pvalue")}
+                row["interval"] = f"t 95 % over {len(common)} paired seeds and {self._n_test(first):,} images"
             rows.append(row)
+        known = [row for row in rows if row["value"] is not None]
+        for row, corrected in zip(known, holm([row["pvalue"] for row in known]), strict=True):
+            row["pvalue"] = corrected
         return rows
 
     def forgetful(self, *arms: str) -> str:
@@ -286,7 +297,9 @@ class Evaluation(Record):
             if row["value"] is None:
                 continue
             low, high = row["low"], row["high"]
-            answer = "yes" if low > 0 else "no, it hurts" if high < 0 else "no difference found"
+            answer = "no difference found"
+            if row["pvalue"] < LEVEL:
+                answer = "yes" if row["value"] > 0 else "no, it hurts"
             if forgetful := self.forgetful(row["arm"], row["versus"]):
                 answer = f"no claim, since the bridge of {forgetful}"
             ends = _ends(Estimate(value=row["value"], low=low, high=high), sign=True)

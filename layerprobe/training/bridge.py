@@ -24,10 +24,10 @@ from layerprobe.provenance import provenance
 from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
-from layerprobe.training.choose_rate import choose_rate
 from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training, shard
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
+from layerprobe.training.finetune import choose_rate
 from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
 from layerprobe.training.loop import (
     DivergedError,

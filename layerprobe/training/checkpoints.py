@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from layerprobe.backbones.pretrained import place_in_whole_model
 from layerprobe.backbones.trained_parts import ADAPTERS_FILE, TRAINED_FILE
-from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, shortened
+from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, first_line, shortened
 from layerprobe.files import cannot_write, read_json, sync, write_json
 from layerprobe.plans.names import adapter_part, clean_name
 from layerprobe.progress import note
@@ -248,8 +248,7 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePla
             _copy(load_file(folder / "stem.safetensors"), backbone.stem)
         _copy(load_file(folder / "head.safetensors"), classifier.head)
     except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BrokenFileError(f"cannot read the checkpoint {folder}: {line}") from error
+        raise BrokenFileError(f"cannot read the checkpoint {folder}: {first_line(error)}") from error
 
 
 @torch.no_grad()

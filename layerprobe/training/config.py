@@ -12,14 +12,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Self
 
+from layerprobe.choices import AUGMENTATIONS, HEAD_STARTS, PRECISIONS, RANDOM_LABELS, SAVES
 from layerprobe.errors import UsageError
-
-HEADS = ("random", "probe")
-AUGMENTATIONS = ("weak", "none")
-RANDOM_LABELS = ("hash", "complementary")
-SAVES = ("full", "trained")
-"""What a bridge run keeps: the whole model, or what was trained and the name of its base."""
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +233,7 @@ class FineTuneConfig(TrainConfig):
             *super()._checks(),
             (not usable, f"lrs must be one or more positive numbers, not {list(self.lrs)}"),
             (few, f"shots must be at least 1, not {self.shots}"),
-            (self.head not in HEADS, f"head is one of {', '.join(HEADS)}, not '{self.head}'"),
+            (self.head not in HEAD_STARTS, f"head is one of {', '.join(HEAD_STARTS)}, not '{self.head}'"),
         ]
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing.logistic import fit_logistic_path
+from layerprobe.progress import note
 from layerprobe.training.classifier import (
     Classifier,
     Snapshot,
@@ -37,87 +38,15 @@ from layerprobe.training.loop import (
     preserved_rng,
     training_steps,
 )
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.plans import FreezePlan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one training under one plan gave; also the form in which a search stores it.
-
-    Attributes
-    ----------
-    validation_accuracy, test_accuracy : float | None
-        Shares in [0, 1]; None: not asked for, or the run failed (`reason`).
-    bridge_accuracy : float | None
-        random-label train accuracy over the last tenth of the bridge; chance is 1/K.
-    train_seconds : float
-        Wall time of the steps alone.
-    call_seconds : float
-        Of the whole call, evaluation included.
-    train_flops : float
-        matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
-    trainable_parameters : int | None
-        Of the backbone, in fine-tuning; stem and head are trained besides.
-    test_correct : np.ndarray | None
-        Bool, one per image, for paired comparisons; stored as hexadecimal digits.
-    validation_correct : np.ndarray | None
-        The same of the validation images; not stored.
-    """
-
-    validation_accuracy: float | None = None
-    test_accuracy: float | None = None
-    bridge_accuracy: float | None = None
-    train_seconds: float = 0.0
-    call_seconds: float = 0.0
-    train_flops: float = 0.0
-    steps: int = 0
-    trainable_parameters: int | None = None
-    n_validation: int | None = None
-    n_test: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    reason: str | None = None
-    validation_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
-    test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def ranked_accuracy(self) -> float:
-        """Validation accuracy; −inf where the run failed, so that it ranks last."""
-        return -math.inf if self.validation_accuracy is None else self.validation_accuracy
-
-    def to_dict(self) -> dict[str, Any]:
-        """Strict JSON: every field but `validation_correct`."""
-        bits = None if self.test_correct is None else np.packbits(self.test_correct).tobytes().hex()
-        return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Outcome:
-        """What `to_dict` gave, or the form of version 0.1: accuracy, test, seconds, reason, facts."""
-        if "accuracy" in stored:
-            stored = {
-                "call_seconds": stored["seconds"],
-                **stored["facts"],
-                "validation_accuracy": stored["accuracy"],
-                "test_accuracy": stored["test"],
-                "train_seconds": stored["seconds"],
-                "reason": stored["reason"],
-            }
-        bits = stored.get("test_correct")
-        right = None
-        if bits is not None:
-            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
-                bool
-            )
-        return cls(**{name: stored[name] for name in _STORED if name in stored}, test_correct=right)
-
-
 PROBE_C = 0.1
 """Inverse strength of the penalty of the regression that a head starts from."""
-
-_STORED = tuple(item.name for item in fields(Outcome) if item.compare)
 
 
 def train_and_score(
@@ -193,7 +122,6 @@ def train_and_score(
         lr=finetune.lr,
         seed=finetune.seed,
         reason=reason,
-        validation_correct=validation,
         test_correct=tested,
     )
 
@@ -315,3 +243,41 @@ def few_shot_rows(labels: np.ndarray, config: FineTuneConfig) -> np.ndarray:
     draw = np.random.default_rng(config.seed)
     chosen = [draw.permutation(np.flatnonzero(labels == k))[: config.shots] for k in np.unique(labels)]
     return np.sort(np.concatenate(chosen))
+
+
+def choose_rate(
+    backbone: Backbone,
+    tensors: TaskTensors,
+    labels: np.ndarray,
+    plan: FreezePlan,
+    config: BridgeConfig,
+    *,
+    quiet: bool,
+) -> float:
+    """The rate of `config.lrs` with the lowest loss after `config.lr_steps` steps, each annealed to its end.
+
+    The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
+    training with weak augmentation shows one time in eighteen.
+    """
+    steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
+    rows = np.arange(min(len(labels), 2048))
+    plain, targets = tensors.pixels["train"].subset(rows), torch.from_numpy(labels[rows])
+    losses: dict[float, float] = {}
+    for lr in config.lrs:
+        trial = config.replace(lr=lr, steps=steps, lrs=())
+        with Snapshot(backbone):
+            try:
+                stage = run_stage(backbone, tensors, trial, plan=plan)
+                model = stage.classifier.eval()
+                with autocast(model.device, config.precision):
+                    logits = in_batches(model, plain, device=model.device)
+                losses[lr] = float(cross_entropy(logits.float(), targets))
+            except DivergedError:
+                losses[lr] = math.inf
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        raise DivergedError(f"all learning rates diverged: {', '.join(map(str, config.lrs))}; try lower ones")
+    if not quiet:
+        shown = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in losses.items())
+        note(f"learning rate {best:g}, by random-label loss on plain views after {steps} steps ({shown})")
+    return best

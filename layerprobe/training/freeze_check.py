@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from layerprobe.backbones.layout import linear_modules, parameter_units
 from layerprobe.backbones.sharding import is_sharded
-from layerprobe.backbones.units import linear_modules, parameter_units
 from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
 from layerprobe.files import tensor_digest
 from layerprobe.layers import UNITS
@@ -103,7 +103,7 @@ def all_trainable(backbone: Backbone) -> FreezePlan:
 def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = None) -> FreezePlan:
     """The plan that trains these units, or, with a `rank`, places adapters on all their linear maps.
 
-    `units` are names of `layerprobe.backbones.units.parameter_units`: `3`, `3.attention`, `3.mlp`.
+    `units` are names of `layerprobe.backbones.layout.parameter_units`: `3`, `3.attention`, `3.mlp`.
 
     Raises
     ------

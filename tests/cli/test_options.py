@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from layerprobe.choices import SPLITS
 from layerprobe.cli import options
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
@@ -53,7 +54,7 @@ def test_lists_of_names_and_numbers() -> None:
     with pytest.raises(
         UnknownNameError, match=r"unknown split 'tset'.* Choose from: train, validation, test"
     ):
-        options.check_name("split", "tset", options.SPLITS)
+        options.check_name("split", "tset", SPLITS)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -73,19 +74,39 @@ def test_what_reading_a_task_left_out_is_said_unless_quiet(
     assert (said.out, said.err) == ("", "" if quiet else remark)
 
 
-def test_the_words_of_options_are_those_of_the_library() -> None:
-    from layerprobe.backbones import choices
-    from layerprobe.backbones.image_input import STEM_KINDS
-    from layerprobe.backbones.load import DTYPES
-    from layerprobe.cli import evaluate
-    from layerprobe.tasks.split import SPLITS
-    from layerprobe.training import arms, config
+def test_small_models_get_one_thread_and_the_option_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
 
-    assert (options.INITS, options.POOLINGS, options.ATTENTIONS) == (
-        choices.INITS,
-        choices.POOLINGS,
-        choices.ATTENTIONS,
-    )
-    assert tuple(STEM_KINDS) == options.STEMS and tuple(DTYPES) == options.DTYPES
-    assert options.SPLITS == SPLITS and options.PRECISIONS == config.PRECISIONS
-    assert (evaluate.MODES, evaluate.SCOPES) == (arms.MODES, arms.SCOPES)
+    from layerprobe.cli.processes import SMALL, choose_threads
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for threads, parameters in ((None, SMALL - 1), (None, SMALL), (3, SMALL - 1)):
+        choose_threads(threads, parameters)
+    assert asked == [1, 3]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # whoever set it wants it so
+    choose_threads(None, SMALL - 1)
+    assert asked == [1, 3]
+
+
+def test_options_are_spelt_alike_everywhere() -> None:
+    """No second name of a thing, a model by its place wherever one is named, and no flag without effect."""
+    from test_start import all_commands
+
+    other_names = {
+        "--finetune-steps",
+        "--lr",
+        "--n-sigma",
+        "--num-seeds",
+        "--n-seeds",
+        "--num-threads",
+        "--resume",
+    }
+    for name, command in all_commands().items():
+        flags = {flag for one in command.params for flag in one.opts}
+        assert not flags & other_names, name
+        if "--model" in flags and name not in ("worker", "plan check", "plan lint"):
+            assert any(one.param_type_name == "argument" for one in command.params), name
+        told = " ".join([command.help or "", *(getattr(one, "help", None) or "" for one in command.params)])
+        assert "no effect" not in told.lower(), name

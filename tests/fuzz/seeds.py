@@ -27,7 +27,7 @@ from layerprobe.tables import read_frame
 from layerprobe.tasks.duplicates import _recall
 from layerprobe.training import BridgeConfig, bridge_train
 from layerprobe.training.checkpoints import find_checkpoint
-from layerprobe.training.evaluate import _TrialStore
+from layerprobe.training.evaluation import _TrialStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "tasks"))
 from task_files import picture, png, write_idx, write_parquet
@@ -215,9 +215,9 @@ def _runs(root: Path, _: object) -> None:
 
     _unfinished(root / "unfinished", backbone(), task)
     store = _TrialStore(root / "evaluation", SETTINGS)
-    from layerprobe.training.arms import Trial
+    from layerprobe.training.arms import ArmRun
 
-    store.put(Trial(arm="language", lr=1e-3, seed=0, validation_accuracy=0.5, train_seconds=1.0))
+    store.put(ArmRun(arm="language", lr=1e-3, seed=0, validation_accuracy=0.5, train_seconds=1.0))
     lp.freeze_search(
         backbone(), lp.load_task("digits", limit=60), output=root / "search", budget=5.0, bridge_steps=1,
         finetune_steps=1, batch_size=8, lrs=(1e-3, 3e-3), seeds=2, quiet=True, use_scores=False,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from layerprobe.errors import UsageError
+from layerprobe.files import dtype_name
 from layerprobe.metrics.outliers import (
     OutlierRules,
     TensorOutliers,
@@ -370,7 +371,7 @@ def _raw_codes(weight: ArrayLike | torch.Tensor) -> tuple[np.ndarray, str]:
         import torch
 
         tensor = weight.detach().cpu().contiguous()
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         if dtype in CODE_DTYPES:
             return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.uint16).numpy(), dtype
         weight = tensor.numpy()

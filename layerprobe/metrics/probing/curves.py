@@ -11,14 +11,8 @@ import numpy as np
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing import Standardised
-from layerprobe.metrics.probing.logistic import (
-    C_GRID,
-    ProbeResult,
-    check_grid,
-    fit_logistic_path,
-    select_probe,
-)
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, fit_logistic_path, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 
 SHOTS = (1, 2, 5, 10)
 """Training images per class of the few-shot curve."""
@@ -32,18 +26,13 @@ class CodeLength:
     ----------
     bits : float
         Length of the online code.
-    uniform_bits : float
-        n·log2 K, the length without features.
     compression : float
-        uniform_bits / bits; 1 = no information in the features, higher = labels easier to predict.
-    portions : list[int]
-        Ends of the portions, in rows.
+        n·log2 K, the length without features, over `bits`; 1 = no information in the features, higher = labels easier
+        to predict.
     """
 
     bits: float
-    uniform_bits: float
     compression: float
-    portions: list[int]
 
 
 def online_code_length(
@@ -108,7 +97,7 @@ def online_code_length(
         p = _predicted(rows[:end], labels[:end], seen, n_classes, C=C, tol=tol, device=device)
         nats -= np.log((seen * p + 1) / (seen + n_classes)).sum()
     bits, uniform = float(nats / np.log(2)), float(n * np.log2(n_classes))
-    return CodeLength(bits=bits, uniform_bits=uniform, compression=uniform / bits, portions=ends)
+    return CodeLength(bits=bits, compression=uniform / bits)
 
 
 def _predicted(
@@ -158,12 +147,13 @@ def few_shot_curve(
     Returns
     -------
     list[FewShot]
-        Of FewShot; a number of shots that some class cannot supply is left out.
+        Of FewShot; a number of shots of which the rarest class cannot supply three times as many is left out: draws
+        that share their images would hardly differ.
     """
     X, y = check_features(train[0], "the training features"), np.asarray(train[1])
     available = int(np.bincount(y, minlength=n_classes).min())
     curve = []
-    for m in (m for m in shots if m <= available):
+    for m in (m for m in shots if 3 * m <= available):
         accuracies = []
         for draw in range(draws):
             order = np.random.default_rng([seed, draw]).permutation(len(y))

@@ -233,7 +233,8 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
     """Leave-one-out accuracy of ridge regression onto the class indicators.
 
     Each image is classified by the ridge (intercept not penalised) fitted to all other images. The penalty is
-    the one with the least generalised cross-validation error, summed over classes, on the same images.
+    the one with the least generalised cross-validation error, summed over classes, on the same images. Where X says
+    nothing and classes are balanced it lies below chance: without an image its own class is the rarest.
 
     Returns
     -------
@@ -343,6 +344,10 @@ def readable_scores(
     return found
 
 
+LEAST_IN_CLASS = 10
+"""Images of the smallest class below which half samples say little about the spread of full ones."""
+
+
 def half_sample_errors(
     features: ArrayLike,
     labels: ArrayLike,
@@ -355,8 +360,10 @@ def half_sample_errors(
 
     A replicate keeps a random half of each class, without repeats; the spread of the replicates estimates
     the spread of the full sample. (The usual bootstrap draws images twice, and an image left out would find its
-    own copy among the others.) In simulations the error is 0.9 to 1.35 times the true one, too large for
-    scores that depend on the number of images (transrate, h_score).
+    own copy among the others.) In simulations with 30 or more images a class and 64 dimensions the error is 0.4 to 1.9
+    times the true one (gbc 0.5 to 0.7, neural_collapse 0.9, loo_ridge 1.2 to 1.9, transrate 0.4 to 1.5); with 5
+    images a class that of gbc is 0.02 times the true one. There is none where the smallest class has fewer than
+    `LEAST_IN_CLASS` images.
 
     The value of each Estimate is the standard error; where there is none, `reason` says why.
 
@@ -368,6 +375,9 @@ def half_sample_errors(
     if n_replicates < 2:
         raise UsageError(f"a spread needs at least two replicates: n_replicates={n_replicates}")
     X, y = check_labelled(features, labels)
+    if (fewest := int(np.unique(y, return_counts=True)[1].min())) < LEAST_IN_CLASS:
+        reason = f"half samples need {LEAST_IN_CLASS} images of each class, and one has {fewest}"
+        return {name: Estimate(value=None, reason=reason) for name in scores}
     rng = np.random.default_rng(seed)
     replicates = [
         readable_scores(X[rows], y[rows], scores=scores)

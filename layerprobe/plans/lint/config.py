@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
-from layerprobe.files import read_json
-from layerprobe.reading import read_file
+from layerprobe.files import read_json, read_yaml
 
 MAX_BYTES = 4 << 20
 
@@ -74,16 +73,8 @@ def read_config(path: Path) -> dict[object, object]:
     """
     if not path.is_file():
         raise UnknownNameError(f"there is no configuration {path}")
-    if path.suffix == ".json":
-        found = read_json(path, what="configuration", max_bytes=MAX_BYTES)
-    else:
-        import yaml
-
-        text = read_file(path, what="configuration", max_bytes=MAX_BYTES)
-        try:
-            found = yaml.safe_load(text.decode())
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise BrokenFileError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    read = read_json if path.suffix == ".json" else read_yaml
+    found = read(path, what="configuration", max_bytes=MAX_BYTES)
     if not isinstance(found, dict) or not found:
         raise BrokenFileError(f"{path} holds no configuration: it is not a list of keys with values")
     return found

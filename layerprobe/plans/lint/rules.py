@@ -46,7 +46,7 @@ class ModelNames:
 
 
 @dataclass(kw_only=True)
-class Reading:
+class ParsedConfig:
     """What a configuration comes to: the weights that train, adapters and their ranks, and what is wrong with it."""
 
     trained: set[str] = field(default_factory=set)
@@ -55,7 +55,7 @@ class Reading:
     remarks: list[str] = field(default_factory=list)
 
 
-def axolotl(config: Config, model: ModelNames) -> Reading:
+def axolotl(config: Config, model: ModelNames) -> ParsedConfig:
     """axolotl at 107c67a (src/axolotl/utils/freeze.py `freeze_layers_except`; schemas/validation.py)."""
     patterns = _texts(config.get("unfrozen_parameters"))
     if config.get("adapter"):
@@ -76,10 +76,10 @@ def axolotl(config: Config, model: ModelNames) -> Reading:
             )
         return found
     if not patterns:
-        return Reading(
+        return ParsedConfig(
             trained=set(model.sizes), remarks=["without unfrozen_parameters axolotl trains every weight"]
         )
-    found = Reading()
+    found = ParsedConfig()
     for pattern in patterns:
         body, rows = _range_of_rows(pattern)
         expression = re.sub(r"\.(?!\+)", r"\\.", body)
@@ -92,7 +92,7 @@ def axolotl(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-def llama_factory(config: Config, model: ModelNames) -> Reading:
+def llama_factory(config: Config, model: ModelNames) -> ParsedConfig:
     """LLaMA-Factory 0.9.5 (src/llamafactory/model/adapter.py `_setup_freeze_tuning`, `_setup_lora_tuning`)."""
     kind = config.get("finetuning_type", "lora")
     frozen_keys = [key for key in config if key.startswith("freeze_") or key == "use_llama_pro"]
@@ -105,7 +105,7 @@ def llama_factory(config: Config, model: ModelNames) -> Reading:
             everywhere=targets == ["all"],
         )  # fmt: skip
     elif kind == "full":
-        found = Reading(trained=set(model.sizes))
+        found = ParsedConfig(trained=set(model.sizes))
     else:
         return _llama_factory_freeze(config, model)
     if frozen_keys:
@@ -115,8 +115,8 @@ def llama_factory(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-def _llama_factory_freeze(config: Config, model: ModelNames) -> Reading:
-    found, depth, count = Reading(), model.n_layers, _whole(config.get("freeze_trainable_layers", 2))
+def _llama_factory_freeze(config: Config, model: ModelNames) -> ParsedConfig:
+    found, depth, count = ParsedConfig(), model.n_layers, _whole(config.get("freeze_trainable_layers", 2))
     if config.get("use_llama_pro"):
         if not count or depth % count:
             found.problems.append(f"use_llama_pro stops: {depth} layers are not divisible by {count}")
@@ -148,7 +148,7 @@ def _llama_factory_freeze(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-def ms_swift(config: Config, model: ModelNames) -> Reading:
+def ms_swift(config: Config, model: ModelNames) -> ParsedConfig:
     """ms-swift 4.x at 006938b (swift/utils/transformers_utils.py `freeze_parameters`, `activate_parameters`)."""
     kind = config.get("tuner_type", config.get("train_type", "lora"))
     keys = [k for k in config if k.startswith(("freeze_parameters", "trainable_parameters"))]
@@ -165,17 +165,17 @@ def ms_swift(config: Config, model: ModelNames) -> Reading:
                 f"{', '.join(keys)} do nothing with tuner_type: {kind}; they need tuner_type: full"
             )
         return found
-    found = Reading()
+    found = ParsedConfig()
     ratio = config.get("freeze_parameters_ratio", 0)
     share = float(ratio) if isinstance(ratio, (int, float)) else 0.0
     sums = list(itertools.accumulate(model.sizes.values()))
     first = bisect.bisect_right(sums, int(sums[-1] * share)) if share > 0 else 0
     trained = dict.fromkeys(list(model.sizes)[first:])
     for prefix in _texts(config.get("freeze_parameters")):
-        for name in _matched(Reading(), prefix, model.sizes, _starts(prefix), into=found):
+        for name in _matched(ParsedConfig(), prefix, model.sizes, _starts(prefix), into=found):
             trained.pop(name, None)
     for pattern in _texts(config.get("freeze_parameters_regex")):
-        for name in _matched(Reading(), pattern, model.sizes, _search(pattern), into=found):
+        for name in _matched(ParsedConfig(), pattern, model.sizes, _search(pattern), into=found):
             trained.pop(name, None)
     found.trained = set(trained)
     for prefix in _texts(config.get("trainable_parameters")):
@@ -191,7 +191,7 @@ def ms_swift(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-def peft(config: Config, model: ModelNames) -> Reading:
+def peft(config: Config, model: ModelNames) -> ParsedConfig:
     """peft 0.21.2 (src/peft/tuners/tuners_utils.py `check_target_module_exists`, src/peft/utils/other.py)."""
     found = _lora(config, model, everywhere=config.get("target_modules") == "all-linear")
     if config.get("layers_to_transform") is not None and isinstance(config.get("target_modules"), str):
@@ -203,9 +203,9 @@ def peft(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-def finetuning_scheduler(config: Config, model: ModelNames) -> Reading:
+def finetuning_scheduler(config: Config, model: ModelNames) -> ParsedConfig:
     """finetuning-scheduler 2.14.1 (src/finetuning_scheduler/fts_supporters.py `_parse_phase`)."""
-    found = Reading()
+    found = ParsedConfig()
     phases = sorted(int(key) for key in config)
     if phases != list(range(len(phases))):
         found.problems.append(
@@ -231,7 +231,7 @@ def finetuning_scheduler(config: Config, model: ModelNames) -> Reading:
     return found
 
 
-RULES: dict[str, Callable[[Config, ModelNames], Reading]] = {
+RULES: dict[str, Callable[[Config, ModelNames], ParsedConfig]] = {
     "axolotl": axolotl,
     "llama-factory": llama_factory,
     "ms-swift": ms_swift,
@@ -240,9 +240,9 @@ RULES: dict[str, Callable[[Config, ModelNames], Reading]] = {
 }
 
 
-def _lora(config: Config, model: ModelNames, *, everywhere: bool) -> Reading:
+def _lora(config: Config, model: ModelNames, *, everywhere: bool) -> ParsedConfig:
     """Adapters by PEFT's rule; `everywhere` stands for all linear maps but the head."""
-    found = Reading()
+    found = ParsedConfig()
     given = config.get("target_modules")
     if everywhere:
         given = sorted(model.linear - {model.head})
@@ -272,12 +272,12 @@ def _lora(config: Config, model: ModelNames, *, everywhere: bool) -> Reading:
 
 
 def _matched(
-    found: Reading,
+    found: ParsedConfig,
     pattern: str,
     names: Iterable[str],
     matches: Callable[[str], object],
     *,
-    into: Reading | None = None,
+    into: ParsedConfig | None = None,
 ) -> list[str]:
     """The names that a pattern takes, now trained in `found`; a problem (of `into`) where there is none."""
     try:
@@ -291,7 +291,7 @@ def _matched(
     return taken
 
 
-def _too_many(found: Reading, pattern: str, body: str, taken: list[str]) -> None:
+def _too_many(found: ParsedConfig, pattern: str, body: str, taken: list[str]) -> None:
     """A pattern that ends on the number of a layer takes 10 to 19 along with 1."""
     number = re.search(r"\.(\d+)$", body)
     if number is None:

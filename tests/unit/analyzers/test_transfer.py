@@ -222,10 +222,10 @@ def test_readable_rows_are_the_metrics_of_the_features(record, backbone, task):
 
     features = extract_features(backbone, task, "train")
     for block in range(3):
-        X = np.asarray(features.block(block))
+        X = np.asarray(features[block])
         for name, function in (("logme", logme), ("neural_collapse", neural_collapse)):
-            rows = record.score(name)
-            value = rows[rows["block"] == block]["value"].item()
+            rows = record.to_frame().query(f"metric == 'transfer_{name}' and block == {block}")
+            value = rows["value"].item()
             assert value == pytest.approx(function(X, features.labels), rel=1e-9)
 
 
@@ -238,8 +238,6 @@ def test_the_record_saves_strict_json_and_draws(record, tmp_path):
     assert "lower is better" in axes.get_title()
     figure = transfer_figure(record.to_frame())
     assert len([ax for ax in figure.get_axes() if ax.axison]) == len(HIGHER_IS_BETTER) + 4
-    with pytest.raises(UnknownNameError, match="no score 'leep'"):
-        record.score("leep")
     with pytest.raises(UnknownNameError, match="no score 'transfer_leep'"):
         plot_transfer(record.to_frame(), "transfer_leep")
 

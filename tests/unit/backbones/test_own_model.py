@@ -94,7 +94,7 @@ def test_a_model_in_a_wrapper_is_read_and_left_as_it_was(kind: str, digits: Task
         handle.remove()
     for index, output in enumerate(hidden):
         own = (output[0] if isinstance(output, tuple) else output).mean(1).numpy()
-        np.testing.assert_allclose(features.block(index)[:8], own, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(features[index][:8], own, rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_are_part_of_what_is_measured(digits: Task) -> None:

@@ -83,9 +83,9 @@ def test_a_table_reads_the_same_in_text_markdown_and_html() -> None:
     assert render_table(rows, "markdown").splitlines()[1:] == [
         "| --- | ---: | ---: |", "| a<b | 12,345 | 0.1235 |", "| all | 2 | – |"
     ]  # fmt: skip
-    page = render_table(rows, "html", columns=["arm", "value"], mark="all")
+    page = render_table(rows, "html", columns=["arm", "value"])
     assert '<tr><td class="t">a&lt;b</td><td>0.1235</td></tr>' in page
-    assert '<tr class="mark"><td class="t">all</td><td>–</td></tr>' in page
+    assert '<tr><td class="t">all</td><td>–</td></tr>' in page
     assert "12,345" not in page
     assert render_table([], "html") == '<p class="soft">none</p>'
 

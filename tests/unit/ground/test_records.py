@@ -15,7 +15,7 @@ from records_of_commands import ROWS, example
 from safetensors import safe_open
 
 import layerprobe as lp
-from layerprobe.analyzers.feature_table import FeatureTable
+from layerprobe.analyzers.features import FeatureTable
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.records import FIGURES, SavedRecord
 

@@ -29,7 +29,7 @@ from torch import nn
 from layerprobe.errors import PlanError
 from layerprobe.files import tensor_digest
 from layerprobe.plans import FreezePlan, parameter_table
-from layerprobe.plans.verify import Fingerprint, remembered
+from layerprobe.plans.verify import Fingerprint, applied_states
 
 BLOCKS = [0, 1, 10]
 
@@ -343,10 +343,10 @@ def test_remembering_does_not_keep_the_model_alive() -> None:
     model = bare_model("gpt2")
     example_plan("gpt2", BLOCKS).apply(model)
     gc.collect()
-    count = len(remembered)
+    count = len(applied_states)
     del model
     gc.collect()
-    assert len(remembered) == count - 1
+    assert len(applied_states) == count - 1
 
 
 def test_a_fingerprint_survives_json_and_a_wrapper() -> None:

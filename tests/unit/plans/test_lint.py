@@ -1,4 +1,4 @@
-"""Verdicts on other trainers' configurations, each checked against the trainer's own rule.
+"""Reports on other trainers' configurations, each checked against the trainer's own rule.
 
 The rules of axolotl, LLaMA-Factory, ms-swift and finetuning-scheduler are those written out in `test_export` with
 their sources; PEFT is the installed one. The configurations follow the trainers' documentation; the wrong ones go wrong
@@ -19,7 +19,7 @@ from test_export import RULES
 from torch import nn
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError
-from layerprobe.plans.lint import Verdict, lint_config, read_config
+from layerprobe.plans.lint import LintReport, lint_config, read_config
 from layerprobe.plans.lint.rules import ModelNames
 
 peft = pytest.importorskip("peft", reason="the extra [peft] is not installed")
@@ -39,7 +39,7 @@ def names_of(module: Any) -> ModelNames:
     )
 
 
-def verdict(config: dict[Any, Any], **options: Any) -> Verdict:
+def verdict(config: dict[Any, Any], **options: Any) -> LintReport:
     return lint_config(config, names_of(model()), **options)
 
 

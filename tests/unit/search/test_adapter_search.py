@@ -13,7 +13,7 @@ import transformers
 from families import NAMED_FAMILIES
 
 import layerprobe as lp
-from layerprobe.backbones.units import linear_modules, parameter_units
+from layerprobe.backbones.layout import linear_modules, parameter_units
 from layerprobe.errors import PlanError, UnknownNameError, UsageError
 from layerprobe.plans.adapters import has_adapters, present_ranks
 from layerprobe.plans.names import clean_name, is_adapter

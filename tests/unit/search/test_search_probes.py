@@ -9,10 +9,11 @@ import pytest
 import transformers
 
 import layerprobe as lp
+from layerprobe.metrics.inference import PooledArms
 from layerprobe.records import Estimate
 from layerprobe.search.baselines import Baseline, BaselineResult, Report
 from layerprobe.search.frames import baseline_frame
-from layerprobe.search.probes import ProbeBaseline, probes_in_words
+from layerprobe.search.probes import ProbeBaseline, pixels_in_words, probes_in_words
 from layerprobe.search.space import Space
 from layerprobe.search.verdict import Verdict
 
@@ -32,7 +33,12 @@ def line(name: str, accuracy: float, *, mask: tuple[bool, ...] = (True, False, F
         recall=None,
         test=(accuracy, accuracy),
         accuracy=Estimate(value=accuracy, n=2),
-        right=right,
+        pooled=PooledArms(
+            {name: {0: accuracy, 1: accuracy}, "other": {0: 0.495, 1: 0.505}},
+            n_images=N_IMAGES,
+            correct={name: right},
+        ),
+        arm=name,
         against={},
     )
 
@@ -41,7 +47,7 @@ def report(*lines: BaselineResult) -> Report:
     verdict = Verdict(
         kind="train these", mask=lines[0].baseline.mask, arms={}, margin=None, differences={}, detectable=None
     )
-    return Report(lines=list(lines), verdict=verdict, seeds=[0, 1], noise=0.005, freedom=8)
+    return Report(lines=list(lines), verdict=verdict, seeds=[0, 1], pooled=None)
 
 
 def probe(name: str, accuracy: float) -> ProbeBaseline:
@@ -65,6 +71,14 @@ def test_a_probe_that_is_ahead_by_chance_is_said_to_be_no_worse() -> None:
     assert words.startswith("No trained plan is ahead of a linear probe of the frozen features: 80.3 %")
     assert probes_in_words([probe("probe", 0.70)], report(line("plan", 0.80))) == ""
     assert probes_in_words([], report(line("plan", 0.80))) == ""
+
+
+def test_pixels_that_are_not_shown_to_be_behind_are_the_last_sentence() -> None:
+    words = pixels_in_words([probe("pixels", 0.797)], report(line("plan", 0.80)))
+    assert words.startswith(" A linear probe of the raw pixels is not shown to be behind (79.7 %; -")
+    assert words.endswith("this task may not need the backbone.")
+    for other in ([probe("pixels", 0.60)], [probe("pixels", 0.90)], [probe("probe", 0.797)], []):
+        assert pixels_in_words(other, report(line("plan", 0.80))) == ""
 
 
 def test_a_stored_probe_comes_back_and_is_compared_on_the_same_images() -> None:

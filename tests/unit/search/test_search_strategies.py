@@ -139,6 +139,17 @@ def test_failed_runs_are_no_candidates() -> None:
     assert not mask[1]
 
 
+def test_a_plan_whose_every_training_failed_is_no_answer_though_all_others_are_alike() -> None:
+    space = Space((100,) * 3)
+    masks = {True: 0.95, False: -np.inf}
+    trials = [Trial(mask=(on,) * 3, lr=1e-3, repeat=seed) for on in masks for seed in range(4)]
+    posterior = Posterior(
+        space=space, lrs=(1e-3,), trials=trials, accuracies=[masks[t.mask[0]] for t in trials]
+    )
+    assert posterior.failed == {space.none}
+    assert best_plan(posterior, list(space.masks()), 0.01) != space.none
+
+
 def test_where_everything_fails_the_error_says_why() -> None:
     def fails(trials):
         return {t: Outcome(validation_accuracy=None, reason="diverged at step 7") for t in trials}

@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
 from layerprobe.search import trials as trials_module
-from layerprobe.search.database import patient
+from layerprobe.search.database import with_retry
 from layerprobe.search.space import Trial
 from layerprobe.search.trials import TrialStore, _owners, hide_password, storage_url
 from layerprobe.search.workers import is_dead, this_worker
@@ -340,7 +340,8 @@ class Failing:
 def test_a_database_that_comes_back_is_waited_for(monkeypatch, capsys) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("layerprobe.search.database.time.sleep", pauses.append)
-    assert patient(Failing(8), "db")() == "done"
+    monkeypatch.setattr("layerprobe.progress._quiet", False)  # which a test before may have set
+    assert with_retry(Failing(8), "db")() == "done"
     assert pauses == [0.5, 1, 2, 4, 8, 15, 15, 15]
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -349,7 +350,7 @@ def test_a_database_that_stays_away_is_one_line(monkeypatch) -> None:
     monkeypatch.setattr("layerprobe.search.database.RECONNECT_SECONDS", 0.0)
     monkeypatch.setattr("layerprobe.search.database.time.sleep", lambda seconds: None)
     with pytest.raises(NotAvailableError, match=r"storage db has not answered .* the same command continues"):
-        patient(Failing(100), "db")()
+        with_retry(Failing(100), "db")()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_a_full_or_read_only_disk_is_one_line_at_once(message: str, told: str, m
     with pytest.raises(
         LayerprobeError, match=rf"storage db cannot be written: .*{told}; finished trainings are kept"
     ):
-        patient(Failing(100, message), "db")()
+        with_retry(Failing(100, message), "db")()
 
 
 def test_an_interrupted_training_does_not_wait_for_the_database(tmp_path: Path, monkeypatch) -> None:
@@ -376,7 +377,7 @@ def test_an_interrupted_training_does_not_wait_for_the_database(tmp_path: Path, 
         def gone(*args: object, **kwargs: object) -> None:
             raise sqlalchemy.exc.OperationalError("select", {}, Exception("connection refused"))
 
-        monkeypatch.setattr(store._storage, "set_trial_state_values", patient(gone, "db"))
+        monkeypatch.setattr(store._storage, "set_trial_state_values", with_retry(gone, "db"))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

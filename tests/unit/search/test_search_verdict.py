@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +22,7 @@ from layerprobe.training import Outcome
 SPACE = Space((100, 100, 100))
 ALL, ONE, NONE = mask_of([0, 1, 2], 3), mask_of([1], 3), mask_of([], 3)
 ARMS = {"plan": ONE, "all": ALL, "none": NONE}
+RULE = {"tolerance": 0.005, "margin": 0.03, "n_seeds": 5}
 
 
 def pooled(
@@ -46,18 +49,21 @@ def pooled(
     ],
 )
 def test_each_verdict_has_its_case(accuracies, kind, mask) -> None:
-    verdict = decide(ARMS, pooled(*accuracies), SPACE, tolerance=0.005)
+    verdict = decide(ARMS, pooled(*accuracies), SPACE, **RULE)
     assert (verdict.kind, verdict.mask) == (kind, mask)
-    told = sentence(verdict, SPACE, test=None, seeds=range(5))
+    told = sentence(verdict, SPACE, test=None, n_seeds=5)
     if kind == "no difference":
-        assert 0 < verdict.margin < 0.02 and f"larger than {100 * verdict.margin:.1f} points" in told
+        assert (
+            0 < verdict.margin < 0.02
+            and f"one larger than {100 * verdict.margin:.1f} points is excluded" in told
+        )
     else:
         assert "points against" in told and verdict.margin is None
 
 
 def test_the_margin_of_no_difference_is_that_of_two_one_sided_tests() -> None:
     arms = pooled(0.70, 0.71, 0.70, noise=0.02)
-    verdict = decide(ARMS, arms, SPACE, tolerance=0.005)
+    verdict = decide(ARMS, arms, SPACE, **RULE)
     from scipy import stats
 
     bounds = []
@@ -70,13 +76,57 @@ def test_the_margin_of_no_difference_is_that_of_two_one_sided_tests() -> None:
 
 def test_constraints_bind_the_verdict_also_where_another_arm_is_better() -> None:
     space = Space((100, 100, 100), Constraints(min_frozen=1))
-    verdict = decide(ARMS, pooled(0.8, 0.9, 0.6), space, tolerance=0.005)
+    verdict = decide(ARMS, pooled(0.8, 0.9, 0.6), space, **RULE)
     assert verdict.mask == ONE and verdict.kind == "train these"
 
 
 def test_without_trainings_nothing_is_claimed() -> None:
-    verdict = decide(ARMS, None, SPACE, tolerance=0.005)
-    assert verdict.kind == "not judged" and "Too few" in sentence(verdict, SPACE, test=None, seeds=[])
+    verdict = decide(ARMS, None, SPACE, **RULE)
+    assert verdict.kind == "not judged" and "Too few" in sentence(verdict, SPACE, test=None, n_seeds=5)
+
+
+def test_what_may_be_large_is_not_decided_and_the_answer_is_the_best_of_what_was_seen() -> None:
+    loud = pooled(0.90, 0.90, 0.86, noise=0.02, seeds=3)
+    verdict = decide(ARMS, loud, SPACE, **{**RULE, "n_seeds": 3})
+    assert verdict.kind == "not decided" and verdict.mask != NONE and verdict.margin > 0.03
+    assert "is neither shown nor excluded" in sentence(verdict, SPACE, test=None, n_seeds=3)
+
+
+def test_the_objective_accuracy_recommends_the_best_mean_of_what_nothing_beats() -> None:
+    close = pooled(0.7, 0.7, 0.7, noise=0.002)
+    best = max(ARMS, key=lambda name: np.mean(list(close.values[name].values())))
+    assert best != "none"
+    assert decide(ARMS, close, SPACE, **RULE).mask == NONE
+    assert decide(ARMS, close, SPACE, **{**RULE, "tolerance": 0.0}).mask == ARMS[best]
+
+
+def test_an_arm_with_failed_trainings_is_named_and_not_recommended() -> None:
+    values = dict(pooled(0.90, 0.85, 0.60).values)
+    values["plan"] = {0: 0.90, 1: 0.90}
+    verdict = decide(ARMS, PooledArms(values), SPACE, **RULE)
+    assert verdict.failed == {"plan": 3} and verdict.mask == ALL
+    assert "3 of 5 trainings of the plan failed" in sentence(verdict, SPACE, test=None, n_seeds=5)
+
+
+def test_what_is_said_to_be_found_in_8_of_10_cases_is() -> None:
+    """Claims are corrected for three pairs and count the test images."""
+    rng = np.random.default_rng(3)
+    n_seeds, n_images = 5, 1000
+
+    def draw(gap: float):
+        ease, shared = rng.random(n_images), 0.01 * rng.standard_normal(n_seeds)
+        values, correct = {}, {}
+        for name, level in {"plan": 0.8 + gap, "all": 0.8, "none": 0.8 + gap}.items():
+            chance = level + shared + 0.008 * rng.standard_normal(n_seeds)
+            # Four of five images are as hard for all arms, the fifth is each arm's own.
+            own = np.where(np.arange(n_images) % 5, ease, rng.random(n_images))
+            right = own[None, :] < chance[:, None]
+            values[name], correct[name] = dict(enumerate(right.mean(1).tolist())), right.mean(0)
+        return decide(ARMS, PooledArms(values, n_images=n_images, correct=correct), SPACE, **RULE)
+
+    gap = float(np.median([draw(0.0).detectable for _ in range(150)]))
+    found = [draw(gap).differences["plan", "all"].pvalue < 0.05 for _ in range(300)]
+    assert 0.7 < np.mean(found) < 0.92
 
 
 def report(values, *, noise: float, seeds: int = 3, **more):
@@ -109,7 +159,7 @@ def test_seeds_are_added_until_the_intervals_are_as_narrow_as_asked_for() -> Non
     assert all(trial.repeat >= REPORT_REPEAT for trial in trained)
     loud, _ = report(values, noise=0.02, half_width=0.015, max_seeds=20)
     assert 3 < len(loud.seeds) < 20
-    assert all(e.high - e.low <= 0.03 for e in loud.verdict.differences.values())
+    assert all(e.high - e.low <= 0.03 or e.pvalue < 0.05 for e in loud.verdict.differences.values())
     capped, _ = report(values, noise=0.05, max_seeds=4)
     assert len(capped.seeds) == 4
 
@@ -158,6 +208,21 @@ def test_the_pilot_moves_the_grid_until_the_best_rate_is_inside() -> None:
 def test_a_pilot_that_only_fails_is_one_line() -> None:
     with pytest.raises(UsageError, match="training all blocks fails at the learning rates"):
         run_pilot(lambda ts: {t: Outcome(reason="diverged") for t in ts}, SPACE, make_settings())
+
+
+def test_a_longer_run_that_fails_or_no_plateau_keeps_the_pilot_honest() -> None:
+    def fails_when_long(trials):
+        learnt = learning(0.9, 600)(trials)
+        return {
+            t: learnt[t] if t.fidelity < 1 else Outcome(reason="diverged", call_seconds=1.0) for t in trials
+        }
+
+    found = run_pilot(fails_when_long, SPACE, make_settings())
+    assert found.length == 0.5 and all(np.isfinite(list(found.accuracies.values())))
+    json.dumps(found.to_dict(), allow_nan=False)
+    # Two lengths give no plateau: the longer one, and it is not said to be reached.
+    short = run_pilot(learning(0.9, 1600), SPACE, make_settings(finetune_steps=400, find_length=True))
+    assert short.length == 1.0 and not short.reached
 
 
 def test_a_geometric_series_is_extrapolated_to_its_limit() -> None:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from families import save
 
+from layerprobe.search.space import REPORT_REPEAT
 from layerprobe.search.trials import TrialStore
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -307,6 +309,24 @@ def test_the_page_of_replays_says_what_the_tables_say(
         f"{(unseen['excess_blocks'] <= 1).sum()} of {len(unseen)}"
     )
     assert (tmp_path / "out" / "regret.png").stat().st_size > 0
+
+
+def test_a_table_of_every_plan_is_made_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save("llama", tmp_path / "model", num_hidden_layers=2)
+    script = importlib.import_module("freeze_search")
+    monkeypatch.setattr(script, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr(script, "WORK", tmp_path / "runs")
+    words = (
+        "--task digits --limit 60 --patch-size 4 --steps 2 --batch-size 8 --seeds 2 --lrs 1e-3 --name tiny"
+    )
+    options = ["--model", str(model), *words.split()]
+    monkeypatch.setattr(sys, "argv", ["freeze_search.py", "make-table", *options])
+    script.main()
+    table = pd.read_csv(tmp_path / "tables" / "tiny" / "table.csv.gz")
+    assert sorted(table["plan"]) == sorted(4 * ["..", ".#", "#.", "##"])
+    assert table.loc[table["repeat"] >= REPORT_REPEAT, "test_accuracy"].between(0, 1).sum() == 8
+    about = json.loads((tmp_path / "tables" / "tiny" / "table.json").read_text())
+    assert (about["finetune_steps"], about["seeds"], about["lrs"]) == (2, 2, [1e-3])
 
 
 def test_cost_at_equal_regret_is_read_off_the_curve_of_the_other_strategy() -> None:

@@ -7,20 +7,20 @@ import dataclasses
 import pytest
 
 from layerprobe.metrics.intervals import wilson_interval
-from layerprobe.training.arms import Evaluation, Trial
+from layerprobe.training.arms import ArmRun, Evaluation
 
 ABOUT = {"model": "tiny", "revision": None, "task": "corners"}
 
 
-def trial(arm, seed, test, *, lr=1e-3, validation=0.5, reason=None):
-    return Trial(
+def trial(arm, seed, test, *, lr=1e-3, validation=0.5, reason=None, n=100):
+    return ArmRun(
         arm=arm,
         lr=lr,
         seed=seed,
         validation_accuracy=validation,
         test_accuracy=test,
         n_validation=100,
-        n_test=100,
+        n_test=n,
         trainable_parameters=10,
         train_flops=1e9,
         train_seconds=1.0,
@@ -38,19 +38,26 @@ def test_one_seed_has_a_wilson_interval_and_several_a_t_interval():
     found = one.interval("model")
     assert (found.low, found.high) == pytest.approx(wilson_interval(60, 100))
     assert one.interval_kind("model") == "Wilson 95 % over 100 images, 1 seed"
-    three = record_of([trial("model", s, v) for s, v in enumerate((0.5, 0.6, 0.7))])
+    three = record_of([trial("model", s, v, n=10**6) for s, v in enumerate((0.5, 0.6, 0.7))])
     found = three.interval("model")
     # s.d. 0.1 over 3 seeds; t(0.975, 2 d.f.) = 4.302653
     half = 4.302653 * 0.1 / 3**0.5
-    assert (found.value, found.high - found.value, found.value - found.low) == pytest.approx(
-        (0.6, half, half)
-    )
-    assert three.interval_kind("model") == "t 95 % over 3 seeds"
+    assert found.value == pytest.approx(0.6)
+    assert 0.85 * 2 * half < found.high - found.low < 2 * half and 0 < found.low < found.high < 1
+    assert three.interval_kind("model") == "95 % over 3 seeds and 1,000,000 images"
+
+
+def test_equal_seeds_leave_the_images_and_are_no_claim():
+    trials = [trial("language", s, 0.605) for s in range(2)] + [trial("random", s, 0.6) for s in range(2)]
+    (row,) = record_of(trials).differences()
+    assert row["low"] < 0 < row["high"] and row["pvalue"] > 0.5
+    perfect = record_of([trial("model", s, 1.0) for s in range(3)]).interval("model")
+    assert perfect.high == 1.0 and perfect.low < 0.98
 
 
 def test_differences_pair_common_seeds_and_say_what_they_answer():
-    trials = [trial("language", s, v) for s, v in enumerate((0.50, 0.60, 0.71))]
-    trials += [trial("random", s, v) for s, v in enumerate((0.40, 0.50, 0.60))]
+    trials = [trial("language", s, v, n=10_000) for s, v in enumerate((0.50, 0.60, 0.71))]
+    trials += [trial("random", s, v, n=10_000) for s, v in enumerate((0.40, 0.50, 0.60))]
     record = record_of(trials)
     (row,) = record.differences()
     assert (row["arm"], row["versus"], row["n"]) == ("language", "random", 3)
@@ -99,7 +106,9 @@ def test_nothing_is_claimed_of_a_bridge_that_recalls_few_labels():
         (0.12, "no claim, since the bridge of full-bridge recalls 12 % of"),
     ):
         trials = [
-            dataclasses.replace(trial(arm, s, v), bridge_accuracy=recall if "bridge" in arm else None)
+            dataclasses.replace(
+                trial(arm, s, v, n=10_000), bridge_accuracy=recall if "bridge" in arm else None
+            )
             for arm, each in values.items()
             for s, v in enumerate(each)
         ]

@@ -21,12 +21,12 @@ from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_li
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
-    """One look at a search.
+class SearchStatus:
+    """How far a search is, and what it knows.
 
     Attributes
     ----------
@@ -80,7 +80,7 @@ def find_storage(run: Path) -> str:
     return str(path)
 
 
-def look(storage: str | os.PathLike[str]) -> Look:
+def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
     """Read a search's database; nothing is written there.
 
     Raises
@@ -122,7 +122,7 @@ def look(storage: str | os.PathLike[str]) -> Look:
     return summarise(arguments, trials)
 
 
-def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
+def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> SearchStatus:
     """The state of a search from the rows of its database."""
     facts = {t.user_attrs["fact"]: t.user_attrs["value"] for t in trials if "fact" in t.user_attrs}
     pilot = Pilot.from_dict(facts["pilot"]) if "pilot" in facts else None
@@ -153,7 +153,7 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Look:
     if spent and budget and len(ended) > 1:
         took = (max(ended) - min(ended)).total_seconds() * len(ended) / (len(ended) - 1)
         left = max(0.0, budget - spent) * took / spent
-    return Look(
+    return SearchStatus(
         arguments=arguments,
         pilot=pilot,
         budget=budget,

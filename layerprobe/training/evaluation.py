@@ -23,13 +23,14 @@ from layerprobe.plans import FreezePlan
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.reading import Schema, check_fields
-from layerprobe.training.arms import ARMS, FEW_SHOTS, Evaluation, Trial, check_arms, check_mode, check_seeds
+from layerprobe.training.arms import ARMS, FEW_SHOTS, ArmRun, Evaluation, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
-from layerprobe.training.finetune import Outcome, train_and_score
+from layerprobe.training.finetune import train_and_score
 from layerprobe.training.freeze_check import all_trainable, block_plan
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -235,14 +236,14 @@ def _compare(
 ) -> Evaluation:
     """Per arm: every rate with the first seed, the best on validation, the other seeds at that rate."""
     check_seeds(seeds)
-    trials: list[Trial] = []
+    trials: list[ArmRun] = []
     chosen: dict[str, float | None] = {}
     total = (len(lrs) + len(seeds) - 1) * len(arms)
     with progress_bar(total=total, unit="training", quiet=quiet) as bar:
 
-        def trial(arm: str, lr: float, seed: int) -> Trial:
+        def trial(arm: str, lr: float, seed: int) -> ArmRun:
             bar.set_description(f"{arm}, lr {lr:g}, seed {seed}")
-            found = store.get(arm, lr, seed) or store.put(Trial(arm=arm, **vars(train(arm, lr, seed))))
+            found = store.get(arm, lr, seed) or store.put(ArmRun(arm=arm, **vars(train(arm, lr, seed))))
             bar.update(1)
             trials.append(found)
             return found
@@ -281,7 +282,8 @@ def _with_provenance(
 
 _NUMBER = (float, type(None))
 TRIAL_FIELDS: dict[str, Schema] = {
-    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)), "train_seconds?": float,
+    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)),
+    "test_correct?": (str, type(None)), "train_seconds?": float,
     "call_seconds?": float, "train_flops?": float, "steps?": int,
     **dict.fromkeys(("validation_accuracy?", "test_accuracy?", "bridge_accuracy?"), _NUMBER),
     **dict.fromkeys(("trainable_parameters?", "n_validation?", "n_test?"), (int, type(None))),
@@ -306,14 +308,14 @@ class _TrialStore:
                 )
             self._found = kept["trials"]
 
-    def get(self, arm: str, lr: float, seed: int) -> Trial | None:
+    def get(self, arm: str, lr: float, seed: int) -> ArmRun | None:
         found = self._found.get(f"{arm}/{lr:g}/{seed}")
         try:
-            return Trial(**found) if found is not None else None
-        except TypeError as error:
+            return ArmRun.from_dict(found) if found is not None else None
+        except (TypeError, ValueError, KeyError) as error:
             raise BrokenFileError(f"{self._path} holds a trial that cannot be read: {error}") from error
 
-    def put(self, trial: Trial) -> Trial:
+    def put(self, trial: ArmRun) -> ArmRun:
         self._found[f"{trial.arm}/{trial.lr:g}/{trial.seed}"] = {"arm": trial.arm, **trial.to_dict()}
         if self._path is not None:
             write_json(self._path, {"settings": self._key, "trials": self._found})
@@ -323,7 +325,7 @@ class _TrialStore:
 # -- without training the backbone -------------------------------------------------------------------------
 
 
-def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
+def _score_probe(backbone: Backbone, task: Task, seed: int) -> ArmRun:
     """Logistic regression on the pooled output of the frozen backbone, with its C chosen on validation."""
 
     def data(split: ImageSplit) -> tuple[np.ndarray, np.ndarray]:
@@ -337,7 +339,7 @@ def _score_probe(backbone: Backbone, task: Task, seed: int) -> Trial:
     return _untrained(task, seed, float(found.val_accuracy[best]), float(found.correct.mean()))
 
 
-def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
+def _score_own_head(backbone: Backbone, task: Task, seed: int) -> ArmRun:
     """The checkpoint's own classifier, its outputs matched to the task's classes by name."""
     head = own_head(backbone, task)
 
@@ -349,8 +351,8 @@ def _score_own_head(backbone: Backbone, task: Task, seed: int) -> Trial:
     return _untrained(task, seed, accuracy(task.splits["validation"]), accuracy(task.splits["test"]))
 
 
-def _untrained(task: Task, seed: int, validation: float, test: float) -> Trial:
-    return Trial(
+def _untrained(task: Task, seed: int, validation: float, test: float) -> ArmRun:
+    return ArmRun(
         arm="model",
         seed=seed,
         validation_accuracy=validation,

@@ -1,4 +1,4 @@
-"""The verdict on another trainer's configuration: what trains, what is wrong, and how it differs from a plan."""
+"""The report on another trainer's configuration: what trains, what is wrong, and how it differs from a plan."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from layerprobe.layers import format_blocks
 from layerprobe.plans.lint.config import check_trainer, misspelt, trainer_of
-from layerprobe.plans.lint.rules import RULES, ModelNames, Reading
+from layerprobe.plans.lint.rules import RULES, ModelNames, ParsedConfig
 from layerprobe.plans.match import find_prefix
 from layerprobe.plans.plan import PlanData, few
 from layerprobe.tables import percent
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class LintReport:
     """What a configuration trains.
 
     Attributes
@@ -50,7 +50,7 @@ class Verdict:
         return not self.problems and not self.differences
 
     def lines(self) -> list[str]:
-        """The verdict for a terminal."""
+        """The report for a terminal."""
         share = self.n_trained / self.n_parameters if self.n_parameters else 0.0
         told = [f"{self.trainer}: trains {len(self.trained)} tensors, {self.n_trained:,} of {self.n_parameters:,} "
                 f"parameters ({percent(share)})"]  # fmt: skip
@@ -74,7 +74,7 @@ def lint_config(
     *,
     trainer: str | None = None,
     plan: PlanData | None = None,
-) -> Verdict:
+) -> LintReport:
     """Follow the trainer's own rule for `config` on the names of `model`.
 
     Raises
@@ -96,7 +96,7 @@ def lint_config(
     layers = {"layers whose weights train": _layers(trained)}
     if found.adapters:
         layers["layers with adapters"] = _layers(found.adapters)
-    return Verdict(
+    return LintReport(
         trainer=trainer,
         trained=trained,
         adapters=found.adapters,
@@ -114,7 +114,7 @@ def _layers(names: Mapping[str, int] | tuple[str, ...]) -> tuple[int, ...]:
     return tuple(sorted({int(match[1]) for match in found if match}))
 
 
-def _differences(found: Reading, model: ModelNames, plan: PlanData) -> tuple[str, ...]:
+def _differences(found: ParsedConfig, model: ModelNames, plan: PlanData) -> tuple[str, ...]:
     """Where a configuration and a plan disagree about the plan's own parameters and adapters."""
     prefix = find_prefix(plan.parameters.keys(), model.sizes)
     wanted = {prefix + name for name in plan.trainable}
