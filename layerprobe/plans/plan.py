@@ -109,10 +109,8 @@ class PlanData:
             Name -> `block.<i>`, `embeddings`, `positions`, `norm` or `other`, for every name.
         trainable_blocks : Iterable[int]
             Indices from 0.
-        norms : str
-            `frozen` or `trainable`, for the norms outside the blocks (group `norm`).
-        positions, embeddings, other : str
-            The same for their groups.
+        norms, positions, embeddings, other : str
+            `frozen` or `trainable`, for what lies outside the blocks, by group.
         stem, head : str
             The same for what stands around the backbone; a statement for the trainer.
         also_trainable : Iterable[str]
@@ -126,13 +124,11 @@ class PlanData:
         PlanError
             a block that does not exist, a name without a group, an unknown group or state.
         """
-        group_of = {clean_name(name): group for name, group in groups.items()}
+        groups = {clean_name(name): group for name, group in groups.items()}
+        own = {clean_name(name): entry for name, entry in parameters.items() if not is_adapter(name)}
         table = {
-            clean_name(name): Parameter(
-                group_of.get(clean_name(name), ""), tuple(int(n) for n in shape), dtype_name(dtype)
-            )
-            for name, (shape, dtype) in parameters.items()
-            if not is_adapter(name)
+            name: Parameter(groups.get(name, ""), tuple(map(int, shape)), dtype_name(dtype))
+            for name, (shape, dtype) in own.items()
         }
         if ungrouped := [name for name, p in table.items() if not is_group(p.group)]:
             raise PlanError(f"no known group for {few(ungrouped)}; groups: block.<i>, {', '.join(GROUPS)}")

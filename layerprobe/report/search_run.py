@@ -12,10 +12,9 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.files import read_json
 from layerprobe.plans import FreezePlan
 from layerprobe.reading import Schema, check_fields, check_plain
+from layerprobe.records import SEARCH_SCHEMA
 from layerprobe.report.page import PROVENANCE_FIELDS
 from layerprobe.tables import read_frame, strict_rows
-
-SCHEMA = "layerprobe.search/v1"
 
 _NUMBER = (float, type(None))
 _WORDS = (str, type(None))
@@ -93,8 +92,8 @@ class SearchRun:
         """The run; BrokenFileError where a file is missing or of another schema."""
         file = folder / "search.json"
         found = read_json(file, what="search", inside=folder)
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+        if not isinstance(found, dict) or found.get("schema") != SEARCH_SCHEMA:
+            raise BrokenFileError(f"{file} is not of the schema {SEARCH_SCHEMA}")
         check_fields(found, SEARCH_FIELDS, file)
         check_plain(folder / "plan.json", what="freeze plan", inside=folder)
         plan = FreezePlan.load(folder / "plan.json")

@@ -96,7 +96,8 @@ def train_and_score(
     steps += bridge.n_steps(len(labels)) if bridge is not None else 0
     seconds = flops = 0.0
     bridge_accuracy = validation = tested = reason = None
-    with Snapshot(backbone), preserved_rng():
+    frozen = set(plan.frozen).intersection(finetune_plan.frozen)
+    with Snapshot(backbone, frozen=frozen), preserved_rng():
         try:
             if bridge is not None:
                 stage = run_stage(backbone, tensors, bridge, plan=plan, auto_rgn=auto_rgn)

@@ -9,6 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from layerprobe.errors import BrokenFileError
+from layerprobe.reading import Schema, check_fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -59,15 +62,40 @@ class Outcome:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave; of a subclass, with its own fields."""
+        """What `to_dict` gave; of a subclass, with its own fields. BrokenFileError for anything else."""
+        check_fields(stored, OUTCOME_FIELDS, STORED_PLACE)
+        for name in ("validation_accuracy", "test_accuracy", "bridge_accuracy"):
+            if stored.get(name) is not None and not 0 <= stored[name] <= 1:
+                raise BrokenFileError(
+                    f"cannot read {STORED_PLACE}: '{name}' must be in [0, 1], not {stored[name]:g}"
+                )
         bits = stored.get("test_correct")
-        right = None
-        if bits is not None:
-            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
-                bool
-            )
+        right = None if bits is None else unpack_bits(bits, stored.get("n_test"))
         names = {item.name for item in fields(cls)} - {"test_correct"}
         return cls(**{name: value for name, value in stored.items() if name in names}, test_correct=right)
 
+
+def unpack_bits(digits: str, n: int | None) -> np.ndarray:
+    """The `n` truth values that hexadecimal `digits` hold; BrokenFileError where they hold another number."""
+    try:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+    except ValueError:
+        bits = np.empty(0, np.uint8)
+    if n is None or not 0 <= len(bits) - n < 8:
+        raise BrokenFileError(
+            f"cannot read {STORED_PLACE}: its bits of correct images are not those of {n} images"
+        )
+    return bits[:n].astype(bool)
+
+
+STORED_PLACE = "a stored training"
+_NUMBER: Schema = (float, type(None))
+_COUNT: Schema = (int, type(None))
+OUTCOME_FIELDS: dict[str, Schema] = {
+    "validation_accuracy?": _NUMBER, "test_accuracy?": _NUMBER, "bridge_accuracy?": _NUMBER, "train_seconds?": float,
+    "call_seconds?": float, "train_flops?": float, "steps?": int, "trainable_parameters?": _COUNT,
+    "n_validation?": _COUNT, "n_test?": _COUNT, "lr?": _NUMBER, "seed?": _COUNT, "reason?": (str, type(None)),
+    "test_correct?": (str, type(None)),
+}  # fmt: skip
 
 _STORED = tuple(item.name for item in fields(Outcome) if item.compare)
