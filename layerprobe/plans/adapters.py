@@ -121,7 +121,7 @@ def keep_adapters(model: nn.Module) -> Callable[[], None]:
         for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer)
-            layer.merged_adapters.clear()  # type: ignore[union-attr, operator]
+            layer.merged_adapters.clear()
         for module, config in configs:
             module.peft_config = config
 
