@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import families
 import numpy as np
 import pytest
 import torch
 
+from layerprobe.backbones import load_backbone
 from layerprobe.errors import UsageError
 from layerprobe.training import (
     BridgeConfig,
@@ -98,6 +100,19 @@ def test_a_prefix_is_kept_only_where_nothing_before_it_changes(make_backbone, ta
     assert prefix(block_plan(backbone, [0], stem="frozen"), still) is None
     assert prefix(block_plan(backbone, [3], stem="frozen"), BridgeConfig()) is None  # images change
     assert prefix(block_plan(backbone, [3], stem="frozen"), still.replace(cache_prefix=False)) is None
+    # The outer norm trains, so the embeddings' dropout draws anew at every step.
+    last = block_plan(backbone, [3], stem="frozen", also_trainable=["ln_f.weight", "ln_f.bias"])
+    assert prefix(last, still) is None
+    backbone.model.drop.p = 0.0
+    assert prefix(last, still).depth == 3
+
+
+def test_no_prefix_is_kept_where_later_blocks_need_more_of_it(task):
+    backbone = load_backbone(families.build("t5"), patch_size=4).prepare(task)
+    classifier = Classifier(backbone, 4, seed=0)
+    FrozenCheck(block_plan(backbone, [2], stem="frozen"), classifier)
+    pixels = TaskTensors.of(backbone, task, ("train",)).pixels["train"]
+    assert make_prefix(classifier, pixels, BridgeConfig(augment="none")) is None
 
 
 def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
