@@ -39,7 +39,7 @@ class TrainConfig:
     final_lr : float
         Share of `lr` at which the cosine ends, in [0, 1].
     weight_decay : float
-        Decoupled; matrices only, never norms, biases, positions or the class token.
+        Decoupled; matrices only, never norms, biases, positions, class or other tokens.
     clip_norm : float | None
         Largest gradient norm over all trained parameters; None leaves gradients alone.
     label_smoothing : float

@@ -16,7 +16,7 @@ from layerprobe.layers import UNITS
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
 from layerprobe.plans.apply import ERROR
-from layerprobe.plans.names import adapter_part, clean_name, is_adapter
+from layerprobe.plans.names import adapter_part, clean_name, is_adapter, is_expert
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.plans.verify import Verification
 from layerprobe.training.classifier import Classifier
@@ -110,7 +110,7 @@ def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = No
     UnknownNameError
         A unit that does not exist.
     PlanError
-        A rank larger than one of the matrices.
+        A rank larger than one of the matrices; experts stacked in one tensor.
     """
     known = {unit: names for by in UNITS for unit, names in parameter_units(backbone, by).items()}
     chosen = list(units)
@@ -121,6 +121,12 @@ def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = No
     names = [name for unit in chosen for name in known[unit]]
     if rank is None:
         return block_plan(backbone, (), also_trainable=names)
+    parameters = dict(backbone.model.named_parameters())
+    if stacked := [name for name in names if is_expert(name) and parameters[name].ndim > 2]:
+        raise PlanError(
+            f"adapters are placed on linear maps, and {stacked[0]} is a stack of experts, which has none; "
+            "train the unit itself (no rank), or place adapters on attention alone (0.attention)"
+        )
     return block_plan(backbone, ()).with_adapters(dict.fromkeys(linear_modules(backbone, names), rank))
 
 

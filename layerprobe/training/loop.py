@@ -92,7 +92,7 @@ def tracker_options(names: tuple[str, ...], folder: Path | None) -> dict[str, An
 def make_optimizer(
     classifier: Classifier, config: TrainConfig, *, by_block: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
+    """AdamW over exactly the trained parameters; no weight decay on norms, vectors, biases, positions, tokens.
 
     With `by_block`, every block has parameter groups of its own (`BlockRates`). UsageError where nothing trains.
     """
@@ -104,7 +104,7 @@ def make_optimizer(
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad:
             group = groups.get(name, "")
-            undecayed = name in norms or group == "positions" or name.endswith("cls_token")
+            undecayed = name in norms or group == "positions" or name.endswith(("bias", "_token", "_tokens"))
             block = group if by_block and group.startswith("block.") else ""
             part = name.removeprefix("backbone.").partition(".")[0]
             key = (parameter.ndim < 2 or undecayed, block, multiples.get(part, 1.0))

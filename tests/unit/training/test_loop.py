@@ -53,6 +53,15 @@ def test_positions_and_norms_are_not_decayed(make_backbone):
     assert any(p is backbone.model.wte.weight for p in decayed["params"])
 
 
+def test_stacked_biases_are_not_decayed(mixture_of_experts):
+    classifier = Classifier(mixture_of_experts, 4, seed=0)
+    FrozenCheck(all_trainable(mixture_of_experts), classifier)
+    decayed, kept = make_optimizer(classifier, FineTuneConfig()).param_groups
+    experts = mixture_of_experts.model.layers[0].mlp.experts
+    assert any(p is experts.down_proj_bias for p in kept["params"])
+    assert any(p is experts.down_proj for p in decayed["params"])
+
+
 def test_nothing_to_train_is_said(make_backbone):
     classifier = Classifier(make_backbone(), 4, seed=0).requires_grad_(False)
     with pytest.raises(UsageError, match="nothing to train"):
