@@ -93,6 +93,20 @@ def set_training(classifier: Classifier) -> None:
         block.train(any(parameter.requires_grad for parameter in block.parameters()))
 
 
+@contextlib.contextmanager
+def without_layerdrop(model: nn.Module) -> Iterator[None]:
+    """Within: no block is skipped at random (LayerDrop), for a frozen one belongs to what the others learn from."""
+    found = [module for module in model.modules() if getattr(module, "layerdrop", None)]
+    rates = [module.layerdrop for module in found]
+    for module in found:
+        module.layerdrop = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in zip(found, rates, strict=True):
+            module.layerdrop = rate
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 autocast where asked for, else nothing; NotAvailableError where the accelerator lacks it."""
     if precision == "float32":

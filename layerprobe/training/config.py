@@ -160,7 +160,8 @@ class BridgeConfig(TrainConfig):
     lr_steps : int | None
         Optimizer steps of each candidate; None takes a tenth of the run, at least 20.
     stem_steps : int
-        Train stem and head alone for this many first steps, then the plan's blocks with them.
+        Train stem and head alone for this many first steps, then head and blocks of the plan, the stem as it is.
+        Candidates of `lrs` spend the same share of their steps so. For one process.
     checkpoint_every : int | None
         Optimizer steps between checkpoints; None makes ten over the run.
     keep : int

@@ -1,4 +1,4 @@
-"""Plans over blocks, and the check that training left every frozen tensor bit-identical."""
+"""Plans over blocks, what of a plan trains when, and the check that training left every frozen tensor bit-identical."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from layerprobe.backbones.layout import linear_modules, parameter_units
 from layerprobe.backbones.sharding import is_sharded
-from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
+from layerprobe.errors import PlanError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import tensor_digest
 from layerprobe.layers import UNITS
 from layerprobe.plans import FreezePlan
@@ -19,8 +20,10 @@ from layerprobe.plans.apply import ERROR
 from layerprobe.plans.names import adapter_part, clean_name, is_adapter, is_expert
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.plans.verify import Verification
-from layerprobe.training.classifier import Classifier
-from layerprobe.training.config import derive_seed
+from layerprobe.training.classifier import Classifier, set_training
+from layerprobe.training.config import BridgeConfig, TrainConfig, derive_seed
+from layerprobe.training.data import ImageTensors
+from layerprobe.training.loop import FrozenPrefix, make_prefix
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -93,6 +96,49 @@ def apply_to_backbone(plan: FreezePlan, backbone: Backbone, *, seed: int) -> Non
     }
     adapters = derive_seed(seed, "adapters")
     plan.apply(backbone.model, remember=False, outside=there or ERROR, seed=adapters)
+
+
+class Phases:
+    """What trains at a step: all of the plan; with `stem_steps`, first stem and head, then the plan but its stem."""
+
+    def __init__(
+        self,
+        plan: FreezePlan,
+        classifier: Classifier,
+        optimizer: Optimizer,
+        pixels: ImageTensors,
+        config: TrainConfig,
+        processes: int,
+    ) -> None:
+        self.prefix: FrozenPrefix | None = None
+        self.stem_steps = config.stem_steps if isinstance(config, BridgeConfig) else 0
+        if self.stem_steps and processes > 1:
+            raise UsageError(
+                f"stem_steps needs one process, not {processes}: what trains must not change once the model is spread "
+                "over several"
+            )
+        self._plan, self._classifier, self._optimizer = plan, classifier, optimizer
+        self._pixels, self._config = pixels, config
+        self._phase: str | None = None
+
+    def enter(self, step: int) -> FrozenPrefix | None:
+        """Set what trains at `step`; the frozen prefix to use from then on."""
+        phase = "all" if not self.stem_steps else "stem" if step < self.stem_steps else "blocks"
+        if phase == self._phase:
+            return self.prefix
+        self._phase = phase
+        backbone = self._classifier.backbone
+        if phase != "all":
+            apply_to_backbone(self._plan, backbone, seed=self._classifier.seed)
+            if phase == "stem":
+                backbone.model.requires_grad_(False)
+            if backbone.stem is not None:
+                backbone.stem.requires_grad_(self._plan.states["stem"] == TRAINABLE and phase == "stem")
+        set_training(self._classifier)
+        self._optimizer.zero_grad()
+        if not is_sharded(backbone.model):
+            self.prefix = make_prefix(self._classifier, self._pixels, self._config)
+        return self.prefix
 
 
 def all_trainable(backbone: Backbone) -> FreezePlan:

@@ -174,7 +174,6 @@ def training_steps(
     n_steps: int,
     start: int = 0,
     flip: bool = False,
-    prefix: FrozenPrefix | None = None,
     before_step: Callable[[int], FrozenPrefix | None] | None = None,
     block_rates: BlockRates | None = None,
 ) -> Iterator[Step]:
@@ -212,8 +211,7 @@ def training_steps(
     losses: list[float] = []
     for step in range(start, n_steps):
         began = time.perf_counter()
-        if before_step is not None:
-            prefix = before_step(step)
+        prefix = before_step(step) if before_step is not None else None
         lr = config.rate(step, n_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group[RATE_MULTIPLE]
