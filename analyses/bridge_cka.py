@@ -22,16 +22,17 @@ from layerprobe.analyzers.features import Features, extract_features
 from layerprobe.analyzers.similarity import CKAMatrix, cka_matrix
 from layerprobe.backbones import Backbone
 from layerprobe.cli.output import save_figure
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
-from layerprobe.tables import tidy
+from layerprobe.tables import percent, tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, block_plan, bridge_train
 
 PLANS = {
-    "all blocks": "#0072B2",
-    "first half": "#009E73",
-    "none": "#999999",
-    "untrained, all blocks": "#D55E00",
+    "all blocks": look.BLUE,
+    "first half": look.GREEN,
+    "none": look.GREY,
+    "untrained, all blocks": look.PINK,
 }
 QUICK = Size(("minilm",), ("digits",), 300, 4,
              seeds=(0, 1), steps=20, lr=3e-4, permutations=200, plans=("all blocks", "none"))  # fmt: skip
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             memorised[f"{short(model)}, {short(name)}"] = float(np.mean(found))
     frame = tidy(rows)
-    save_figure(lambda: figure(frame, s), s.output / "bridge_cka.png")
-    learnt = "; ".join(f"{where}: {share:.0%}" for where, share in memorised.items())
+    save_figure(lambda: figure(frame), s.output / "bridge_cka.png")
+    learnt = "; ".join(f"{where}: {percent(share, 0)}" for where, share in memorised.items())
     publish(
         s,
         rows=frame,
@@ -232,8 +233,8 @@ def headline(frame: pd.DataFrame, answers: list[Answer]) -> str:
     share = float((every["pvalue_max"].astype(float) <= 0.05).mean())
     lines = [
         "Debiased CKA of a block with itself before the bridge; differences over paired seeds. "
-        f"{share:.0%} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at p ≤ 0.05 "
-        f"after correction for the search over cells (largest p {worst:.2g}):",
+        f"{percent(share, 0)} of {len(every)} comparisons (blocks, plans, seeds) are more similar than chance at "
+        f"p ≤ 0.05 after correction for the search over cells (largest p {worst:.2g}):",
         "",
     ]
     return "\n".join(lines + [f"- {'shown' if a.shown else a.verdict}: {a.sentence}." for a in answers])
@@ -265,30 +266,23 @@ def by_block(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def figure(frame: pd.DataFrame, s: Setup) -> Any:
-    import matplotlib.pyplot as plt
-
+def figure(frame: pd.DataFrame) -> Any:
     means = frame[frame["metric"] == "cka_debiased_mean"]
     pairs = list(dict.fromkeys(zip(means["model"], means["task"], strict=True)))
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(4.1 * len(pairs) + 1.9, 3.6), squeeze=False, layout="constrained", sharey=True
-    )
-    for ax, (model, task) in zip(panels[0], pairs, strict=True):
+    figure, panels = look.new_panels(1, len(pairs), max(look.PRINT_WIDTH, 4.0 * len(pairs)), 4.2, sharey=True)
+    for ax, (model, task) in zip(panels, pairs, strict=True):
         part = means[(means["model"] == model) & (means["task"] == task)]
         part = part.assign(layer=part["block"].astype("float64").fillna(-1.0))
         plot_lines(part, "layer", "plan", ax=ax, colours=PLANS, scale=1.0, shift=0.07, bars=True)
         layers = sorted(part["layer"].unique())
         ax.set_xticks(layers, ["embed" if x < 0 else f"{x:.0f}" for x in layers])
-        ax.axhline(1.0, color="#444444", linestyle=":", linewidth=1)
-        ax.axhline(0.0, color="#444444", linestyle="--", linewidth=1, label="chance")
+        look.reference_line(ax, 0.0)
+        ax.annotate("0: no likeness", (0, 0), (3, 2), ("axes fraction", "data"), "offset points", va="bottom")
         ax.set_ylim(-0.1, 1.1)
-        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,}", fontsize=10)
-    figure.supxlabel("block, input → output", fontsize=11)
-    figure.supylabel("CKA before : after", fontsize=11)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside right center", frameon=False, fontsize=10, title="trained in the bridge"
-    )
+        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
+        ax.set_xlabel(look.BLOCKS)
+    panels[0].set_ylabel("debiased CKA, before with after")
+    look.name_panels(figure, panels, title="trained in the bridge", ncols=2)
     return figure
 
 

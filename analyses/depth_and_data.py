@@ -22,18 +22,14 @@ from study import Answer, Setup, Size, against, mean_row, publish, run, setup, s
 from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
-from layerprobe.plotting.studies import draw_levels, plot_lines
+from layerprobe.plotting import style as look
+from layerprobe.plotting.studies import plot_lines
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 
-PLANS = {
-    "none": "#999999",
-    "first half": "#009E73",
-    "last half": "#E69F00",
-    "all": "#0072B2",
-}
+PLANS = {"none": look.GREY, "first half": look.GREEN, "last half": look.YELLOW, "all": look.BLUE}
 TRAINING = {"bridge_steps": 0, "finetune_steps": 200, "batch_size": 32, "lrs": (3e-3, 1e-2), "seeds": 3}
 QUICK = Size(("minilm",), ("digits",), 200, 4, shares=(0.1, 1.0), plans=("none", "first half", "all"),
              training=TRAINING | {"finetune_steps": 12, "batch_size": 16, "lrs": (3e-4,), "seeds": 2})  # fmt: skip
@@ -211,33 +207,28 @@ def moved(
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     pairs = list(dict.fromkeys(zip(means["model"], means["task"], strict=True)))
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(4.8 * len(pairs) + 1.6, 4.0), squeeze=False, layout="constrained"
-    )
-    for ax, (model, task) in zip(panels[0], pairs, strict=True):
+    figure, panels = look.new_panels(1, len(pairs), look.PRINT_WIDTH * len(pairs), 4.2)
+    for ax, (model, task) in zip(panels, pairs, strict=True):
         part = means[(means["model"] == model) & (means["task"] == task)]
         part = part.assign(place=np.log10(part["share"].astype(float)))
         plot_lines(part, "place", "plan", ax=ax, colours=PLANS, bars=True, shift=0.05)
-        draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
         plans = list(dict.fromkeys(part["plan"]))
         for _, row in part[part["chosen"].astype(bool)].iterrows():
             place = row["place"] + 0.05 * (plans.index(row["plan"]) - (len(plans) - 1) / 2)
-            ax.plot(place, 100 * row["value"], "o", ms=14, mfc="none", mec="#D55E00", mew=2)
+            ax.plot(place, 100 * row["value"], "o", ms=14, mfc="none", mec=look.ORANGE, mew=2)
         ticks = part.drop_duplicates("share").sort_values("share")
         ax.set_xticks(
             ticks["place"],
             [f"{100 * a:g} %\n({int(b):,})" for a, b in zip(ticks["share"], ticks["n_train"], strict=True)],
         )
         ax.set_ylim(0, min(100.0, ax.get_ylim()[1]))
-        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
-        ax.set_xlabel("share of the training images (number)")
-        ax.set_ylabel("test accuracy (%)")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, title="trained blocks")
+        ax.set_title(f"{model}, {task}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
+        ax.set_xlabel("share of the training images (number); ring: chosen on validation")
+        ax.set_ylabel(f"test accuracy (%)\nbars: 95 % t interval over {int(part['n_seeds'].max())} seeds")
+        look.show_chance(ax, 100 * float(part["chance"].iloc[0]))
+        look.name_lines(ax)
     return figure
 
 

@@ -14,16 +14,19 @@ over seeds (t); the wider ends are shown.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, tally
 
 from layerprobe.analyzers.probe_record import LinearProbes
 from layerprobe.analyzers.probes import probe_backbone
 from layerprobe.cli.output import save_figure
 from layerprobe.metrics.intervals import paired_bootstrap, paired_seed_interval
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels, plot_lines
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
@@ -35,7 +38,7 @@ FULL = Size(("stories260k", "babyllama-char105"), ("mnist", "cifar10", "cifar100
 """The rate of the bridge is fixed beforehand, not tuned; another one can move its curve."""
 BATCH = 32
 
-ORIGINS = {"language": "#0072B2", "bridge": "#009E73", "random init": "#D55E00", "vision": "#CC79A7"}
+ORIGINS = {"language": look.BLUE, "bridge": look.GREEN, "random init": look.PINK, "vision": look.YELLOW}
 DRAWN = ("language − random", "bridge − language")
 """Claims in which something is random."""
 
@@ -67,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             } | seen
             rows += table(found, model, name)
             answers += claims(found, model, name)
-    save_figure(lambda: figure(rows, s), s.output / "depth_curves.png")
+    save_figure(lambda: figure(tidy(rows)), s.output / "depth_curves.png")
     counts = {name: {k: len(v) for k, v in task.splits.items()} for name, task in tasks.items()}
     publish(
         s,
@@ -242,31 +245,22 @@ def headline(answers: list[Answer]) -> str:
     return "Probe accuracy at the best layer:\n\n" + "\n".join(said)
 
 
-def figure(rows: list[dict[str, Any]], s: Setup) -> Any:
-    import matplotlib.pyplot as plt
-
-    frame = tidy(rows)
+def figure(frame: pd.DataFrame) -> Any:
     frame = frame[frame["metric"] == "probe_accuracy_mean"]
-    models = [short(m) for m in s.models]
-    tasks = [short(t) for t in s.tasks]
-    size = (3.5 * len(tasks) + 1.9, 3.0 * len(models) + 0.4)
-    figure, panels = plt.subplots(
-        len(models), len(tasks), figsize=size, squeeze=False, layout="constrained", sharex=True
-    )
-    for line, model in zip(panels, models, strict=True):
-        for ax, task in zip(line, tasks, strict=True):
-            part = frame[(frame["model"] == model) & (frame["task"] == task)]
-            curves = part[part["origin"].isin(ORIGINS)]
-            plot_lines(curves, "depth", "origin", ax=ax, colours=ORIGINS)
-            flat = part.set_index("origin")["value"]
-            draw_levels(ax, {name: float(flat[name]) for name in ("chance", "raw pixels")})
-            n = int(curves["n"].iloc[0])
-            ax.set_title(f"{model}, {task}, n = {n:,}", fontsize=10)
-            ax.set_ylim(bottom=0)
-    figure.supxlabel("relative depth, input → output", fontsize=11)
-    figure.supylabel("probe accuracy on test images (%)", fontsize=11)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=10)
+    models, tasks = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["task"]))
+    size = (max(look.PRINT_WIDTH, 3.2 * len(tasks)), 2.9 * len(models) + 0.9)
+    figure, panels = look.new_panels(len(models), len(tasks), *size, sharex=True)
+    for ax, (model, task) in zip(panels, itertools.product(models, tasks), strict=True):
+        part = frame[(frame["model"] == model) & (frame["task"] == task)]
+        curves = part[part["origin"].isin(ORIGINS)]
+        plot_lines(curves, "depth", "origin", ax=ax, colours=ORIGINS)
+        flat = part.set_index("origin")["value"]
+        draw_levels(ax, {name: float(flat[name]) for name in ("chance", "raw pixels")})
+        ax.set_title(f"{model}, {task}, n = {int(curves['n'].iloc[0]):,}", loc="left", fontsize=10)
+        ax.set_ylim(bottom=0)
+    figure.supxlabel("relative depth (input → output)", fontsize=10)
+    figure.supylabel("probe accuracy on test images (%)", fontsize=10)
+    look.name_panels(figure, panels, ncols=6)
     return figure
 
 

@@ -31,7 +31,8 @@ from study import (
 from trainings import Trainings, trial_rows
 
 from layerprobe.cli.output import save_figure
-from layerprobe.plotting.studies import draw_levels, plot_claims, plot_lines
+from layerprobe.plotting import style as look
+from layerprobe.plotting.studies import plot_claims, plot_lines
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import REPORT_REPEAT, Trial, mask_of
 from layerprobe.tables import tidy
@@ -41,7 +42,7 @@ QUICK = Size(("minilm",), ("digits",), 200, 4,
              lrs=(1e-4, 1e-3), seeds=2, batch_size=16, bridge_steps=0, finetune_steps=12)  # fmt: skip
 FULL = Size(("stories260k",), ("mnist",), 2000, 7,
             lrs=(3e-4, 1e-3, 3e-3, 1e-2), seeds=3, batch_size=32, bridge_steps=0, finetune_steps=200)  # fmt: skip
-ARMS = {"all": "#0072B2", "first half": "#009E73", "none": "#999999", "untrained, all": "#D55E00"}
+ARMS = {"all": look.BLUE, "first half": look.GREEN, "none": look.GREY, "untrained, all": look.PINK}
 CONTRASTS = (("all", "untrained, all"), ("first half", "all"), ("none", "all"))
 OWN = "own"
 TOLERANCE = 0.15
@@ -183,30 +184,30 @@ def conclusions(
 
 
 def figure(frame: pd.DataFrame, claimed: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     first = means[["model", "task"]].iloc[0]
     means = means[(means["model"] == first["model"]) & (means["task"] == first["task"])]
     claimed = claimed[(claimed["model"] == first["model"]) & (claimed["task"] == first["task"])]
     heights = [3.4, 0.9 + 0.3 * len(claimed)]
-    figure = plt.figure(figsize=(7.5, sum(heights)), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=heights)
-    above, below = parts[0].subplots(), parts[1].subplots()
+    figure, (above, below) = look.stacked_axes(look.PRINT_WIDTH, heights)
     plot_lines(means, "lr", "arm", ax=above, colours=ARMS)
-    draw_levels(above, {"chance": float(means["chance"].iloc[0])})
-    above.set_xscale("log")
+    look.log_axis(above, "x")
+    rates = sorted(set(means["lr"].astype(float)))
+    above.set_xticks(rates, [f"{rate:g}" for rate in rates])
     above.set_ylim(0, min(100.0, above.get_ylim()[1]))
     above.set_xlabel("learning rate (ring: the arm's own)")
     for arm, rows in means[means["own"].astype(bool)].groupby("arm"):
         above.plot(
             rows["lr"], 100 * rows["value"].astype(float), "o", ms=13, mfc="none", mec=ARMS[str(arm)], mew=2
         )
-    above.set_ylabel("test accuracy (%)")
+    above.set_ylabel(f"test accuracy (%)\nband: 95 % t interval, {int(means['n_seeds'].max())} seeds")
     above.set_title(
-        f"{first['model']}, {first['task']}, n = {int(means['n'].iloc[0]):,} test images", fontsize=10
+        f"{first['model']}, {first['task']}, n = {int(means['n'].iloc[0]):,} test images",
+        loc="left",
+        fontsize=10,
     )
-    above.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
+    look.show_chance(above, 100 * float(means["chance"].iloc[0]))
+    look.name_lines(above)
     plot_claims(claimed, ax=below)
     return figure
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from study import Answer, Setup, Size, is_vision, md_table, publish, run, setup, short
+from study import Answer, Setup, Size, answer_rows, is_vision, md_table, publish, run, setup, short
 from transformers.utils.logging import disable_progress_bar
 
 from layerprobe.analyzers.compare import OutlierComparison, compare_outliers
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_frame(levels.dropna(axis=1, how="all"), s.output / "levels.csv")
     blocks = levels[(levels["level"] == "group") & (levels["group"] == "blocks")]
     save_figure(lambda: plot_outlier_tails(blocks), s.output / "tails.png")
-    save_figure(lambda: twins_figure(answers), s.output / "twins.png")
+    save_figure(lambda: twins_figure(answer_rows(s, answers)), s.output / "twins.png")
     publish(
         s,
         rows=kept(pd.concat(frames, ignore_index=True)),
@@ -249,11 +249,11 @@ def sections_of(comparison: OutlierComparison) -> dict[str, list[str]]:
     }
 
 
-def twins_figure(answers: list[Answer]) -> Any:
-    frame = pd.DataFrame([dataclasses.asdict(a) | {"verdict": a.verdict} for a in answers if a.key == "twin"])
-    frame["claim"] = [claim.removeprefix("trained : untrained, ") for claim in frame["claim"]]
+def twins_figure(claims: pd.DataFrame) -> Any:
+    frame = claims[claims["key"] == "twin"]
+    frame = frame.assign(claim=frame["claim"].str.removeprefix("trained : untrained, "))
     ax = plot_claims(frame)
-    ax.set_xlabel("times as many weights beyond 3σ as untrained (bars: 95 % bootstrap interval over blocks)")
+    ax.set_xlabel("times as many weights beyond 3σ as untrained\n(bars: 95 % bootstrap interval over blocks)")
     return ax
 
 

@@ -36,6 +36,7 @@ from trainings import ExhaustiveTable, Trainings, frugal_plan
 
 from layerprobe.cli.output import save_figure
 from layerprobe.files import read_json
+from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels
 from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, strip
@@ -47,11 +48,11 @@ QUICK = Size(("minilm",), ("digits",), 200, 4,
 FULL = Size((), (), 2000, 8,
             lrs=(1e-4, 3e-4, 1e-3), seeds=3, batch_size=32, bridge_steps=0, finetune_steps=200)  # fmt: skip
 LOOKS = {
-    "first k": ("#009E73", "^"),
-    "last k": ("#E69F00", "v"),
-    "contiguous": ("#CC79A7", "D"),
-    "all": ("#0072B2", "o"),
-    "none": ("#000000", "s"),
+    "first k": (look.GREEN, "^"),
+    "last k": (look.YELLOW, "v"),
+    "contiguous": (look.PINK, "D"),
+    "all": (look.BLUE, "o"),
+    "none": (look.GREY, "s"),
     "other": ("#BBBBBB", "."),
 }
 TOLERANCE = 0.15
@@ -227,16 +228,11 @@ def headline(answers: list[Answer]) -> str:
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "test_accuracy_mean"]
     pairs = list(dict.fromkeys(means["pair"]))
     columns = min(2, len(pairs))
     lines = -(-len(pairs) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(4.4 * columns + 1.5, 3.4 * lines + 0.3), squeeze=False, layout="constrained"
-    )
-    flat = list(panels.ravel())
+    figure, flat = look.new_panels(lines, columns, max(look.PRINT_WIDTH, 4.2 * columns), 3.3 * lines + 0.8)
     for ax, pair in zip(flat, pairs, strict=False):
         part = means[means["pair"] == pair]
         for family in ("other", *[f for f in LOOKS if f != "other"]):
@@ -268,18 +264,17 @@ def figure(frame: pd.DataFrame) -> Any:
         chosen = part[part["chosen"].astype(bool)]
         shift = {"first k": -1.0, "last k": 1.0}.get(chosen["family"].iloc[0], 0.0)
         x, y = 100 * chosen["trainable_share"].astype(float) + shift, 100 * chosen["value"].astype(float)
-        ax.plot(x, y, "o", ms=15, mfc="none", mec="#D55E00", mew=2, label="searched plan")
+        ax.plot(x, y, "o", ms=15, mfc="none", mec=look.ORANGE, mew=2, label="searched plan")
         if part["chance"].notna().any():
             draw_levels(ax, {"chance": float(part["chance"].iloc[0])})
-        ax.set_title(f"{pair}, n = {int(part['n'].iloc[0]):,} test images", fontsize=10)
+        ax.set_title(f"{pair}, n = {int(part['n'].iloc[0]):,} test images", loc="left", fontsize=10)
     for ax in flat[len(pairs) :]:
         ax.set_axis_off()
-    figure.supxlabel("share of the blocks' parameters that train (%)", fontsize=11)
-    figure.supylabel("test accuracy (%)", fontsize=11)
-    known: dict[str, Any] = {}
-    for ax in flat[: len(pairs)]:
-        known |= dict(zip(ax.get_legend_handles_labels()[1], ax.get_legend_handles_labels()[0], strict=True))
-    figure.legend(list(known.values()), list(known), loc="outside right center", frameon=False)
+    figure.supxlabel("share of the blocks' parameters that train (%)", fontsize=10)
+    figure.supylabel(
+        f"test accuracy (%), bars: 95 % t interval over {int(means['n_seeds'].max())} seeds", fontsize=10
+    )
+    look.name_panels(figure, flat[: len(pairs)], ncols=4)
     return figure
 
 

@@ -27,6 +27,7 @@ from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.intervals import mean_interval
+from layerprobe.plotting import style as look
 from layerprobe.plotting.layer_scores import FAMILY_COLOURS
 from layerprobe.search.evaluator import by_block, layer_scores
 from layerprobe.search.settings import make_settings
@@ -275,12 +276,10 @@ def by_table(frame: pd.DataFrame) -> list[str]:
 
 
 def figure(frame: pd.DataFrame) -> Any:
-    import matplotlib.pyplot as plt
-
     means = frame[frame["metric"] == "kendall_within_mean"]
     names = list(means["score"])
-    colours = {**FAMILY_COLOURS, "baseline": "#000000"}
-    figure, ax = plt.subplots(figsize=(7.2, 1.2 + 0.36 * len(names)), layout="constrained")
+    colours = {**FAMILY_COLOURS, "baseline": look.BLACK}
+    ax = look.new_axes(look.PRINT_WIDTH, 1.4 + 0.36 * len(names))
     single = frame[frame["metric"] == "kendall_within"]
     for place, (_, row) in enumerate(means.iterrows()):
         colour = colours[row["family"]]
@@ -296,18 +295,19 @@ def figure(frame: pd.DataFrame) -> Any:
             color=colour,
             capsize=3,
         )
-    ax.axvline(0, color="#333333", ls="--", lw=1)
+    look.reference_line(ax, 0, vertical=True)
     ax.set_yticks(
         range(len(names)),
         [f"{n} ({f})" if f != "baseline" else n for n, f in zip(names, means["family"], strict=True)],
     )
     ax.set_ylim(len(names) - 0.4, -0.6)
-    ax.set_xlim(-1.05, 1.05)
+    ax.set_xlim(-1, 1)
     kinds = list(means["interval"].dropna().unique())
     ax.set_xlabel(
-        f"Kendall τ within equal counts (chance: 0)\nbar: {kinds[0] if kinds else 'none'}; strokes: single tables"
+        "Kendall τ within equal counts (chance: 0; τ ends at ±1, and so do the bars)\n"
+        f"bar: {kinds[0] if kinds else 'none'}; strokes: single tables"
     )
-    return figure
+    return ax
 
 
 if __name__ == "__main__":

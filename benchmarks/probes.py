@@ -37,10 +37,10 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifierCV, _logisti
 from threadpoolctl import threadpool_info
 
 from layerprobe.layers import parse_blocks
+from layerprobe.metrics import C_GRID
 from layerprobe.metrics.intervals import paired_bootstrap
 from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.knn_ridge import ALPHA_GRID, ridge_sweep
-from layerprobe.metrics.probing.logistic import C_GRID
 from layerprobe.metrics.probing.solver import LogisticPath
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -130,7 +130,7 @@ class ExhaustiveTable:
         source = Path(folder)
         about = read_json(source / "table.json", what="exhaustive table")
         try:
-            frame = pd.read_csv(source / "table.csv.gz")
+            frame = pd.read_csv(source / "table.csv.gz", float_precision="round_trip")
             table = cls(
                 name=about["name"],
                 space=Space(tuple(about["block_params"])),

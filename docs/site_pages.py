@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from layerprobe import __version__
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LINKED = ("analyses", "benchmarks")
 """Folders of scripts that pages link to; shown as the files they are."""
@@ -18,7 +20,8 @@ PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 
 
 def on_config(config: Any) -> None:
-    """Fill the sections of the navigation whose pages come from outside docs/."""
+    """Name the version below every page; fill the sections of the navigation whose pages come from outside docs/."""
+    config.copyright = f"layerprobe {__version__}"
     section(config.nav, "Tutorials").extend(f"notebooks/{path.stem}.md" for path in notebooks())
     section(config.nav, "Results").append("results/README.md")
     section(config.nav, "Project").extend(["CONTRIBUTING.md", "CHANGELOG.md"])

@@ -36,6 +36,8 @@ FIGURES = {
 }
 """Command → `module.function` of `layerprobe.plotting` that draws the table of its record."""
 SHOWN_ROWS = 40
+SEARCH_SCHEMA = "layerprobe.search/v1"
+"""Of search.json, which holds more than a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     schema = str(content.get("schema", "")) if isinstance(content, dict) else ""
     if schema.startswith("freeze-plan/"):
         return importlib.import_module("layerprobe.plans").FreezePlan.load(source)
-    if schema == "layerprobe.search/v1":
+    if schema == SEARCH_SCHEMA:
         return importlib.import_module("layerprobe.search.result").SearchResult.load(source.parent)
     return saved_record(content, source)
 

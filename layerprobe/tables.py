@@ -290,7 +290,11 @@ def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> p
     source = Path(path)
     with open_file(source, what="table", inside=inside, max_bytes=MAX_TABLE_BYTES) as stream:
         try:
-            return pd.read_parquet(stream) if source.suffix == ".parquet" else pd.read_csv(stream)
+            return (
+                pd.read_parquet(stream)
+                if source.suffix == ".parquet"
+                else pd.read_csv(stream, float_precision="round_trip")
+            )
         except Exception as error:  # whatever pandas and pyarrow stumble over
             raise BrokenFileError(
                 f"cannot read table {source}: {shortened(first_line(error), 120)}"

@@ -5,8 +5,9 @@ The only module that imports captum, for the two methods that need a pass per la
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,8 +17,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from layerprobe.analyzers.attribution_choices import METHODS, SLOW_METHODS, check_methods, check_sizes
 from layerprobe.analyzers.attribution_path import (
-    FIRST_STEPS,
     ablated,
     adaptive_steps,
     completeness,
@@ -29,24 +30,15 @@ from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.analyzers.features import columns_of, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
 from layerprobe.backbones.backbone import Backbone
-from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
+from layerprobe.errors import LayerprobeError, UnknownNameError
 from layerprobe.layers import EMBED
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
+from layerprobe.shared_work import Result, SharedWork
 from layerprobe.tables import table_by_layer, tidy
 from layerprobe.tasks import ImageSplit, Task
 
-METHODS = ("skip", "mean_ablation", "conductance", "update")
-SLOW_METHODS = ("gradient_x_activation", "integrated_gradients")
-REFUSED = {
-    "deeplift": "its rules cover pointwise non-linearities, not softmax attention or LayerNorm, and its "
-    "contributions miss f(x) − f(baseline) by 43 to 300 % on transformers",
-    "lrp": "it has no propagation rule for LayerNorm or attention",
-    "block_sum": "the sum of conductance or integrated gradients over a whole block is f(x) − f(baseline) for "
-    "every block, because every block's output cuts the network; it ranks nothing",
-}
-"""Methods that are not offered, and why."""
 MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"]
 
 
@@ -122,6 +114,7 @@ def attribute_layers(
     batch_size: int = 32,
     seed: int = 0,
     quiet: bool = False,
+    work: SharedWork | None = None,
 ) -> LayerAttribution:
     """How much each block contributes to the class that the backbone with a head predicts.
 
@@ -149,23 +142,22 @@ def attribute_layers(
         Largest completeness error, Σ|Σconductance − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over
         images, at the worst place. Steps are halved until it holds; where that would take more than
         `max_steps`, the path's rows stay empty and say so.
+    work : SharedWork | None
+        Through which several processes that make this very call share the batches.
 
     Raises
     ------
-    UsageError
-        A method that is invalid here (DeepLift, LRP, sums over blocks), too few images.
-    UnknownNameError
-        A method or split that does not exist.
+    UsageError, UnknownNameError
+        A method that is invalid here (DeepLift, LRP, sums over blocks) or unknown, an unknown split, too few images.
     """
     wanted = check_methods(methods)
     if split not in task.splits:
         raise UnknownNameError(f"unknown split '{split}'; choose one of: {', '.join(task.splits)}")
     check_sizes(n_images, tolerance, max_steps)
     predictor = make_predictor(backbone, task, head, batch_size=batch_size)
-    images = task.splits[split].subset(range(min(n_images, len(task.splits[split]))))
-    reference = task.train.subset(range(min(n_reference, len(task.train))))
+    images, reference = _first(task.splits[split], n_images), _first(task.train, n_reference)
     with only_these_train(backbone, []):
-        run = _Run(predictor, images, batch_size, quiet)
+        run = _Run(predictor, images, batch_size, quiet, work)
         rows, n_steps, maps = run.measure(wanted, reference, tolerance, max_steps, n_maps)
     prediction = {
         **predictor.facts,
@@ -188,28 +180,8 @@ def attribute_layers(
     )
 
 
-def check_sizes(n_images: int, tolerance: float, max_steps: int) -> None:
-    """UsageError for numbers that `attribute_layers` cannot work with."""
-    if n_images < 2 or not 0 < tolerance < 1 or max_steps < FIRST_STEPS:
-        raise UsageError(
-            f"attribution needs at least 2 images, a tolerance between 0 and 1 and max_steps ≥ {FIRST_STEPS}: got "
-            f"n_images={n_images}, tolerance={tolerance}, max_steps={max_steps}"
-        )
-
-
-def check_methods(methods: Sequence[str]) -> list[str]:
-    """The methods, each once; UnknownNameError or UsageError for one that is not offered here."""
-    for method in methods:
-        plain = method.lower().replace("-", "").replace("_", "")
-        for name, reason in REFUSED.items():
-            if plain.startswith((name.replace("_", ""), f"layer{name}")):
-                raise UsageError(f"'{method}' is not valid for transformer blocks: {reason}")
-        if method not in (*METHODS, *SLOW_METHODS):
-            known = ", ".join((*METHODS, *SLOW_METHODS))
-            raise UnknownNameError(f"unknown attribution method '{method}'; choose of: {known}")
-    if not methods:
-        raise UsageError(f"no attribution method was asked for; choose of: {', '.join(METHODS)}")
-    return list(dict.fromkeys(methods))
+def _first(split: ImageSplit, n: int) -> ImageSplit:
+    return split.subset(range(min(n, len(split))))
 
 
 class _Run:
@@ -218,9 +190,11 @@ class _Run:
     `targets` are the predicted classes, `scores` the f(x) of all images.
     """
 
-    def __init__(self, predictor: Predictor, images: ImageSplit, batch_size: int, quiet: bool) -> None:
+    def __init__(
+        self, predictor: Predictor, images: ImageSplit, batch_size: int, quiet: bool, work: SharedWork | None
+    ) -> None:
         self.predictor, self.backbone, self.images = predictor, predictor.backbone, images
-        self.batch_size, self.quiet = batch_size, quiet
+        self.batch_size, self.quiet, self.work = batch_size, quiet, work
         with torch.no_grad():
             batches = pixel_batches(self.backbone, images, batch_size)
             logits = [self.predictor(pixels).float() for _, pixels in batches]
@@ -231,12 +205,25 @@ class _Run:
                 f"logits of {self.backbone.name} are not finite; try --dtype bfloat16 or float32"
             )
 
-    def batches(self, what: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, pixels and target classes of all images, under a progress bar."""
-        total = math.ceil(len(self.images) / self.batch_size)
-        batches = pixel_batches(self.backbone, self.images, self.batch_size)
-        for rows, pixels in progress_bar(batches, total=total, unit="batch", desc=what, quiet=self.quiet):
-            yield rows, pixels, self.targets[rows].to(pixels.device)
+    def of_batches(self, what: str, compute: Callable[[slice, Tensor, Tensor], Result]) -> list[Result]:
+        """`compute` of the rows, pixels and target classes of every batch, under a progress bar."""
+        size = self.batch_size
+        total = math.ceil(len(self.images) / size)
+
+        def piece(number: int) -> Result:
+            part = self.images.subset(range(number * size, min((number + 1) * size, len(self.images))))
+            _, pixels = next(pixel_batches(self.backbone, part, size))
+            rows = slice(number * size, number * size + len(part))
+            return compute(rows, pixels, self.targets[rows].to(pixels.device))
+
+        shown: dict[str, Any] = {"unit": "batch", "quiet": self.quiet}
+        if self.work is not None:
+            return self.work.results(total, piece, what=what, **shown)
+        batches = pixel_batches(self.backbone, self.images, size)
+        return [
+            compute(rows, pixels, self.targets[rows].to(pixels.device))
+            for rows, pixels in progress_bar(batches, total=total, desc=what, **shown)
+        ]
 
     def score(self, pixels: Tensor, targets: Tensor) -> Tensor:
         return _margin(self.predictor(pixels).float(), targets)
@@ -269,14 +256,18 @@ class _Run:
     @torch.no_grad()
     def ablations(self, name: str, updates: Sequence[Tensor | None]) -> list[dict[str, Any]]:
         labels = torch.from_numpy(self.images.labels)
-        lost, misses = [], []
-        for rows, pixels, targets in self.batches(name):
+
+        def losses(rows: slice, pixels: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
             right = (self.targets[rows] == labels[rows]).float()
+            found = []
             for block, update in zip(self.backbone.blocks, updates, strict=True):
                 with ablated(block, None if update is None else update.to(pixels.device)):
                     logits = self.predictor(pixels).float()
-                lost.append(self.scores[rows] - _margin(logits, targets).cpu())
-                misses.append(right - (logits.argmax(dim=1).cpu() == labels[rows]).float())
+                missed = right - (logits.argmax(dim=1).cpu() == labels[rows]).float()
+                found.append((self.scores[rows] - _margin(logits, targets).cpu(), missed))
+            return found
+
+        lost, misses = zip(*itertools.chain.from_iterable(self.of_batches(name, losses)), strict=True)
         n_blocks = len(updates)
         return [
             *_rows(f"attribution_{name}", _per_image(lost, n_blocks)),
@@ -287,21 +278,24 @@ class _Run:
         self, wanted: list[str], mean_image: Tensor, alphas: list[float], tolerance: float, n_maps: int
     ) -> tuple[list[dict[str, Any]], pd.DataFrame]:
         """Rows of the path methods with their completeness errors, and the maps."""
-        per_unit: list[Tensor] = []
-        update: list[Tensor] = []
-        maps = [pd.DataFrame(columns=MAP_COLUMNS)]
         n_places, n_steps = self.backbone.n_blocks + 1, len(alphas) - 1
-        missed, moved = np.zeros(n_places), 0.0
+
+        def along(rows: slice, pixels: Tensor, targets: Tensor) -> tuple[Any, ...]:
+            score = partial(self.score, targets=targets)
+            found = path_conductance(score, taps, pixels, mean_image.to(pixels), alphas)
+            places = [found.conductance[0].sum(dim=2), *found.update]
+            return (
+                [c.abs().mean(dim=(1, 2)).cpu() for c in found.conductance],
+                [u.sum(dim=1).cpu() for u in found.update],
+                completeness(found),
+                self._maps(range(rows.start, min(rows.stop, n_maps)), places),
+            )
+
         with residual_taps(self.backbone) as taps:
-            for rows, pixels, targets in self.batches(f"{n_steps} steps"):
-                score = partial(self.score, targets=targets)
-                found = path_conductance(score, taps, pixels, mean_image.to(pixels), alphas)
-                per_unit += [c.abs().mean(dim=(1, 2)) for c in found.conductance]
-                update += [u.sum(dim=1) for u in found.update]
-                part, change = completeness(found)
-                missed, moved = missed + part, moved + change
-                places = [found.conductance[0].sum(dim=2), *found.update]
-                maps += self._maps(range(rows.start, min(rows.stop, n_maps)), places)
+            parts = self.of_batches(f"{n_steps} steps", along)
+        per_unit, update = ([values for part in parts for values in part[i]] for i in (0, 1))
+        missed, moved = (sum(part[2][i] for part in parts) for i in (0, 1))
+        maps = [pd.DataFrame(columns=MAP_COLUMNS), *(drawn for part in parts for drawn in part[3])]
         errors = missed / moved if moved else np.full_like(missed, np.inf)
         reason = None
         if errors.max() > tolerance:
@@ -351,21 +345,19 @@ class _Run:
         """Mean |attribution| per unit by captum, layer after layer."""
         from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 
-        found = []
+        def attributed(_rows: slice, pixels: Tensor, targets: Tensor) -> list[Tensor]:
+            inputs = pixels.clone().requires_grad_()
+            options: dict[str, Any] = {"additional_forward_args": (targets,)}
+            of: type[Any] = LayerGradientXActivation
+            if method == "integrated_gradients":
+                of = LayerIntegratedGradients
+                options |= {"baselines": mean_image.to(pixels).expand_as(pixels), "n_steps": n_steps}
+                options["internal_batch_size"] = max(len(pixels), 2 * self.batch_size)
+            found = (of(self.score, tap).attribute(inputs, **options) for tap in taps[1:])
+            return [values.detach().abs().mean(dim=(1, 2)).cpu() for values in found]
+
         with residual_taps(self.backbone) as taps:
-            for _, pixels, targets in self.batches(method):
-                inputs = pixels.clone().requires_grad_()
-                for tap in taps[1:]:
-                    attribute: Callable[..., Any]
-                    options: dict[str, Any] = {"additional_forward_args": (targets,)}
-                    if method == "gradient_x_activation":
-                        attribute = LayerGradientXActivation(self.score, tap).attribute
-                    else:
-                        attribute = LayerIntegratedGradients(self.score, tap).attribute
-                        options["baselines"] = mean_image.to(pixels).expand_as(pixels)
-                        options["n_steps"] = n_steps
-                        options["internal_batch_size"] = max(len(pixels), 2 * self.batch_size)
-                    found.append(attribute(inputs, **options).detach().abs().mean(dim=(1, 2)))
+            found = [values for part in self.of_batches(method, attributed) for values in part]
         return _rows(f"attribution_{method}", _per_image(found, self.backbone.n_blocks))
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from layerprobe.analyzers.attribution_choices import FIRST_STEPS
 from layerprobe.backbones.backbone import Backbone
 
-FIRST_STEPS = 8
 Score = Callable[[Tensor], Tensor]
 """Pixels B×C×H×W → one number an image, B."""
 

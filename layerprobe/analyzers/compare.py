@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -66,7 +67,6 @@ class OutlierComparison(Record):
     provenance: dict[str, Any]
 
     def to_frame(self) -> pd.DataFrame:
-        """The long table."""
         return tidy(self.rows)
 
     def table(self) -> list[dict[str, Any]]:
@@ -148,9 +148,14 @@ class OutlierComparison(Record):
 
 
 def check_groups(groups: Mapping[str, Sequence[object]] | None) -> None:
-    """UsageError for groups that cannot be compared."""
-    if groups is not None and (len(groups) < 2 or not all(groups.values())):
+    """UsageError for groups that cannot be compared; copies of a model are no independent models."""
+    if groups is None:
+        return
+    if len(groups) < 2 or not all(groups.values()):
         raise UsageError("groups need at least two names with at least one model each")
+    counts = Counter(member for members in groups.values() for member in members)
+    if twice := [member for member, count in counts.items() if count > 1]:
+        raise UsageError(f"'{twice[0]}' stands twice in the groups; each model counts once")
 
 
 def check_number(n_models: int) -> None:
@@ -196,21 +201,23 @@ def compare_outliers(
     rules = rules or OutlierRules()
     if n_sigma not in rules.all_sigmas:
         rules = dataclasses.replace(rules, sigmas=(*rules.sigmas, n_sigma))
-    check_groups(groups)
     named = {name: list(members) for name, members in (groups or {}).items()}
+    check_groups(groups and {name: [_key(m) for m in members] for name, members in named.items()})
     options: dict[str, Any] = {"threads": threads, "engine": engine, "offline": offline, "quiet": quiet}
-    reports: dict[str, OutlierReport] = {}
+    made: dict[str, OutlierReport] = {}
     for model in (*models, *(member for members in named.values() for member in members)):
-        if isinstance(model, OutlierReport):
-            reports.setdefault(model.model, model)
-        elif str(model) not in reports:
-            reports[str(model)] = outlier_report(model, rules=rules, **options)
+        if _key(model) not in made:
+            known = isinstance(model, OutlierReport)
+            made[_key(model)] = model if known else outlier_report(model, rules=rules, **options)
+    by_name = Counter(report.model for report in made.values())
+    names = {
+        key: report.model if by_name[report.model] == 1 else f"{report.model} ({report.revision})"
+        for key, report in made.items()
+    }
+    reports = {names[key]: report for key, report in made.items()}
     check_number(len(reports))
     _check_comparable(reports.values(), n_sigma)
-    members = {
-        name: [member.model if isinstance(member, OutlierReport) else str(member) for member in group]
-        for name, group in named.items()
-    }
+    members = {name: [names[_key(m)] for m in group] for name, group in named.items()}
     bootstrap = {"confidence": confidence, "n_resamples": n_resamples, "seed": seed}
     maker = _Rows(reports, _counted_by_all(reports.values(), (n_sigma, *rules.sigmas)), bootstrap)
     facts = provenance(
@@ -233,6 +240,10 @@ def compare_outliers(
         rows=[*maker.models(), *maker.pairs(), *maker.groups(members)],
         provenance=facts,
     )
+
+
+def _key(model: str | Path | OutlierReport) -> str:
+    return f"{model.model} ({model.revision})" if isinstance(model, OutlierReport) else str(model)
 
 
 def _counted_by_all(reports: Collection[OutlierReport], sigmas: Iterable[float]) -> tuple[float, ...]:
@@ -267,10 +278,8 @@ class _Rows:
         for name, report in self.reports.items():
             for cell, units in self._cells[name].items():
                 for k in self.sigmas:
-                    found = _at(units, k)
-                    ratio = _share(found)
-                    yield {
-                        **self._about("model", name, None, cell, k),
+                    ratio = _share(found := _at(units, k))
+                    yield self._about("model", name, None, cell, k) | {
                         "revision": report.revision,
                         "metric": f"outlier_ratio_{k:g}sigma",
                         "value": ratio,

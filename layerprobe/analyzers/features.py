@@ -272,7 +272,7 @@ def extract_features(
 
 def columns_of(backbone: Backbone, task: Task) -> dict[str, str]:
     """The table columns `model`, `revision` and `task`."""
-    name = backbone.name if backbone.init == "pretrained" else f"{backbone.name} (random init)"
+    name = backbone.name if backbone.init == "pretrained" else f"{backbone.name} ({backbone.init} init)"
     return {"model": name, "revision": backbone.source.revision, "task": task.name}
 
 

@@ -133,7 +133,9 @@ class LinearProbes(Record):
                 difference = self.compare_control(index, name, seed=self.seed)
                 if difference is not None:
                     rows.append(self._difference_row(index, "control", difference) | {"control": name})
-            rows += [{**row, "control": row.get("control") or name} for row in control._rows()]
+            # A control of a control (random labels on the random init) names both.
+            own = [(row, row.get("control")) for row in control._rows()]
+            rows += [{**row, "control": f"{name}, {inner}" if inner else name} for row, inner in own]
         frame = tidy(rows, task=self.facts.get("task"))
         for column in ("C", "low", "high", "pvalue", "shots", "control"):
             if column not in frame:
@@ -227,8 +229,12 @@ class LinearProbes(Record):
             if (index := control.best_layer) is not None:
                 text += f"; {name} {100 * control.test_accuracy[index]:.1f} %"
         unfinished = int((~self.converged & ~np.isnan(self.suboptimality)).sum())
-        if unfinished:
-            text += f". {unfinished} of {self.converged.size} fits did not reach their optimum"
+        tested = [result.probe.fit.converged for result in self.results if result is not None]
+        if unfinished or not all(tested):
+            text += (
+                f". {unfinished} of {self.converged.size} fits that chose, and {tested.count(False)} of {len(tested)} "
+                "that were tested, did not reach their optimum"
+            )
         return text + "."
 
 

@@ -24,10 +24,11 @@ from layerprobe.choices import SPLITS
 from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 from layerprobe.layers import EMBED, LayerRef
 from layerprobe.metrics.probing.curves import control_labels
-from layerprobe.metrics.probing.logistic import C_GRID, ProbeResult, check_grid, check_refit, select_probe
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, check_refit, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
+from layerprobe.shared_work import SharedWork
 from layerprobe.tasks import ImageSplit, Task
 
 CONSTANT = "constant layer: every image has the same features"
@@ -54,6 +55,7 @@ def linear_probes(
     extras: Sequence[str] = (),
     surface: Sequence[np.ndarray] | None = None,
     quiet: bool = False,
+    work: SharedWork | None = None,
 ) -> LinearProbes:
     """Probe every layer with multinomial logistic regression.
 
@@ -73,6 +75,8 @@ def linear_probes(
         selectivity), "knn", "ridge", "mdl" (online code length), "few-shot".
     surface : Sequence[np.ndarray] | None
         See `control_labels`, n×d of each split; default: the first layer that is not constant.
+    work : SharedWork | None
+        Through which several processes that make this very call share the layers.
 
     A constant layer is a row with a reason.
 
@@ -93,20 +97,16 @@ def linear_probes(
     if "labels" in extras:
         labels = control_labels(surface or _surface(splits), len(classes), seed=seed)
         setting = setting._replace(control=labels)
+    layers = list(train.arrays)
+    results, extra_rows = _probe_layers(layers, splits, refit, extras, setting, work, quiet)
     constants = {"model": facts["model"], "revision": facts["revision"], "seed": seed}
-    results: list[ProbeResult | None] = []
-    extra_rows: list[Row] = []
-    for layer in progress_bar(list(train.arrays), unit="layer", desc="probes", quiet=quiet):
-        parts = [(part.arrays[layer], part.labels) for part in splits]
-        result, rows = _probe_layer(parts, refit, extras, setting)
-        results.append(result)
-        extra_rows += [{**constants, **place(layer), **row} for row in rows]
+    extra_rows = [{**constants, **row} for row in extra_rows]
     arguments = {**options, "Cs": grid.tolist(), "refit": refit, "extras": list(extras)}
     origin = getattr(features_train, "provenance", None)
     facts_of_origin = {"features": origin} if origin else {}
     absent = {part.name: names for part in splits if (names := _absent(part.labels, classes))}
     return LinearProbes(
-        layers=list(splits[0].arrays),
+        layers=layers,
         results=results,
         reasons=[CONSTANT if result is None else None for result in results],
         Cs=grid,
@@ -126,6 +126,30 @@ def _check_extras(extras: Sequence[str]) -> None:
             raise UnknownNameError(
                 f"unknown extra '{kind}'.{did_you_mean(kind, EXTRAS)} Extras: {', '.join(EXTRAS)}"
             )
+
+
+def _probe_layers(
+    layers: Sequence[Layer],
+    splits: Sequence[_Split],
+    refit: str,
+    extras: Sequence[str],
+    setting: Setting,
+    work: SharedWork | None,
+    quiet: bool,
+) -> tuple[list[ProbeResult | None], list[Row]]:
+    """`_probe_layer` of every layer, by this process or shared with others."""
+
+    def probe(number: int) -> tuple[ProbeResult | None, list[Row]]:
+        parts = [(part.arrays[layers[number]], part.labels) for part in splits]
+        return _probe_layer(parts, refit, extras, setting)
+
+    if work is not None:
+        found = work.results(len(layers), probe, unit="layer", what="probes", quiet=quiet)
+    else:
+        numbers = progress_bar(range(len(layers)), unit="layer", desc="probes", quiet=quiet)
+        found = [probe(number) for number in numbers]
+    rows = [{**place(layer), **row} for layer, (_, more) in zip(layers, found, strict=True) for row in more]
+    return [result for result, _ in found], rows
 
 
 def _probe_layer(
@@ -156,6 +180,7 @@ def probe_backbone(
     seed: int = 0,
     device: str = "cpu",
     quiet: bool = False,
+    work: SharedWork | None = None,
 ) -> LinearProbes:
     """Linear probes of every layer, of the layers of an untrained copy, and of the raw pixels.
 
@@ -172,7 +197,7 @@ def probe_backbone(
         Default `embed` and every block's `resid_post`.
     pooling : str | None
         Default the backbone's.
-    extras, Cs, refit, seed, device
+    extras, Cs, refit, seed, device, work
         See `linear_probes`. device is where probes are fitted.
 
     Returns
@@ -187,6 +212,7 @@ def probe_backbone(
     """
     shared: dict[str, Any] = {"layers": layers, "pooling": pooling, "batch_size": batch_size}
     options: dict[str, Any] = {"Cs": Cs, "refit": refit, "seed": seed, "device": device, "quiet": quiet}
+    options["work"] = work
 
     def probed(of: Backbone) -> LinearProbes:
         parts = [

@@ -86,7 +86,8 @@ class TransferScores(Record):
                 error = "" if pd.isna(top["stderr"]) else f" ± {top['stderr']:.2g}"
                 detail = f" (LogME is highest at {_place_of(top)}: {top['value']:.4g}{error})"
             parts.append(
-                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores{detail}."
+                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores, which are correlated"
+                f"{detail}."
             )
         leads = [
             f"{name} at {_place_of(_largest(rows))}"
@@ -190,7 +191,8 @@ def _readable_rows(
         stderr = errors[name].value if name in errors else None
         if name == "knn" and score.value is not None:
             stderr = float(np.sqrt(score.value * (1 - score.value) / len(X)))
-        found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=score.reason)
+        reason = score.reason or (errors[name].reason if stderr is None and name in errors else None)
+        found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=reason)
         columns = {"family": "readable", "higher_is_better": HIGHER_IS_BETTER[name]}
         rows.append({**place(layer), "metric": f"transfer_{name}", **_measured(found), **columns})
     return rows

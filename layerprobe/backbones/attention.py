@@ -23,7 +23,7 @@ def choose_attention(backbone: Backbone, asked: str | None) -> None:
         The model does not run on embeddings, or the attention asked for cannot be had from it.
     """
     if backbone.device.type == "meta":
-        backbone.attention = asked
+        backbone.attention = asked or _as_its_modules_say(backbone)
         return
     pretrained = "causal" if _is_causal(backbone) else "bidirectional"
     backbone.attention = asked or pretrained
@@ -37,6 +37,15 @@ def choose_attention(backbone: Backbone, asked: str | None) -> None:
         raise UsageError(f"{refusal}it takes no mask of every pair of tokens") from error
     if found != (asked == "causal"):
         raise UsageError(f"{refusal}its {pretrained} mask is built into the blocks")
+
+
+def _as_its_modules_say(backbone: Backbone) -> str | None:
+    """Of a model without values, which cannot be tried: by `is_causal` of its attention modules, where all agree."""
+    attentions = [m for block in backbone.blocks for m in block.modules() if hasattr(m, "is_causal")]
+    said = {bool(attention.is_causal) for attention in attentions}
+    if len(said) != 1:
+        return None
+    return "causal" if said.pop() else "bidirectional"
 
 
 @torch.no_grad()

@@ -110,6 +110,8 @@ def pretrained_model(
         raise  # a package is missing, for all quantisations as for all else: see remarks_in_one_line
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         if sharding:  # Gemma among them: torch cannot do with parts what its loading does with whole weights
+            for file in weight_files(source.folder)[0]:
+                _names(file)  # BrokenFileError for a damaged one, which is no matter of parts
             raise NotAvailableError(
                 f"'{source.name}' cannot be read in parts: {first_line(error)}; leave --shard away"
             ) from error

@@ -242,8 +242,23 @@ def inside(folder: Path, relative: str, named_by: Path) -> Path:
 def weights_hash(folder: Path) -> str:
     """A name for local weights: `local-` and 12 hex digits over configuration and all weight bytes.
 
-    The digest of a file above 256 MiB is remembered in the cache until the file changes.
+    The digest of a file above 256 MiB is remembered in the cache until the file changes, the whole name in this
+    process.
     """
+    files = [folder / "config.json", *weight_files(folder)[0]]
+    facts = tuple((str(path), *_state(path)) for path in files)
+    if facts not in _NAMES:
+        name = _hash_files(folder)
+        if all(map(_is_settled, files)):
+            _NAMES[facts] = name
+        return name
+    return _NAMES[facts]
+
+
+_NAMES: dict[tuple[object, ...], str] = {}
+
+
+def _hash_files(folder: Path) -> str:
     digest = hashlib.sha256(read_file(folder / "config.json", what="model configuration", inside=folder))
     for path in weight_files(folder)[0]:
         size = check_plain(path, what="weights", inside=folder).st_size
@@ -258,11 +273,10 @@ def weights_hash(folder: Path) -> str:
 
 
 def _remembered_digest(path: Path) -> str:
-    """sha256 of a large file, read once: the kernel's time of last change cannot be set back by a copy."""
+    """sha256 of a large file, read once."""
     memory = cache_root() / "weight_digests.json"
-    state = path.stat()
     key = str(path.resolve())
-    facts = [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+    facts = _state(path)
     known: dict[str, list[Any]] = {}
     with contextlib.suppress(LayerprobeError):
         known = read_json(memory, what="digests") if memory.is_file() else {}
@@ -270,8 +284,19 @@ def _remembered_digest(path: Path) -> str:
         return str(known[key][1])
     with open_file(path, what="weights") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    # A file written to within the clock's grain would keep its times.
-    if time.time() - max(state.st_mtime, state.st_ctime) > _SETTLED_SECONDS:
+    if _is_settled(path):
         with contextlib.suppress(LayerprobeError):
             write_json(memory, {**known, key: [facts, digest]})
     return digest
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file does: the kernel's time of last change cannot be set back by a copy."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino]
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a write of now would change its times: within the clock's grain it would keep them."""
+    state = path.stat()
+    return time.time() - max(state.st_mtime, state.st_ctime) > _SETTLED_SECONDS

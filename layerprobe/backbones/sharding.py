@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 FREED = "free_full_weight"
 """transformers' word for a module whose weights are gathered for its own pass and freed after it."""
+
+M_MMAP_THRESHOLD, OWN_MAPPING_BYTES = -3, 1 << 20
+"""glibc's name for the size from which memory is mapped for one tensor alone and given back with it."""
 
 
 def sharding(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
@@ -41,6 +45,10 @@ def sharding(skeleton: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
         )
     from transformers.distributed import DistributedConfig
 
+    # glibc raises the threshold to the largest size it has seen freed, and then keeps as much freed memory as gathered
+    # blocks have taken: more than the parts of the other processes together.
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of other systems' C libraries
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, OWN_MAPPING_BYTES)
     tower = image_or_text_tower(skeleton)
     modules = [*find_layout(tower, config).blocks(tower), tower]
     with contextlib.suppress(AttributeError, NotImplementedError):

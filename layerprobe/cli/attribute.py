@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerprobe import choices
@@ -9,6 +10,8 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
+from layerprobe.cli.processes import copies, own_device, sharing_work
+from layerprobe.locks import process_number
 
 if TYPE_CHECKING:
     from layerprobe.analyzers.attribution import LayerAttribution
@@ -35,6 +38,7 @@ def attribute(
     tolerance: float = option(0.02, "Largest completeness error of path methods, a share."),
     max_steps: int = option(512, "Most steps along the path.", min=8),
     batch_size: options.BatchSize = 32,
+    workers: int = option(1, "Processes on this machine that share the images and the cores.", min=1),
 ) -> None:
     """Rank the blocks of a backbone by what they contribute to the predicted class.
 
@@ -43,35 +47,39 @@ def attribute(
 
     Example: layerprobe attribute minilm --task digits --limit 300 --images 32
     """
-    from layerprobe.analyzers.attribution import check_methods, check_sizes
+    from layerprobe.analyzers.attribution_choices import check_methods, check_sizes
 
     chosen = check_methods(options.name_list(methods))
     check_sizes(images, tolerance, max_steps)
     out.start(f"blocks of {backbone.model} on {images} {split} images of {task.task}, by {', '.join(chosen)}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "methods": ", ".join(chosen), "images": f"{images} of {split}"})
         return
 
-    from layerprobe.analyzers.attribution import attribute_layers
+    with copies(workers), sharing_work() as work:
+        from layerprobe.analyzers.attribution import attribute_layers
 
-    loaded = task.load(out)
-    record = attribute_layers(
-        backbone.load(),
-        loaded,
-        methods=chosen,
-        head=head,
-        split=split,
-        n_images=images,
-        n_maps=maps,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        seed=backbone.seed,
-        quiet=out.quiet,
-    )
-    out.finish(record, figures=figures(record, list(loaded.classes)) if out.folder is not None else None)
+        is_first = process_number() == 0
+        loaded = task.load(out)
+        record = attribute_layers(
+            replace(backbone, device=own_device(backbone.device)).load(),
+            loaded,
+            methods=chosen,
+            head=head,
+            split=split,
+            n_images=images,
+            n_maps=maps,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            seed=backbone.seed,
+            quiet=out.quiet or not is_first,
+            work=work,
+        )
+    if is_first:
+        out.finish(record, figures=figures(record, list(loaded.classes)) if out.folder is not None else None)
 
 
 def figures(record: LayerAttribution, classes: list[str]) -> dict[str, Draw]:

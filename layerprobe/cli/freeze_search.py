@@ -170,11 +170,11 @@ def freeze_search(
         stem=backbone.stem or "pca",
         patch_size=backbone.patch_size or usual.get("patch_size"),
     )
+    seen = backbone.meta_backbone(task, out)
     from layerprobe.search.estimate import check_search, search_facts
     from layerprobe.search.evaluator import search_space
     from layerprobe.search.workers import processes_on
 
-    seen = backbone.meta_backbone(task)
     given |= settings.blocks(seen.n_blocks, model=seen.name)
     processes = settings.workers or processes_on(seen)
     if out.dry_run:

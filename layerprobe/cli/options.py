@@ -23,6 +23,7 @@ from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
 if TYPE_CHECKING:
     from layerprobe.backbones import Backbone
     from layerprobe.layers import LayerRef
+    from layerprobe.plans import FreezePlan
     from layerprobe.tasks.task import Task
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -125,13 +126,16 @@ class BackboneOptions:
         choose_threads(threads, loaded.n_parameters)
         return loaded
 
-    def meta_backbone(self, task: TaskOptions) -> Backbone:
-        """For --dry-run: the backbone before images and weights are read; refuses what `load` would."""
+    def meta_backbone(
+        self, task: TaskOptions, out: Output, *, blocks: str = "all", plan: FreezePlan | None = None
+    ) -> Backbone:
+        """The backbone before images and weights are read; refuses what `load` would."""
+        from layerprobe.cli.mistakes import refuse_mistakes
+
+        side, certain = refuse_mistakes(self, task, dry_run=out.dry_run, blocks=blocks, plan=plan)
         from layerprobe.backbones.backbone import MIXED_SIZE
         from layerprobe.backbones.load import load_for_dry_run
-        from layerprobe.tasks.load import peek_image_size
 
-        side, certain = peek_image_size(task.task, data_dir=task.data_dir)
         chosen = asdict(self)
         del chosen["seed"], chosen["threads"]
         return load_for_dry_run(

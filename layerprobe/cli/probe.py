@@ -9,6 +9,8 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.cli.processes import copies, own_device, sharing_work
+from layerprobe.locks import process_number
 
 if TYPE_CHECKING:
     from layerprobe.analyzers.probe_record import LinearProbes
@@ -38,6 +40,9 @@ def probe(
     refit: str = option(
         "train+validation", "Images of the last fit, at the chosen C.", choices=("train+validation", "train")
     ),
+    workers: int = option(
+        1, "Processes on this machine that share the images, the layers and the cores.", min=1
+    ),
     cache_dir: options.CacheDir = None,
 ) -> None:
     """Probe each layer linearly: C chosen on validation, accuracy measured once on test, beside controls.
@@ -55,15 +60,15 @@ def probe(
         f"a linear classifier on every layer of {backbone.model} for {task.task}; "
         f"controls: {', '.join(['chance', *asked])}"
     )
-    from layerprobe.metrics.probing.logistic import C_GRID, check_grid
+    from layerprobe.metrics.validation import C_GRID, check_grid
 
     grid = check_grid(C_GRID if given is None else given)
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out, blocks=layers.blocks)
     layers.pick(seen, model=backbone.model)
+    random = "random" in asked and backbone.init != "random"
     if out.dry_run:
-        twins = 1 + ("random" in asked and backbone.init != "random")
         facts = forward_facts(
-            seen, batch_size=layers.batch_size, models=twins, counts=count_images(task, out)
+            seen, batch_size=layers.batch_size, models=1 + random, counts=count_images(task, out)
         )
         facts["controls"] = ", ".join(["chance", *(name for name in asked if name != "chance")])
         facts["extras"] = ", ".join(further) or "none"
@@ -73,28 +78,31 @@ def probe(
         out.show_facts(facts)
         return
 
-    from layerprobe.analyzers.probes import probe_backbone
+    with copies(workers), sharing_work() as work:
+        from layerprobe.analyzers.probes import probe_backbone
 
-    images = task.load(out)
-    network = backbone.load()
-    random = "random" in asked and backbone.init != "random"
-    record = probe_backbone(
-        network,
-        images,
-        twin=replace(backbone, init="random").load() if random else None,
-        pixels="pixels" in asked,
-        layers=layers.pick(network, model=backbone.model),
-        extras=[*(["labels"] if "labels" in asked else []), *further],
-        Cs=grid,
-        refit=refit,
-        seed=backbone.seed,
-        batch_size=layers.batch_size,
-        cache_dir=cache_dir,
-        # The solver needs float64, which Apple's GPUs lack.
-        device="cpu" if network.device.type == "mps" else str(network.device),
-        quiet=out.quiet,
-    )
-    out.finish(record, figures=figures(record) if out.folder is not None else None)
+        images = task.load(out)
+        own = replace(backbone, device=own_device(backbone.device))
+        network = own.load()
+        record = probe_backbone(
+            network,
+            images,
+            twin=replace(own, init="random").load() if random else None,
+            pixels="pixels" in asked,
+            layers=layers.pick(network, model=backbone.model),
+            extras=[*(["labels"] if "labels" in asked else []), *further],
+            Cs=grid,
+            refit=refit,
+            seed=backbone.seed,
+            batch_size=layers.batch_size,
+            cache_dir=cache_dir,
+            # The solver needs float64, which Apple's GPUs lack.
+            device="cpu" if network.device.type == "mps" else str(network.device),
+            quiet=out.quiet or process_number() > 0,
+            work=work,
+        )
+    if process_number() == 0:
+        out.finish(record, figures=figures(record) if out.folder is not None else None)
 
 
 def figures(record: LinearProbes) -> dict[str, Any]:

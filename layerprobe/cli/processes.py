@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
-from layerprobe.locks import usable_cores
+from layerprobe.files import cache_root, cannot_write
+from layerprobe.locks import n_processes, process_number, usable_cores
 from layerprobe.progress import note
+from layerprobe.shared_work import SharedWork
 
 SECONDS_TO_END = 30.0
 """After this process is done, the others have nothing left to compute."""
 
+
+SHARED_FOLDER = "LAYERPROBE_SHARED_WORK"
+"""Environment variable: where copies of a command leave results for one another."""
 
 SMALL = 1_000_000
 """Parameters of a model below which a second thread costs more than it brings."""
@@ -31,6 +39,7 @@ def copies(workers: int) -> Iterator[None]:
         return
     shared = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "RANK": "0", "LOCAL_RANK": "0"}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
+    shared[SHARED_FOLDER] = tempfile.mkdtemp(prefix="layerprobe-")
     os.environ.update(shared)
     if "torch" in sys.modules:  # which has read the number of threads already
         sys.modules["torch"].set_num_threads(int(shared["OMP_NUM_THREADS"]))
@@ -56,6 +65,40 @@ def copies(workers: int) -> Iterator[None]:
         for other in others:
             if other.poll() is None:
                 other.terminate()
+        shutil.rmtree(shared[SHARED_FOLDER], ignore_errors=True)
+
+
+@contextlib.contextmanager
+def sharing_work() -> Iterator[SharedWork | None]:
+    """What the processes of this launch share their work through; None where there is one process."""
+    if n_processes() == 1:
+        yield None
+        return
+    if SHARED_FOLDER in os.environ:
+        yield SharedWork(Path(os.environ[SHARED_FOLDER]))
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    folder = [_new_folder() if process_number() == 0 else ""]
+    try:
+        dist.broadcast_object_list(folder)
+        yield SharedWork(Path(folder[0]))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+        if process_number() == 0:
+            shutil.rmtree(folder[0], ignore_errors=True)
+
+
+def _new_folder() -> str:
+    """A folder of the cache, which all machines of a launch see, that nobody else may write into."""
+    root = cache_root() / "shared"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(dir=root)
+    except OSError as error:
+        raise cannot_write(root, error) from error
 
 
 def choose_threads(threads: int | None, n_parameters: int) -> None:

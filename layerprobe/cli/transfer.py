@@ -41,7 +41,7 @@ def transfer(
     Example: layerprobe transfer minilm --task digits --limit 300
     """
     out.start(f"{' and '.join(FAMILIES[family])} scores of every layer of {backbone.model} on {task.task}")
-    seen = backbone.meta_backbone(task)
+    seen = backbone.meta_backbone(task, out)
     if out.dry_run:
         facts = forward_facts(seen, batch_size=batch_size)
         out.show_facts({**facts, "families": " and ".join(FAMILIES[family])})

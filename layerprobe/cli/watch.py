@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from layerprobe.cli import options
 from layerprobe.cli.output import print_body
-from layerprobe.errors import UsageError
+from layerprobe.errors import UsageError, printable
 from layerprobe.progress import duration
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def head(found: SearchStatus, run: Path | None) -> list[str]:
     from layerprobe.search.space import marks
 
     about = found.arguments
-    lines = [f"{about['model']} on {about['task']}, {about.get('strategy', 'search')}"]
+    lines = [printable(f"{about['model']} on {about['task']}, {about.get('strategy', 'search')}")]
     if found.pilot is None:
         return [*lines, f"pilot: {found.trainings} trainings done, {found.running} running"]
     assert found.spent is not None

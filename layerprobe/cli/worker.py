@@ -10,7 +10,7 @@ from typer import Option
 
 from layerprobe.cli import options
 from layerprobe.cli.output import Output, print_body
-from layerprobe.progress import silence_notes
+from layerprobe.progress import note, silence_notes
 from layerprobe.provenance import without_secrets
 
 
@@ -49,13 +49,14 @@ def worker(
 
     Example: layerprobe worker --storage postgresql://user@host/plans
     """
-    from layerprobe.search.join import join_search
-
     silence_notes(quiet)
     if dry_run:
         facts = {"storage": without_secrets(storage), "processes": workers or "one a GPU, or a core of a CPU"}
         Output("worker", as_json=as_json, quiet=quiet).show_facts(facts)
         return
+    note(f"worker: trains plans for the search in {without_secrets(storage)} until it has its answer")
+    from layerprobe.search.join import join_search
+
     trained = join_search(
         storage,
         model=model,

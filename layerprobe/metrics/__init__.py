@@ -17,13 +17,14 @@ _MODULES = {
     "outliers.summary": "outlier_statistics outlier_ratio",
     "probing.curves": "online_code_length few_shot_curve control_labels control_probe",
     "probing.knn_ridge": "knn_predict select_knn ridge_sweep select_ridge",
-    "probing.logistic": "C_GRID LogisticProbe ProbeResult fit_logistic_path select_probe",
+    "probing.logistic": "LogisticProbe ProbeResult fit_logistic_path select_probe",
     "similarity.all_pairs": "MinibatchCKA pairwise_cka",
     "similarity.measures": (
         "rsa mutual_knn pwcca svcca procrustes_distance debiased_rbf_cka linear_cka "
         "debiased_linear_cka debiased_hsic BiasedEstimateWarning"
     ),
     "similarity.permutation": "permutation_null",
+    "validation": "C_GRID",
     "transferability.scores": (
         "gbc h_score half_sample_errors logme loo_knn loo_ridge neural_collapse readable_scores transrate"
     ),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import special
 
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
@@ -238,7 +238,7 @@ def paired_seed_interval(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -
     mean = mean_interval(difference, confidence)
     assert mean.value is not None and mean.stderr is not None
     if mean.stderr > 0:
-        probability = float(stats.t.cdf(mean.value / mean.stderr, len(difference) - 1))
+        probability = float(special.stdtr(len(difference) - 1, mean.value / mean.stderr))
     else:
         probability = 0.5 + 0.5 * float(np.sign(mean.value))
     return dataclasses.replace(mean, probability=probability)

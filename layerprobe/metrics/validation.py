@@ -1,4 +1,4 @@
-"""The check of features and labels that every metric shares."""
+"""The checks that metrics share, of features, labels and strengths of a penalty; loads no torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 Ids = Sequence[Any] | np.ndarray | None
+
+C_GRID = tuple(10.0**power for power in range(-4, 4))
+"""Inverse regularisation strengths tried by default: 8 values over 7 decades."""
 
 _ROWS = 1024  # rows searched for non-finite values at a time
 
@@ -120,3 +123,11 @@ def check_labels(
     if k < least_classes:
         raise UsageError(f"{name} holds one class only ({n} rows); a probe needs at least two")
     return labels, k
+
+
+def check_grid(Cs: ArrayLike) -> np.ndarray:
+    """The C grid, ascending and positive; raises UsageError."""
+    grid = np.unique(np.asarray(Cs, dtype=np.float64))
+    if grid.size == 0 or not np.isfinite(grid).all() or grid[0] <= 0:
+        raise UsageError(f"C values are positive numbers, such as 1e-4 to 1e3; got {Cs!r}")
+    return grid

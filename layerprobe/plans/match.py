@@ -185,10 +185,7 @@ def _mismatch(plan: PlanData, names: Iterable[str], missing: list[str], extra: l
         )
     counted = {match[0] for n in names for p in _block_patterns(plan) if (match := p.match(n))}
     if plan.n_blocks and counted and len(counted) != plan.n_blocks:
-        return (
-            f"{plan.source} was made for {plan.n_blocks} blocks ({plan.model_id}); {name} has "
-            f"{len(counted)}. Make one with: layerprobe freeze-search"
-        )
+        return plan.other_depth(len(counted), name=name)
     parts = []
     if missing:
         parts.append(f"{name} lacks {len(missing)} parameters of the plan ({few(missing)})")

@@ -166,6 +166,13 @@ class PlanData:
     def n_blocks(self) -> int:
         return len(self.blocks)
 
+    def other_depth(self, n_blocks: int, *, name: str = "this model") -> str:
+        """What to say of a model that has another number of blocks."""
+        return (
+            f"{self.source} was made for {self.n_blocks} blocks ({self.model_id}); {name} has {n_blocks}. "
+            "Make one with: layerprobe freeze-search"
+        )
+
     @property
     def trainable_blocks(self) -> list[int]:
         """Indices of the blocks that are trained as a whole."""

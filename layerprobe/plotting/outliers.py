@@ -54,7 +54,7 @@ def plot_outlier_depth(
         look.draw_line(ax, table.index, table[kind], **line)
     look.reference_line(ax, 100 * erfc(n_sigma / sqrt(2)), label="Gaussian")
     if _spans_orders(table):
-        ax.set_yscale("log")
+        look.log_axis(ax, "y")
     else:
         ax.set_ylim(bottom=0)
     look.whole_numbers(ax)
@@ -113,7 +113,8 @@ def plot_outlier_tails(frame: pd.DataFrame, *, ax: Axes | None = None, **style: 
         look.draw_line(ax, part["k"], part["value"], **line)
     k = np.linspace(rows["k"].min(), rows["k"].max(), 200)
     ax.plot(k, [erfc(x / sqrt(2)) for x in k], "--", color=look.LINE_GREY, linewidth=1, label="Gaussian")
-    ax.set(yscale="log", ylim=(min([1.0, *shown["value"]]) / 3, 1))
+    look.log_axis(ax, "y")
+    ax.set_ylim(min([1.0, *shown["value"]]) / 3, 1)
     ax.set_title(_title(frame) if one else "", loc="left", fontsize=10)
     look.whole_numbers(ax)
     ax.set(xlabel="k (deviations of the tensor)", ylabel="share of entries beyond kσ")

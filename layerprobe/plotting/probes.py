@@ -114,6 +114,6 @@ def _one_line_a_layer(rows: pd.DataFrame, x: str, ax: Axes, style: dict[str, Any
     shades = map(tuple, mpl.colormaps["viridis_r"](np.linspace(0.08, 1, len(layers))))
     colours = dict(zip(layers, shades, strict=True))
     plot_lines(rows, x, "layer", ax=ax, colours=colours, **{"marker": ".", **style})
-    ax.set_xscale("log")
+    look.log_axis(ax, "x")
     look.name_lines(ax, "layer", ncols=1 + len(layers) // 14)
     return colours

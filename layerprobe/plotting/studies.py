@@ -67,7 +67,7 @@ def plot_claims(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
     """
     if frame.empty:
         raise UsageError("there is nothing to draw: no claim was made")
-    ax = ax if ax is not None else look.new_axes(7.5, 1.1 + 0.36 * len(frame))
+    ax = ax if ax is not None else look.new_axes(look.PRINT_WIDTH, 1.3 + 0.36 * len(frame))
     place = np.arange(len(frame))
     for verdict, (colour, marker) in VERDICTS.items():
         rows = (frame["verdict"] == verdict).to_numpy()
@@ -82,7 +82,7 @@ def plot_claims(frame: pd.DataFrame, *, ax: Axes | None = None, **style: Any) ->
         look.ratio_axis(ax, (1, 1.5, 2, 3, 5, 7))
     kinds = list(dict.fromkeys(frame["interval"]))
     bars = kinds[0] if len(kinds) == 1 else "95 % intervals"
-    ax.set(xlabel=f"{'accuracy points' if unit == 'points' else unit} (bars: {bars})", ylabel="")
+    ax.set(xlabel=f"{'accuracy points' if unit == 'points' else unit}\n(bars: {bars})", ylabel="")
     seaborn.despine(ax=ax)
     return ax
 

@@ -63,6 +63,25 @@ def new_axes(width: float, height: float) -> Axes:
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
+def new_panels(
+    lines: int, columns: int, width: float, height: float, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of several axes, row by row, in the style of `new_axes`."""
+    with seaborn.axes_style("ticks"), settings(STYLE):
+        figure, axes = plt.subplots(
+            lines, columns, figsize=(width, height), squeeze=False, layout="constrained", **shared
+        )
+    return figure, list(axes.ravel())
+
+
+def stacked_axes(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Axes below one another, each with margins of its own, in the style of `new_axes`."""
+    with seaborn.axes_style("ticks"), settings(STYLE):
+        figure = plt.figure(figsize=(width, sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)
+        return figure, [part.subplots() for part in np.ravel(parts)]
+
+
 def loose_axes(width: float, height: float) -> Axes:
     """`new_axes` of a figure that pyplot does not know: nothing to close, and no backend is chosen."""
     with seaborn.axes_style("ticks"), settings(STYLE):
@@ -162,8 +181,8 @@ def name_lines(ax: Axes, title: str | None = None, *, ncols: int = 1) -> None:
     for line in lines:
         places = np.asarray(line.get_transform().transform(np.column_stack(line.get_data())), dtype=float)
         known = places[np.isfinite(places).all(axis=1)]
-        if len(known):
-            ends.append((float(ax.transAxes.inverted().transform(known[-1])[1]), line))
+        if len(known):  # a line may leave the axes
+            ends.append((float(np.clip(ax.transAxes.inverted().transform(known[-1])[1], 0, 1)), line))
     ends.sort(key=lambda end: end[0])
     # A line of text needs 13 points; what would overlap is moved up, then the stack down into the axes.
     step = 13 / max(1.0, ax.bbox.height * 72 / figure_of(ax).dpi)
@@ -178,6 +197,24 @@ def name_lines(ax: Axes, title: str | None = None, *, ncols: int = 1) -> None:
         if str(line.get_linestyle()) == "None":
             mark |= {"marker": line.get_marker(), "markersize": 5, "markevery": [1]}
         ax.add_line(Line2D([1.0, 1.012], [at, at], transform=ax.transAxes, clip_on=False, **mark))
+
+
+def name_panels(figure: Figure, axes: Sequence[Axes], *, title: str | None = None, ncols: int = 3) -> None:
+    """One legend above for what the panels have in common, each name once."""
+    known: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        known |= {label: handle for handle, label in zip(handles, labels, strict=True)}
+    handles, labels = list(known.values()), list(known)
+    figure.legend(handles, labels, loc="outside upper center", frameon=False, ncols=ncols, title=title)
+
+
+def log_axis(ax: Axes, which: str) -> None:
+    """A logarithmic axis, "x" or "y", with plain numbers at the powers of ten: figures are drawn without formulas."""
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def whole_numbers(ax: Axes) -> None:
@@ -199,18 +236,19 @@ def show_chance(ax: Axes, chance: float | None, *, vertical: bool = False) -> No
         shift = (3, -2) if vertical else (3, 2)
         note = ax.annotate(text, at, shift, where, "offset points", va="top" if vertical else "bottom")
     else:
-        text = f"← {text}" if vertical else f"↓ {text}"
-        note = ax.annotate(text, (0, 0), (3, 3), "axes fraction", "offset points", va="bottom")
+        text, corner, top = (f"← {text}", (0, 1), True) if vertical else (f"↓ {text}", (0, 0), False)
+        shift = (3, -2 if top else 3)
+        note = ax.annotate(
+            text, corner, shift, "axes fraction", "offset points", va="top" if top else "bottom"
+        )
     # Rounding may put a point on the axis outside it, and matplotlib would leave the text out.
     note.set_annotation_clip(False)
 
 
 def ratio_axis(ax: Axes, ticks: Sequence[float]) -> None:
     """A logarithmic x axis for ratios, with plain numbers at `ticks` times the powers of ten."""
-    ax.set_xscale("log")
+    log_axis(ax, "x")
     ax.xaxis.set_major_locator(LogLocator(subs=ticks))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
-    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def block_axis(ax: Axes, n_blocks: int) -> None:

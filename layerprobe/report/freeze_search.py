@@ -16,31 +16,10 @@ from layerprobe.plans import FreezePlan
 from layerprobe.plotting.search import plot_differences, plot_trials
 from layerprobe.report import page as html
 from layerprobe.report.drawing import drawn
-from layerprobe.report.search_run import SearchRun
+from layerprobe.report.search_run import SearchRun, name_of
 from layerprobe.search.space import REPORT_REPEAT
 from layerprobe.tables import cell_text
 
-ARM_NAMES = {
-    "plan": "best plan found",
-    "all": "all blocks",
-    "none": "no block",
-    "norms": "norms only",
-    "first-5": "first five blocks",
-    "last-5": "last five blocks",
-    "first-half": "first half",
-    "last-half": "last half",
-    "rgn-half": "large gradient-to-weight ratio",
-    "auto-rgn": "all, rates by gradient-to-weight",
-    "greedy": "greedy selection, same budget",
-    "attention": "attention of every block",
-    "mlp": "all but attention",
-    "first-equal": "first, same size as the plan",
-    "last-equal": "last, same size as the plan",
-    "random-equal": "random, same size as the plan",
-    "everywhere-equal": "adapters everywhere, same size",
-    "probe": "probe of frozen features",
-    "pixels": "probe of raw pixels",
-}
 HEADS = {
     "probe": "the head starts from a logistic regression on the frozen features",
     "random": "the head starts from random weights",
@@ -98,11 +77,6 @@ def _share(plan: FreezePlan) -> str:
         f"<p>{cell_text(trained)} parameters train, {share} % of the {cell_text(blocks)} in the blocks; stem and head "
         "train besides.</p>"
     )
-
-
-def name_of(row: Mapping[str, Any]) -> str:
-    """An arm in words."""
-    return ARM_NAMES.get(row["arm"], str(row["arm"]))
 
 
 def main_figure(run: SearchRun, *, name: str = "differences") -> str:

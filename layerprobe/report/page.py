@@ -14,6 +14,7 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.provenance import without_secrets
 from layerprobe.reading import Schema, read_file
+from layerprobe.report.sort import POLICY, SCRIPT
 from layerprobe.report.style import STYLE
 from layerprobe.tables import cell_text, render_table
 
@@ -37,8 +38,9 @@ def page(title: str, sections: Sequence[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        f"content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'; {POLICY}\">"
+        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 

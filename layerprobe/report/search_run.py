@@ -12,10 +12,9 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.files import read_json
 from layerprobe.plans import FreezePlan
 from layerprobe.reading import Schema, check_fields, check_plain
+from layerprobe.records import SEARCH_SCHEMA
 from layerprobe.report.page import PROVENANCE_FIELDS
 from layerprobe.tables import read_frame, strict_rows
-
-SCHEMA = "layerprobe.search/v1"
 
 _NUMBER = (float, type(None))
 _WORDS = (str, type(None))
@@ -53,6 +52,29 @@ ROW_FIELDS: dict[str, dict[str, Schema]] = {
 """What is read of `search.json` and of the tables beside it."""
 
 
+ARM_NAMES = {
+    "plan": "best plan found",
+    "all": "all blocks",
+    "none": "no block",
+    "norms": "norms only",
+    "first-5": "first five blocks",
+    "last-5": "last five blocks",
+    "first-half": "first half",
+    "last-half": "last half",
+    "rgn-half": "large gradient-to-weight ratio",
+    "auto-rgn": "all, rates by gradient-to-weight",
+    "greedy": "greedy selection, same budget",
+    "attention": "attention of every block",
+    "mlp": "all but attention",
+    "first-equal": "first, same size as the plan",
+    "last-equal": "last, same size as the plan",
+    "random-equal": "random, same size as the plan",
+    "everywhere-equal": "adapters everywhere, same size",
+    "probe": "probe of frozen features",
+    "pixels": "probe of raw pixels",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchRun:
     """A run folder of a search, read and checked."""
@@ -70,8 +92,8 @@ class SearchRun:
         """The run; BrokenFileError where a file is missing or of another schema."""
         file = folder / "search.json"
         found = read_json(file, what="search", inside=folder)
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+        if not isinstance(found, dict) or found.get("schema") != SEARCH_SCHEMA:
+            raise BrokenFileError(f"{file} is not of the schema {SEARCH_SCHEMA}")
         check_fields(found, SEARCH_FIELDS, file)
         check_plain(folder / "plan.json", what="freeze plan", inside=folder)
         plan = FreezePlan.load(folder / "plan.json")
@@ -143,3 +165,8 @@ def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
 
 def _minus(value: float | None) -> float | None:
     return None if value is None else -value
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """An arm in words."""
+    return ARM_NAMES.get(row["arm"], str(row["arm"]))

@@ -72,6 +72,11 @@ th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(-
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.t, th.t { text-align: left; }
 tbody th { font-weight: 400; }
+thead button { all: unset; cursor: pointer; }
+thead button:hover { text-decoration: underline; }
+thead button:focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+[aria-sort=ascending] button::after { content: " ▲"; }
+[aria-sort=descending] button::after { content: " ▼"; }
 tr.mark th, tr.mark td { background: var(--mark); font-weight: 600; }
 table.stack td { white-space: nowrap; }
 .words td, .words thead th { text-align: left; }
@@ -99,6 +104,7 @@ summary { cursor: pointer; color: var(--soft); }
   svg.broad { display: none; }
   svg.narrow { display: block; }
   table.stack thead { position: absolute; left: -99rem; }
+  table.stack thead button { visibility: hidden; }
   table.stack, table.stack tbody { display: block; }
   table.stack tr { display: block; border-bottom: 1px solid var(--line); padding: .4rem 0; }
   table.stack th, table.stack td { display: flex; justify-content: space-between; gap: 1rem; border: 0; }

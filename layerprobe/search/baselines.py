@@ -20,7 +20,7 @@ from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, mask_of
 from layerprobe.search.verdict import LEVEL, Verdict, decide
 
 if TYPE_CHECKING:
-    from layerprobe.training.finetune import Outcome
+    from layerprobe.training.outcome import Outcome
 
 PLAN = "plan"
 ALL = "all"

@@ -18,7 +18,7 @@ from layerprobe.search.space import Mask, Space, Trial
 
 if TYPE_CHECKING:
     from layerprobe.search.settings import Settings
-    from layerprobe.training.finetune import Outcome
+    from layerprobe.training.outcome import Outcome
 
 Scores = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Score name → (value, standard error) per block."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerprobe.errors import UsageError
+from layerprobe.reading import Schema, check_fields
 from layerprobe.search.budget import TrainBatch
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import Space, Trial
@@ -56,9 +57,17 @@ class Pilot:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Pilot:
-        """What `to_dict` gave."""
+        """What `to_dict` gave; BrokenFileError for anything else."""
+        check_fields(stored, PILOT_FIELDS, "the pilot in the search's database")
         accuracies = {int(n): a for n, a in stored["accuracies"].items()}
-        return cls(**{**stored, "lrs": tuple(stored["lrs"]), "accuracies": accuracies})
+        known = {name: stored[name] for name in PILOT_FIELDS}
+        return cls(**{**known, "lrs": tuple(stored["lrs"]), "accuracies": accuracies})
+
+
+PILOT_FIELDS: dict[str, Schema] = {
+    "length": float, "lrs": [float], "accuracies": {}, "plateau": (float, type(None)), "reached": bool,
+    "seconds": float,
+}  # fmt: skip
 
 
 def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilot:

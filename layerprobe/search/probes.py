@@ -14,15 +14,22 @@ from layerprobe.choices import SPLITS
 from layerprobe.errors import LayerprobeError
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.progress import note
+from layerprobe.reading import Schema, check_fields
 from layerprobe.records import Estimate
 from layerprobe.search.baselines import BaselineResult, Report
 from layerprobe.search.evaluator import Evaluator
 from layerprobe.search.space import REPORT_REPEAT, trial_seed
 from layerprobe.training.classifier import autocast, in_batches
 from layerprobe.training.finetune import few_shot_rows
+from layerprobe.training.outcome import unpack_bits
 
 PROBE_NAMES = {"probe": "a linear probe of the frozen features", "pixels": "a linear probe of the raw pixels"}
 ARMS = {"plan": "the best plan found", "all": "all blocks trained", "none": "no block trained"}
+
+
+PROBE_FIELDS: dict[str, Schema] = {
+    "name": str, "C": float, "accuracy": float, "low": float, "high": float, "correct": str, "n": int,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +62,10 @@ class ProbeBaseline:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ProbeBaseline:
-        """What `to_dict` gave."""
-        stored = dict(stored)
-        bits = np.frombuffer(bytes.fromhex(stored["correct"]), np.uint8)
-        stored["correct"] = np.unpackbits(bits)[: stored.pop("n")].astype(bool)
-        return cls(**stored)
+        """What `to_dict` gave; BrokenFileError for anything else."""
+        check_fields(stored, PROBE_FIELDS, "a probe in the search's database")
+        known = {name: stored[name] for name in PROBE_FIELDS if name != "n"}
+        return cls(**{**known, "correct": unpack_bits(stored["correct"], stored["n"])})
 
     def minus(self, line: BaselineResult) -> Estimate:
         """Test accuracy of the probe minus that of a line of the report, on the same images."""

@@ -15,7 +15,7 @@ from layerprobe.files import read_json, write_json
 from layerprobe.plans import FreezePlan
 from layerprobe.provenance import versions
 from layerprobe.reading import check_fields
-from layerprobe.records import Estimate, Record
+from layerprobe.records import SEARCH_SCHEMA, Estimate, Record
 from layerprobe.search.baselines import ALL, JUDGED, PLAN, BaselineResult, Report
 from layerprobe.search.budget import TrialBudget
 from layerprobe.search.evaluator import Evaluator, by_block
@@ -27,8 +27,6 @@ from layerprobe.search.trials import Finished
 from layerprobe.search.verdict import sentence
 from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy
 from layerprobe.training.arms import LEAST_RECALL
-
-SCHEMA = "layerprobe.search/v1"
 
 
 @dataclass(repr=False, kw_only=True)
@@ -150,8 +148,8 @@ class SearchResult(Record):
         source = Path(folder)
         file = source / "search.json"
         found = read_json(file, what="search", inside=source)
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise BrokenFileError(f"{file} is not of the schema {SCHEMA}")
+        if not isinstance(found, dict) or found.get("schema") != SEARCH_SCHEMA:
+            raise BrokenFileError(f"{file} is not of the schema {SEARCH_SCHEMA}")
         check_fields(found, {"answer": str, "kind": str, "provenance?": (dict, type(None))}, file)
         names = {"table": "layers", "trials": "trials", "baselines": "baselines", "plans": "plans"}
         frames = {key: read_frame(source / f"{name}.csv", inside=source) for key, name in names.items()}
@@ -185,7 +183,7 @@ class SearchResult(Record):
         """Everything that a report of the run needs, as strict JSON."""
         return strict_value(
             {
-                "schema": SCHEMA,
+                "schema": SEARCH_SCHEMA,
                 "answer": self.answer,
                 "kind": self.kind,
                 **self.facts,

@@ -21,6 +21,7 @@ from layerprobe.locks import folder_lock
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import Stages, duration, note
 from layerprobe.provenance import provenance
+from layerprobe.reading import check_fields
 from layerprobe.search.baselines import (
     GREEDY,
     PLAN,
@@ -166,14 +167,16 @@ class TrialRunner:
                     note(f"no transfer scores: {error}")
                 frame = pd.DataFrame(columns=SCORE_COLUMNS)
             self.store.put("scores", strict_rows(frame[SCORE_COLUMNS]))
-        return pd.DataFrame(self.store.get("scores"), columns=SCORE_COLUMNS)
+        stored = check_fields(self.store.get("scores"), [dict], "the search's database")
+        return pd.DataFrame(stored, columns=SCORE_COLUMNS)
 
     def probes(self, *, quiet: bool = True) -> list[ProbeBaseline]:
         """Linear probes of frozen features and raw pixels, fitted once and kept with the trials."""
         if self.store.get("probes") is None:
             found = probe_baselines(self.evaluator, quiet=quiet)
             self.store.put("probes", [probe.to_dict() for probe in found])
-        return [ProbeBaseline.from_dict(one) for one in self.store.get("probes")]
+        stored = check_fields(self.store.get("probes"), list, "the search's database")
+        return [ProbeBaseline.from_dict(one) for one in stored]
 
 
 def prepare(
@@ -290,7 +293,7 @@ class _Search:
             left = max(0.0, s.time - (clock.monotonic() - self.began))
             total, kept = budget_of_time(s, self.space, baselines, self.workers, pilot.seconds, left)
             store.put("budget", {"budget": total, "arms": [one.name for one in kept]})
-        stored = store.get("budget")
+        stored = check_fields(store.get("budget"), {"budget": float, "arms": [str]}, "the search's database")
         return stored["budget"], [one for one in baselines if one.name in stored["arms"]]
 
     def greedy(

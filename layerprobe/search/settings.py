@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import UnknownNameError, UsageError, did_you_mean
+from layerprobe.errors import UnknownNameError, UsageError, did_you_mean, shortened
 from layerprobe.layers import UNITS
 from layerprobe.search.space import Constraints
 
@@ -360,5 +360,5 @@ def difference_in_words(known: Mapping[str, Any], wanted: Mapping[str, Any], wit
             continue
         if isinstance(ours, dict) and isinstance(theirs, dict):
             return difference_in_words(theirs, ours, f"{within}{key}.")
-        return f"{within}{key} {theirs!r} there, {ours!r} here"
+        return f"{within}{key} {shortened(repr(theirs), 80)} there, {shortened(repr(ours), 80)} here"
     return "arguments differ"

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, shortened
 from layerprobe.layers import name_blocks
+from layerprobe.reading import Schema, check_fields
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,16 +59,32 @@ class Trial:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Trial:
-        """The trial whose fields a database row holds."""
-        return cls(
-            mask=tuple(map(bool, stored["mask"])),
-            lr=float(stored["lr"]),
-            repeat=int(stored["repeat"]),
-            fidelity=float(stored["fidelity"]),
-            norms=bool(stored["norms"]),
-            auto_rgn=bool(stored.get("auto_rgn", False)),
-            rank=int(stored.get("rank", 0)),
+        """The trial whose fields a database row holds; BrokenFileError where they are none, or of another key."""
+        check_fields(dict(stored), TRIAL_FIELDS, "a trial in the search's database")
+        names = (field.removesuffix("?") for field in TRIAL_FIELDS if field != "key")
+        found = cls(
+            **{**{name: stored[name] for name in names if name in stored}, "mask": tuple(stored["mask"])}
         )
+        if found.key != stored["key"]:
+            raise BrokenFileError(
+                f"the search's database calls the trial {shortened(found.key, 80)} {shortened(stored['key'], 80)!r}"
+            )
+        return found
+
+
+TRIAL_FIELDS: dict[str, Schema] = {
+    "key": str, "mask": [bool], "lr": float, "repeat": int, "fidelity": float, "norms": bool, "auto_rgn?": bool,
+    "rank?": int,
+}  # fmt: skip
+
+
+def training_cost(share: float) -> float:
+    """Cost of a training in which a `share` of the parameters trains, as a share of that of them all.
+
+    Counted in matrix products: forward and the gradient towards the stem always run (two of three), the weight gradient
+    only for what trains.
+    """
+    return (2.0 + share) / 3.0
 
 
 def strip(mask: Mask) -> str:
@@ -305,8 +322,6 @@ class Space:
     def cost(self, trial: Trial) -> float:
         """Cost of a trial in full trainings (all blocks trained for the same number of steps = 1).
 
-        Counted in matrix products: forward and the gradient towards the stem always run (two of three),
-        the weight gradient only for what trains. Measured seconds are kept with every trial beside it.
+        Measured seconds are kept with every trial beside it.
         """
-        share = self.params(trial.mask) / max(1, sum(self.unit_params))
-        return (2.0 + share) / 3.0
+        return training_cost(self.params(trial.mask) / max(1, sum(self.unit_params)))

@@ -16,12 +16,13 @@ import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
+from layerprobe.reading import Schema, check_fields
 from layerprobe.records import Estimate
 from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
-from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of
-from layerprobe.training.finetune import Outcome
+from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, training_cost
+from layerprobe.training.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
             f"storage {shown} needs a driver that is not installed ({error.name}); "
             "for PostgreSQL: pip install 'layerprobe[postgres]'"
         ) from error
-    except STORAGE_ERRORS as error:
+    except (*STORAGE_ERRORS, TypeError) as error:
         raise NotAvailableError(f"storage {shown} cannot be read: {first_line(error)}") from error
     if not isinstance(arguments, dict):
         raise BrokenFileError(f"storage {shown} holds a study that layerprobe did not make")
@@ -123,8 +124,10 @@ def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
 
 
 def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> SearchStatus:
-    """The state of a search from the rows of its database."""
-    facts = {t.user_attrs["fact"]: t.user_attrs["value"] for t in trials if "fact" in t.user_attrs}
+    """The state of a search from the rows of its database; BrokenFileError where they are none of a search."""
+    check_fields(arguments, ARGUMENTS, PLACE)
+    facts = {str(t.user_attrs["fact"]): t.user_attrs.get("value") for t in trials if "fact" in t.user_attrs}
+    check_fields(facts, {"budget?": {"budget": float}}, PLACE)
     pilot = Pilot.from_dict(facts["pilot"]) if "pilot" in facts else None
     found: dict[Trial, tuple[Outcome, datetime | None]] = {}
     for frozen in trials:
@@ -141,6 +144,8 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Search
         and trial.lr in pilot.lrs
         and abs(trial.fidelity - pilot.length) < 1e-9
     }
+    if len({len(trial.mask) for trial in searched}) > 1:
+        raise BrokenFileError(f"{PLACE} holds plans of several sizes")
     budget = arguments.get("budget") or facts.get("budget", {}).get("budget")
     spent = _cost(searched) if pilot is not None else None
     n_units = max((len(trial.mask) for trial in searched), default=1)
@@ -171,10 +176,16 @@ def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> Search
     )
 
 
+PLACE = "the search's database"
+ARGUMENTS: dict[str, Schema] = {
+    "model": str, "task": str, "strategy?": str, "units?": str, "budget?": (float, type(None)),
+}  # fmt: skip
+
+
 def _cost(searched: Mapping[Trial, Outcome]) -> float:
-    """In full trainings, see `Space.cost`; the largest plan is the one of all blocks, which every pilot trains."""
+    """In full trainings, as `Space.cost`; the largest plan is the one of all blocks, which every pilot trains."""
     sizes = [outcome.trainable_parameters or 0 for outcome in searched.values()]
-    return sum((2.0 + size / max(1, *sizes)) / 3.0 for size in sizes) if sizes else 0.0
+    return sum(training_cost(size / max(1, *sizes)) for size in sizes)
 
 
 def _expected(

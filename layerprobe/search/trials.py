@@ -22,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
 from layerprobe.search.database import (
     HEARTBEAT_SECONDS,
     STORAGE_ERRORS,
@@ -38,7 +38,7 @@ from layerprobe.search.database import (
 from layerprobe.search.settings import difference_in_words
 from layerprobe.search.space import Trial
 from layerprobe.search.workers import is_dead, this_worker
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 GRACE_SECONDS = 60
 POLL_SECONDS = 0.25
@@ -227,7 +227,12 @@ class TrialStore:
         self._storage.engine.dispose()
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
+        try:
+            return self._study.get_trials(deepcopy=False)
+        except (TypeError, ValueError, KeyError) as error:  # optuna takes what is in its tables for its own
+            raise BrokenFileError(
+                f"cannot read the search's database: {shortened(first_line(error), 120)}"
+            ) from error
 
     def _enqueue(self, trial: Trial) -> None:
         # Parameters are for optuna's own tools; the attributes are what is read back here.
@@ -343,7 +348,7 @@ class Backoff:
 
 
 def _fact(trials: Sequence[FrozenTrial], name: str) -> Any:
-    kept = [frozen for frozen in trials if frozen.user_attrs.get("fact") == name]
+    kept = [f for f in trials if f.user_attrs.get("fact") == name and "value" in f.user_attrs]
     return min(kept, key=lambda frozen: frozen.number).user_attrs["value"] if kept else None
 
 

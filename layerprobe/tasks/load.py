@@ -22,7 +22,7 @@ from layerprobe.errors import (
     first_line,
 )
 from layerprobe.network import hub_is_out_of_reach
-from layerprobe.reading import is_there
+from layerprobe.reading import is_folder, is_there
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.folder import peek_folder, read_folder, refuse_column
 from layerprobe.tasks.images import ArrayImages
@@ -203,9 +203,7 @@ def _read_hub(
     Offline, the files in the hub cache come first (`hf download --repo-type dataset`), then what
     `datasets.load_dataset` prepared earlier.
     """
-    why = offline_reason(offline)
-    if why is None and hub_is_out_of_reach():
-        why = "the hub cannot be reached"
+    why = _why_not_asked(offline)
     if why is None:
         try:
             return _download(hub_id, choice, config, revision)
@@ -214,10 +212,54 @@ def _read_hub(
     for read in (_from_snapshot, _from_prepared):
         if (cached := read(hub_id, choice, config, revision)) is not None:
             return cached
+    raise _not_cached(name, hub_id, why, revision)
+
+
+def check_reachable(name: str, *, data_dir: str | Path | None = None, offline: bool = False) -> None:
+    """NotAvailableError for a data set of the hub that is not in the cache and cannot be asked for.
+
+    Looks at the folders of the cache alone, without the `datasets` library.
+    """
+    base, entry, _ = _parse_name(name, None)
+    hub_id = entry.task_id if entry else base
+    if _local_folder(base, data_dir) is not None or (entry and entry.origin == "package"):
+        return
+    if (why := _why_not_asked(offline)) and not (_has_snapshot(hub_id) or _is_prepared(hub_id)):
+        raise _not_cached(base, hub_id, why)
+
+
+def _not_cached(name: str, hub_id: str, why: str, revision: str | None = None) -> NotAvailableError:
     where = f"'{name}'" if name == hub_id else f"'{name}' ({hub_id})"
     at = f" at revision '{revision}'" if revision else ""
-    raise NotAvailableError(
+    return NotAvailableError(
         f"{where}{at} is not cached and {why}; download it first or pass a local folder with --data-dir"
+    )
+
+
+def _why_not_asked(offline: bool) -> str | None:
+    if why := offline_reason(offline):
+        return why
+    return "the hub cannot be reached" if hub_is_out_of_reach() else None
+
+
+def _has_snapshot(hub_id: str) -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="dataset")
+    return is_folder(folder / "snapshots")
+
+
+def _is_prepared(hub_id: str) -> bool:
+    """Whether `datasets` may have prepared it: a folder of its name, which that library spells in its own way."""
+    from huggingface_hub import constants
+
+    def plain(name: str) -> str:
+        return name.replace("_", "").lower()
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return is_folder(cache) and any(
+        plain(folder.name) == plain(hub_id.replace("/", "")) for folder in cache.iterdir()
     )
 
 
@@ -294,6 +336,8 @@ def _from_snapshot(
 def _from_prepared(
     hub_id: str, choice: ColumnChoice, config: str | None, revision: str | None
 ) -> tuple[Source, str | None] | None:
+    if not _is_prepared(hub_id):
+        return None
     import datasets
 
     with _datasets_offline():

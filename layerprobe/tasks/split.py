@@ -11,6 +11,7 @@ import numpy as np
 
 from layerprobe.choices import SPLITS
 from layerprobe.errors import UsageError
+from layerprobe.tables import percent
 
 SPLIT_WORDS = {
     "train": "train",
@@ -77,7 +78,7 @@ def assign(
             "official test kept whole" if held_out == "test" else "official validation serves as test, whole"
         )
         rule = (
-            f"{kept}; validation is {VALIDATION_SHARE:.0%} of each class of the official training images; "
+            f"{kept}; validation is {percent(VALIDATION_SHARE, 0)} of each class of the official training images; "
             "equal images stay on one side; training images that also occur in test are dropped"
         )
         return split, rule
@@ -92,8 +93,9 @@ def assign(
         return split, rule
     rest = 1 - sum(SHARES.values())
     rule = (
-        f"{' and '.join(sorted(present))} images pooled and cut, class by class, into {rest:.0%} train, "
-        f"{SHARES['validation']:.0%} validation, {SHARES['test']:.0%} test; equal images stay on one side"
+        f"{' and '.join(sorted(present))} images pooled and cut, class by class, into {percent(rest, 0)} train, "
+        f"{percent(SHARES['validation'], 0)} validation, {percent(SHARES['test'], 0)} test; "
+        "equal images stay on one side"
     )
     return cut(labels, groups, ids, SHARES, seed), rule
 

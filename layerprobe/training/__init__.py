@@ -1,13 +1,36 @@
-"""Random-label bridge training under a freeze plan, fine-tuning and evaluation."""
+"""Random-label bridge training under a freeze plan, fine-tuning and evaluation.
 
-from layerprobe.training.arms import ARMS, ArmRun, Evaluation
-from layerprobe.training.bridge import bridge_train
-from layerprobe.training.bridge_run import BridgeRun
-from layerprobe.training.config import BridgeConfig, FineTuneConfig
-from layerprobe.training.data import TaskTensors
-from layerprobe.training.evaluate import evaluate, evaluate_arms
-from layerprobe.training.finetune import Outcome, train_and_score
-from layerprobe.training.freeze_check import all_trainable, block_plan, unit_plan
+Names are bound lazily: the settings of a training are checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from layerprobe.training.arms import ARMS, ArmRun, Evaluation
+    from layerprobe.training.bridge import bridge_train
+    from layerprobe.training.bridge_run import BridgeRun
+    from layerprobe.training.config import BridgeConfig, FineTuneConfig
+    from layerprobe.training.data import TaskTensors
+    from layerprobe.training.evaluation import evaluate, evaluate_arms
+    from layerprobe.training.finetune import train_and_score
+    from layerprobe.training.freeze_check import all_trainable, block_plan, unit_plan
+    from layerprobe.training.outcome import Outcome
+
+_FILES = {
+    "arms": ("ARMS", "ArmRun", "Evaluation"),
+    "bridge": ("bridge_train",),
+    "bridge_run": ("BridgeRun",),
+    "config": ("BridgeConfig", "FineTuneConfig"),
+    "data": ("TaskTensors",),
+    "evaluation": ("evaluate", "evaluate_arms"),
+    "finetune": ("train_and_score",),
+    "freeze_check": ("all_trainable", "block_plan", "unit_plan"),
+    "outcome": ("Outcome",),
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = [
     "ARMS",
@@ -26,3 +49,9 @@ __all__ = [
     "train_and_score",
     "unit_plan",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FILE_OF:
+        raise AttributeError(f"module 'layerprobe.training' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"layerprobe.training.{_FILE_OF[name]}"), name)

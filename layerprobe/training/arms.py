@@ -14,7 +14,7 @@ from layerprobe.metrics.inference import PooledArms, holm
 from layerprobe.metrics.intervals import interval_in_words, wilson_interval
 from layerprobe.records import Estimate, Record
 from layerprobe.tables import count_text, percent, tidy
-from layerprobe.training.finetune import Outcome
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     import pandas as pd

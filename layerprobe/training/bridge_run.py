@@ -201,13 +201,14 @@ def _group_drift(pairs: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
     ratios: list[float] = []
     outliers = [0.0, 0.0]
     skipped = 0
-    for start, end in ((start.double(), end.double()) for start, end in pairs):
+    for before, after in pairs:
+        start, end = before.double(), after.double()
         change = end - start
         moved += float(change.square().sum())
         norm += float(start.square().sum())
         if end.ndim != 2:
             continue
-        outliers = [total + _n_outliers(w) for total, w in zip(outliers, (start, end), strict=True)]
+        outliers = [total + _n_outliers(w) for total, w in zip(outliers, (before, after), strict=True)]
         if not bool(change.any()):
             continue
         if end.numel() > SPECTRUM_LIMIT:
@@ -249,4 +250,4 @@ def _n_outliers(weight: Tensor) -> float:
     """Entries beyond 6 deviations of their matrix; a constant matrix has none."""
     if bool((weight == weight.flatten()[0]).all()):
         return 0.0
-    return outlier_ratio(weight.numpy(), n_sigma=6.0) * weight.numel()
+    return outlier_ratio(weight, n_sigma=6.0) * weight.numel()  # in float64 it would be held nine times

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from layerprobe.backbones.backbone import evaluating
 from layerprobe.backbones.sharding import is_sharded, shard_beside
 from layerprobe.errors import NotAvailableError, PlanError, UsageError
+from layerprobe.files import tensor_digest
 from layerprobe.plans.adapters import has_adapters, remove_adapters
 from layerprobe.plans.names import is_expert
 from layerprobe.training.config import derive_seed
@@ -137,13 +138,19 @@ def predict(classifier: Classifier, pixels: ImageTensors, *, precision: str = "f
 class Snapshot:
     """A backbone's exact state, held in memory, so that one loaded model can serve many runs.
 
-    As a context manager it restores that state on the way out, also after an exception.
+    As a context manager it restores that state on the way out, also after an exception. Of the parameters `frozen`,
+    names within the model that nothing will change, a model spread over processes keeps digests: copies would take as
+    much memory as its part.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, *, frozen: Iterable[str] = ()) -> None:
         self._backbone = backbone
         self._adapted = has_adapters(backbone)
-        self._tensors = {name: tensor.detach().clone() for name, tensor in state_tensors(backbone).items()}
+        digested = {f"model.{name}" for name in frozen} if is_sharded(backbone) else set()
+        self._tensors = {
+            name: tensor_digest(tensor) if name in digested else tensor.detach().clone()
+            for name, tensor in state_tensors(backbone).items()
+        }
         self._trainable = {name: p.requires_grad for name, p in backbone.named_parameters()}
         self._modes = {name: module.training for name, module in backbone.named_modules()}
 
@@ -158,12 +165,9 @@ class Snapshot:
             )
         with torch.no_grad():
             for name, tensor in state.items():
-                tensor.copy_(spread_like(tensor, self._tensors[name]))
-        if wrong := [
-            name
-            for name, tensor in state.items()
-            if not _same_bits(tensor, spread_like(tensor, self._tensors[name]))
-        ]:
+                if not isinstance(kept := self._tensors[name], str):
+                    tensor.copy_(spread_like(tensor, kept))
+        if wrong := [name for name, tensor in state.items() if not self._is_kept(name, tensor)]:
             raise PlanError(
                 f"the backbone was not restored exactly: {len(wrong)} tensors differ ({wrong[0]})"
             )
@@ -172,6 +176,12 @@ class Snapshot:
             parameter.grad = None
         for name, module in self._backbone.named_modules():
             module.training = self._modes[name]
+
+    def _is_kept(self, name: str, tensor: Tensor) -> bool:
+        kept = self._tensors[name]
+        if isinstance(kept, str):
+            return tensor_digest(tensor) == kept
+        return _same_bits(tensor, spread_like(tensor, kept))
 
     def __enter__(self) -> Snapshot:
         return self

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,76 +39,15 @@ from layerprobe.training.loop import (
     preserved_rng,
     training_steps,
 )
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
     from layerprobe.plans import FreezePlan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What one training under one plan gave; also the form in which a search stores it.
-
-    Attributes
-    ----------
-    validation_accuracy, test_accuracy : float | None
-        Shares in [0, 1]; None: not asked for, or the run failed (`reason`).
-    bridge_accuracy : float | None
-        random-label train accuracy over the last tenth of the bridge; chance is 1/K.
-    train_seconds : float
-        Wall time of the steps alone.
-    call_seconds : float
-        Of the whole call, evaluation included.
-    train_flops : float
-        matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
-    trainable_parameters : int | None
-        Of the backbone, in fine-tuning; stem and head are trained besides.
-    test_correct : np.ndarray | None
-        Bool, one per image, for paired comparisons; stored as hexadecimal digits.
-    """
-
-    validation_accuracy: float | None = None
-    test_accuracy: float | None = None
-    bridge_accuracy: float | None = None
-    train_seconds: float = 0.0
-    call_seconds: float = 0.0
-    train_flops: float = 0.0
-    steps: int = 0
-    trainable_parameters: int | None = None
-    n_validation: int | None = None
-    n_test: int | None = None
-    lr: float | None = None
-    seed: int | None = None
-    reason: str | None = None
-    test_correct: np.ndarray | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def ranked_accuracy(self) -> float:
-        """Validation accuracy; −inf where the run failed, so that it ranks last."""
-        return -math.inf if self.validation_accuracy is None else self.validation_accuracy
-
-    def to_dict(self) -> dict[str, Any]:
-        """Strict JSON."""
-        bits = None if self.test_correct is None else np.packbits(self.test_correct).tobytes().hex()
-        return {name: getattr(self, name) for name in _STORED} | {"test_correct": bits}
-
-    @classmethod
-    def from_dict(cls, stored: Mapping[str, Any]) -> Self:
-        """What `to_dict` gave; of a subclass, with its own fields."""
-        bits = stored.get("test_correct")
-        right = None
-        if bits is not None:
-            right = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8))[: stored["n_test"]].astype(
-                bool
-            )
-        names = {item.name for item in fields(cls)} - {"test_correct"}
-        return cls(**{name: value for name, value in stored.items() if name in names}, test_correct=right)
-
-
 PROBE_C = 0.1
 """Inverse strength of the penalty of the regression that a head starts from."""
-
-_STORED = tuple(item.name for item in fields(Outcome) if item.compare)
 
 
 def train_and_score(
@@ -159,7 +97,8 @@ def train_and_score(
     steps += bridge.n_steps(len(labels)) if bridge is not None else 0
     seconds = flops = 0.0
     bridge_accuracy = validation = tested = reason = None
-    with Snapshot(backbone), preserved_rng():
+    frozen = set(plan.frozen).intersection(finetune_plan.frozen)
+    with Snapshot(backbone, frozen=frozen), preserved_rng():
         try:
             if bridge is not None:
                 stage = run_stage(backbone, tensors, bridge, plan=plan, auto_rgn=auto_rgn)

@@ -60,6 +60,7 @@ def mistakes() -> list[tuple[str, ...]]:
         ("cka", "--blocks", "9"),
         ("cka", "--init-b", "randm"),
         ("cka", "--model-b", "./nomodel"),
+        ("probe", "--pooling", "cls"),
         ("attribute", "--methods", "skp"),
         ("attribute", "--head", "prob"),
         ("attribute", "--split", "tset"),

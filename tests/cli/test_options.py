@@ -72,3 +72,41 @@ def test_what_reading_a_task_left_out_is_said_unless_quiet(
         f"{tmp_path}: 5 images of test/ lie in no class folder, so they have no labels and were left out\n"
     )
     assert (said.out, said.err) == ("", "" if quiet else remark)
+
+
+def test_small_models_get_one_thread_and_the_option_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from layerprobe.cli.processes import SMALL, choose_threads
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for threads, parameters in ((None, SMALL - 1), (None, SMALL), (3, SMALL - 1)):
+        choose_threads(threads, parameters)
+    assert asked == [1, 3]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # whoever set it wants it so
+    choose_threads(None, SMALL - 1)
+    assert asked == [1, 3]
+
+
+def test_options_are_spelt_alike_everywhere() -> None:
+    """No second name of a thing, a model by its place wherever one is named, and no flag without effect."""
+    from test_start import all_commands
+
+    other_names = {
+        "--finetune-steps",
+        "--lr",
+        "--n-sigma",
+        "--num-seeds",
+        "--n-seeds",
+        "--num-threads",
+        "--resume",
+    }
+    for name, command in all_commands().items():
+        flags = {flag for one in command.params for flag in one.opts}
+        assert not flags & other_names, name
+        if "--model" in flags and name not in ("worker", "plan check", "plan lint"):
+            assert any(one.param_type_name == "argument" for one in command.params), name
+        told = " ".join([command.help or "", *(getattr(one, "help", None) or "" for one in command.params)])
+        assert "no effect" not in told.lower(), name

@@ -104,7 +104,7 @@ def all_commands() -> dict[str, Any]:
 
 
 NOT_HERE = {"plan push", "plan pull", "compare", "demo"}
-"""Commands that need a hub, and one that takes half a minute."""
+"""Commands that need a hub, and one that has a test of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +165,24 @@ def test_watch_shows_what_a_search_knows(run_cli: Callable, tmp_path: Path) -> N
         result = run_cli("watch", *arguments, "--once")
         assert result.code in (1, 2) and line in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "none.db").exists()
+
+
+def test_demo_probes_and_searches_and_keeps_nothing(
+    run_cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from families import save
+
+    from layerprobe.cli import demo
+
+    pytest.importorskip(demo.PACKAGE)
+    monkeypatch.setattr(demo, "MODEL", str(save("llama", tmp_path / "llama")))
+    monkeypatch.chdir(tmp_path)
+    shown = run_cli("demo")
+    assert shown.code == 0, shown.err
+    assert shown.err.startswith("demo: what ")
+    for words in ("The layer read best is", "Plan: ", "a search this short", "--preset quickstart"):
+        assert words in shown.out
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
 
 
 def test_shells_complete_commands_and_choices(tmp_path: Path) -> None:

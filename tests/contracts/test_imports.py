@@ -15,7 +15,7 @@ PACKAGE = Path(layerprobe.__file__).parent
 
 GROUND = {
     "errors", "layers", "files", "locks", "network", "model_config", "reading", "progress", "records", "tables",
-    "provenance", "lazy", "choices",
+    "provenance", "lazy", "choices", "shared_work",
 }  # fmt: skip
 SIBLINGS = {"metrics", "checkpoints", "backbones", "hooks", "tasks", "plans"}
 LEVELS: dict[str, int] = {

@@ -1,11 +1,13 @@
-"""One small change to one file of an example: bytes, JSON values, cells of tables, or what kind of thing it is."""
+"""One small change to one file of an example: bytes, JSON values, cells of tables, rows of databases, or its kind."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import sqlite3
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ def _change(path: Path, draw: random.Random) -> str:
         return _change_csv(path, draw)
     if path.suffix == ".safetensors" and draw.random() < 0.5:
         return _change_header(path, draw)
+    if path.suffix == ".db" and draw.random() < 0.8:
+        return _change_database(path, draw)
     return _change_bytes(path, draw)
 
 
@@ -106,6 +110,37 @@ def _change_json(path: Path, draw: random.Random) -> str:
         text, done = text[:-1] + ',"deep":' + "[" * 50_000 + "]" * 50_000 + "}", "nested deep"
     path.write_text(text)
     return done
+
+
+def _change_database(path: Path, draw: random.Random) -> str:
+    """One cell of one row, or the row as a whole, of a table that has rows."""
+    try:
+        with closing(sqlite3.connect(path)) as database, database:
+            return _change_row(database, draw)
+    except (sqlite3.Error, IndexError):  # what the change before left, or what the table forbids
+        return _change_bytes(path, draw)
+
+
+def _change_row(database: sqlite3.Connection, draw: random.Random) -> str:
+    names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    counts = {name: database.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in names}
+    table = draw.choice([name for name in names if counts[name]])
+    row = draw.randrange(counts[table])
+    cursor = database.execute(f"SELECT rowid, * FROM {table} LIMIT 1 OFFSET {row}")
+    number, *cells = cursor.fetchone()
+    if draw.random() < 0.1:
+        database.execute(f"DELETE FROM {table} WHERE rowid = ?", (number,))
+        return f"{table} {row}: gone"
+    at = draw.randrange(len(cells))
+    new, done = cells[at], ""
+    if isinstance(new, str) and new[:1] in ("{", "[") and draw.random() < 0.8:
+        changed, done = change_value(json.loads(new), draw)
+        new = json.dumps(changed)
+    else:
+        new = draw.choice([json.dumps(draw.choice(HOSTILE)), None, -1, 0, 3, 2**40, 1e308, b"x"])
+    column = cursor.description[at + 1][0]
+    database.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (new, number))
+    return f"{table} {row} {column}: {done or str(new)[:40]}"
 
 
 def change_value(value: Any, draw: random.Random) -> tuple[Any, str]:

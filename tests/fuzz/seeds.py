@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from small_search import ABOUT, make_study
 
 import layerprobe as lp
 from layerprobe.analyzers.outliers import outlier_report
@@ -22,12 +23,13 @@ from layerprobe.layers import LayerRef
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.lint.config import read_config, trainer_of
 from layerprobe.report import write_report
+from layerprobe.search.status import search_status
 from layerprobe.search.trials import TrialStore
 from layerprobe.tables import read_frame
 from layerprobe.tasks.duplicates import _recall
 from layerprobe.training import BridgeConfig, bridge_train
 from layerprobe.training.checkpoints import find_checkpoint
-from layerprobe.training.evaluate import _TrialStore
+from layerprobe.training.evaluation import _TrialStore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit" / "tasks"))
 from task_files import picture, png, write_idx, write_parquet
@@ -46,6 +48,8 @@ IMAGES = {
 }
 KEY = {"backbone": {"model": "tiny", "init": "pretrained"}, "task": "t", "split": "train"}
 SETTINGS = {"mode": "finetune"}
+SEARCH = {"budget": 5.0, "bridge_steps": 1, "finetune_steps": 1, "batch_size": 8, "lrs": (1e-3, 3e-3), "seeds": 2,
+          "quiet": True, "use_scores": False}  # fmt: skip
 
 
 def _load_model(folder: Path) -> object:
@@ -92,11 +96,18 @@ def _read_evaluation(folder: Path) -> object:
 
 
 def _read_study(folder: Path) -> object:
-    store = TrialStore.open(folder / "study.db", {"budget": 1})
+    store = TrialStore.open(folder / "study.db", ABOUT)
     try:
-        return [store.records(), store.get("scores")]
+        return [store.records(), store.get("scores"), search_status(folder / "study.db")]
     finally:
         store.close()
+
+
+def _continue_search(folder: Path) -> object:
+    return lp.freeze_search(
+        lp.load_backbone(str(folder.parent.parent / "seeds" / "model"), patch_size=4, device="cpu"),
+        lp.load_task("digits", limit=60), output=folder, **SEARCH,
+    )  # fmt: skip
 
 
 def _continue_bridge(folder: Path) -> object:
@@ -123,6 +134,7 @@ READERS: dict[str, Read] = {
     "record": write_report,
     "table": lambda folder: [read_frame(path) for path in sorted(folder.iterdir())],
     "study": _read_study,
+    "searched": _continue_search,
     "images": _read_task,
     "idx": _read_task,
     "parquet": _read_task,
@@ -218,20 +230,16 @@ def _runs(root: Path, _: object) -> None:
     from layerprobe.training.arms import ArmRun
 
     store.put(ArmRun(arm="language", lr=1e-3, seed=0, validation_accuracy=0.5, train_seconds=1.0))
-    lp.freeze_search(
-        backbone(), lp.load_task("digits", limit=60), output=root / "search", budget=5.0, bridge_steps=1,
-        finetune_steps=1, batch_size=8, lrs=(1e-3, 3e-3), seeds=2, quiet=True, use_scores=False,
-    )  # fmt: skip
-    (root / "search" / "study.db").unlink()
+    lp.freeze_search(backbone(), lp.load_task("digits", limit=60), output=root / "search", **SEARCH)
+    (root / "searched").mkdir()
+    (root / "search" / "study.db").rename(root / "searched" / "study.db")
     Image.fromarray(picture(0)).save(root / "search" / "pareto.png")
     run.save(root / "record")
     Image.fromarray(picture(0)).save(root / "record" / "curve.png")
     run.save(root / "table" / "x.csv")
     run.save(root / "table" / "x.parquet")
     (root / "study").mkdir()
-    study = TrialStore.open(root / "study" / "study.db", {"budget": 1})
-    study.put("scores", [1])
-    study.close()
+    make_study(root / "study" / "study.db")
     features = FeatureStore(root / "store", KEY, n_rows=6, dtype="float32")
     with features.writer([LayerRef(0)], batch_size=3) as writer:
         for _ in range(2):

@@ -112,19 +112,36 @@ def test_a_process_killed_at_any_moment_costs_no_byte(llama: Path, tmp_path: Pat
     assert interrupted > KILLS // 2
 
 
-def test_the_command_on_two_processes(llama: Path, tmp_path: Path) -> None:
-    def run(cache: str, *more: str) -> dict:
+COMMANDS = {
+    "features": [],
+    "probe": ["--controls", "pixels,random,labels", "--C", "0.01,1"],
+    "attribute": ["--images", "20", "--methods", "skip,mean_ablation,update,gradient_x_activation"],
+}
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=() if name == "features" else pytest.mark.slow) for name in COMMANDS]
+)
+def test_the_command_on_two_processes(command: str, llama: Path, tmp_path: Path) -> None:
+    """The numbers are those of one process to the last bit, and the stores have the same bytes."""
+
+    def run(cache: str, *more: str, launcher: tuple[str, ...] = ()) -> dict:
         done = subprocess.run(
-            [sys.executable, "-m", "layerprobe", "features", "--model", str(llama), "--task", "digits", "--json",
-             "--limit", "100", "--patch-size", "2", "--batch-size", "8", "--device", "cpu",
-             "--cache-dir", str(tmp_path / cache), *more],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+            [sys.executable, *launcher, "-m", "layerprobe", command, "--model", str(llama), "--task", "digits",
+             "--json", "--limit", "100", "--patch-size", "2", "--batch-size", "8", "--device", "cpu",
+             *COMMANDS[command], *more],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "LAYERPROBE_CACHE": str(tmp_path / cache)},
+            capture_output=True, text=True, check=True,
         )  # fmt: skip
         return json.loads(done.stdout)
 
     one, two = run("one"), run("two", "--workers", "2")
     assert two["rows"] == one["rows"]
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert files(tmp_path / "two" / "features") == files(tmp_path / "one" / "features")
+    if command == "probe":
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+        assert run("three", launcher=torchrun)["rows"] == one["rows"]
+        assert not list((tmp_path / "three" / "shared").iterdir())
 
 
 def test_a_store_with_stripes_is_listed_as_unfinished(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from records_of_commands import example
 
 from layerprobe.report import write_report
 
-QUICKSTART = Path(__file__).parents[2] / "results/quickstart"
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "results/quickstart"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 CONTRASTS = """() => {
@@ -63,6 +65,55 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         made.append(write_report(folder / command))
     made.append(write_report(folder / "probe", QUICKSTART, output=folder / "two.html"))
     return made
+
+
+def test_a_press_on_a_heading_sorts_the_table(browser: Any, pages: list[Path]) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(pages[0].as_uri())
+    table = page.locator("table.stack", has=page.locator("thead button", has_text="test")).first
+    head = table.locator("thead th", has=page.locator("button", has_text="test")).first
+    column = head.evaluate("node => node.cellIndex")
+
+    def values() -> list[float]:
+        texts = table.locator(f"tbody tr > :nth-child({column + 1})").all_text_contents()
+        return [float(text.split()[0]) for text in texts]
+
+    before = values()
+    head.locator("button").press("Enter")  # as a keyboard does
+    assert head.get_attribute("aria-sort") == "descending"
+    assert values() == sorted(before, reverse=True) != before
+    head.locator("button").click()
+    assert values() == sorted(before)
+    page.close()
+
+
+def test_the_documentation_is_searched_from_the_disk(browser: Any, tmp_path: Path) -> None:
+    mkdocs = pytest.importorskip("mkdocs.commands.build", reason="the extra [docs] is not installed")
+    from mkdocs.config import load_config
+
+    docs = REPOSITORY / "docs"
+    (tmp_path / "docs/assets").mkdir(parents=True)
+    shutil.copy(docs / "assets/iframe-worker.js", tmp_path / "docs/assets")
+    (tmp_path / "docs/index.md").write_text("# Home\n\nhello\n")
+    (tmp_path / "docs/plans.md").write_text("# Plans\n\nA freeze plan of zebras.\n")
+    whole = yaml.load((REPOSITORY / "mkdocs.yml").read_text(), Loader=yaml.BaseLoader)
+    kept = {name: whole[name] for name in ("site_name", "use_directory_urls", "extra")}
+    (tmp_path / "mkdocs.yml").write_text(
+        yaml.safe_dump(
+            kept | {"theme": {"name": "material", "font": False}, "plugins": whole["plugins"][:2]}
+        ).replace("'false'", "false")
+    )
+    mkdocs.build(load_config(str(tmp_path / "mkdocs.yml")))
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "site/index.html").as_uri())
+    page.wait_for_load_state("networkidle")
+    page.keyboard.press("/")
+    page.keyboard.type("zebras", delay=30)
+    page.locator(".md-search-result__item", has_text="A freeze plan of zebras").first.wait_for(timeout=20_000)
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked), asked
+    page.close()
 
 
 @pytest.mark.parametrize("width", [1280, 400])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import save
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaModel
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 BRIDGE = {
@@ -23,6 +24,15 @@ BRIDGE = {
     "lr": 3e-3,
     "random_classes": 5,
     "checkpoint_every": 2,
+}
+
+SMALL_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
 }
 
 
@@ -95,9 +105,55 @@ def test_two_processes_that_share_a_model_find_what_one_finds(
 
 
 @pytest.mark.slow
+def test_a_shared_bridge_in_bfloat16(tmp_path: Path) -> None:
+    """Autocast over float32 parts, as in one process: losses agree to bfloat16's rounding."""
+    bridge = {**BRIDGE, "precision": "bfloat16"}
+    settings = {"model": str(save("llama", tmp_path / "llama")), "what": ["bridge"], "bridge": bridge}
+    (one,) = run(1, tmp_path / "one", **settings)
+    for process in run(2, tmp_path / "two", **settings):
+        assert process["loss"] == pytest.approx(one["loss"], rel=2e-2)
+        assert "bit-identical" in process["verified"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from Linux's /proc")
+def test_no_process_ever_holds_the_whole_model(tmp_path: Path) -> None:
+    """From the first byte read, own part and private memory together are less than the model.
+
+    The own part is mapped from the file, so that private memory is what is gathered and computed beside it.
+    """
+    wide = {**SMALL_LLAMA, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 24}
+    LlamaModel(LlamaConfig(**wide)).save_pretrained(tmp_path / "wide")
+    LlamaModel(LlamaConfig(**SMALL_LLAMA)).save_pretrained(tmp_path / "small")
+    whole = (tmp_path / "wide" / "model.safetensors").stat().st_size
+    for what, bar in (("features", 0.75), ("evaluate", 1.0), ("bridge", 1.0)):
+        two = run(
+            2,
+            tmp_path / what,
+            model=str(tmp_path / "wide"),
+            first=str(tmp_path / "small"),
+            what=[what],
+            bridge={**BRIDGE, "steps": 2, "save": "trained"},
+            evaluate={"steps": 2, "batch_size": 16, "lrs": [1e-3]},
+        )
+        held = [1 / 2 + process["peak"] / whole for process in two]
+        assert max(held) < bar, f"{what}: {held} of {whole / 2**20:.0f} MiB"
+
+
+@pytest.mark.slow
 def test_a_model_that_cannot_be_read_in_parts_is_refused(tmp_path: Path) -> None:
     model = str(save("gemma", tmp_path / "gemma"))
     with pytest.raises(
         AssertionError, match=r"NotAvailableError: '.*' cannot be read in parts: .*leave --shard away"
     ):
         run(2, tmp_path / "two", model=model)
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    file = save("llama", tmp_path / "llama") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        AssertionError, match=r"BrokenFileError: cannot load the weights in .*model.safetensors"
+    ):
+        run(2, tmp_path / "two", model=str(file.parent))

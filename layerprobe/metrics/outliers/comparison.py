@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from scipy import stats
 
 from layerprobe.errors import UsageError
 from layerprobe.records import Estimate
@@ -44,8 +45,8 @@ def ratio_of_ratios(
     """(Σ counts / Σ entries of a) divided by the same of b, with a block-bootstrap interval.
 
     Units are drawn with replacement within each model; percentiles of log ratios, with half an outlier added
-    on either side so that a resample without outliers stays finite. `stderr` is that of the log ratio.
-    With few units (below about eight) such intervals are somewhat too narrow.
+    on either side so that a resample without outliers stays finite. `stderr` is that of the log ratio. With few units
+    percentile intervals are too narrow, so the percentiles are those of a t interval on the smaller number of units.
 
     Returns
     -------
@@ -66,7 +67,18 @@ def ratio_of_ratios(
         return Estimate(value=value, reason=reason or few)
     rng = np.random.default_rng(seed)
     logs = _resampled_log_ratio(a, rng, n_resamples) - _resampled_log_ratio(b, rng, n_resamples)
-    return _with_interval(value, logs, confidence, reason)
+    return _with_interval(value, logs, _expanded(confidence, min(len(a[0]), len(b[0]))), reason)
+
+
+def _expanded(confidence: float, n: int) -> float:
+    """The confidence at which percentiles of a bootstrap of `n` units are as far apart as those of a t interval.
+
+    References
+    ----------
+    Hesterberg, What teachers should know about the bootstrap, The American Statistician 69 (2015), section 5.
+    """
+    reach = math.sqrt(n / (n - 1)) * stats.t.ppf(0.5 + confidence / 2, n - 1)
+    return float(2 * stats.norm.cdf(reach) - 1)
 
 
 def log_ratios(blocks: Blocks) -> np.ndarray:

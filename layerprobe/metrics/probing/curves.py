@@ -11,14 +11,8 @@ import numpy as np
 
 from layerprobe.errors import UsageError
 from layerprobe.metrics.probing import Standardised
-from layerprobe.metrics.probing.logistic import (
-    C_GRID,
-    ProbeResult,
-    check_grid,
-    fit_logistic_path,
-    select_probe,
-)
-from layerprobe.metrics.validation import check_features, check_labels
+from layerprobe.metrics.probing.logistic import ProbeResult, fit_logistic_path, select_probe
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 
 SHOTS = (1, 2, 5, 10)
 """Training images per class of the few-shot curve."""
@@ -153,12 +147,13 @@ def few_shot_curve(
     Returns
     -------
     list[FewShot]
-        Of FewShot; a number of shots that some class cannot supply is left out.
+        Of FewShot; a number of shots of which the rarest class cannot supply three times as many is left out: draws
+        that share their images would hardly differ.
     """
     X, y = check_features(train[0], "the training features"), np.asarray(train[1])
     available = int(np.bincount(y, minlength=n_classes).min())
     curve = []
-    for m in (m for m in shots if m <= available):
+    for m in (m for m in shots if 3 * m <= available):
         accuracies = []
         for draw in range(draws):
             order = np.random.default_rng([seed, draw]).permutation(len(y))

@@ -82,8 +82,8 @@ def knn_predict(
     start = 0
     for part in torch.cat(parts).split(_BLOCK):
         near, index = (part @ bank.T).topk(max(ks), dim=1)
-        # Similarities below 1e-3 of a vote only order equal counts.
-        weight = 1 + 1e-3 * (near + 1) / (2 * max(ks))
+        # Similarities below 1e-3 of a vote only order equal counts; in float32 the sum of votes would swallow them.
+        weight = 1 + 1e-3 * (near.double() + 1) / 2 / len(rows)
         for i, k in enumerate(ks):
             winners = majority(classes[index[:, :k]], weight[:, :k], n_classes)
             found[i, start : start + len(part)] = winners.cpu().numpy()

@@ -11,10 +11,7 @@ from layerprobe.errors import UsageError
 from layerprobe.metrics.intervals import Interval, wilson_interval
 from layerprobe.metrics.probing import Standardised
 from layerprobe.metrics.probing.solver import LogisticFit, LogisticPath
-from layerprobe.metrics.validation import check_features, check_labels
-
-C_GRID = tuple(10.0**power for power in range(-4, 4))
-"""Inverse regularisation strengths tried by default: 8 values over 7 decades."""
+from layerprobe.metrics.validation import C_GRID, check_features, check_grid, check_labels
 
 REFITS = ("train+validation", "train")
 
@@ -96,14 +93,6 @@ class ProbeResult:
     correct: np.ndarray
     test_accuracy: float
     interval: Interval
-
-
-def check_grid(Cs: ArrayLike) -> np.ndarray:
-    """The C grid, ascending and positive; raises UsageError."""
-    grid = np.unique(np.asarray(Cs, dtype=np.float64))
-    if grid.size == 0 or not np.isfinite(grid).all() or grid[0] <= 0:
-        raise UsageError(f"C values are positive numbers, such as 1e-4 to 1e3; got {Cs!r}")
-    return grid
 
 
 def check_refit(refit: str) -> None:

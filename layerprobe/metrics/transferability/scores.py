@@ -35,6 +35,8 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "knn": True,
 }
 """The readable scores and their direction: True where a larger value promises better transfer."""
+LEAST_IN_CLASS = 10
+"""Images of the smallest class below which half samples say little about the spread of full ones."""
 
 
 def logme(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = None) -> float:
@@ -233,7 +235,8 @@ def loo_ridge(features: ArrayLike | ClassSpectrum, labels: ArrayLike | None = No
     """Leave-one-out accuracy of ridge regression onto the class indicators.
 
     Each image is classified by the ridge (intercept not penalised) fitted to all other images. The penalty is
-    the one with the least generalised cross-validation error, summed over classes, on the same images.
+    the one with the least generalised cross-validation error, summed over classes, on the same images. Where X says
+    nothing and classes are balanced it lies below chance: without an image its own class is the rarest.
 
     Returns
     -------
@@ -324,16 +327,14 @@ def readable_scores(
     -------
     dict[str, Estimate]
         Name → Estimate with value and reason; a score that is undefined here has value None and says why.
-
     """
-    unknown = [name for name in scores if name not in HIGHER_IS_BETTER]
-    if unknown:
+    if unknown := [name for name in scores if name not in HIGHER_IS_BETTER]:
         raise UsageError(f"unknown transfer scores {unknown}; known: {', '.join(HIGHER_IS_BETTER)}")
     X, y = check_labelled(features, labels)
     try:
         spectrum = class_spectrum(X, y)
     except UsageError as error:
-        return {name: Estimate(value=None, reason=str(error)) for name in scores}
+        return dict.fromkeys(scores, Estimate(value=None, reason=str(error)))
     found: dict[str, Estimate] = {}
     for name in scores:
         try:
@@ -355,8 +356,8 @@ def half_sample_errors(
 
     A replicate keeps a random half of each class, without repeats; the spread of the replicates estimates
     the spread of the full sample. (The usual bootstrap draws images twice, and an image left out would find its
-    own copy among the others.) In simulations the error is 0.9 to 1.35 times the true one, too large for
-    scores that depend on the number of images (transrate, h_score).
+    own copy among the others.) In simulations with 30 or more images a class and 64 dimensions the error is 0.4 to 1.9
+    times the true one; with few images a class that of gbc is far too small, and below `LEAST_IN_CLASS` there is none.
 
     The value of each Estimate is the standard error; where there is none, `reason` says why.
 
@@ -368,17 +369,17 @@ def half_sample_errors(
     if n_replicates < 2:
         raise UsageError(f"a spread needs at least two replicates: n_replicates={n_replicates}")
     X, y = check_labelled(features, labels)
+    if (fewest := int(np.unique(y, return_counts=True)[1].min())) < LEAST_IN_CLASS:
+        reason = f"half samples need {LEAST_IN_CLASS} images of each class, and one has {fewest}"
+        return dict.fromkeys(scores, Estimate(value=None, reason=reason))
     rng = np.random.default_rng(seed)
-    replicates = [
-        readable_scores(X[rows], y[rows], scores=scores)
-        for rows in (half_sample(y, rng) for _ in range(n_replicates))
-    ]
+    halves = [half_sample(y, rng) for _ in range(n_replicates)]
+    replicates = [readable_scores(X[rows], y[rows], scores=scores) for rows in halves]
     errors = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        spread = float(np.array([r[name].value for r in replicates], dtype=float).std(ddof=1))
-        undefined = Estimate(value=None, reason=f"half samples: {missing}")
-        errors[name] = undefined if missing else Estimate(value=spread)
+        spread = None if missing else float(np.std([r[name].value for r in replicates], ddof=1))
+        errors[name] = Estimate(value=spread, reason=missing and f"half samples: {missing}")
     return errors
 
 

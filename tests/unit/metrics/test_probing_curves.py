@@ -50,8 +50,8 @@ def test_code_length_with_a_class_that_comes_late() -> None:
 
 
 def test_few_shot_accuracy_grows_and_leaves_out_what_is_not_there() -> None:
-    train, validation, test = (clusters(160, 12, 4, spread=1.5, seed=seed) for seed in range(3))
-    curve = few_shot_curve(train, validation, test, 4, shots=(1, 4, 16, 1000), draws=3, Cs=(1e-2, 1.0))
+    train, validation, test = (clusters(400, 12, 4, spread=1.5, seed=seed) for seed in range(3))
+    curve = few_shot_curve(train, validation, test, 4, shots=(1, 4, 16, 60, 1000), draws=3, Cs=(1e-2, 1.0))
     assert [point.shots for point in curve] == [1, 4, 16]
     means = [point.accuracies.mean() for point in curve]
     assert means[0] < means[1] < means[2]

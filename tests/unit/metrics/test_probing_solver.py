@@ -11,8 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 from layerprobe.errors import UsageError
+from layerprobe.metrics import C_GRID
 from layerprobe.metrics.probing import Standardised
-from layerprobe.metrics.probing.logistic import C_GRID, fit_logistic_path, select_probe
+from layerprobe.metrics.probing.logistic import fit_logistic_path, select_probe
 from layerprobe.metrics.probing.solver import LogisticPath
 
 

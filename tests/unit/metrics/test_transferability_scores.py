@@ -404,4 +404,4 @@ def test_half_sample_errors_match_the_spread_over_fresh_draws():
 def test_an_error_that_half_samples_cannot_give_has_a_reason():
     X, y = clusters(n=8, d=3, k=4)
     errors = half_sample_errors(X, y, n_replicates=3)
-    assert errors["gbc"].value is None and errors["gbc"].reason.startswith("half samples: gbc needs variance")
+    assert errors["gbc"].value is None and errors["gbc"].reason.startswith("half samples need 10 images")

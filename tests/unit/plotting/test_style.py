@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from layerprobe.plotting import style as look
 from layerprobe.plotting.layer_scores import patch_maps_figure
 from layerprobe.plotting.style import (
     BLUE,
@@ -103,3 +105,31 @@ def test_maps_have_a_colour_key() -> None:
     figure = patch_maps_figure(pd.DataFrame(rows), {})
     words = [text.get_text() for ax in figure.axes for text in ax.get_xticklabels()]
     assert {"against the prediction", "for the prediction"} <= set(words)
+
+
+def test_powers_of_ten_are_numbers_where_no_formula_is_drawn() -> None:
+    with plt.rc_context({"text.parse_math": False}):
+        ax = look.new_axes(4, 3)
+        ax.plot([1e-4, 1], [1, 100])
+        look.log_axis(ax, "x")
+        look.log_axis(ax, "y")
+        look.figure_of(ax).canvas.draw()
+        shown = [label.get_text() for label in (*ax.get_xticklabels(), *ax.get_yticklabels())]
+    assert {"0.001", "0.1", "10"} <= set(shown) and not any("$" in text for text in shown)
+
+
+def test_the_name_of_a_line_that_leaves_the_axes_stays_beside_them() -> None:
+    ax = look.new_axes(4, 3)
+    ax.plot([0, 1], [1, 1e-30], label="Gaussian")
+    look.log_axis(ax, "y")
+    ax.set_ylim(1e-6, 1)
+    look.name_lines(ax)
+    assert [text.get_position()[1] for text in ax.texts] == [0.0]
+
+
+def test_panels_share_one_legend() -> None:
+    figure, axes = look.new_panels(1, 2, 6, 3)
+    for ax in axes:
+        ax.plot([0, 1], [0, 1], label="a")
+    look.name_panels(figure, axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a"]

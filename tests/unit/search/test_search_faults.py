@@ -1,8 +1,16 @@
-"""A search that is killed, or meets a full disk, at every write, rename, sync and change of its database."""
+"""A search that is killed, or meets a full disk, at every write, rename, sync and change of its database.
+
+A kill leaves what lies on the disk at that moment. So one search is stopped before each operation, its folder is
+copied, and each copy that differs from those before is continued.
+"""
 
 from __future__ import annotations
 
+import filecmp
+import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +18,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from families import save
-from faults import KILLED, run_with_fault
+from faults import FAILED, KILLED, every_state, run_with_fault
 
 import layerprobe as lp
 from layerprobe.training import Outcome
 
 SMALL = {"budget": 5.0, "bridge_steps": 1, "finetune_steps": 2, "batch_size": 8, "lrs": (1e-3, 3e-3),
          "seeds": 2, "quiet": True, "use_scores": False}  # fmt: skip
+COMMAND = ("--patch-size", "4", "--budget", "5", "--bridge-steps", "1", "--steps", "2", "--batch-size", "8",
+           "--seeds", "2", "--lrs", "1e-3,3e-3", "--no-scores", "--workers", "1", "--quiet")  # fmt: skip
 TOLD = ["plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy"]
 
 
@@ -35,6 +45,8 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], 
         )  # fmt: skip
 
     monkeypatch.setattr("layerprobe.search.evaluator.train_and_score", train_and_score)
+    # A process that died between its claim and its name is found out by its heartbeat alone.
+    monkeypatch.setattr("layerprobe.search.trials.GRACE_SECONDS", 0.5)
     model = save("llama", tmp_path / "llama")
     task = lp.load_task("digits", limit=60)
 
@@ -46,25 +58,47 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], 
     return run
 
 
+@pytest.fixture
+def command(
+    search: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path], None]:
+    """The same by the command line, which adds figures and a report."""
+    from layerprobe.cli.main import main
+
+    def run(folder: Path) -> None:
+        words = [
+            "--model",
+            str(tmp_path / "llama"),
+            "--task",
+            "digits",
+            "--limit",
+            "60",
+            *COMMAND,
+            "-o",
+            str(folder),
+        ]
+        monkeypatch.setattr(sys, "argv", ["layerprobe", "freeze-search", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert left.value.code in (0, None)
+
+    return run
+
+
 def contents(folder: Path) -> dict[str, object]:
     """Names of all files, and what the search found in them."""
-    found: dict[str, object] = {
-        path.relative_to(folder).as_posix(): None for path in folder.rglob("*") if path.is_file()
-    }
+    found: dict[str, object] = {}
+    for path in filter(Path.is_file, folder.rglob("*")):
+        found[path.relative_to(folder).as_posix()] = path.read_text() if path.suffix == ".csv" else None
     trials = pd.read_csv(folder / "trials.csv")[TOLD].sort_values(TOLD)
     plan = lp.FreezePlan.load(folder / "plan.json")
-    return {**found, "trials.csv": trials.to_csv(index=False), "plan.json": plan.blocks}
-
-
-def check_resumed(search: Callable[[Path], None], expected: dict, root: Path, at: int, action: str) -> int:
-    root.mkdir()
-    code = run_with_fault(lambda: search(root), root, at, action)
-    assert code in (0, KILLED, 98), f"operation {at}: exit code {code}"
-    if code:
-        search(root)
-    assert contents(root) == expected, f"operation {at}"
-    shutil.rmtree(root)
-    return code
+    answer = json.loads((folder / "search.json").read_text())["answer"]
+    return {
+        **found,
+        "trials.csv": trials.to_csv(index=False),
+        "plan.json": plan.blocks,
+        "search.json": answer,
+    }
 
 
 @pytest.fixture
@@ -76,14 +110,53 @@ def expected(search: Callable[[Path], None], tmp_path: Path) -> dict[str, object
 @pytest.mark.parametrize("action", ["kill", "full"])
 def test_a_fault_here_and_there(search, expected, tmp_path: Path, action: str) -> None:
     for at in (9, 90):
-        assert check_resumed(search, expected, tmp_path / "run", at, action)
+        root = tmp_path / f"run-{at}"
+        root.mkdir()
+        code = run_with_fault(lambda root=root: search(root), root, at, action)
+        assert code == (KILLED if action == "kill" else FAILED), f"operation {at}: exit code {code}"
+        search(root)
+        assert contents(root) == expected, f"operation {at}"
+
+
+def test_a_copied_state_is_what_a_kill_leaves(search, tmp_path: Path) -> None:
+    for count in (1, 20, 60):
+        root, kept = tmp_path / f"run-{count}", tmp_path / f"kept-{count}"
+        root.mkdir()
+        states = every_state(lambda root=root: search(root), root, kept, [])
+        copy = [next(states) for _ in range(count)][-1]
+        states.close()  # by SIGKILL
+        same = filecmp.dircmp(root, copy)
+        assert not same.left_only and not same.right_only and not same.diff_files
+        assert count == 1 or (root / "study.db").stat().st_size
+
+
+def continue_every_state(run: Callable[[Path], None], expected: dict, root: Path, kept: Path) -> None:
+    """Stop `run` at each operation in `root`, continue from each state, compare; figures: $LAYERPROBE_FAULTS_LOG."""
+    places: list[str] = []
+    for state in list(every_state(lambda: run(root), root, kept, places)):
+        run(state)
+        assert contents(state) == expected, state.name
+        shutil.rmtree(state)
+    if target := os.environ.get("LAYERPROBE_FAULTS_LOG"):
+        with Path(target).open("a") as stream:
+            facts = {"run": root.name, "places": len(places), "states": len(set(places))}
+            stream.write(json.dumps(facts) + "\n")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("first", range(1, 9))  # a quarter of an hour each
-def test_a_kill_at_every_operation(search, expected, tmp_path: Path, first: int) -> None:
-    at = first
-    while check_resumed(search, expected, tmp_path / "run", at, "kill"):
-        at += 8
-    assert at > 100
+@pytest.mark.timeout(3600)
+def test_a_kill_at_every_operation(search, expected, tmp_path: Path) -> None:
+    root = tmp_path / "search"
+    root.mkdir()
+    continue_every_state(search, expected, root, tmp_path / "kept")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kill_at_every_operation_of_the_end(command, tmp_path: Path) -> None:
+    """Of the command, once every training is there: tables, figures, settings, report."""
+    command(tmp_path / "whole")
+    root = tmp_path / "end"
+    root.mkdir()
+    shutil.copy(tmp_path / "whole" / "study.db", root)
+    continue_every_state(command, contents(tmp_path / "whole"), root, tmp_path / "kept")

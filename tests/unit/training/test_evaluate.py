@@ -84,7 +84,7 @@ def test_arms_share_seeds_and_finished_trainings_are_kept(make_backbone, task, t
     asked = {(row["arm"], row["versus"]) for row in record.differences()}
     assert asked >= {("language", "random"), ("full-bridge", "language"), ("bridge", "full-bridge")}
 
-    module = sys.modules["layerprobe.training.evaluate"]
+    module = sys.modules["layerprobe.training.evaluation"]
     monkeypatch.setattr(module, "train_and_score", None)  # nothing may be trained again
     again = evaluate_arms(load, task, arms, **options)
     assert [t.test_accuracy for t in again.trials] == [t.test_accuracy for t in record.trials]

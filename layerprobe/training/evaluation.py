@@ -28,8 +28,9 @@ from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
-from layerprobe.training.finetune import Outcome, train_and_score
+from layerprobe.training.finetune import train_and_score
 from layerprobe.training.freeze_check import all_trainable, block_plan
+from layerprobe.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
