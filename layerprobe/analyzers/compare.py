@@ -206,13 +206,13 @@ def compare_outliers(
     options: dict[str, Any] = {"threads": threads, "engine": engine, "offline": offline, "quiet": quiet}
     made: dict[str, OutlierReport] = {}
     for model in (*models, *(member for members in named.values() for member in members)):
-        if _key(model) not in made:
-            known = isinstance(model, OutlierReport)
-            made[_key(model)] = model if known else outlier_report(model, rules=rules, **options)
+        if isinstance(model, OutlierReport):
+            made.setdefault(_key(model), model)
+        elif _key(model) not in made:
+            made[_key(model)] = outlier_report(model, rules=rules, **options)
     by_name = Counter(report.model for report in made.values())
     names = {
-        key: report.model if by_name[report.model] == 1 else f"{report.model} ({report.revision})"
-        for key, report in made.items()
+        key: r.model if by_name[r.model] == 1 else f"{r.model} ({r.revision})" for key, r in made.items()
     }
     reports = {names[key]: report for key, report in made.items()}
     check_number(len(reports))

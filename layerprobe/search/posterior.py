@@ -24,6 +24,7 @@ PRIOR = {
     "noise": (0.30, 1.0),
 }
 """Amplitude → (median, standard deviation of its logarithm), in standard deviations of the accuracies at hand."""
+NOISE = "noise"
 OF_PLANS = ("block", "pair", "plan", "size")
 """The amplitudes that are zero where all plans are alike."""
 ALIKE = 1 / 3
@@ -47,8 +48,8 @@ class Posterior:
     Additive in the units, whose effects follow a t distribution, with pairs of units (larger between units of
     large effect), a smooth effect of the number of trained units (a square root: the first trained unit changes
     most), a residual of each plan, an effect of the learning rate that may depend on the share of trained units,
-    an effect of the seed common to all plans, and noise. The amplitudes are those of largest posterior density
-    under `PRIOR`; `alike` weighs all this against a process without the effects of plans.
+    an effect of the seed common to all plans, and noise of its own at every rate. The amplitudes are those of largest
+    posterior density under `PRIOR`; `alike` weighs all this against a process without the effects of plans.
 
     Parameters
     ----------
@@ -80,8 +81,9 @@ class Posterior:
         seeds = np.array([trial.repeat for trial in self.trials])
         self._constant = {
             "seed": (seeds[:, None] == seeds[None, :]).astype(float),
-            "noise": np.eye(len(values)),
         }
+        for index in np.unique(self._known[1]):  # a rate that is too high makes trainings noisier, too
+            self._constant[f"{NOISE} {index}"] = np.diag((self._known[1] == index).astype(float))
         self._scales = np.ones(self.space.n_units)
         self._condition()
         for _ in range(ROUNDS):
@@ -97,16 +99,38 @@ class Posterior:
 
     @cached_property
     def alike(self) -> float:
-        """Probability that all plans are alike: that only learning rate and seed matter."""
-        parts = self._kernels(self._known, self._known, np.ones(self.space.n_units)) | self._constant
-        without = {name: part for name, part in parts.items() if name not in OF_PLANS}
-        odds = math.log(ALIKE / (1 - ALIKE)) + self._evidence(without) - self._evidence(parts)
+        """Probability that all plans are alike: that only the seed and the learning rate matter, the latter perhaps
+        more where more units train."""
+        odds = (
+            math.log(ALIKE / (1 - ALIKE)) + self._evidence(self._parts_if_alike) - self._evidence(self._parts)
+        )
         return float(1 / (1 + math.exp(-np.clip(odds, -50, 50))))
+
+    @cached_property
+    def _parts(self) -> dict[str, np.ndarray]:
+        return self._kernels(self._known, self._known, np.ones(self.space.n_units)) | self._constant
+
+    @cached_property
+    def _parts_if_alike(self) -> dict[str, np.ndarray]:
+        return {name: part for name, part in self._parts.items() if name not in OF_PLANS}
+
+    def expected(self, masks: Sequence[Mask]) -> np.ndarray:
+        """Expected accuracy of plans, each at its best rate, over whether plans are alike or not."""
+        logs, _ = _largest_density(self._parts_if_alike, self._response)
+        covariance = _covariance(logs, np.array(list(self._parts_if_alike.values())))
+        weights = np.linalg.solve(covariance, self._response)
+        trials = [Trial(mask=mask, lr=lr) for mask in masks for lr in self.lrs]
+        cross = self._kernels(self._known, self._features(trials), self._scales)["rate"]
+        rate = np.exp(2 * logs[list(self._parts_if_alike).index("rate")])
+        alike = self._level + self._unit * ((LEVEL + rate * cross).T @ weights).reshape(len(masks), -1)
+        return (1 - self.alike) * self.means(masks).max(1) + self.alike * alike.max(1)
 
     @property
     def noise(self) -> float:
-        """Standard deviation of one training around its plan, rate and seed, as a share in [0, 1]."""
-        return self.amplitudes["noise"] * self._unit
+        """Standard deviation of one training around its plan and seed at the best rate, as a share in [0, 1]."""
+        tried = np.unique(self._known[1])
+        best = self.means([trial.mask for trial in self.trials]).max(0)[tried].argmax()
+        return self.amplitudes[f"{NOISE} {tried[best]}"] * self._unit
 
     def predict(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
         """Mean (n) and covariance (n×n) of the expected accuracies of `trials`, over seeds."""
@@ -210,7 +234,7 @@ class Posterior:
     def _evidence(self, parts: Mapping[str, np.ndarray]) -> float:
         """Logarithm of the marginal density of the accuracies, amplitudes integrated by Laplace's method."""
         logs, loss = _largest_density(parts, self._response)
-        width = np.array([PRIOR[name][1] for name in parts])
+        width = np.array([_prior(name)[1] for name in parts])
         steps = 1e-3 * np.diag(width)
         slopes = [
             (_loss(logs + step, parts, self._response)[1] - _loss(logs - step, parts, self._response)[1])
@@ -220,6 +244,11 @@ class Posterior:
         ]
         curvature = np.linalg.eigvalsh((np.array(slopes) + np.array(slopes).T) / 2)
         return -loss - 0.5 * float(np.log(np.maximum(curvature, 1e-2)).sum())
+
+
+def _prior(name: str) -> tuple[float, float]:
+    """Median and logarithmic deviation of an amplitude; that of the noise is the same at every rate."""
+    return PRIOR[NOISE if name.startswith(NOISE) else name]
 
 
 def _covariance(logs: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -238,7 +267,7 @@ def _loss(
     weights = cho_solve((factor, True), response)
     inverse, _ = lapack.dpotri(factor, lower=1)
     inverse = np.tril(inverse) + np.tril(inverse, -1).T
-    centre, width = (np.array([PRIOR[name][index] for name in parts]) for index in (0, 1))
+    centre, width = (np.array([_prior(name)[index] for name in parts]) for index in (0, 1))
     distance = (logs - np.log(centre)) / width
     value = 0.5 * response @ weights + np.log(np.diag(factor)).sum() + 0.5 * (distance**2).sum()
     slope = np.tensordot(stack, inverse - np.outer(weights, weights), 2) * np.exp(2 * logs)
@@ -247,8 +276,8 @@ def _loss(
 
 def _largest_density(parts: Mapping[str, np.ndarray], response: np.ndarray) -> tuple[np.ndarray, float]:
     """Logarithms of the amplitudes of largest posterior density, and `_loss` there."""
-    centre = np.log([PRIOR[name][0] for name in parts])
-    width = np.array([PRIOR[name][1] for name in parts])
+    centre = np.log([_prior(name)[0] for name in parts])
+    width = np.array([_prior(name)[1] for name in parts])
     bounds = list(zip(centre - 4 * width, centre + 4 * width, strict=True))
     found = minimize(
         _loss,
@@ -311,8 +340,7 @@ class Comparison:
 def best_plan(posterior: Posterior, masks: Sequence[Mask], tolerance: float) -> Mask:
     """The smallest of `masks` whose expected accuracy is at most `tolerance` below the largest; none that failed."""
     masks = [mask for mask in masks if mask not in posterior.failed] or masks
-    # Differences between plans are expected to be smaller by the probability that there are none.
-    means = posterior.means(masks).max(1) * (1 - posterior.alike)
+    means = posterior.expected(masks)
     params = posterior.space.params
     near = np.flatnonzero(means >= means.max() - tolerance)
     return masks[min(map(int, near), key=lambda index: (params(masks[index]), -means[index]))]

@@ -126,7 +126,9 @@ def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
 def summarise(arguments: Mapping[str, Any], trials: list[FrozenTrial]) -> SearchStatus:
     """The state of a search from the rows of its database; BrokenFileError where they are none of a search."""
     check_fields(arguments, ARGUMENTS, PLACE)
-    facts = {str(t.user_attrs["fact"]): t.user_attrs.get("value") for t in trials if "fact" in t.user_attrs}
+    facts: dict[str, Any] = {
+        str(t.user_attrs["fact"]): t.user_attrs.get("value") for t in trials if "fact" in t.user_attrs
+    }
     check_fields(facts, {"budget?": {"budget": float}}, PLACE)
     pilot = Pilot.from_dict(facts["pilot"]) if "pilot" in facts else None
     found: dict[Trial, tuple[Outcome, datetime | None]] = {}

@@ -80,7 +80,7 @@ def unpack_bits(digits: str, n: int | None) -> np.ndarray:
     try:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
     except ValueError:
-        bits = np.empty(0)
+        bits = np.empty(0, np.uint8)
     if n is None or not 0 <= len(bits) - n < 8:
         raise BrokenFileError(
             f"cannot read {STORED_PLACE}: its bits of correct images are not those of {n} images"
