@@ -250,4 +250,5 @@ def _n_outliers(weight: Tensor) -> float:
     """Entries beyond 6 deviations of their matrix; a constant matrix has none."""
     if bool((weight == weight.flatten()[0]).all()):
         return 0.0
-    return outlier_ratio(weight, n_sigma=6.0) * weight.numel()  # in float64 it would be held nine times
+    # Not in float64, which would be held nine times. A copy: FSDP cannot free a gathered tensor that numpy has seen.
+    return outlier_ratio(weight.clone(), n_sigma=6.0) * weight.numel()
