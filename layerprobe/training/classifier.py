@@ -97,7 +97,7 @@ def set_training(classifier: Classifier) -> None:
 @contextlib.contextmanager
 def without_layerdrop(model: nn.Module) -> Iterator[None]:
     """Within: no block is skipped at random (LayerDrop), for a frozen one belongs to what the others learn from."""
-    found = [module for module in model.modules() if getattr(module, "layerdrop", None)]
+    found: list[Any] = [module for module in model.modules() if getattr(module, "layerdrop", None)]
     rates = [module.layerdrop for module in found]
     for module in found:
         module.layerdrop = 0.0
