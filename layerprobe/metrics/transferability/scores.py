@@ -378,12 +378,10 @@ def half_sample_errors(
     errors = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        spread = (
-            None
-            if missing
-            else float(np.std(np.array([r[name].value for r in replicates], dtype=float), ddof=1))
+        spread = np.array([r[name].value for r in replicates], dtype=float).std(ddof=1).item()
+        errors[name] = Estimate(
+            value=None if missing else spread, reason=missing and f"half samples: {missing}"
         )
-        errors[name] = Estimate(value=spread, reason=missing and f"half samples: {missing}")
     return errors
 
 
