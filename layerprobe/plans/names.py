@@ -27,6 +27,15 @@ def clean_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to the experts that a router chooses from, each alone or all stacked in one.
+
+    >>> is_expert("layers.0.mlp.experts.gate_up_proj"), is_expert("layers.0.mlp.shared_experts.up_proj.weight")
+    (True, False)
+    """
+    return ".experts." in name
+
+
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to an adapter of PEFT, or is the original beside a copy that PEFT trains.
 

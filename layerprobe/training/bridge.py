@@ -24,19 +24,23 @@ from layerprobe.provenance import provenance
 from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
-from layerprobe.training.classifier import Classifier, gradient_checkpointing, predict, set_training, shard
+from layerprobe.training.classifier import (
+    Classifier,
+    gradient_checkpointing,
+    predict,
+    shard,
+    without_layerdrop,
+)
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.finetune import choose_rate
-from layerprobe.training.freeze_check import FrozenCheck, all_trainable, apply_to_backbone
+from layerprobe.training.freeze_check import FrozenCheck, Phases, all_trainable
 from layerprobe.training.loop import (
     DivergedError,
-    FrozenPrefix,
     Step,
     interrupts,
     make_accelerator,
     make_optimizer,
-    make_prefix,
     preserved_rng,
     tracker_options,
     training_steps,
@@ -171,8 +175,9 @@ class _Training:
         if found is not None and found.step < self.n_steps:
             checkpoints.load_optimizer(found, self.optimizer, self.classifier)
         self.history = History(folder if self.is_main else None, keep=self.start)
-        self.phase: str | None = None
-        self.prefix: FrozenPrefix | None = None
+        self.phases = Phases(
+            plan, self.classifier, self.optimizer, self.pixels, config, self.accelerator.num_processes
+        )
 
     def _rate(self, config: BridgeConfig, found: checkpoints.Checkpoint | None) -> float:
         """The learning rate given, the one a continued run had, or the best of the candidates."""
@@ -187,8 +192,11 @@ class _Training:
     def run(self, finish: Callable[[BridgeRun], None] | None) -> BridgeRun:
         config = self.config.replace(lr=self.lr)
         every = config.checkpoint_every or max(1, math.ceil(self.n_steps / 10))
-        with gradient_checkpointing(self.backbone.model, config.gradient_checkpointing):
-            self._enter_phase(self.start)
+        with (
+            gradient_checkpointing(self.backbone.model, config.gradient_checkpointing),
+            without_layerdrop(self.backbone.model),
+        ):
+            self.phases.enter(self.start)
             optimizer = self.accelerator.prepare(self.optimizer)
             model: Any = self.classifier if config.shard else self.accelerator.prepare(self.classifier)
             if config.compile:
@@ -203,7 +211,7 @@ class _Training:
                 n_steps=self.n_steps,
                 start=self.start,
                 flip=self.tensors.flip,
-                before_step=self._enter_phase,
+                before_step=self.phases.enter,
             )
             if self.folder is not None and self.is_main and not self.start:
                 self.plan.save(self.folder / "plan.json")
@@ -233,25 +241,6 @@ class _Training:
                     if stop:
                         raise stopped_by(interrupted[0]) if interrupted else KeyboardInterrupt
             return self._finish(done, finish)
-
-    def _enter_phase(self, step: int) -> FrozenPrefix | None:
-        """Set what trains at `step`: all of the plan, or stem first and then the plan without the stem."""
-        stem_steps = self.config.stem_steps
-        phase = "all" if not stem_steps else "stem" if step < stem_steps else "blocks"
-        if phase == self.phase:
-            return self.prefix
-        self.phase = phase
-        model, stem = self.backbone.model, self.backbone.stem
-        apply_to_backbone(self.plan, self.backbone, seed=self.classifier.seed)
-        if phase == "stem":
-            model.requires_grad_(False)
-        if stem is not None:
-            stem.requires_grad_(self.plan.states["stem"] == TRAINABLE and phase != "blocks")
-        set_training(self.classifier)
-        self.optimizer.zero_grad()
-        if not self.config.shard:
-            self.prefix = make_prefix(self.classifier, self.pixels, self.config)
-        return self.prefix
 
     def _record(self, step: Step, bar: tqdm[Any]) -> None:
         self.history.add(step, self.config.batch_size, len(self.pixels))

@@ -17,7 +17,7 @@ from layerprobe.errors import BrokenFileError
 from layerprobe.metrics.outliers.summary import outlier_ratio
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import adapter_updates
-from layerprobe.plans.names import clean_name, is_adapter
+from layerprobe.plans.names import clean_name, is_adapter, is_expert
 from layerprobe.reading import open_file
 from layerprobe.records import Record
 from layerprobe.tables import percent, tidy, write_frame
@@ -179,11 +179,18 @@ def drift_rows(backbone: Backbone, before: Mapping[str, Tensor]) -> list[dict[st
             return after, after + updates[name].cpu()
         return (whole(before[name]) if name in before else after), after
 
+    def matrices(name: str, parameter: nn.Parameter) -> list[tuple[Tensor, Tensor]]:
+        start, end = pair(name, parameter)
+        if name.endswith("bias"):
+            return [(start.flatten(), end.flatten())]
+        stacked = end.ndim == 3 and is_expert(name)  # one matrix an expert
+        return list(zip(start, end, strict=True)) if stacked else [(start, end)]
+
     place = {"site": None, "split": None}
     return [
         {"block": block, **place, **row}
         for block in sorted(groups, key=lambda b: (b is None, b))
-        for row in _group_drift([pair(*named) for named in groups[block]])
+        for row in _group_drift([each for named in groups[block] for each in matrices(*named)])
     ]
 
 
@@ -243,4 +250,5 @@ def _n_outliers(weight: Tensor) -> float:
     """Entries beyond 6 deviations of their matrix; a constant matrix has none."""
     if bool((weight == weight.flatten()[0]).all()):
         return 0.0
-    return outlier_ratio(weight, n_sigma=6.0) * weight.numel()  # in float64 it would be held nine times
+    # Not in float64, which would be held nine times. A copy: FSDP cannot free a gathered tensor that numpy has seen.
+    return outlier_ratio(weight.clone(), n_sigma=6.0) * weight.numel()

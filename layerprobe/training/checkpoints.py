@@ -21,6 +21,7 @@ finished only when its tables and figures are there; until then finishing is don
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import re
 import shutil
@@ -228,6 +229,10 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePla
     backbone, folder = classifier.backbone, checkpoint.folder
     model: Any = backbone.model
     _, prefix = place_in_whole_model(model)
+    # A model may mix dtypes: read in the widest, every tensor gets its own back exactly.
+    widest = functools.reduce(
+        torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()}
+    )
     try:
         only, saved = None, {}
         if (folder / TRAINED_FILE).is_file():
@@ -236,7 +241,7 @@ def load_weights(checkpoint: Checkpoint, classifier: Classifier, plan: FreezePla
             with no_transformers_bars():
                 kept = type(model).from_pretrained(
                     folder / "backbone",
-                    dtype=backbone.dtype,
+                    dtype=widest,
                     local_files_only=True,
                     key_mapping={f"^{re.escape(prefix)}": ""} if prefix else None,
                 )

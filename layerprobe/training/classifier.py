@@ -20,6 +20,7 @@ from layerprobe.backbones.sharding import is_sharded, shard_beside
 from layerprobe.errors import NotAvailableError, PlanError, UsageError
 from layerprobe.files import tensor_digest
 from layerprobe.plans.adapters import has_adapters, keep_adapters
+from layerprobe.plans.names import is_expert
 from layerprobe.training.config import derive_seed
 from layerprobe.training.data import ImageTensors, row_batches
 
@@ -91,6 +92,20 @@ def set_training(classifier: Classifier) -> None:
     classifier.train(any(p.requires_grad and id(p) not in inside for p in backbone.parameters()))
     for block in blocks:
         block.train(any(parameter.requires_grad for parameter in block.parameters()))
+
+
+@contextlib.contextmanager
+def without_layerdrop(model: nn.Module) -> Iterator[None]:
+    """Within: no block is skipped at random (LayerDrop), for a frozen one belongs to what the others learn from."""
+    found: list[Any] = [module for module in model.modules() if getattr(module, "layerdrop", None)]
+    rates = [module.layerdrop for module in found]
+    for module in found:
+        module.layerdrop = 0.0
+    try:
+        yield
+    finally:
+        for module, rate in zip(found, rates, strict=True):
+            module.layerdrop = rate
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -229,7 +244,8 @@ def training_flops(
     Per token and block with P matrix entries: 2P forward; 2P more for the gradient of its input where
     anything before the block trains; 2 per trained entry for the gradient of the weights. Attention adds
     4·T²·d per image and block forward (T tokens of width d), and twice that backward. Stem, head, norms and
-    the optimizer are left out; they are the same for every plan.
+    the optimizer are left out; they are the same for every plan. Of experts, those that a token is sent to count.
+    A second forward pass of gradient checkpointing does not.
 
     `shape` is n×C×H×W; `cached_depth` blocks at the input end have their outputs kept, at no cost per step.
     """
@@ -239,14 +255,25 @@ def training_flops(
         tokens = backbone(sample).shape[1]
     attention = 4.0 * tokens * tokens * backbone.hidden_size
     inputs, outputs = gradient_flow(classifier, sample)
+    share = _active_experts(backbone.model.config)
     total = 0.0
     for index in range(cached_depth, backbone.n_blocks):
-        matrices = [p for p in backbone.blocks[index].parameters() if p.ndim == 2]
-        entries = sum(p.numel() for p in matrices)
-        trained = sum(p.numel() for p in matrices if p.requires_grad)
+        entries = trained = 0.0
+        for name, p in backbone.blocks[index].named_parameters():
+            if p.ndim >= 2 and not name.endswith("bias"):
+                used = p.numel() * (share if is_expert(name) else 1.0)
+                entries, trained = entries + used, trained + used * p.requires_grad
         total += tokens * 2.0 * (entries * (1 + inputs[index]) + trained)
         total += attention * (1 + 2 * outputs[index])
     return total * batch_size
+
+
+def _active_experts(config: object) -> float:
+    """The share of its experts that a token is sent to; 1 where the configuration does not say."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    total = next((n for name in names if (n := getattr(config, name, None))), None)
+    active = getattr(config, "num_experts_per_tok", None)
+    return active / total if active and total else 1.0
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class TrainConfig:
     final_lr : float
         Share of `lr` at which the cosine ends, in [0, 1].
     weight_decay : float
-        Decoupled; matrices only, never norms, biases, positions or the class token.
+        Decoupled; matrices only, never norms, biases, positions, class or other tokens.
     clip_norm : float | None
         Largest gradient norm over all trained parameters; None leaves gradients alone.
     label_smoothing : float
@@ -160,7 +160,8 @@ class BridgeConfig(TrainConfig):
     lr_steps : int | None
         Optimizer steps of each candidate; None takes a tenth of the run, at least 20.
     stem_steps : int
-        Train stem and head alone for this many first steps, then the plan's blocks with them.
+        Train stem and head alone for this many first steps, then head and blocks of the plan, the stem as it is.
+        Candidates of `lrs` spend the same share of their steps so. For one process.
     checkpoint_every : int | None
         Optimizer steps between checkpoints; None makes ten over the run.
     keep : int

@@ -20,21 +20,22 @@ from layerprobe.training.classifier import (
     Classifier,
     Snapshot,
     autocast,
+    gradient_checkpointing,
     in_batches,
     predict,
-    set_training,
     shard,
     training_flops,
+    without_layerdrop,
 )
 from layerprobe.training.config import BridgeConfig, FineTuneConfig
 from layerprobe.training.data import ImageTensors, TaskTensors
-from layerprobe.training.freeze_check import FrozenCheck
+from layerprobe.training.freeze_check import FrozenCheck, Phases
 from layerprobe.training.loop import (
     BlockRates,
     DivergedError,
+    Step,
     make_accelerator,
     make_optimizer,
-    make_prefix,
     preserved_rng,
     training_steps,
 )
@@ -160,7 +161,6 @@ def run_stage(
     if isinstance(config, FineTuneConfig) and config.head == "probe":
         start_from_probe(classifier, pixels, labels, precision=config.precision)
     check = FrozenCheck(plan, classifier)
-    set_training(classifier)
     accelerator = make_accelerator(classifier.device)
     spread = is_sharded(backbone.model)
     if accelerator.num_processes > 1 and not spread:
@@ -172,31 +172,40 @@ def run_stage(
         shard(classifier, accelerator.device)
         check.take_digests()
     optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
-    prefix = None if spread else make_prefix(classifier, pixels, config)
+    phases = Phases(plan, classifier, optimizer, pixels, config, accelerator.num_processes)
     n_steps = config.n_steps(len(pixels))
-    began = time.perf_counter()
-    steps = training_steps(
-        classifier,
-        optimizer,
-        pixels,
-        labels,
-        config,
-        accelerator=accelerator,
-        n_steps=n_steps,
-        flip=tensors.flip,
-        prefix=prefix,
-        block_rates=BlockRates(optimizer) if auto_rgn else None,
-    )
-    accuracies = [step.accuracy for step in steps]
-    seconds = time.perf_counter() - began
+    taken: list[Step] = []
+    flops, counted = 0.0, 0
+    with (
+        gradient_checkpointing(backbone.model, config.gradient_checkpointing),
+        without_layerdrop(backbone.model),
+    ):
+        phases.enter(0)
+        steps = training_steps(
+            classifier,
+            optimizer,
+            pixels,
+            labels,
+            config,
+            accelerator=accelerator,
+            n_steps=n_steps,
+            flip=tensors.flip,
+            before_step=phases.enter,
+            block_rates=BlockRates(optimizer) if auto_rgn else None,
+        )
+        for step in steps:
+            taken.append(step)
+            if len(taken) in (phases.stem_steps, n_steps):  # the last of its phase
+                depth = phases.prefix.depth if phases.prefix else 0
+                step_flops = training_flops(classifier, pixels.shape, config.batch_size, depth)
+                flops, counted = flops + (len(taken) - counted) * step_flops, len(taken)
     optimizer.zero_grad()
     check.verify(after=f"{n_steps} steps")
-    flops = training_flops(classifier, pixels.shape, config.batch_size, prefix.depth if prefix else 0)
     return Stage(
         classifier=classifier,
-        train_accuracy=float(np.mean(accuracies[-max(1, n_steps // 10) :])),
-        seconds=seconds,
-        flops=n_steps * flops,
+        train_accuracy=float(np.mean([step.accuracy for step in taken[-max(1, n_steps // 10) :]])),
+        seconds=sum(step.seconds for step in taken),
+        flops=flops,
     )
 
 
@@ -259,12 +268,14 @@ def choose_rate(
     The loss is that of the random labels on the plain, unshifted training images (at most 2,048), which
     training with weak augmentation shows one time in eighteen.
     """
-    steps = config.lr_steps or max(20, config.n_steps(len(labels)) // 10)
+    n_steps = config.n_steps(len(labels))
+    steps = config.lr_steps or max(20, n_steps // 10)
+    stem_steps = math.ceil(config.stem_steps * steps / n_steps)
     rows = np.arange(min(len(labels), 2048))
     plain, targets = tensors.pixels["train"].subset(rows), torch.from_numpy(labels[rows])
     losses: dict[float, float] = {}
     for lr in config.lrs:
-        trial = config.replace(lr=lr, steps=steps, lrs=())
+        trial = config.replace(lr=lr, steps=steps, lrs=(), stem_steps=stem_steps)
         with Snapshot(backbone):
             try:
                 stage = run_stage(backbone, tensors, trial, plan=plan)

@@ -1,4 +1,4 @@
-"""Plans over blocks, and the check that training left every frozen tensor bit-identical."""
+"""Plans over blocks, what of a plan trains when, and the check that training left every frozen tensor bit-identical."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from layerprobe.backbones.layout import linear_modules, parameter_units
 from layerprobe.backbones.resolve import TRAINED, ModelSource
 from layerprobe.backbones.sharding import is_sharded
-from layerprobe.errors import PlanError, UnknownNameError, did_you_mean
+from layerprobe.errors import PlanError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import tensor_digest
 from layerprobe.layers import UNITS
 from layerprobe.plans import FreezePlan
 from layerprobe.plans.adapters import has_adapters, present_ranks, remove_adapters
 from layerprobe.plans.apply import ERROR
-from layerprobe.plans.names import adapter_part, clean_name, is_adapter
+from layerprobe.plans.names import adapter_part, clean_name, is_adapter, is_expert
 from layerprobe.plans.plan import FROZEN, TRAINABLE, parameter_table
 from layerprobe.plans.verify import Fingerprint, Verification
-from layerprobe.training.classifier import Classifier
-from layerprobe.training.config import derive_seed, text_hash
+from layerprobe.training.classifier import Classifier, set_training
+from layerprobe.training.config import BridgeConfig, TrainConfig, derive_seed, text_hash
+from layerprobe.training.data import ImageTensors
+from layerprobe.training.loop import FrozenPrefix, make_prefix
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -115,6 +118,49 @@ def apply_to_backbone(plan: FreezePlan, backbone: Backbone, *, seed: int) -> Non
     plan.apply(backbone.model, remember=False, outside=there or ERROR, seed=adapters)
 
 
+class Phases:
+    """What trains at a step: all of the plan; with `stem_steps`, first stem and head, then the plan but its stem."""
+
+    def __init__(
+        self,
+        plan: FreezePlan,
+        classifier: Classifier,
+        optimizer: Optimizer,
+        pixels: ImageTensors,
+        config: TrainConfig,
+        processes: int,
+    ) -> None:
+        self.prefix: FrozenPrefix | None = None
+        self.stem_steps = config.stem_steps if isinstance(config, BridgeConfig) else 0
+        if self.stem_steps and processes > 1:
+            raise UsageError(
+                f"stem_steps needs one process, not {processes}: what trains must not change once the model is spread "
+                "over several"
+            )
+        self._plan, self._classifier, self._optimizer = plan, classifier, optimizer
+        self._pixels, self._config = pixels, config
+        self._phase: str | None = None
+
+    def enter(self, step: int) -> FrozenPrefix | None:
+        """Set what trains at `step`; the frozen prefix to use from then on."""
+        phase = "all" if not self.stem_steps else "stem" if step < self.stem_steps else "blocks"
+        if phase == self._phase:
+            return self.prefix
+        self._phase = phase
+        backbone = self._classifier.backbone
+        if phase != "all":
+            apply_to_backbone(self._plan, backbone, seed=self._classifier.seed)
+            if phase == "stem":
+                backbone.model.requires_grad_(False)
+            if backbone.stem is not None:
+                backbone.stem.requires_grad_(self._plan.states["stem"] == TRAINABLE and phase == "stem")
+        set_training(self._classifier)
+        self._optimizer.zero_grad()
+        if not is_sharded(backbone.model):
+            self.prefix = make_prefix(self._classifier, self._pixels, self._config)
+        return self.prefix
+
+
 def all_trainable(backbone: Backbone) -> FreezePlan:
     """The plan that freezes nothing."""
     return block_plan(backbone, range(backbone.n_blocks), outside=TRAINABLE)
@@ -130,7 +176,7 @@ def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = No
     UnknownNameError
         A unit that does not exist.
     PlanError
-        A rank larger than one of the matrices.
+        A rank larger than one of the matrices; experts stacked in one tensor.
     """
     known = {unit: names for by in UNITS for unit, names in parameter_units(backbone, by).items()}
     chosen = list(units)
@@ -141,6 +187,12 @@ def unit_plan(backbone: Backbone, units: Iterable[str], *, rank: int | None = No
     names = [name for unit in chosen for name in known[unit] if not is_adapter(name)]
     if rank is None:
         return block_plan(backbone, (), also_trainable=names)
+    parameters = dict(backbone.model.named_parameters())
+    if stacked := [name for name in names if is_expert(name) and parameters[name].ndim > 2]:
+        raise PlanError(
+            f"adapters are placed on linear maps, and {stacked[0]} is a stack of experts, which has none; "
+            "train the unit itself (no rank), or place adapters on attention alone (0.attention)"
+        )
     maps = [clean_name(f"{name}.")[:-1] for name in linear_modules(backbone, names)]
     return block_plan(backbone, ()).with_adapters(dict.fromkeys(maps, rank))
 

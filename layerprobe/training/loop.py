@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from layerprobe.backbones.backbone import evaluating
 from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError, stopped_by
 from layerprobe.training.classifier import Classifier, autocast, gradient_flow, set_training, whole
 from layerprobe.training.config import TrainConfig, derive_seed
@@ -91,7 +92,7 @@ def tracker_options(names: tuple[str, ...], folder: Path | None) -> dict[str, An
 def make_optimizer(
     classifier: Classifier, config: TrainConfig, *, by_block: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over exactly the trained parameters; no weight decay on norms, vectors and positions.
+    """AdamW over exactly the trained parameters; no weight decay on norms, vectors, biases, positions, tokens.
 
     With `by_block`, every block has parameter groups of its own (`BlockRates`). UsageError where nothing trains.
     """
@@ -103,7 +104,7 @@ def make_optimizer(
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad:
             group = groups.get(name, "")
-            undecayed = name in norms or group == "positions" or name.endswith("cls_token")
+            undecayed = name in norms or group == "positions" or name.endswith(("bias", "_token", "_tokens"))
             block = group if by_block and group.startswith("block.") else ""
             part = name.removeprefix("backbone.").partition(".")[0]
             key = (parameter.ndim < 2 or undecayed, block, multiples.get(part, 1.0))
@@ -173,7 +174,6 @@ def training_steps(
     n_steps: int,
     start: int = 0,
     flip: bool = False,
-    prefix: FrozenPrefix | None = None,
     before_step: Callable[[int], FrozenPrefix | None] | None = None,
     block_rates: BlockRates | None = None,
 ) -> Iterator[Step]:
@@ -211,8 +211,7 @@ def training_steps(
     losses: list[float] = []
     for step in range(start, n_steps):
         began = time.perf_counter()
-        if before_step is not None:
-            prefix = before_step(step)
+        prefix = before_step(step) if before_step is not None else None
         lr = config.rate(step, n_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group[RATE_MULTIPLE]
@@ -315,27 +314,26 @@ class FrozenPrefix:
         self._device = classifier.device
         self._blocks = classifier.backbone.blocks[:depth]
         self._n_outputs = 0
-        self._kept = torch.empty(0)
+        self.kept = torch.empty(0)
 
         def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
             self._n_outputs = len(output) if isinstance(output, tuple) else 0
             hidden = output[0] if isinstance(output, tuple) else output
-            if not len(self._kept):
-                self._kept = torch.empty((len(pixels), *hidden.shape[1:]), dtype=hidden.dtype)
-            self._kept[torch.from_numpy(rows)] = hidden.cpu()
+            if not len(self.kept):
+                self.kept = torch.empty((len(pixels), *hidden.shape[1:]), dtype=hidden.dtype)
+            self.kept[torch.from_numpy(rows)] = hidden.cpu()
 
         handle = self._blocks[-1].register_forward_hook(keep)
         try:
-            with torch.no_grad():
-                for rows in row_batches(len(pixels), batch_size):
-                    classifier.backbone(pixels[rows].to(self._device))
+            for rows in row_batches(len(pixels), batch_size):
+                classifier.backbone(pixels[rows].to(self._device))
         finally:
             handle.remove()
 
     @contextlib.contextmanager
     def used(self, indices: np.ndarray) -> Iterator[None]:
         """Within: a forward pass over the images `indices` takes the kept outputs."""
-        hidden = self._kept[torch.as_tensor(indices)].to(self._device)
+        hidden = self.kept[torch.as_tensor(indices)].to(self._device)
         output = (hidden, *(None,) * (self._n_outputs - 1)) if self._n_outputs else hidden
         for block in self._blocks:
             block.forward = lambda *_args, **_kwargs: output
@@ -347,22 +345,28 @@ class FrozenPrefix:
 
 
 def make_prefix(classifier: Classifier, pixels: ImageTensors, config: TrainConfig) -> FrozenPrefix | None:
-    """The frozen prefix's outputs for all images, where they fit in memory; None where augmentation or
-    training before the prefix's end would change them."""
+    """The frozen prefix's outputs for all images, where they fit in memory; None where augmentation, training or
+    dropout before the prefix's end would change them, or later blocks need more of it (T5's position bias)."""
     if not config.cache_prefix or config.augment != "none" or config.compile:
         return None
     set_training(classifier)
-    sample = pixels[np.arange(1)].to(classifier.device)
+    rows = np.arange(min(len(pixels), 2))
+    few, sample = pixels.subset(rows), pixels[rows].to(classifier.device)
     _, outputs = gradient_flow(classifier, sample)
     depth = outputs.index(True) if True in outputs else len(outputs)
-    with torch.no_grad():
-        hidden = classifier.backbone(sample)
     if depth == 0 or classifier.backbone.layout.tokens_first:
         return None
-    if hidden.numel() * hidden.element_size() * len(pixels) > PREFIX_BYTES:
-        return None
-    with autocast(classifier.device, config.precision):
-        return FrozenPrefix(classifier, depth, pixels, batch_size=config.micro_batch or config.batch_size)
+    with torch.no_grad(), autocast(classifier.device, config.precision):
+        in_training = FrozenPrefix(classifier, depth, few, batch_size=2).kept
+        with evaluating(classifier):
+            trial = FrozenPrefix(classifier, depth, few, batch_size=2)
+            whole_model = classifier.backbone(sample)
+            with trial.used(rows):
+                same = torch.equal(classifier.backbone(sample), whole_model)
+            fits = whole_model[0].nbytes * len(pixels) <= PREFIX_BYTES
+            if not (fits and same and torch.equal(trial.kept, in_training)):
+                return None
+            return FrozenPrefix(classifier, depth, pixels, batch_size=config.micro_batch or config.batch_size)
 
 
 @contextlib.contextmanager

@@ -146,3 +146,19 @@ def make_backbone(model_folder: Callable[[str], Path], task: Task) -> Callable[.
         return load_backbone(str(model_folder(family)), **options).prepare(task)
 
     return make
+
+
+@pytest.fixture
+def mixture_of_experts(task: Task) -> Any:
+    """A backbone of width 32 whose blocks send each token to two of four experts, stacked in one tensor."""
+    import transformers
+    from families import _GQA
+
+    from layerprobe.backbones import load_backbone
+
+    config = transformers.GptOssConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2)
+    model = transformers.GptOssModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some of its tensors start uninitialised or at zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    return load_backbone(model, patch_size=4).prepare(task)

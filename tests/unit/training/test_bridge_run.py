@@ -32,3 +32,17 @@ def test_drift_of_a_known_change(make_backbone):
     assert rows[2, "weight_change"] == pytest.approx(0.5)
     assert rows[2, "spectral_norm_ratio"] == pytest.approx(1.5)
     assert rows[2, "outlier_ratio_6sigma_before"] == rows[2, "outlier_ratio_6sigma_after"]
+
+
+def test_drift_looks_into_stacked_experts(mixture_of_experts):
+    all_trainable(mixture_of_experts).apply(mixture_of_experts.model)
+    before = initial_weights(mixture_of_experts)
+    experts = mixture_of_experts.model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[1] += torch.outer(torch.randn(64), torch.randn(32))
+        experts.down_proj_bias += 1.0
+    rows = {(row["block"], row["metric"]): row for row in drift_rows(mixture_of_experts, before)}
+    assert rows[0, "update_rank"]["n"] == 1
+    assert rows[0, "update_rank"]["value"] == pytest.approx(1.0, abs=1e-3)
+    entries = 2 * 32 * 32 + 2 * 32 * 16 + 4 * 32 + 4 * 3 * 32 * 64
+    assert rows[0, "outlier_ratio_6sigma_after"]["n"] == entries

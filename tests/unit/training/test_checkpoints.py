@@ -102,6 +102,22 @@ def test_the_newest_checkpoints_are_kept_and_one_that_no_run_file_names_is_not(
     assert steps_kept(tmp_path) == [3, 4, 5][3 - keep :]
 
 
+def test_a_model_of_mixed_dtypes_is_read_back_bit_for_bit(make_backbone, task, tmp_path):
+    def mixed():
+        backbone = make_backbone("llama", dtype="bfloat16")
+        backbone.model.layers[2].float()
+        return backbone
+
+    trained = mixed()
+    plan = block_plan(trained, [2])
+    bridge_train(
+        trained, task, plan=plan, config=SMALL.replace(steps=2, precision="bfloat16"), output=tmp_path
+    )
+    again = mixed()
+    checkpoints.load_weights(checkpoints.find_checkpoint(tmp_path), Classifier(again, 4, seed=0), plan)
+    assert digests(again) == digests(trained)
+
+
 def test_ctrl_c_saves_between_two_steps(make_backbone, task, tmp_path, at_step):
     whole = bridge_train(make_backbone(), task, config=SMALL)
     undo = at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT))

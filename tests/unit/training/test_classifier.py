@@ -47,6 +47,14 @@ def test_cost_is_six_operations_per_weight_and_token_where_all_trains(make_backb
     assert cost(block_plan(backbone, [3], stem="frozen"), cached_depth=3) == kept
 
 
+def test_cost_counts_the_experts_that_a_token_is_sent_to(mixture_of_experts):
+    classifier = Classifier(mixture_of_experts, 4, seed=0)
+    FrozenCheck(all_trainable(mixture_of_experts), classifier)
+    attention, router, experts = 2 * 32 * 32 + 2 * 32 * 16, 4 * 32, 2 * 3 * 32 * 64
+    block = 6 * 4 * (attention + router + experts) + 3 * 4 * 4**2 * 32
+    assert training_flops(classifier, (64, 3, 8, 8), 10) == 10 * 3 * block
+
+
 def test_a_snapshot_restores_also_after_an_exception_and_sees_what_it_cannot(make_backbone):
     backbone = make_backbone("gpt2")
     before = backbone.model.wpe.weight.detach().clone()

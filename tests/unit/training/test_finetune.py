@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import families
 import numpy as np
 import pytest
 import torch
 
+from layerprobe.backbones import load_backbone
 from layerprobe.errors import UsageError
 from layerprobe.files import tensor_digest
 from layerprobe.metrics.probing.logistic import fit_logistic_path
@@ -21,7 +23,7 @@ from layerprobe.training import (
     train_and_score,
 )
 from layerprobe.training.classifier import Classifier
-from layerprobe.training.finetune import PROBE_C, start_from_probe
+from layerprobe.training.finetune import PROBE_C, choose_rate, run_stage, start_from_probe
 
 
 def digests(backbone):
@@ -151,6 +153,60 @@ def test_a_frozen_stem_lets_the_frozen_prefix_be_kept(make_backbone, task):
     )
     assert kept.validation_accuracy == pytest.approx(computed.validation_accuracy, abs=0.07)
     assert kept.train_flops < computed.train_flops
+
+
+def test_a_stage_trains_the_stem_first_and_counts_each_phase(make_backbone, task):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    config = BridgeConfig(steps=4, batch_size=16, random_classes=4, weight_decay=0.1)
+    flops = []
+    for stem_steps in (0, 2, 4):
+        backbone = make_backbone("gpt2")
+        before = digests(backbone.model)
+        stage = run_stage(
+            backbone, tensors, config.replace(stem_steps=stem_steps), plan=all_trainable(backbone)
+        )
+        flops.append(stage.flops)
+        assert (digests(backbone.model) == before) == (stem_steps == 4)
+    assert flops[2] < flops[1] < flops[0]
+
+
+def test_candidate_rates_have_the_phases_of_the_run(make_backbone, task, monkeypatch):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    config = BridgeConfig(steps=40, stem_steps=10, lrs=(1e-3, 1e-2), lr_steps=4, random_classes=4)
+    seen = []
+
+    def look(backbone, tensors, trial, **options):
+        seen.append((trial.steps, trial.stem_steps))
+        return run_stage(backbone, tensors, trial, **options)
+
+    monkeypatch.setattr("layerprobe.training.finetune.run_stage", look)
+    choose_rate(backbone, tensors, tensors.random_labels(config), all_trainable(backbone), config, quiet=True)
+    assert seen == [(4, 1), (4, 1)]
+
+
+def test_a_stage_checkpoints_gradients_where_asked(make_backbone, task):
+    backbone = make_backbone("gpt2")
+    tensors = TaskTensors.of(backbone, task)
+    block, seen = backbone.blocks[0], []
+    block.register_forward_hook(lambda *_args: seen.append(block.gradient_checkpointing))
+    config = FineTuneConfig(steps=1, batch_size=16, gradient_checkpointing=True)
+    run_stage(backbone, tensors, config, plan=all_trainable(backbone))
+    assert seen[0] and not block.gradient_checkpointing
+
+
+def test_no_block_is_skipped_at_random(task):
+    backbone = load_backbone(families.build("opt", layerdrop=0.9), patch_size=4).prepare(task)
+    calls = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda ran, *_args: calls.append(ran))
+    config = FineTuneConfig(steps=3, batch_size=16)
+    tensors = TaskTensors.of(backbone, task)
+    calls.clear()
+    run_stage(backbone, tensors, config, plan=block_plan(backbone, [2], outside="trainable"))
+    assert len(calls) >= 9 and calls == [*backbone.blocks] * (len(calls) // 3)
+    assert {m.layerdrop for m in backbone.model.modules() if hasattr(m, "layerdrop")} == {0.9}
 
 
 def test_a_rate_far_too_high_is_a_reason_not_a_number(make_backbone, task):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import families
 import numpy as np
 import pytest
 import torch
 
+from layerprobe.backbones import load_backbone
 from layerprobe.errors import UsageError
 from layerprobe.training import (
     BridgeConfig,
@@ -49,6 +51,15 @@ def test_positions_and_norms_are_not_decayed(make_backbone):
     assert any(p is backbone.model.wpe.weight for p in kept["params"])
     assert any(p is backbone.model.ln_f.weight for p in kept["params"])
     assert any(p is backbone.model.wte.weight for p in decayed["params"])
+
+
+def test_stacked_biases_are_not_decayed(mixture_of_experts):
+    classifier = Classifier(mixture_of_experts, 4, seed=0)
+    FrozenCheck(all_trainable(mixture_of_experts), classifier)
+    decayed, kept = make_optimizer(classifier, FineTuneConfig()).param_groups
+    experts = mixture_of_experts.model.layers[0].mlp.experts
+    assert any(p is experts.down_proj_bias for p in kept["params"])
+    assert any(p is experts.down_proj for p in decayed["params"])
 
 
 def test_nothing_to_train_is_said(make_backbone):
@@ -98,6 +109,19 @@ def test_a_prefix_is_kept_only_where_nothing_before_it_changes(make_backbone, ta
     assert prefix(block_plan(backbone, [0], stem="frozen"), still) is None
     assert prefix(block_plan(backbone, [3], stem="frozen"), BridgeConfig()) is None  # images change
     assert prefix(block_plan(backbone, [3], stem="frozen"), still.replace(cache_prefix=False)) is None
+    # The outer norm trains, so the embeddings' dropout draws anew at every step.
+    last = block_plan(backbone, [3], stem="frozen", also_trainable=["ln_f.weight", "ln_f.bias"])
+    assert prefix(last, still) is None
+    backbone.model.drop.p = 0.0
+    assert prefix(last, still).depth == 3
+
+
+def test_no_prefix_is_kept_where_later_blocks_need_more_of_it(task):
+    backbone = load_backbone(families.build("t5"), patch_size=4).prepare(task)
+    classifier = Classifier(backbone, 4, seed=0)
+    FrozenCheck(block_plan(backbone, [2], stem="frozen"), classifier)
+    pixels = TaskTensors.of(backbone, task, ("train",)).pixels["train"]
+    assert make_prefix(classifier, pixels, BridgeConfig(augment="none")) is None
 
 
 def test_shares_are_ratios_of_norms_over_the_largest_one() -> None:
