@@ -278,8 +278,7 @@ def loo_knn(features: ArrayLike, labels: ArrayLike, *, n_neighbours: int = 5) ->
     X, y = check_labelled(features, labels)
     if len(X) < 2:
         raise UsageError("knn leaves one image out: it needs at least two")
-    X = X.astype(np.float64)
-    X -= X.mean(axis=0)
+    X = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
     lengths = np.einsum("ij,ij->i", X, X)
     k = min(n_neighbours, len(X) - 1)
     classes, own = np.unique(y, return_inverse=True)
@@ -378,10 +377,9 @@ def half_sample_errors(
     errors = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        spread = np.array([r[name].value for r in replicates], dtype=float).std(ddof=1).item()
-        errors[name] = Estimate(
-            value=None if missing else spread, reason=missing and f"half samples: {missing}"
-        )
+        spread = np.array([r[name].value for r in replicates], dtype=float).std(ddof=1)
+        why = missing and f"half samples: {missing}"
+        errors[name] = Estimate(value=None if missing else spread.item(), reason=why)
     return errors
 
 
