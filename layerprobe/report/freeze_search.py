@@ -336,7 +336,7 @@ def _next_steps(run: SearchRun) -> str:
         kept
         + "<p>Look at the plan, and hand it to your own trainer:</p>"
         + html.commands(f"layerprobe plan show {plan}", f"layerprobe plan export {plan} --to regex")
-        + "<p>Train a bridge under it, and measure what that brings:</p>"
+        + "<p>Or train on random labels under it first (a bridge), and measure what that brings:</p>"
         + html.commands(
             f"layerprobe bridge --model {model} --task {task} --plan {plan}{how} -o BRIDGE",
             f"layerprobe evaluate --model BRIDGE --task {task} --seeds 3",

@@ -146,16 +146,15 @@ def probes_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
     )
 
 
-def pixels_in_words(probes: Sequence[ProbeBaseline], report: Report) -> str:
-    """A last sentence where the raw pixels are behind the best line, but no difference is shown; or nothing."""
+def pixels_in_words(probes: Sequence[ProbeBaseline], recommended: BaselineResult) -> str:
+    """A last sentence where the raw pixels are not shown to be behind the recommended line; or nothing."""
     probe = next((one for one in probes if one.name == "pixels"), None)
-    best = max(report.lines, key=lambda line: line.accuracy.value or 0.0)
-    if probe is None or probe.accuracy > (best.accuracy.value or 0.0):
+    if probe is None:
         return ""
-    gap = probe.minus(best)
+    gap = probe.minus(recommended)
     if gap.low is None or gap.high is None or gap.high < 0:
         return ""
     return (
-        f" A linear probe of the raw pixels is not shown to be behind ({100 * probe.accuracy:.1f} %; "
+        f" A linear probe of the raw pixels is not shown to be behind it ({100 * probe.accuracy:.1f} %; difference "
         f"{interval_in_words(gap.low, gap.high, sign=True)} points): this task may not need the backbone."
     )

@@ -229,7 +229,8 @@ def make_result(
         n_seeds=len(report.seeds),
         adapter_rank=settings.adapter_rank,
     )
-    answer += pixels_in_words(probes, report)
+    if not probes_in_words(probes, report):
+        answer += pixels_in_words(probes, own)
     answer += rates_at_an_end(report, budget.lrs)
     if own.recall is not None:
         answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"

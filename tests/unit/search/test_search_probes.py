@@ -74,11 +74,13 @@ def test_a_probe_that_is_ahead_by_chance_is_said_to_be_no_worse() -> None:
 
 
 def test_pixels_that_are_not_shown_to_be_behind_are_the_last_sentence() -> None:
-    words = pixels_in_words([probe("pixels", 0.797)], report(line("plan", 0.80)))
-    assert words.startswith(" A linear probe of the raw pixels is not shown to be behind (79.7 %; -")
+    words = pixels_in_words([probe("pixels", 0.797)], line("plan", 0.80))
+    assert words.startswith(
+        " A linear probe of the raw pixels is not shown to be behind it (79.7 %; difference -"
+    )
     assert words.endswith("this task may not need the backbone.")
-    for other in ([probe("pixels", 0.60)], [probe("pixels", 0.90)], [probe("probe", 0.797)], []):
-        assert pixels_in_words(other, report(line("plan", 0.80))) == ""
+    for other in ([probe("pixels", 0.60)], [probe("probe", 0.797)], []):
+        assert pixels_in_words(other, line("plan", 0.80)) == ""
 
 
 def test_a_stored_probe_comes_back_and_is_compared_on_the_same_images() -> None:
