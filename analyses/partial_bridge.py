@@ -114,7 +114,8 @@ def stored(folder: Path) -> Source:
         f"{about['counts']} images, patch {about['patch_size']}, {about['bridge_steps']} + {about['finetune_steps']} "
         f"steps of {about['batch_size']}"
     )
-    facts = {"model": about["model"], "task": about["task"], "n": about["counts"]["test"], "setting": setting}
+    shots = f", {about['shots']} a class" if about.get("shots") else ""
+    facts = {"model": about["model"], "task": f"{about['task']}{shots}", "n": about["counts"]["test"], "setting": setting}
     if about["task"] in TASKS:
         facts["chance"] = 1 / TASKS[about["task"]].n_classes
     return table, table.masks, facts

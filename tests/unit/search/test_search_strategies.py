@@ -263,7 +263,8 @@ def test_the_posterior_tells_whether_plans_differ_at_all(gain: float, alike: boo
     budget = make_budget(landscape, total=40.0)
     masks = list(budget.space.masks())
     budget.train([budget.trial(mask, LRS[index % 3], index % 4) for index, mask in enumerate(masks)])
-    assert (budget.posterior().alike > 0.5) is alike
+    found = budget.posterior().alike
+    assert found > 0.2 if alike else found < 0.02
 
 
 def test_a_flat_landscape_is_left_early() -> None:
