@@ -115,7 +115,12 @@ def stored(folder: Path) -> Source:
         f"steps of {about['batch_size']}"
     )
     shots = f", {about['shots']} a class" if about.get("shots") else ""
-    facts = {"model": about["model"], "task": f"{about['task']}{shots}", "n": about["counts"]["test"], "setting": setting}
+    facts = {
+        "model": about["model"],
+        "task": f"{about['task']}{shots}",
+        "n": about["counts"]["test"],
+        "setting": setting,
+    }
     if about["task"] in TASKS:
         facts["chance"] = 1 / TASKS[about["task"]].n_classes
     return table, table.masks, facts

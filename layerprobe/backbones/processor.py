@@ -105,7 +105,7 @@ def _load(folder: Path, config: PretrainedConfig, changes: dict[str, object]) ->
     from transformers import AutoImageProcessor
 
     recipe = read_recipe(folder) or {}
-    reasons = []
+    errors: list[Exception] = []
     # Where the recipe names no class, the model's configuration tells it: that of the whole folder, or of the tower
     # in it. Where it names one that is not here, no other may stand in.
     for known in ({}, {"config": config}) if recipe_class(recipe) is None else ({},):
@@ -115,13 +115,13 @@ def _load(folder: Path, config: PretrainedConfig, changes: dict[str, object]) ->
                 folder, backend="pil", local_files_only=True, trust_remote_code=False, **known, **changes
             )
         except _UNUSABLE as error:
-            reasons.append(first_line(error))
+            errors.append(error)
         else:
             return made
     if (recipe_class(recipe) or type(config).__name__).startswith("DINOv3ViT"):
         return _scaling_first().from_dict({**recipe, **changes})
-    reason = reasons[-1][:300]
-    if lacking := re.search(r"Missing optional dependencies: ([\w, ]+)", reasons[-1]):
+    reason = first_line(errors[-1])
+    if lacking := re.search(r"Missing optional dependencies: ([\w, ]+)", str(errors[-1])):
         reason = f"{recipe_class(recipe) or 'its class'} needs {lacking[1]}, which is not installed"
     raise BrokenFileError(f"cannot follow the preprocessing recipe of {folder}: {reason}")
 
