@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from layerprobe.errors import UsageError
 from layerprobe.files import atomic_write
 from layerprobe.locks import n_processes, open_lock, process_number
 from layerprobe.progress import progress_bar
@@ -19,11 +20,19 @@ Result = TypeVar("Result")
 class SharedWork:
     """Every process asks for the same results in the same order, and gets them all.
 
-    A piece's result is a file in `folder`, made for this launch, which all processes see and nobody else may write
-    into. Its lock dies with the process that holds it, so that another one takes the piece.
+    A piece's result is a pickle in `folder`, made for this launch, which all processes see. Its lock dies with the
+    process that holds it, so that another one takes the piece.
+
+    Raises
+    ------
+    UsageError
+        The folder is another user's, or others may write into it: a pickle runs code when it is read.
     """
 
     def __init__(self, folder: Path) -> None:
+        about = folder.stat()
+        if about.st_uid != os.getuid() or about.st_mode & 0o022:
+            raise UsageError(f"others may write into {folder}, so results are not shared through it")
         self.folder = folder
         self._asked = 0
 

@@ -222,16 +222,15 @@ def make_result(
     """
     task, space, settings, verdict = evaluator.task, budget.space, budget.settings, report.verdict
     own = next(line for line in report.lines if line.baseline.mask == verdict.mask and line.baseline.is_plan)
-    answer = probes_in_words(probes, report) + sentence(
+    ahead = probes_in_words(probes, report)
+    answer = ahead + sentence(
         verdict,
         space,
         test=own.accuracy,
         n_seeds=len(report.seeds),
         adapter_rank=settings.adapter_rank,
     )
-    if not probes_in_words(probes, report):
-        answer += pixels_in_words(probes, own)
-    answer += rates_at_an_end(report, budget.lrs)
+    answer += ("" if ahead else pixels_in_words(probes, own)) + rates_at_an_end(report, budget.lrs)
     if own.recall is not None:
         answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"
         answer += (

@@ -229,7 +229,11 @@ class TrialStore:
     def _trials(self) -> list[FrozenTrial]:
         try:
             return self._study.get_trials(deepcopy=False)
-        except (TypeError, ValueError, LookupError) as error:  # optuna takes what is in its tables for its own
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+        ) as error:  # optuna takes what is in its tables for its own
             raise BrokenFileError(
                 f"cannot read the search's database: {shortened(first_line(error), 120)}"
             ) from error

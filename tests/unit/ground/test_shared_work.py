@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from layerprobe.errors import UsageError
 from layerprobe.shared_work import SharedWork
 
 
@@ -36,6 +37,12 @@ def test_a_piece_whose_process_died_is_computed_by_another(tmp_path: Path) -> No
     assert found == [number * number for number in range(8)]
     assert done == [3, 4, 5, 6, 7]
     assert work.results(2, lambda n: -n, unit="piece", what="another question", quiet=True) == [0, -1]
+
+
+def test_a_folder_that_others_may_write_into_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(UsageError, match="others may write into"):
+        SharedWork(tmp_path)
 
 
 def test_an_error_leaves_the_piece_to_others(tmp_path: Path) -> None:
