@@ -30,10 +30,9 @@ RECONNECT_SECONDS = 300.0
 """How long a database that does not answer is waited for, as when a server is restarted."""
 LONGEST_PAUSE = 15.0
 
-STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError, LookupError)
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError)
 """What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
-for tables of another optuna version (RuntimeError), a malformed URL (ValueError), a socket (OSError) and a state that
-there is not (LookupError)."""
+for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
 P = ParamSpec("P")
 R = TypeVar("R")

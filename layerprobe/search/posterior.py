@@ -90,7 +90,7 @@ class Posterior:
             self._rescale()
             self._condition()
 
-    @property
+    @cached_property
     def failed(self) -> set[Mask]:
         """Plans of which every training failed."""
         outcomes = list(zip(self.trials, self.accuracies, strict=True))

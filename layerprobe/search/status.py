@@ -116,7 +116,7 @@ def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
             f"storage {shown} needs a driver that is not installed ({error.name}); "
             "for PostgreSQL: pip install 'layerprobe[postgres]'"
         ) from error
-    except (*STORAGE_ERRORS, TypeError) as error:
+    except (*STORAGE_ERRORS, TypeError, LookupError) as error:
         raise NotAvailableError(f"storage {shown} cannot be read: {first_line(error)}") from error
     if not isinstance(arguments, dict):
         raise BrokenFileError(f"storage {shown} holds a study that layerprobe did not make")
