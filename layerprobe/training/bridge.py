@@ -147,7 +147,8 @@ class _Training:
         self.labels = tensors.random_labels(config)
         self.n_steps = config.n_steps(len(self.pixels))
         self.accelerator = make_accelerator(backbone.device, **tracker_options(config.trackers, folder))
-        if self.accelerator.num_processes > 1:
+        # Each process its own GPU. On CPUs nothing moves, and FSDP would copy all that is mapped from a file.
+        if self.accelerator.num_processes > 1 and backbone.device.type != "cpu":
             backbone.to(self.accelerator.device)
         self.is_main = self.accelerator.is_main_process
         self.about = {**backbone.describe(), **tensors.facts}

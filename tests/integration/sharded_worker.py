@@ -70,7 +70,7 @@ def main(settings: dict[str, Any]) -> None:
     output, world = settings["output"], int(os.environ.get("WORLD_SIZE", "1"))
     memory = None
     if first := settings.get("first"):  # whose libraries and buffers are not counted as the model's
-        main({**settings, "first": None, "model": first, "output": f"{output}.first"})
+        main({**settings, "first": None, "model": first, "run": None, "output": f"{output}.first"})
         memory = PeakMemory()
     task = load_task("digits", limit=50, offline=True)
     loading = {"device": "cpu", "patch_size": 4, "shard": world > 1, **settings.get("loading", {})}

@@ -88,7 +88,7 @@ def outlier_ratio(weight: ArrayLike | torch.Tensor, *, n_sigma: float = 6.0) -> 
     >>> outlier_ratio([0.0] * 99 + [50.0])
     0.01
     """
-    found = outlier_statistics(weight, rules=OutlierRules(sigmas=(n_sigma,), top=0))
+    found = outlier_statistics(weight, rules=OutlierRules.sigma_only((n_sigma,), top=0))
     if found.n == 0 or found.nan or found.inf:
         raise UsageError(f"outlier_ratio needs finite entries; got {found.size}, of them {found.n} finite")
     if "max_sigma" not in found.values:
