@@ -21,7 +21,6 @@ from study import Answer, Setup, Size, against, mean_row, publish, run, setup, s
 from layerprobe.analyzers.features import Features, extract_features
 from layerprobe.analyzers.similarity import CKAMatrix, cka_matrix
 from layerprobe.backbones import Backbone
-from layerprobe.cli.output import save_figure
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
 from layerprobe.tables import percent, tidy
@@ -73,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             memorised[f"{short(model)}, {short(name)}"] = float(np.mean(found))
     frame = tidy(rows)
-    save_figure(lambda: figure(frame), s.output / "bridge_cka.png")
     learnt = "; ".join(f"{where}: {percent(share, 0)}" for where, share in memorised.items())
     publish(
         s,
@@ -90,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         sections={"By block": by_block(frame)},
         figures={
-            "bridge_cka.png": "Similarity of each block before and after the bridge; bars: 95 % t intervals over seeds"
+            "bridge_cka.png": (
+                lambda: figure(frame),
+                "Similarity of each block before and after the bridge; bars: 95 % t intervals over seeds",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -189,36 +190,21 @@ def claims(rows: list[dict[str, Any]], model: str, task: str) -> list[Answer]:
     where = f"{short(model)}, {short(task)}"
     about: dict[str, Any] = {"n": n, "model": model, "task": task, "scale": 1.0, "unit": "CKA"}
     every = blocks.loc["all blocks"]
-    found = [
-        against(
-            "first − last",
-            f"first − last block, all trained ({where})",
-            every.iloc[:, 0],
-            every.iloc[:, -1],
-            **about,
-        )
-    ]
-    for key, plan in (("untrained", "untrained, all blocks"), ("half", "first half"), ("none", "none")):
-        if plan in blocks.index:
-            other = blocks.loc[plan].mean(axis=1)
-            what = {
-                "untrained": f"language − untrained, mean over blocks ({where})",
-                "half": f"first half − all trained, mean over blocks ({where})",
-                "none": f"stem alone − all trained, mean over blocks ({where})",
-            }[key]
-            a, b = (every.mean(axis=1), other) if key == "untrained" else (other, every.mean(axis=1))
-            found.append(against(key, what, a, b, **about))
-    if "none" in blocks.index:
+    claim = f"first − last block, all trained ({where})"
+    found = [against("first − last", claim, every.iloc[:, 0], every.iloc[:, -1], **about)]
+    mean = {plan: blocks.loc[plan].mean(axis=1) for plan in blocks.index.unique(level="plan")}
+    for key, words, a, b in (
+        ("untrained", "language − untrained", "all blocks", "untrained, all blocks"),
+        ("half", "first half − all trained", "first half", "all blocks"),
+        ("none", "stem alone − all trained", "none", "all blocks"),
+    ):
+        if a in mean and b in mean:
+            found.append(against(key, f"{words}, mean over blocks ({where})", mean[a], mean[b], **about))
+    if "none" in mean:
         # With every block frozen the stem alone has changed: what is left of a fall is the blocks' own doing.
         fall = [values.iloc[:, 0] - values.iloc[:, -1] for values in (every, blocks.loc["none"])]
-        found.append(
-            against(
-                "own",
-                f"first − last block, all trained, minus the same with the stem alone ({where})",
-                *fall,
-                **about,
-            )
-        )
+        claim = f"first − last block, all trained, minus the same with the stem alone ({where})"
+        found.append(against("own", claim, *fall, **about))
     near = frame[frame["metric"] == "cka_closest_vision"]
     if len(near):
         wide = near[near["plan"] == "all blocks"].pivot_table(index="seed", columns="moment", values="value")

@@ -19,13 +19,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from arms import Arms
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import mean_in_words, noise_in_words, outcome_rows, own_rate, pooled_claims
 
-from layerprobe.cli.output import save_figure
-from layerprobe.metrics.inference import PooledArms
 from layerprobe.plotting.studies import plot_claims
-from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import BridgeConfig, FineTuneConfig, TaskTensors, block_plan, train_and_score
 from layerprobe.training.arms import LEAST_RECALL
@@ -69,25 +66,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         train = task.train.subset(range(s.settings.images))
         task = replace(task, splits={**task.splits, "train": train})
         for model in s.models:
-            found, rates, recalls, own_rows = trainings(s, model, name, task)
-            rows += own_rows
-            pooled = PooledArms(found, n_images=len(task.test))
-            claimed = pooled_claims(
-                pooled, PAIRS, key=lambda words: words, model=model, task=name, n=len(task.test)
-            )
+            arms = trainings(s, model, name, task)
+            rows += arms.rows
+            claimed = arms.claims(PAIRS)
             answers += claimed
-            where = f"{short(model)}, {short(name)}, {len(train)} images"
-            sections[f"Test accuracy: {where}"] = accuracy_table(pooled, rates, recalls)
-            headlines.append(headline(claimed, recalls, where))
-    save_figure(lambda: plot_claims(answer_rows(s, answers)), s.output / "bridge_labels.png")
+            where = f"{arms.where}, {len(train)} images"
+            sections[f"Test accuracy: {where}"] = accuracy_table(arms)
+            headlines.append(headline(where, arms, claimed))
     publish(
         s,
-        rows=tidy(rows),
+        rows=rows,
         answers=answers,
         headline=" ".join(headlines),
         setting=setting(s),
         sections=sections,
-        figures={"bridge_labels.png": "What a random-label bridge adds; 95 % intervals."},
+        figures={
+            "bridge_labels.png": (
+                lambda: plot_claims(answer_rows(s, answers)),
+                "What a random-label bridge adds; 95 % intervals.",
+            )
+        },
         facts={
             "training": s.settings.steps | SHARED,
             "lrs": LRS,
@@ -97,12 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def trainings(
-    s: Setup, model: str, name: str, task: Task
-) -> tuple[
-    dict[str, dict[int, float]], dict[str, float], dict[str, tuple[float, float]], list[dict[str, Any]]
-]:
-    """Per arm: seed → test accuracy at its own rate; the rate; least and mean recall; and a row a training."""
+def trainings(s: Setup, model: str, name: str, task: Task) -> Arms:
+    """Every arm; the recall of each bridge stands in the rows, too."""
     loaded: dict[tuple[str, int], Any] = {}
     length = s.settings.steps
 
@@ -140,63 +134,49 @@ def trainings(
         key = f"{short(model)}-{short(name)}-{arm}-{lr:g}-{seed}".replace(" ", "-").replace(",", "")
         return s.kept(key, train, images=len(task.train), bridge_lr=BRIDGE_LR, **length, **SHARED)
 
-    found: dict[str, dict[int, float]] = {}
-    rates: dict[str, float] = {}
-    recalls: dict[str, tuple[float, float]] = {}
-    rows: list[dict[str, Any]] = []
+    arms = Arms(model, name, len(task.test))
+    about = {"metric": "bridge_recall", "split": "train", "n": len(task.train), "lr": BRIDGE_LR}
     for arm in ARMS:
-        rates[arm], runs = own_rate(partial(one, arm), LRS, s.settings.seeds, most=s.settings.most_rates)
-        own = {seed: outcome for (lr, seed), outcome in runs.items() if lr == rates[arm]}
-        found[arm] = {seed: outcome["test_accuracy"] or 0.0 for seed, outcome in own.items()}
-        recall = [outcome["bridge_accuracy"] for outcome in own.values()]
-        if recall[0] is not None:
-            recalls[arm] = min(recall), float(np.mean(recall))
-        rows += outcome_rows(runs, rates[arm], model=short(model), task=short(name), arm=arm)
-        rows += [
-            {
-                "metric": "bridge_recall",
-                "split": "train",
-                "value": outcome["bridge_accuracy"],
-                "n": len(task.train),
-                "model": short(model),
-                "task": short(name),
-                "arm": arm,
-                "lr": BRIDGE_LR,
-                "seed": seed,
-            }
-            for seed, outcome in own.items()
-            if outcome["bridge_accuracy"] is not None
+        arms.train(arm, partial(one, arm), LRS, s.settings.seeds, most=s.settings.most_rates)
+        place = {"model": arms.model, "task": arms.task, "arm": arm}
+        arms.rows += [
+            {**about, **place, "value": recall, "seed": seed} for seed, recall in recalls(arms, arm).items()
         ]
-    return found, rates, recalls, rows
+    return arms
 
 
-def accuracy_table(
-    pooled: PooledArms, rates: dict[str, float], recalls: dict[str, tuple[float, float]]
-) -> list[str]:
+def recalls(arms: Arms, arm: str) -> dict[int, float]:
+    """Seed → accuracy on the random labels at the end of the bridge; empty for an arm without one."""
+    found = {seed: outcome["bridge_accuracy"] for seed, outcome in arms.outcomes[arm].items()}
+    return {seed: recall for seed, recall in found.items() if recall is not None}
+
+
+def accuracy_table(arms: Arms) -> list[str]:
     rows = []
     for arm in ARMS:
+        recall = list(recalls(arms, arm).values())
         rows.append(
             {
                 "arm": arm,
-                "test accuracy %": mean_in_words(pooled, arm),
-                "lr": f"{rates[arm]:g}",
-                "recall of random labels % (least)": f"{100 * recalls[arm][1]:.1f} ({100 * recalls[arm][0]:.1f})"
-                if arm in recalls
-                else "–",
+                "test accuracy %": arms.mean_in_words(arm),
+                "lr": f"{arms.rates[arm]:g}",
+                "recall of random labels % (least)": (
+                    f"{100 * np.mean(recall):.1f} ({100 * min(recall):.1f})" if recall else "–"
+                ),
             }
         )
     return [
         *md_table(rows),
         "",
-        noise_in_words(pooled),
+        arms.noise_in_words(),
         "",
         f"Nothing is claimed of a bridge that recalls less than {100 * LEAST_RECALL:.0f} % of its labels.",
     ]
 
 
-def headline(answers: list[Answer], recalls: dict[str, tuple[float, float]], where: str) -> str:
+def headline(where: str, arms: Arms, answers: list[Answer]) -> str:
     parts = [f"{a.claim}: {a.value:+.1f} points ({a.low:+.1f} to {a.high:+.1f})" for a in answers]
-    learnt = recalls["hashed labels"][0]
+    learnt = min(recalls(arms, "hashed labels").values())
     gate = "" if learnt >= LEAST_RECALL else " too few for a claim;"
     return (
         f"{where}: the bridge learnt at least {100 * learnt:.0f} % of its labels;{gate} {'; '.join(parts)} "

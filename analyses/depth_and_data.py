@@ -21,10 +21,8 @@ import pandas as pd
 from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short
 from trainings import ExhaustiveTable, Trainings, frugal_plan
 
-from layerprobe.cli.output import save_figure
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_lines
-from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
@@ -60,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     frame = tidy(rows)
     used = s.settings.training
     rates = ", ".join(f"{lr:g}" for lr in used["lrs"])
-    save_figure(lambda: figure(frame), s.output / "depth_and_data.png")
     shown = [a for a in answers if a.key in ("best − all", "order", "moves")]
     publish(
         s,
@@ -76,8 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "few labels in all."
         ),
         figures={
-            "depth_and_data.png": "Test accuracy of each plan by share of the training images; bars: 95 % t "
-            "intervals over unseen seeds; ring: the plan that validation chose"
+            "depth_and_data.png": (
+                lambda: figure(frame),
+                "Test accuracy of each plan by share of the training images; bars: 95 % t intervals over unseen seeds; "
+                "ring: the plan that validation chose",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -94,17 +94,10 @@ def valued(
 ) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
     """The plans at one share, and how many training images that is."""
     part = part_of(task, share)
-    settings = make_settings(budget=1.0, strategy="exhaustive", **s.settings.training)
     label = f"{short(model)}-{short(name)}-{share:g}"
-    runs = Trainings(s, label, s.load(model, part), part, settings)
-    n = runs.space.n_blocks
-    half = n // 2
-    spans = {
-        "none": range(0),
-        "first half": range(half),
-        "last half": range(n - half, n),
-        "all": range(n),
-    }
+    runs = Trainings(s, label, s.load(model, part), part, **s.settings.training)
+    n, half = runs.space.n_blocks, runs.space.n_blocks // 2
+    spans = {"none": range(0), "first half": range(half), "last half": range(n - half, n), "all": range(n)}
     plans = {key: mask_of(span, n) for key, span in spans.items() if key in s.settings.plans}
     return runs.plans(list(plans.values())), plans, len(part.train)
 

@@ -24,7 +24,6 @@ from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup,
 
 from layerprobe.analyzers.probe_record import LinearProbes
 from layerprobe.analyzers.probes import probe_backbone
-from layerprobe.cli.output import save_figure
 from layerprobe.metrics.intervals import paired_bootstrap, paired_seed_interval
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels, plot_lines
@@ -70,11 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             } | seen
             rows += table(found, model, name)
             answers += claims(found, model, name)
-    save_figure(lambda: figure(tidy(rows)), s.output / "depth_curves.png")
     counts = {name: {k: len(v) for k, v in task.splits.items()} for name, task in tasks.items()}
     publish(
         s,
-        rows=tidy(rows),
+        rows=rows,
         answers=answers,
         headline=headline(answers),
         setting=(
@@ -84,8 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "and validation images with the C that validation chose. Best layers are chosen on validation, not on test."
         ),
         figures={
-            "depth_curves.png": "Probe accuracy by relative depth (0: what enters the first block). Bands: 95 % t "
-            "intervals over seeds, or Wilson intervals over images where nothing is random"
+            "depth_curves.png": (
+                lambda: figure(tidy(rows)),
+                "Probe accuracy by relative depth (0: what enters the first block). Bands: 95 % t intervals over "
+                "seeds, or Wilson intervals over images where nothing is random",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )

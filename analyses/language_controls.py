@@ -12,17 +12,15 @@ controls are drawn anew with every seed. No bridge. An interrupted call continue
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from arms import Arms
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import mean_in_words, noise_in_words, outcome_rows, own_rate, pooled_claims
 
-from layerprobe.cli.output import save_figure
-from layerprobe.metrics.inference import PooledArms
 from layerprobe.plotting.studies import plot_claims
-from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import FineTuneConfig, TaskTensors, block_plan, train_and_score
 
@@ -33,6 +31,12 @@ INITS = {
     "random": "random init",
 }
 SCOPES = ("none", "last half", "all")
+PAIRS = [
+    (f"language − {words}, trained: {scope}", f"language, {scope}", f"{words}, {scope}")
+    for scope in SCOPES
+    for words in list(INITS.values())[1:]
+]
+"""Language against each control where the same blocks train."""
 LRS = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2, 3, 4)
 TRAINING = {"steps": 400, "batch_size": 32, "head_lr": 10.0, "augment": "none"}
@@ -52,32 +56,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in s.tasks:
         task = s.task(name)
         for model in s.models:
-            found, rates, own_rows = trainings(s, model, name, task)
-            rows += own_rows
-            pooled = PooledArms(found, n_images=len(task.test))
-            claimed = claims(pooled, model, name, len(task.test))
+            arms = trainings(s, model, name, task)
+            rows += arms.rows
+            claimed = arms.claims(PAIRS, key=lambda words: words.partition(",")[0])
             answers += claimed
-            where = f"{short(model)}, {short(name)}"
-            sections[f"Test accuracy: {where}"] = accuracy_table(pooled, rates)
-            headlines.append(headline(pooled, claimed, where, len(task.test)))
-    frame = tidy(rows)
-    save_figure(lambda: plot_claims(answer_rows(s, answers)), s.output / "language_controls.png")
+            sections[f"Test accuracy: {arms.where}"] = accuracy_table(arms)
+            headlines.append(headline(arms.where, claimed))
     publish(
         s,
-        rows=frame,
+        rows=rows,
         answers=answers,
         headline=" ".join(headlines),
         setting=setting(s),
         sections=sections,
-        figures={"language_controls.png": "Language against its controls, by what trains; 95 % intervals."},
+        figures={
+            "language_controls.png": (
+                lambda: plot_claims(answer_rows(s, answers)),
+                "Language against its controls, by what trains; 95 % intervals.",
+            )
+        },
         facts={"training": s.settings.training, "lrs": LRS, "seeds": s.settings.seeds},
     )
 
 
-def trainings(
-    s: Setup, model: str, name: str, task: Task
-) -> tuple[dict[str, dict[int, float]], dict[str, float], list[dict[str, Any]]]:
-    """Arm → seed → test accuracy at the arm's own rate; arm → rate; and a row a training."""
+def trainings(s: Setup, model: str, name: str, task: Task) -> Arms:
     tensors: dict[tuple[str, int], Any] = {}
 
     def one(init: str, scope: str, lr: float, seed: int) -> dict[str, Any]:
@@ -98,62 +100,35 @@ def trainings(
         key = f"{short(model)}-{short(name)}-{init}-{scope}-{lr:g}-{seed}"
         return s.kept(key.replace(" ", "-"), train, **s.settings.training)
 
-    found: dict[str, dict[int, float]] = {}
-    rates: dict[str, float] = {}
-    rows: list[dict[str, Any]] = []
+    arms = Arms(model, name, len(task.test))
     for init, words in INITS.items():
         for scope in SCOPES:
-            arm = f"{words}, {scope}"
-            rates[arm], runs = own_rate(
-                partial(one, init, scope), LRS, s.settings.seeds, most=s.settings.most_rates
-            )
-            found[arm] = {
-                seed: outcome["test_accuracy"] or 0.0
-                for (lr, seed), outcome in runs.items()
-                if lr == rates[arm]
-            }
-            about = {"model": short(model), "task": short(name), "arm": arm, "init": init, "scope": scope}
-            rows += outcome_rows(runs, rates[arm], **about)
-    return found, rates, rows
+            arms.train(f"{words}, {scope}", partial(one, init, scope), LRS, s.settings.seeds,
+                       most=s.settings.most_rates, init=init, scope=scope)  # fmt: skip
+    return arms
 
 
-def claims(pooled: PooledArms, model: str, task: str, n: int) -> list[Answer]:
-    """Language against each control where the same blocks train."""
-    pairs = [
-        (f"language − {words}, trained: {scope}", f"language, {scope}", f"{words}, {scope}")
-        for scope in SCOPES
-        for words in list(INITS.values())[1:]
-    ]
-    return pooled_claims(
-        pooled, pairs, key=lambda words: words.partition(",")[0], model=model, task=task, n=n
-    )
-
-
-def accuracy_table(pooled: PooledArms, rates: dict[str, float]) -> list[str]:
+def accuracy_table(arms: Arms) -> list[str]:
     rows = []
     for words in INITS.values():
         row: dict[str, Any] = {"weights": words}
         for scope in SCOPES:
             arm = f"{words}, {scope}"
-            row[f"trained: {scope}"] = f"{mean_in_words(pooled, arm)} at {rates[arm]:g}"
+            row[f"trained: {scope}"] = f"{arms.mean_in_words(arm)} at {arms.rates[arm]:g}"
         rows.append(row)
-    return [*md_table(rows), "", noise_in_words(pooled)]
+    return [*md_table(rows), "", arms.noise_in_words()]
 
 
-def headline(pooled: PooledArms, answers: list[Answer], where: str, n: int) -> str:
+def headline(where: str, answers: list[Answer]) -> str:
     """Two plain sentences: language against random init, then against the control that keeps most."""
     parts = []
-    for scope, words in (
-        ("all", "random init"),
-        ("all", "shuffled"),
-        ("none", "random init"),
-        ("none", "shuffled"),
-    ):
+    for scope, words in itertools.product(("all", "none"), ("random init", "shuffled")):
         answer = next(a for a in answers if a.claim == f"language − {words}, trained: {scope}")
         blocks = "all blocks train" if scope == "all" else "no block trains"
         interval = f"({answer.low:+.1f} to {answer.high:+.1f})"
         parts.append(f"{answer.value:+.1f} points {interval} against {words} where {blocks}")
-    return f"{where}: language weights have {'; '.join(parts)} (n = {n:,} test images, {answers[0].n_seeds} seeds)."
+    n, n_seeds = answers[0].n, answers[0].n_seeds
+    return f"{where}: language weights have {'; '.join(parts)} (n = {n:,} test images, {n_seeds} seeds)."
 
 
 def setting(s: Setup) -> str:

@@ -16,24 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-from study import (
-    Answer,
-    Setup,
-    Size,
-    against,
-    answer_rows,
-    mean_row,
-    publish,
-    run,
-    setup,
-    short,
-)
+from study import Answer, Setup, Size, against, answer_rows, mean_row, publish, run, setup, short
 from trainings import Trainings, trial_rows
 
-from layerprobe.cli.output import save_figure
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import plot_claims, plot_lines
-from layerprobe.search.settings import make_settings
 from layerprobe.search.space import REPORT_REPEAT, Trial, mask_of
 from layerprobe.tables import tidy
 from layerprobe.tasks import Task
@@ -67,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             said += conclusions(here, own, f"{short(model)}, {short(name)}", s.settings.lrs)
     frame = tidy(rows)
     grid = ", ".join(f"{lr:g}" for lr in s.settings.lrs)
-    save_figure(lambda: figure(frame, answer_rows(s, answers)), s.output / "lr_fairness.png")
     publish(
         s,
         rows=frame,
@@ -80,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "own rate has the best mean validation accuracy over the seeds."
         ),
         figures={
-            "lr_fairness.png": "Above: each arm by learning rate, 95 % t intervals over seeds. Below: the three "
-            "comparisons at each common rate, and with own rates"
+            "lr_fairness.png": (
+                lambda: figure(frame, answer_rows(s, answers)),
+                "Above: each arm by learning rate, 95 % t intervals over seeds. Below: the three comparisons at each "
+                "common rate, and with own rates",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -90,9 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Trial, Any]]:
     """Arm → trial → outcome: every rate with every seed, judged on test."""
     lrs, seeds = s.settings.lrs, range(s.settings.seeds)
-    settings = make_settings(budget=1.0, strategy="exhaustive", **vars(s.settings))
     label = f"{short(model)}-{short(name)}"
-    runs = Trainings(s, label, s.load(model, task), task, settings)
+    runs = Trainings(s, label, s.load(model, task), task, **vars(s.settings))
     n = runs.space.n_blocks
     masks = {"all": runs.space.all, "first half": mask_of(range(n // 2), n), "none": runs.space.none}
     found = {
@@ -105,7 +93,7 @@ def trainings(s: Setup, model: str, name: str, task: Task) -> dict[str, dict[Tri
     found["untrained, all"] = {}
     for seed in seeds:
         untrained = s.load(model, task, init="random", seed=seed)
-        runs = Trainings(s, f"{label}-untrained-{seed}", untrained, task, settings)
+        runs = Trainings(s, f"{label}-untrained-{seed}", untrained, task, **vars(s.settings))
         trials = [Trial(mask=runs.space.all, lr=lr, repeat=REPORT_REPEAT + seed) for lr in lrs]
         found["untrained, all"] |= runs.outcomes(trials)
     return found

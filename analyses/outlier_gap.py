@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -24,7 +24,6 @@ from transformers.utils.logging import disable_progress_bar
 from layerprobe.analyzers.compare import OutlierComparison, compare_outliers
 from layerprobe.analyzers.outliers import OutlierReport, gaussian_tail, outlier_report
 from layerprobe.backbones import load_backbone
-from layerprobe.cli.output import save_figure
 from layerprobe.plotting.outliers import plot_outlier_comparison, plot_outlier_heatmap, plot_outlier_tails
 from layerprobe.plotting.studies import plot_claims
 from layerprobe.tables import write_frame
@@ -55,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparisons = {name: compare_outliers(reports[name], twins[name], quiet=True) for name in reports}
     answers = [twin_claim(name, comparisons[name], reports[name]) for name in reports]
     frames = [c.to_frame() for c in comparisons.values()]
-    figures = {"twins.png": "Trained against untrained, block weights beyond 3σ: each model with its twin"}
     sections: dict[str, list[str]] = {
         "The models": ["Exact counts over the stored weights.", "", *models_table(groups, reports)]
     }
@@ -64,27 +62,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             groups={group: [reports[name] for name in members] for group, members in groups.items()},
             quiet=True,
         )
-        group_answers = group_claims(grouped, groups)
-        answers = group_answers + answers
+        answers = group_claims(grouped, groups) + answers
         frames.insert(0, grouped.to_frame())
-        figures = {
-            "compare.png": "Language against vision, by part and depth",
-            "tails.png": "How the tail falls: share of block weights beyond kσ",
-        } | figures
         sections |= sections_of(grouped)
-        save_figure(lambda: plot_outlier_comparison(grouped.to_frame()), s.output / "compare.png")
         told = grouped.summary()
     else:
         told = next(iter(comparisons.values())).summary()
-    for name, found in reports.items():
-        frame = found.to_frame()
-        save_figure(lambda frame=frame: plot_outlier_heatmap(frame), s.output / f"heatmap_{short(name)}.png")
-    levels = pd.concat([found.to_frame() for found in reports.values()], ignore_index=True)
+    weights = {name: found.to_frame() for name, found in reports.items()}
+    levels = pd.concat(list(weights.values()), ignore_index=True)
     levels = levels[levels["level"].isin(LEVELS)]
     write_frame(levels.dropna(axis=1, how="all"), s.output / "levels.csv")
     blocks = levels[(levels["level"] == "group") & (levels["group"] == "blocks")]
-    save_figure(lambda: plot_outlier_tails(blocks), s.output / "tails.png")
-    save_figure(lambda: twins_figure(answer_rows(s, answers)), s.output / "twins.png")
+    tails = "How the tail falls: share of block weights beyond kσ" if vision else ""
+    twin = "Trained against untrained, block weights beyond 3σ: each model with its twin"
+    figures: dict[str, tuple[Callable[[], Any], str]] = {
+        f"heatmap_{short(name)}.png": (lambda frame=frame: plot_outlier_heatmap(frame), "")
+        for name, frame in weights.items()
+    }
+    if vision:
+        figures["compare.png"] = (
+            lambda: plot_outlier_comparison(grouped.to_frame()),
+            "Language against vision, by part and depth",
+        )
+    figures["tails.png"] = (lambda: plot_outlier_tails(blocks), tails)
+    figures["twins.png"] = (lambda: twins_figure(answer_rows(s, answers)), twin)
     publish(
         s,
         rows=kept(pd.concat(frames, ignore_index=True)),
@@ -121,7 +122,7 @@ def twin_report(s: Setup, name: str) -> OutlierReport:
 
 def group_claims(comparison: OutlierComparison, groups: dict[str, list[str]]) -> list[Answer]:
     found = []
-    n = sum(len(members) for members in groups.values())
+    models = [short(name) for members in groups.values() for name in members]
     for row in comparison.rows:
         if (row["level"], row["metric"]) != ("group", MAIN) or row["part"] not in PARTS or not row["value"]:
             continue
@@ -132,18 +133,16 @@ def group_claims(comparison: OutlierComparison, groups: dict[str, list[str]]) ->
                 Answer(
                     "group",
                     f"language : vision, {where}",
-                    row["value"],
-                    end(row["low"]),
-                    end(row["high"]),
+                    *(row["value"], end(row["low"]), end(row["high"])),
                     "95 % bootstrap interval over models and blocks",
-                    n,
-                    "models",
-                    0,
-                    ", ".join(short(m) for members in groups.values() for m in members),
-                    "",
-                    "times",
-                    1.0,
-                    row["pvalue"],
+                    n=len(models),
+                    counted="models",
+                    n_seeds=0,
+                    model=", ".join(models),
+                    task="",
+                    unit="times",
+                    null=1.0,
+                    pvalue=row["pvalue"],
                 )
             )
     return found
@@ -155,26 +154,21 @@ def end(value: float | None) -> float:
 
 
 def twin_claim(name: str, comparison: OutlierComparison, found: OutlierReport) -> Answer:
-    row = next(
-        r
-        for r in comparison.rows
-        if (r["level"], r["metric"], r["part"], r["depth"]) == ("pair", MAIN, "all", "all")
-    )
+    place = {"level": "pair", "metric": MAIN, "part": "all", "depth": "all"}
+    row = next(row for row in comparison.rows if place.items() <= row.items())
     kind = "vision" if is_vision(name) else "language"
     return Answer(
         "twin",
         f"trained : untrained, {short(name)} ({kind})",
-        row["value"],
-        end(row["low"]),
-        end(row["high"]),
+        *(row["value"], end(row["low"]), end(row["high"])),
         "95 % bootstrap interval over blocks",
-        found.pool(group="blocks").n,
-        f"weights in {found.n_blocks} blocks",
-        0,
-        short(name),
-        "",
-        "times",
-        1.0,
+        n=found.pool(group="blocks").n,
+        counted=f"weights in {found.n_blocks} blocks",
+        n_seeds=0,
+        model=short(name),
+        task="",
+        unit="times",
+        null=1.0,
     )
 
 

@@ -18,27 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import (
-    TABLES,
-    Answer,
-    Setup,
-    Size,
-    against,
-    mean_row,
-    publish,
-    run,
-    setup,
-    short,
-    table_folders,
-    tally,
-)
-from trainings import ExhaustiveTable, Trainings, frugal_plan
+from study import Answer, Setup, Size, against, mean_row, publish, run, setup, short, tally
+from trainings import TABLES, ExhaustiveTable, Trainings, frugal_plan, table_folders
 
-from layerprobe.cli.output import save_figure
 from layerprobe.files import read_json
 from layerprobe.plotting import style as look
 from layerprobe.plotting.studies import draw_levels
-from layerprobe.search.settings import make_settings
 from layerprobe.search.space import Mask, strip
 from layerprobe.tables import tidy
 from layerprobe.tasks.catalog import TASKS
@@ -80,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += measured(table, masks, facts)
         answers += claims(table, masks, facts)
     frame = tidy(rows)
-    save_figure(lambda: figure(frame), s.output / "partial_bridge.png")
     seeds = sorted({f"{a.n_seeds} seeds" for a in answers})
     publish(
         s,
@@ -97,8 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             + ("the plans trained here." if train else "all plans of a table.")
         ),
         figures={
-            "partial_bridge.png": "Test accuracy against the share of the blocks' parameters that train; bars: 95 % t "
-            "intervals over unseen seeds; ring: the searched plan; grey: means of all other plans"
+            "partial_bridge.png": (
+                lambda: figure(frame),
+                "Test accuracy against the share of the blocks' parameters that train; bars: 95 % t intervals over "
+                "unseen seeds; ring: the searched plan; grey: means of all other plans",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -128,16 +115,16 @@ def stored(folder: Path) -> Source:
 
 def trained(s: Setup, model: str, name: str) -> Source:
     task = s.task(name)
-    settings = make_settings(budget=1.0, strategy="exhaustive", **vars(s.settings))
-    runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, settings)
-    space = runs.space
-    n = space.n_blocks
+    runs = Trainings(s, f"{short(model)}-{short(name)}", s.load(model, task), task, **vars(s.settings))
+    n = runs.space.n_blocks
     spans = [(0, 0), *((start, stop) for start in range(n) for stop in range(start + 1, n + 1))]
     if s.quick:
         spans = [(0, 0), (0, n // 2), (n - n // 2, n), (0, n)]
     masks = [tuple(start <= index < stop for index in range(n)) for start, stop in spans]
     counts = {key: len(split) for key, split in task.splits.items()}
-    setting = f"{counts} images, patch {s.patch}, {settings.finetune_steps} steps of {settings.batch_size}"
+    setting = (
+        f"{counts} images, patch {s.patch}, {s.settings.finetune_steps} steps of {s.settings.batch_size}"
+    )
     facts = {"model": short(model), "task": short(name), "n": len(task.test), "setting": setting}
     return runs.plans(masks), masks, facts | {"chance": 1 / task.n_classes}
 
@@ -186,25 +173,11 @@ def claims(table: ExhaustiveTable, masks: list[Mask], facts: dict[str, Any]) -> 
     partial = [mask for mask in masks if 0 < sum(mask) < space.n_blocks]
     best = frugal_plan(table, partial, tolerant=False)
     plan = frugal_plan(table, masks)
-    found = [
-        against(
-            "partial − all",
-            f"best partial {strip(best)} − all {where}",
-            table.test(best),
-            everything,
-            **about,
-        )
-    ]
+    claim = f"best partial {strip(best)} − all {where}"
+    found = [against("partial − all", claim, table.test(best), everything, **about)]
     if plan != space.all:
-        found.append(
-            against(
-                "plan − all",
-                f"searched plan {strip(plan)} − all {where}",
-                table.test(plan),
-                everything,
-                **about,
-            )
-        )
+        claim = f"searched plan {strip(plan)} − all {where}"
+        found.append(against("plan − all", claim, table.test(plan), everything, **about))
     first = {sum(m): table.test(m) for m in partial if family_of(m) == "first k"}
     last = {sum(m): table.test(m) for m in partial if family_of(m) == "last k"}
     sizes = sorted(first.keys() & last.keys())
@@ -253,20 +226,9 @@ def figure(frame: pd.DataFrame) -> Any:
             # Families share sizes; a small shift keeps their bars apart.
             x = x + {"first k": -1.0, "last k": 1.0}.get(family, 0.0)
             reach = [y - 100 * rows["low"].astype(float), 100 * rows["high"].astype(float) - y]
+            bars = {"yerr": reach, "capsize": 2, "elinewidth": 0.8}
             joined = "-" if family in ("first k", "last k") else "none"
-            ax.errorbar(
-                x,
-                y,
-                yerr=reach,
-                color=colour,
-                marker=marker,
-                ms=6,
-                lw=1.2,
-                ls=joined,
-                capsize=2,
-                elinewidth=0.8,
-                label=family,
-            )
+            ax.errorbar(x, y, **bars, color=colour, marker=marker, ms=6, lw=1.2, ls=joined, label=family)
         chosen = part[part["chosen"].astype(bool)]
         shift = {"first k": -1.0, "last k": 1.0}.get(chosen["family"].iloc[0], 0.0)
         x, y = 100 * chosen["trainable_share"].astype(float) + shift, 100 * chosen["value"].astype(float)

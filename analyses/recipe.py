@@ -10,18 +10,17 @@ with the first seed. An interrupted call continues where it stopped.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from arms import Arms
 from study import Answer, Setup, Size, answer_rows, md_table, publish, run, setup, short
-from trainings import mean_in_words, outcome_rows, own_rate, pooled_claims
 
-from layerprobe.cli.output import save_figure
-from layerprobe.metrics.inference import PooledArms
 from layerprobe.metrics.intervals import wilson_interval
 from layerprobe.plotting.studies import plot_claims
-from layerprobe.tables import tidy
 from layerprobe.tasks import Task
 from layerprobe.training import FineTuneConfig, TaskTensors, block_plan, train_and_score
 
@@ -65,36 +64,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     headlines, targets = [], []
     for model, name in pairs:
         task = s.task(name)
-        found, facts, own_rows, target = trainings(s, model, name, task)
+        arms, target = trainings(s, model, name, task)
         targets += target
-        if not found:
+        if not arms.rows:
             continue
-        rows += own_rows
-        pooled = PooledArms(found, n_images=len(task.test))
-        compared = [(f"{words} − recipe", words, "recipe") for words in VARIANTS if words != "recipe"]
-        answers += pooled_claims(
-            pooled, compared, key=lambda words: words, model=model, task=name, n=len(task.test)
-        )
-        where = f"{short(model)}, {short(name)}"
-        sections[f"Test accuracy: {where}, {seconds(s, name):g} CPU-s"] = accuracy_table(pooled, facts)
-        headlines.append(headline(pooled, facts, where, len(task.test)))
+        rows += arms.rows
+        answers += arms.claims([(f"{words} − recipe", words, "recipe") for words in list(VARIANTS)[1:]])
+        sections[f"Test accuracy: {arms.where}, {seconds(s, name):g} CPU-s"] = accuracy_table(arms)
+        headlines.append(headline(arms))
     if targets:
         sections["The recipe with more time, one training (seed 0)"] = md_table(targets)
-    save_figure(lambda: plot_claims(answer_rows(s, answers)), s.output / "recipe.png")
     publish(
         s,
-        rows=tidy(rows),
+        rows=rows,
         answers=answers,
         headline=" ".join(headlines),
         setting=setting(s),
         sections=sections,
-        figures={"recipe.png": "Each variant against the recipe at equal processor time; 95 % intervals."},
+        figures={
+            "recipe.png": (
+                lambda: plot_claims(answer_rows(s, answers)),
+                "Each variant against the recipe at equal processor time; 95 % intervals.",
+            )
+        },
         facts={
             "recipe": RECIPE,
             "variants": VARIANTS,
             "seconds": SECONDS,
             "targets": TARGETS,
-            "seeds": seeds(s),
+            "seeds": SEEDS,
             "lrs": LRS,
         },
     )
@@ -104,20 +102,11 @@ def seconds(s: Setup, name: str) -> float:
     return 2.0 if s.quick else SECONDS.get(short(name), 60.0)
 
 
-def seeds(s: Setup) -> tuple[int, ...]:
-    return SEEDS[:2] if s.quick else SEEDS
-
-
-def trainings(
-    s: Setup, model: str, name: str, task: Task
-) -> tuple[
-    dict[str, dict[int, float]], dict[str, dict[str, float]], list[dict[str, Any]], list[dict[str, Any]]
-]:
-    """Per variant: seed → test accuracy at its own rate; rate, steps and processor seconds; a row a training; and a
-    row for the recipe with the time of `TARGETS`."""
+def trainings(s: Setup, model: str, name: str, task: Task) -> tuple[Arms, list[dict[str, Any]]]:
+    """The variants as arms, and a row for the recipe with the time of `TARGETS`."""
     loaded: dict[str, Any] = {}
 
-    def one(words: str, lr: float, seed: int, budget: float) -> dict[str, Any]:
+    def one(budget: float, words: str, lr: float, seed: int) -> dict[str, Any]:
         given = {"batch_size": 32, "augment": "none", **RECIPE, **VARIANTS[words]}
         stem = given.pop("stem")
 
@@ -152,25 +141,14 @@ def trainings(
         n_steps = max(2, round(budget / speed["step"]))
         return s.kept(f"{key}-{lr:g}-{seed}-{budget:g}", train, **given, stem=stem)
 
-    found: dict[str, dict[int, float]] = {}
-    facts: dict[str, dict[str, float]] = {}
-    rows: list[dict[str, Any]] = []
+    arms = Arms(model, name, len(task.test))
     lrs = LRS.get(short(model), LRS["minilm"])
     for words in () if short(name) in LONG_ALONE and not s.quick else VARIANTS:
-        lr, runs = own_rate(
-            lambda lr, seed, words=words: one(words, lr, seed, seconds(s, name)), lrs, seeds(s), most=len(lrs)
-        )
-        own = {seed: outcome for (rate, seed), outcome in runs.items() if rate == lr}
-        found[words] = {seed: outcome["test_accuracy"] or 0.0 for seed, outcome in own.items()}
-        mean = {
-            key: sum(outcome[key] for outcome in own.values()) / len(own) for key in ("steps", "cpu_seconds")
-        }
-        facts[words] = {"lr": lr, **mean}
-        rows += outcome_rows(runs, lr, model=short(model), task=short(name), arm=words)
+        arms.train(words, partial(one, seconds(s, name), words), lrs, SEEDS, most=len(lrs))
     targets = []
     if not s.quick and short(name) in TARGETS:
         limit, bar = TARGETS[short(name)]
-        outcome = one("recipe", facts["recipe"]["lr"] if facts else lrs[0], 0, SHARE * limit)
+        outcome = one(SHARE * limit, "recipe", arms.rates.get("recipe", lrs[0]), 0)
         n, right = len(task.test), outcome["test_accuracy"]
         low, high = (100 * end for end in wilson_interval(right * n, n))
         targets.append(
@@ -183,36 +161,37 @@ def trainings(
                 "reached": "yes" if right >= bar and outcome["cpu_seconds"] <= limit else "no",
             }
         )
-    return found, facts, rows, targets
+    return arms, targets
 
 
-def accuracy_table(pooled: PooledArms, facts: dict[str, dict[str, float]]) -> list[str]:
-    rows = []
-    for words in VARIANTS:
-        about = facts[words]
-        rows.append(
+def mean_of(arms: Arms, words: str, what: str) -> float:
+    """Mean over seeds, at the variant's own rate."""
+    return statistics.mean(outcome[what] for outcome in arms.outcomes[words].values())
+
+
+def accuracy_table(arms: Arms) -> list[str]:
+    return md_table(
+        [
             {
                 "variant": words,
-                "test accuracy %": mean_in_words(pooled, words),
-                "lr": f"{about['lr']:g}",
-                "steps": f"{about['steps']:.0f}",
-                "CPU-s, evaluation included": f"{about['cpu_seconds']:.0f}",
+                "test accuracy %": arms.mean_in_words(words),
+                "lr": f"{arms.rates[words]:g}",
+                "steps": f"{mean_of(arms, words, 'steps'):.0f}",
+                "CPU-s, evaluation included": f"{mean_of(arms, words, 'cpu_seconds'):.0f}",
             }
-        )
-    return md_table(rows)
-
-
-def headline(pooled: PooledArms, facts: dict[str, dict[str, float]], where: str, n: int) -> str:
-    value = 100 * (pooled.mean("recipe").value or 0.0)
-    best = max(VARIANTS, key=lambda words: pooled.mean(words).value or 0.0)
-    top = (
-        "the best"
-        if best == "recipe"
-        else f"the best is {best}, {100 * (pooled.mean(best).value or 0):.1f} %"
+            for words in VARIANTS
+        ]
     )
+
+
+def headline(arms: Arms) -> str:
+    reached = {words: 100 * (arms.pooled.mean(words).value or 0.0) for words in VARIANTS}
+    best = max(reached, key=lambda words: reached[words])
+    top = "the best" if best == "recipe" else f"the best is {best}, {reached[best]:.1f} %"
     return (
-        f"{where}: the recipe reaches {value:.1f} % test accuracy in {facts['recipe']['cpu_seconds']:.0f} CPU-s, "
-        f"evaluation included ({top}; n = {n:,} test images, {pooled.mean('recipe').n} seeds)."
+        f"{arms.where}: the recipe reaches {reached['recipe']:.1f} % test accuracy in "
+        f"{mean_of(arms, 'recipe', 'cpu_seconds'):.0f} CPU-s, evaluation included ({top}; n = {arms.n_images:,} test "
+        f"images, {len(SEEDS)} seeds)."
     )
 
 
@@ -221,7 +200,7 @@ def setting(s: Setup) -> str:
         "Recipe: all blocks, stem and head train; the head starts from a logistic regression on the frozen features, "
         "the stem from principal components of the patches; one learning rate for all; AdamW, batches of 32, no "
         "augmentation, no label smoothing, float32. Images have 16 tokens. A variant's steps are the processor time "
-        f"that stands above divided by its measured time of a step; seeds {seeds(s)}; rates {LRS}."
+        f"that stands above divided by its measured time of a step; seeds {SEEDS}; rates {LRS}."
     )
 
 

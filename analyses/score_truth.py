@@ -19,18 +19,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from study import TABLES, Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short, table_folders
-from trainings import ExhaustiveTable, Trainings, Truth, permutation_agreement, score_agreement
+from study import Answer, Setup, Size, is_vision, mean_row, publish, run, setup, short
+from trainings import (
+    TABLES,
+    ExhaustiveTable,
+    Trainings,
+    Truth,
+    permutation_agreement,
+    score_agreement,
+    table_folders,
+)
 
 from layerprobe.backbones import load_backbone
-from layerprobe.cli.output import save_figure
 from layerprobe.errors import NotAvailableError, UnknownNameError
 from layerprobe.files import read_json
 from layerprobe.metrics.intervals import mean_interval
 from layerprobe.plotting import style as look
 from layerprobe.plotting.layer_scores import FAMILY_COLOURS
 from layerprobe.search.evaluator import by_block, layer_scores
-from layerprobe.search.settings import make_settings
 from layerprobe.tables import tidy
 from layerprobe.tasks import load_task
 
@@ -39,8 +45,8 @@ FULL = Size((), (), None, None)
 QUICK_FROZEN = (3, 4, 5)
 """Blocks that no plan of the quick table trains: eight plans instead of 64."""
 
-QUICK_STEPS = {"bridge_steps": 4, "finetune_steps": 12}
-QUICK_LRS, QUICK_BATCH, QUICK_UNSEEN = (3e-4,), 16, 2
+QUICK_TRAINING = {"lrs": (3e-4,), "seeds": 1, "batch_size": 16, "bridge_steps": 4, "finetune_steps": 12}
+QUICK_UNSEEN = 2
 TRAINABLE = ("rgn", "gradient_snr", "taylor", "fisher")
 CEILING = "noise ceiling"
 TOLERANCE = 1.2
@@ -63,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     frame = tidy(rows)
     answers = claims(frame)
     frame = tidy([*rows, *over_tables(frame)])
-    save_figure(lambda: figure(frame), s.output / "score_truth.png")
     publish(
         s,
         rows=frame,
@@ -79,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         sections={"By table": by_table(frame)},
         figures={
-            "score_truth.png": "Kendall τ with measured transfer within equal counts: each table (small) and their "
-            "mean with its 95 % interval"
+            "score_truth.png": (
+                lambda: figure(frame),
+                "Kendall τ with measured transfer within equal counts: each table (small) and their mean with its 95 % "
+                "interval",
+            )
         },
         facts={"tolerance": TOLERANCE},
     )
@@ -129,16 +137,8 @@ def quick_table(s: Setup) -> tuple[ExhaustiveTable, int]:
     task = s.task(s.tasks[0])
     backbone = s.load(s.models[0], task)
     frozen = tuple(b for b in QUICK_FROZEN if b < backbone.n_blocks)
-    settings = make_settings(
-        lrs=QUICK_LRS,
-        seeds=1,
-        budget=1.0,
-        strategy="exhaustive",
-        batch_size=QUICK_BATCH,
-        must_freeze=frozen,
-        **QUICK_STEPS,
-    )
-    runs = Trainings(s, f"{short(s.models[0])}-{short(s.tasks[0])}", backbone, task, settings)
+    label = f"{short(s.models[0])}-{short(s.tasks[0])}"
+    runs = Trainings(s, label, backbone, task, must_freeze=frozen, **QUICK_TRAINING)
     table = runs.plans(list(runs.space.masks()), unseen=QUICK_UNSEEN)
     frame = layer_scores(backbone, task, seed=0, quiet=True)
     return with_scores(table, score_columns(by_block(frame, backbone.n_blocks))), len(task.test)
@@ -199,23 +199,18 @@ def claims(frame: pd.DataFrame) -> list[Answer]:
         rows = frame[(frame["score"] == score) & (frame["metric"] == "kendall_within")]
         # Over seeds a meaningless score has a stable τ too: there, every table must be beyond chance by itself.
         p = float(rows["pvalue"].max()) if frame["pair"].nunique() < 3 else None
-        seeds = int(rows["n_seeds"].min())
         answers.append(
             Answer(
                 "score",
                 f"τ of {score} ({rows['family'].iloc[0]})",
-                found.value,
-                found.low,
-                found.high,
-                kind,
-                int(rows["n"].sum()),
-                f"plans in {len(rows)} tables" if len(rows) > 1 else "plans",
-                seeds,
-                ", ".join(pairs),
-                "",
-                "",
-                0.0,
-                p,
+                *(found.value, found.low, found.high, kind),
+                n=int(rows["n"].sum()),
+                counted=f"plans in {len(rows)} tables" if len(rows) > 1 else "plans",
+                n_seeds=int(rows["n_seeds"].min()),
+                model=", ".join(pairs),
+                task="",
+                unit="",
+                pvalue=p,
             )
         )
     return answers

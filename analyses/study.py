@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 
 from layerprobe.backbones import Backbone, load_backbone
-from layerprobe.errors import LayerprobeError, NotAvailableError
+from layerprobe.cli.output import save_figure
+from layerprobe.errors import LayerprobeError
 from layerprobe.files import read_json, write_json, write_text
 from layerprobe.metrics.intervals import mean_interval, paired_seed_interval
 from layerprobe.progress import note
@@ -46,7 +47,6 @@ STUDIES = (
 WORK = Path("runs/studies")
 """Finished parts of unfinished studies; not part of the repository."""
 
-TABLES = Path("results/freeze_search/tables")
 MIN_SEEDS = 3
 """Fewer seeds claim nothing (PROTOCOL.md, section 8); 0 means that nothing was random."""
 
@@ -178,19 +178,6 @@ def setup(
     )
 
 
-def table_folders(s: Setup) -> list[Path]:
-    """The tables of every plan that `--tables` names, or all that there are."""
-    if s.arguments.tables:
-        return [Path(folder) for folder in s.arguments.tables.split(",")]
-    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
-    if not found:
-        raise NotAvailableError(
-            f"no table of every plan in {TABLES}; name some with --tables, or make one: "
-            "python benchmarks/freeze_search.py make-table"
-        )
-    return found
-
-
 def run(main: Callable[[], None]) -> None:
     """Call a study; known mistakes give one line."""
     try:
@@ -284,25 +271,14 @@ def against(
     Undefined, and so not shown, where a training of either arm failed.
     """
     kind = f"95 % t interval over {len(a)} paired seeds"
-    if not np.isfinite([*np.asarray(a, float), *np.asarray(b, float)]).all():
-        nan, claim = float("nan"), f"{claim}, undefined: a training failed"
-        names = short(model), short(task)
-        return Answer(key, claim, nan, nan, nan, kind, n, counted, len(a), *names, unit)
-    pair = paired_seed_interval(scale * np.asarray(a, float), scale * np.asarray(b, float))
-    return Answer(
-        key,
-        claim,
-        pair.value,
-        pair.low,
-        pair.high,
-        kind,
-        n,
-        counted,
-        len(a),
-        short(model),
-        short(task),
-        unit,
-    )
+    a, b = (scale * np.asarray(side, float) for side in (a, b))
+    if np.isfinite([*a, *b]).all():
+        pair = paired_seed_interval(a, b)
+        found = pair.value, pair.low, pair.high
+    else:
+        found = (float("nan"),) * 3
+        claim += ", undefined: a training failed"
+    return Answer(key, claim, *found, kind, n, counted, len(a), short(model), short(task), unit)
 
 
 def answer_rows(setup: Setup, answers: Iterable[Answer]) -> pd.DataFrame:
@@ -317,18 +293,11 @@ def answer_rows(setup: Setup, answers: Iterable[Answer]) -> pd.DataFrame:
 
 def mean_row(values: Sequence[float], **row: Any) -> dict[str, Any]:
     """A table row: mean over seeds with its t interval; empty, with a reason, where a training failed."""
+    names = ("value", "stderr", "low", "high")
     if not np.isfinite(np.asarray(values, float)).all():
-        empty = dict.fromkeys(("value", "stderr", "low", "high"))
-        return {**empty, "n_seeds": len(values), "reason": "a training failed", **row}
+        return {**dict.fromkeys(names), "n_seeds": len(values), "reason": "a training failed", **row}
     found = mean_interval(values)
-    return {
-        "value": found.value,
-        "stderr": found.stderr,
-        "low": found.low,
-        "high": found.high,
-        "n_seeds": found.n,
-        **row,
-    }
+    return {**{name: getattr(found, name) for name in names}, "n_seeds": found.n, **row}
 
 
 def tally(answers: Sequence[Answer], what: str) -> str:
@@ -353,21 +322,24 @@ def publish(
     headline: str,
     setting: str,
     sections: Mapping[str, Sequence[str]] | None = None,
-    figures: Mapping[str, str] | None = None,
-    facts: Mapping[str, Any] | None = None,
+    figures: Mapping[str, tuple[Callable[[], Any], str]],
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write table, claims, settings and the page.
+    """Write table, claims, figures, settings and the page.
 
     Parameters
     ----------
     headline : the answer in a sentence or two, with interval, n and seeds, made from the numbers.
     setting : what was done, in a paragraph. sections : further parts of the page, title → lines.
-    figures : file name → caption; the files are written by the study.
+    figures : file name → how it is drawn, and its caption; without one the page leaves it out.
+    facts : further entries of `about.json`.
     """
     folder = setup.output
     frame = rows if isinstance(rows, pd.DataFrame) else tidy(rows)
     write_frame(frame, folder / "table.csv")
     write_frame(answer_rows(setup, answers), folder / "answers.csv")
+    for file, (draw, _) in figures.items():
+        save_figure(draw, folder / file)
     made = provenance(setup.name, {"models": setup.models, "tasks": setup.tasks, "limit": setup.limit})
     seconds = _spent(setup)
     made |= {
@@ -376,12 +348,12 @@ def publish(
         "headline": headline,
         "process_seconds": round(seconds),
         "patch": setup.patch,
-        **(facts or {}),
+        **facts,
     }
     del made["command_line"]
     write_json(folder / "about.json", made)
     versions, machine = made["versions"], made["machine"]
-    shown = [a for a in answers if a.shown]
+    few = {"too few seeds": "; too few seeds for a claim"}
     lines = [
         f"# {setup.question}",
         "",
@@ -393,18 +365,21 @@ def publish(
         "",
         headline,
         "",
-        *([f"![{caption}]({file})\n\n*{caption}*\n" for file, caption in (figures or {}).items()]),
+        *(f"![{caption}]({file})\n\n*{caption}*\n" for file, (_, caption) in figures.items() if caption),
         "## What was done",
         "",
         setting,
         "",
         "## Shown",
         "",
-        *([f"- {a.sentence}." for a in shown] or ["Nothing: no interval excludes its null value."]),
+        *(
+            [f"- {a.sentence}." for a in answers if a.shown]
+            or ["Nothing: no interval excludes its null value."]
+        ),
         "",
         "## Not shown",
         "",
-        *([f"- {a.sentence}{why(a)}." for a in answers if not a.shown] or ["–"]),
+        *([f"- {a.sentence}{few.get(a.verdict, '')}." for a in answers if not a.shown] or ["–"]),
         "",
     ]
     for title, body in (sections or {}).items():
@@ -423,11 +398,6 @@ def publish(
     write_text(folder / "README.md", "\n".join(lines) + "\n")
     print(headline)
     print(f"saved: {folder}")
-
-
-def why(answer: Answer) -> str:
-    """What a page adds to a claim that is not shown for want of seeds."""
-    return "; too few seeds for a claim" if answer.verdict == "too few seeds" else ""
 
 
 def md_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,20 +1,20 @@
-"""Trainings of a study: kept, never repeated, and scored by the rules of the search."""
+"""Plans that a study trains, kept and scored by the rules of the search; and stored tables of every plan."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import study
-from study import Answer, Setup, digest, short
+from study import Setup, digest
 
 from layerprobe.backbones import Backbone
-from layerprobe.metrics.inference import PooledArms, holm
+from layerprobe.errors import NotAvailableError
 from layerprobe.progress import note
 from layerprobe.search.run import prepare
-from layerprobe.search.settings import Settings, identify
+from layerprobe.search.settings import identify, make_settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Trial, strip
 from layerprobe.tasks import Task
 from layerprobe.training import Outcome
@@ -25,26 +25,40 @@ from agreement import permutation_agreement, score_agreement
 from replay import ExhaustiveTable, Truth, frugal_plan
 
 __all__ = [
+    "TABLES",
     "ExhaustiveTable",
     "Trainings",
     "Truth",
     "frugal_plan",
-    "mean_in_words",
-    "noise_in_words",
-    "outcome_rows",
-    "own_rate",
     "permutation_agreement",
-    "pooled_claims",
     "score_agreement",
+    "table_folders",
     "trial_rows",
 ]
+
+
+TABLES = Path("results/freeze_search/tables")
+
+
+def table_folders(s: Setup) -> list[Path]:
+    """The tables of every plan that `--tables` names, or all that there are."""
+    if s.arguments.tables:
+        return [Path(folder) for folder in s.arguments.tables.split(",")]
+    found = sorted(path.parent for path in TABLES.glob("*/table.json"))
+    if not found:
+        raise NotAvailableError(
+            f"no table of every plan in {TABLES}; name some with --tables, or make one: "
+            "python benchmarks/freeze_search.py make-table"
+        )
+    return found
 
 
 class Trainings:
     """Bridge and fine-tuning of one backbone on one task, kept and never repeated."""
 
-    def __init__(self, setup: Setup, label: str, backbone: Backbone, task: Task, settings: Settings) -> None:
-        self.settings, self.label, self.task = settings, label, task
+    def __init__(self, setup: Setup, label: str, backbone: Backbone, task: Task, **settings: Any) -> None:
+        self.label = label
+        self.settings = settings = make_settings(budget=1.0, strategy="exhaustive", **settings)
         identity = {**identify(backbone, task, settings), "study": setup.name}
         path = study.WORK / setup.name / f"{label}-{digest(identity)}.db"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,95 +116,3 @@ def trial_rows(found: Mapping[Trial, Outcome], **constants: Any) -> list[dict[st
             tested = {"metric": "test_accuracy", "split": "test", "value": outcome.test_accuracy}
             rows.append({**tested, "n": outcome.n_test, **about})
     return rows
-
-
-def own_rate(
-    one: Callable[[float, int], dict[str, Any]], lrs: Sequence[float], seeds: Sequence[int], *, most: int
-) -> tuple[float, dict[tuple[float, int], dict[str, Any]]]:
-    """The rate of an arm that is best on validation with the first seed, and every outcome by (rate, seed).
-
-    The grid grows by factors of three while the best lies at an edge, to at most `most` rates; the other seeds
-    are trained at the best rate alone. `one` trains at a rate and with a seed, and gives `Outcome.to_dict`.
-    """
-    first, *others = seeds
-    tried = {lr: one(lr, first) for lr in lrs}
-    while True:
-        best = max(tried, key=lambda lr: tried[lr]["validation_accuracy"] or 0.0)
-        beyond = {max(tried): 3 * best, min(tried): best / 3}.get(best)
-        if beyond is None or len(tried) >= most:
-            break
-        beyond = float(f"{beyond:.1g}")
-        tried[beyond] = one(beyond, first)
-    runs = {(lr, first): outcome for lr, outcome in tried.items()}
-    return best, runs | {(best, seed): one(best, seed) for seed in others}
-
-
-def outcome_rows(
-    runs: Mapping[tuple[float, int], Mapping[str, Any]], own: float, **about: Any
-) -> list[dict[str, Any]]:
-    """Two rows a training, its validation and test accuracy; `own` is the rate that the arm is judged at."""
-    return [
-        {
-            "metric": f"{split}_accuracy",
-            "split": split,
-            "value": outcome[f"{split}_accuracy"],
-            "n": outcome[f"n_{split}"],
-            **about,
-            "lr": lr,
-            "seed": seed,
-            "own": lr == own,
-            "reason": outcome["reason"],
-        }
-        for (lr, seed), outcome in runs.items()
-        for split in ("validation", "test")
-    ]
-
-
-def mean_in_words(pooled: PooledArms, arm: str) -> str:
-    """Mean accuracy of an arm with its 95 % interval, in per cent.
-
-    A cell of a table: `72.7 (70.3 to 75.1)`.
-    """
-    found = pooled.mean(arm)
-    value, low, high = (100 * (end or 0.0) for end in (found.value, found.low, found.high))
-    return f"{value:.1f} ({low:.1f} to {high:.1f})"
-
-
-def noise_in_words(pooled: PooledArms) -> str:
-    """How far one training is from its arm and seed."""
-    return (
-        f"One training varies by {100 * pooled.noise:.2f} points around its arm and seed ({pooled.freedom} degrees of "
-        "freedom, pooled over all arms)."
-    )
-
-
-def pooled_claims(
-    pooled: PooledArms,
-    pairs: Sequence[tuple[str, str, str]],
-    *,
-    key: Callable[[str], str],
-    model: str,
-    task: str,
-    n: int,
-) -> list[Answer]:
-    """A claim for each (words, arm, other arm): noise pooled over arms, p-values corrected for their number (Holm)."""
-    estimates = [pooled.difference(arm, other) for _, arm, other in pairs]
-    corrected = holm([estimate.pvalue or 0.0 for estimate in estimates])
-    nan = float("nan")
-    return [
-        Answer(
-            key=key(words),
-            claim=words,
-            value=100 * (found.value or 0.0),
-            low=nan if found.low is None else 100 * found.low,
-            high=nan if found.high is None else 100 * found.high,
-            interval="95 % interval, noise pooled over arms, images included",
-            n=n,
-            counted="test images",
-            n_seeds=found.n or 0,
-            model=short(model),
-            task=short(task),
-            pvalue=pvalue,
-        )
-        for (words, _, _), found, pvalue in zip(pairs, estimates, corrected, strict=True)
-    ]
