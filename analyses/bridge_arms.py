@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": "of each stage; default: what two CPU cores allow",
         "batch": "images per step, default 32",
     }
-    s = setup("bridge_arms", __doc__ or "", quick=QUICK, full=FULL, argv=argv, **more)
+    s = setup("bridge_arms", __doc__, QUICK, FULL, argv, **more)
     output = Path(s.arguments.output or (s.output if s.quick else "results/bridge/arms"))
     task = s.task(s.tasks[0])
     for model in s.models:

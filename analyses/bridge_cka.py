@@ -44,14 +44,8 @@ TOLERANCE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup(
-        "bridge_cka",
-        __doc__ or "",
-        quick=QUICK,
-        full=FULL,
-        argv=argv,
-        vision="vision-trained model to compare with; default vit-cifar10 of DATA, else none",
-    )
+    of_vision = "vision-trained model to compare with; default vit-cifar10 of DATA, else none"
+    s = setup("bridge_cka", __doc__, QUICK, FULL, argv, vision=of_vision)
     seeds, plans = s.settings.seeds, s.settings.plans
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []

@@ -56,7 +56,7 @@ TOLERANCE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup("bridge_labels", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    s = setup("bridge_labels", __doc__, QUICK, FULL, argv)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     sections: dict[str, list[str]] = {}

@@ -46,14 +46,8 @@ TOLERANCE = 0.08
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup(
-        "depth_curves",
-        __doc__ or "",
-        quick=QUICK,
-        full=FULL,
-        argv=argv,
-        vision="vision-trained model to stand beside; default vit-mnist or vit-cifar10 of DATA, else none",
-    )
+    of_vision = "vision-trained model to stand beside; default vit-mnist or vit-cifar10 of DATA, else none"
+    s = setup("depth_curves", __doc__, QUICK, FULL, argv, vision=of_vision)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     tasks: dict[str, Task] = {}

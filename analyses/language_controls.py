@@ -48,7 +48,7 @@ TOLERANCE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup("language_controls", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    s = setup("language_controls", __doc__, QUICK, FULL, argv)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     sections: dict[str, list[str]] = {}

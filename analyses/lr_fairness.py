@@ -37,7 +37,7 @@ TOLERANCE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup("lr_fairness", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    s = setup("lr_fairness", __doc__, QUICK, FULL, argv)
     rows: list[dict[str, Any]] = []
     answers: list[Answer] = []
     said: list[str] = []

@@ -39,14 +39,8 @@ TOLERANCE = 1e-6
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup(
-        "outlier_gap",
-        __doc__ or "",
-        quick=QUICK,
-        full=FULL,
-        argv=argv,
-        vision=f"comma-separated vision models; default {VISION} of DATA, with --quick none",
-    )
+    of_vision = f"comma-separated vision models; default {VISION} of DATA, with --quick none"
+    s = setup("outlier_gap", __doc__, QUICK, FULL, argv, vision=of_vision)
     vision = [v for v in (s.arguments.vision or ("" if s.quick else VISION)).split(",") if v]
     groups = {"language": s.models, "vision": vision}
     reports = {name: report(s, name) for name in (*s.models, *vision)}

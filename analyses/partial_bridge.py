@@ -45,14 +45,8 @@ TOLERANCE = 0.15
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup(
-        "partial_bridge",
-        __doc__ or "",
-        quick=QUICK,
-        full=FULL,
-        argv=argv,
-        tables=f"comma-separated folders of tables; default all in {TABLES}",
-    )
+    of_tables = f"comma-separated folders of tables; default all in {TABLES}"
+    s = setup("partial_bridge", __doc__, QUICK, FULL, argv, tables=of_tables)
     train = s.quick or bool(s.arguments.model)
     sources = (
         [trained(s, m, t) for t in s.tasks for m in s.models]

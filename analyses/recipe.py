@@ -55,7 +55,7 @@ TOLERANCE = 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup("recipe", __doc__ or "", quick=QUICK, full=FULL, argv=argv)
+    s = setup("recipe", __doc__, QUICK, FULL, argv)
     pairs = [tuple(model.split(":")) for model in s.models if ":" in model]
     pairs += [(model, task) for model in s.models if ":" not in model for task in s.tasks]
     rows: list[dict[str, Any]] = []

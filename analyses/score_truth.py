@@ -54,14 +54,8 @@ TOLERANCE = 1.2
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = setup(
-        "score_truth",
-        __doc__ or "",
-        quick=QUICK,
-        full=FULL,
-        argv=argv,
-        tables=f"comma-separated folders of tables; default all in {TABLES}",
-    )
+    of_tables = f"comma-separated folders of tables; default all in {TABLES}"
+    s = setup("score_truth", __doc__, QUICK, FULL, argv, tables=of_tables)
     tables = [quick_table(s)] if s.quick else [stored(s, folder) for folder in table_folders(s)]
     rows: list[dict[str, Any]] = []
     for table, n_test in tables:

@@ -123,8 +123,8 @@ class Setup:
                 options["patch_size"] = max(p for p in range(1, self.patch + 1) if size % p == 0)
         return load_backbone(self.path(model, "models"), **options).prepare(task)
 
-    def task(self, name: str, limit: int | None = None) -> Task:
-        return load_task(self.path(name, "data"), limit=limit or self.limit, seed=0)
+    def task(self, name: str) -> Task:
+        return load_task(self.path(name, "data"), limit=self.limit, seed=0)
 
     def kept(self, key: str, make: Callable[[], Any], **settings: Any) -> Any:
         """JSON that an earlier call made with the same settings, or that `make` makes now."""
@@ -138,26 +138,20 @@ class Setup:
         return made
 
 
-def setup(
-    name: str, doc: str, *, quick: Size, full: Size, argv: Sequence[str] | None = None, **more: str
-) -> Setup:
-    """Read the command line. `more` names further options with their help."""
+def setup(name: str, doc: str, quick: Size, full: Size, argv: Sequence[str] | None, **more: str) -> Setup:
+    """Read the command line; `argv` None: of this process. `more` names further options with their help."""
     line = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog=f"analyses/{name}.py", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="folder with models/ and data/")
     parser.add_argument("--quick", action="store_true", help="about a minute on what the extra [demo] brings")
-    parser.add_argument(
-        "--model", help="comma-separated: alias, hub id, folder, or a name within DATA/models"
-    )
-    parser.add_argument("--task", help="comma-separated: alias, hub id, folder, or a name within DATA/data")
+    for option, kind in (("--model", "models"), ("--task", "data")):
+        parser.add_argument(option, help=f"comma-separated: alias, hub id, folder, or a name in DATA/{kind}")
     parser.add_argument("--limit", type=int, help="training images; the others in proportion")
     parser.add_argument("--patch", type=int, help="pixels per side of a patch")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--output", type=Path, help=f"default results/{name}, with --quick {WORK}/quick/{name}"
-    )
+    parser.add_argument("--output", type=Path, help=f"default results/{name}; quick: {WORK}/quick/{name}")
     for option, text in more.items():
         parser.add_argument(f"--{option.replace('_', '-')}", help=text)
     arguments = parser.parse_args(line)
@@ -284,10 +278,7 @@ def against(
 def answer_rows(setup: Setup, answers: Iterable[Answer]) -> pd.DataFrame:
     """The table of claims."""
     return pd.DataFrame(
-        [
-            {"study": setup.name, **asdict(answer), "verdict": answer.verdict, "command": setup.command}
-            for answer in answers
-        ]
+        {"study": setup.name, **asdict(a), "verdict": a.verdict, "command": setup.command} for a in answers
     )
 
 
@@ -354,48 +345,31 @@ def publish(
     write_json(folder / "about.json", made)
     versions, machine = made["versions"], made["machine"]
     few = {"too few seeds": "; too few seeds for a claim"}
-    lines = [
+    shown = [f"- {a.sentence}." for a in answers if a.shown]
+    others = [f"- {a.sentence}{few.get(a.verdict, '')}." for a in answers if not a.shown]
+    paragraphs = [
         f"# {setup.question}",
-        "",
         f"    {setup.command}",
-        "",
         "made everything here, this page included, from the numbers.",
-        "",
         "## The answer",
-        "",
         headline,
-        "",
-        *(f"![{caption}]({file})\n\n*{caption}*\n" for file, (_, caption) in figures.items() if caption),
+        *(f"![{caption}]({file})\n\n*{caption}*" for file, (_, caption) in figures.items() if caption),
         "## What was done",
-        "",
         setting,
-        "",
         "## Shown",
-        "",
-        *(
-            [f"- {a.sentence}." for a in answers if a.shown]
-            or ["Nothing: no interval excludes its null value."]
-        ),
-        "",
+        "\n".join(shown) or "Nothing: no interval excludes its null value.",
         "## Not shown",
-        "",
-        *([f"- {a.sentence}{few.get(a.verdict, '')}." for a in answers if not a.shown] or ["–"]),
-        "",
-    ]
-    for title, body in (sections or {}).items():
-        lines += [f"## {title}", "", *body, ""]
-    lines += [
+        "\n".join(others) or "–",
+        *(f"## {title}\n\n" + "\n".join(body) for title, body in (sections or {}).items()),
         "## Files",
-        "",
         "`table.csv`: every measurement. `answers.csv`: the claims above, with n, seeds, interval and command. "
         "`about.json`: settings, versions, hardware.",
-        "",
         f"Made with layerprobe {versions['layerprobe']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}, numpy {versions['numpy']}, Python {machine['python']} on {machine['processor']}, "
         f"{machine.get('torch_threads', machine['cores'])} thread(s); {seconds / 60:.1f} min of processor time, "
         "earlier calls that were continued included, those that were killed not.",
     ]
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
+    write_text(folder / "README.md", "\n\n".join(paragraphs) + "\n")
     print(headline)
     print(f"saved: {folder}")
 
