@@ -83,16 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
+Valued = tuple[ExhaustiveTable, dict[str, Mask], int]
+"""The plans at one share of the training images, by name, and how many images that is."""
+
+
 def part_of(task: Task, share: float) -> Task:
     """The task with the first `share` of its training images, at least one per class."""
     n = max(task.n_classes, round(share * len(task.train)))
     return dataclasses.replace(task, splits={**task.splits, "train": task.train.subset(range(n))})
 
 
-def valued(
-    s: Setup, model: str, name: str, task: Task, share: float
-) -> tuple[ExhaustiveTable, dict[str, Mask], int]:
-    """The plans at one share, and how many training images that is."""
+def valued(s: Setup, model: str, name: str, task: Task, share: float) -> Valued:
     part = part_of(task, share)
     label = f"{short(model)}-{short(name)}-{share:g}"
     runs = Trainings(s, label, s.load(model, part), part, **s.settings.training)
@@ -108,11 +109,7 @@ def best_plan(table: ExhaustiveTable, plans: dict[str, Mask]) -> str:
 
 
 def table_rows(
-    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
-    best: dict[float, str],
-    model: str,
-    name: str,
-    task: Task,
+    found: dict[float, Valued], best: dict[float, str], model: str, name: str, task: Task
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for share, (table, plans, n_train) in found.items():
@@ -129,26 +126,13 @@ def table_rows(
             }
             judged = (("validation", table.validation(mask), 0), ("test", table.test(mask), 1000))
             for split, values, first in judged:
-                for seed, value in enumerate(values):
-                    row = {
-                        "metric": f"{split}_accuracy",
-                        "split": split,
-                        "value": float(value),
-                        "seed": first + seed,
-                    }
-                    rows.append({**about, **row, "n": len(task.splits[split])})
-                mean = {"metric": f"{split}_accuracy_mean", "split": split, "n": len(task.splits[split])}
-                rows.append(mean_row(values.tolist(), **about, **mean))
+                row = {**about, "metric": f"{split}_accuracy", "split": split, "n": len(task.splits[split])}
+                rows += [{**row, "value": float(v), "seed": first + i} for i, v in enumerate(values)]
+                rows.append(mean_row(values.tolist(), **row | {"metric": f"{split}_accuracy_mean"}))
     return rows
 
 
-def claims(
-    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
-    best: dict[float, str],
-    model: str,
-    task: str,
-    n: int,
-) -> list[Answer]:
+def claims(found: dict[float, Valued], best: dict[float, str], model: str, task: str, n: int) -> list[Answer]:
     about: dict[str, Any] = {"n": n, "model": model, "task": task}
     answers = []
     gaps, tests = {}, {}
@@ -175,12 +159,7 @@ def claims(
     return answers
 
 
-def moved(
-    found: dict[float, tuple[ExhaustiveTable, dict[str, Mask], int]],
-    best: dict[float, str],
-    where: str,
-    task: Task,
-) -> str:
+def moved(found: dict[float, Valued], best: dict[float, str], where: str, task: Task) -> str:
     lines, unseen = [], 0
     for share, (table, plans, n_train) in found.items():
         test = table.test(plans[best[share]])

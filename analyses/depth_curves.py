@@ -162,18 +162,9 @@ def table(found: dict[str, list[dict[str, Any]]], model: str, task: str) -> list
             )
     first = found["language"][0]
     low, high = first["pixels"]["interval"][0]
-    pixels = {"value": first["pixels"]["accuracy"][0], "low": low, "high": high}
-    rows.append({**about, "origin": "raw pixels", "metric": "probe_accuracy_mean", "n": first["n"], **pixels})
-    rows.append(
-        {
-            **about,
-            "origin": "chance",
-            "metric": "probe_accuracy_mean",
-            "n": first["n"],
-            "value": first["chance"],
-        }
-    )
-    return rows
+    pixels = {"origin": "raw pixels", "value": first["pixels"]["accuracy"][0], "low": low, "high": high}
+    beside = {**about, "metric": "probe_accuracy_mean", "n": first["n"]}
+    return [*rows, beside | pixels, beside | {"origin": "chance", "value": first["chance"]}]
 
 
 def claims(found: dict[str, list[dict[str, Any]]], model: str, task: str) -> list[Answer]:

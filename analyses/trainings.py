@@ -96,23 +96,10 @@ def trial_rows(found: Mapping[Trial, Outcome], **constants: Any) -> list[dict[st
     """One row a training: validation accuracy, and test accuracy where it was measured."""
     rows = []
     for trial, outcome in found.items():
-        about = {
-            "plan": strip(trial.mask),
-            "lr": trial.lr,
-            "seed": trial.repeat,
-            "reason": outcome.reason,
-            **constants,
-        }
-        rows.append(
-            {
-                "metric": "validation_accuracy",
-                "split": "validation",
-                "value": outcome.validation_accuracy,
-                "n": outcome.n_validation,
-                **about,
-            }
-        )
-        if outcome.test_accuracy is not None:
-            tested = {"metric": "test_accuracy", "split": "test", "value": outcome.test_accuracy}
-            rows.append({**tested, "n": outcome.n_test, **about})
+        about = {"plan": strip(trial.mask), "lr": trial.lr, "seed": trial.repeat, "reason": outcome.reason}
+        for split in ("validation", "test"):
+            value, n = getattr(outcome, f"{split}_accuracy"), getattr(outcome, f"n_{split}")
+            if split == "validation" or value is not None:
+                row = {"metric": f"{split}_accuracy", "split": split, "value": value, "n": n}
+                rows.append({**row, **about, **constants})
     return rows

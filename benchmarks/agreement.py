@@ -63,15 +63,9 @@ def permutation_agreement(table: ExhaustiveTable, truth: Truth, *, seed: int = 0
             next(row["tau_within"] for row in score_agreement(own, one) if row["score"] == "own")
             for one in (truth, *seeds)
         )
-        if math.isnan(tau):
-            found[name] = Agreement(
-                tau=tau, per_seed=tuple(alone), pvalue=math.nan, n_permutations=len(orders)
-            )
-            continue
         extreme = int((np.abs(null) >= abs(tau) - 1e-12).sum())
-        found[name] = Agreement(
-            tau=tau, per_seed=tuple(alone), pvalue=extreme / len(orders), n_permutations=len(orders)
-        )
+        pvalue = math.nan if math.isnan(tau) else extreme / len(orders)
+        found[name] = Agreement(tau=tau, per_seed=tuple(alone), pvalue=pvalue, n_permutations=len(orders))
     return found
 
 

@@ -26,6 +26,7 @@ import torch
 
 from layerprobe.backbones import load_backbone
 from layerprobe.provenance import machine, versions
+from layerprobe.tasks import Task, make_task
 from layerprobe.training import FineTuneConfig, TaskTensors, all_trainable, block_plan
 from layerprobe.training.classifier import Classifier, Snapshot, autocast, set_training, training_flops
 from layerprobe.training.freeze_check import FrozenCheck
@@ -34,29 +35,13 @@ from layerprobe.training.loop import make_accelerator, make_optimizer, training_
 CLASSES = 10
 
 
-class Noise:
-    """A task of random images: their content does not matter for speed."""
-
-    name = task_id = "noise"
-    revision = split_hash = "1"
-    n_classes, channels, image_size = CLASSES, 3, 32
-
-    class Split:
-        def __init__(self, n: int) -> None:
-            draw = np.random.default_rng(0)
-            self.ids = np.array([str(i) for i in range(n)])
-            self.labels = draw.integers(0, CLASSES, n)
-            self.arrays = draw.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-
-        def __len__(self) -> int:
-            return len(self.ids)
-
-        def images(self, rows: Any = None) -> list[np.ndarray]:
-            return list(self.arrays if rows is None else self.arrays[rows])
-
-    def __init__(self, n: int) -> None:
-        self.splits = {"train": self.Split(n)}
-        self.train = self.splits["train"]
+def noise(n: int) -> Task:
+    """A task of `n` random training images: their content does not matter for speed."""
+    draw = np.random.default_rng(0)
+    splits = {}
+    for split, size in {"train": n, "validation": CLASSES, "test": CLASSES}.items():
+        splits[split] = draw.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8), np.arange(size) % CLASSES
+    return make_task(splits, name="noise")
 
 
 def model_folder(name: str, scratch: Path) -> str:
@@ -212,7 +197,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = model_folder(arguments.model, Path(scratch))
         shape_only = folder != arguments.model
-        task: Any = Noise(max(4 * arguments.batch, 64))
+        task = noise(max(4 * arguments.batch, 64))
         backbone = load_backbone(
             folder,
             init="random" if shape_only else "pretrained",

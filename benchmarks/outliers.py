@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import mmap
+import operator
 import os
 import resource
 import shlex
@@ -37,6 +38,7 @@ ONE_THREAD = {
     "HF_HUB_OFFLINE": "1",
 }
 ENGINES = ("torch", "numba")
+BARS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
 SHAPES = {
     "small": {"hidden": 2048, "inner": 5632, "vocabulary": 8000, "blocks": 2},
@@ -210,15 +212,10 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def line(
-        self,
-        what: str,
-        value: float | None,
-        unit: str,
-        bar: str = "",
-        reached: bool | None = None,
-        **more: Any,
-    ) -> None:
+    def line(self, what: str, value: float | None, unit: str, bar: str = "", **more: Any) -> None:
+        """One measurement, and whether it keeps to its `bar`, such as `<= 300`; without a bar it is only told."""
+        sign, _, limit = bar.partition(" ")
+        reached = BARS[sign](value, float(limit)) if bar else None
         row = {"what": what, "value": value, "unit": unit, "bar": bar, "reached": reached, **more}
         row["load"] = round(os.getloadavg()[0], 1)
         self.rows.append(row)
@@ -232,27 +229,18 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
     for engine, most in (("torch", 6.5), ("numba", 3.5)):
         found = scans[engine] = run_child("cpu", folders["timing"], engine, repeats)
         ratio = found["scan"] / found["read"]
-        report.line(
-            f"bfloat16, {engine}: CPU as a multiple of bare pread",
-            ratio,
-            "x",
-            f"<= {most}",
-            ratio <= most,
-            **found,
-        )
+        what = f"bfloat16, {engine}: CPU as a multiple of bare pread"
+        report.line(what, ratio, "x", f"<= {most}", **found)
     for engine in ENGINES:
         found = run_child("wall", folders["timing"], engine, max(3, repeats // 2))
         ratio = found["wall_1"] / found["wall_2"]
-        report.line(
-            f"bfloat16, {engine}: wall time, 1 thread against 2", ratio, "x", ">= 1.6", ratio >= 1.6, **found
-        )
+        report.line(f"bfloat16, {engine}: wall time, 1 thread against 2", ratio, "x", ">= 1.6", **found)
     for engine, what, least in (("numba", "cpu", 1.2), ("torch", "quick", 0.8), ("torch", "cpu", None)):
         found = run_child(what, folders["float32"], engine, repeats)
         rate = found["bytes"] / 1e9 / found["scan"]
         part = "σ statistics only" if what == "quick" else "everything"
         bar = f">= {least}" if least else ""
-        reached = rate >= least if least else None
-        report.line(f"float32, {engine}, {part}", rate, "GB per CPU-s", bar, reached, **found)
+        report.line(f"float32, {engine}, {part}", rate, "GB per CPU-s", bar, **found)
     peaks = {}
     for engine in ENGINES:
         for name in ("small", "7b") if "7b" in folders else ("small",):
@@ -261,10 +249,10 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
             )
             peaks[engine, name] = used["rss_mib"]
             what = f"peak memory of the command, {engine}, {_gigabytes(folders[name]):.2f} GB"
-            report.line(what, used["rss_mib"], "MiB", "<= 300", used["rss_mib"] <= 300, **used)
+            report.line(what, used["rss_mib"], "MiB", "<= 300", **used)
         if "7b" in folders:
             growth = peaks[engine, "7b"] / peaks[engine, "small"]
-            report.line(f"peak memory, {engine}, large against small", growth, "x", "<= 1.2", growth <= 1.2)
+            report.line(f"peak memory, {engine}, large against small", growth, "x", "<= 1.2")
     if "7b" in folders:
         cache = as_hub_cache(folders["7b"], scratch / "hub")
         for engine in ("auto", "torch"):
@@ -272,10 +260,7 @@ def measure(report: Report, folders: dict[str, Path], repeats: int, lens: str | 
             runs = [run_program(command, HF_HUB_CACHE=str(cache)) for _ in range(2)]
             best = min(runs, key=lambda used: used["wall"])
             what = f"layerprobe outliers --model llama-7b ({engine}), warm cache, wall"
-            if engine == "auto":
-                report.line(what, best["wall"], "s", "< 10", best["wall"] < 10, **best)
-            else:
-                report.line(what, best["wall"], "s", **best)
+            report.line(what, best["wall"], "s", "< 10" if engine == "auto" else "", **best)
     many_tensors(report, scratch)
     against_weightlens(report, folders, scans, lens, scratch)
 
@@ -288,9 +273,9 @@ def many_tensors(report: Report, scratch: Path) -> None:
     with tempfile.TemporaryDirectory() as output:
         used = run_program(layerprobe("outliers", "--model", str(folder), "-q", "-o", f"{output}/out"))
     what = f"layerprobe outliers -o of {MANY:,} tensors"
-    report.line(f"{what}, wall", used["wall"], "s", "<= 60", used["wall"] <= 60, **used)
+    report.line(f"{what}, wall", used["wall"], "s", "<= 60", **used)
     report.line(f"{what}, CPU", used["cpu"], "s")
-    report.line(f"{what}, peak memory", used["rss_mib"], "MiB", "<= 400", used["rss_mib"] <= 400, **used)
+    report.line(f"{what}, peak memory", used["rss_mib"], "MiB", "<= 400", **used)
 
 
 def against_weightlens(
@@ -304,7 +289,7 @@ def against_weightlens(
     if lens is None:
         reason = "weightlens is not installed (pip install weightlens==0.3.0, or --lens PATH)"
         print(f"weightlens: skipped, {reason}")
-        report.line("CPU of weightlens as a multiple of ours", None, "x", "", None, reason=reason)
+        report.line("CPU of weightlens as a multiple of ours", None, "x", reason=reason)
         return
     tiny = scratch / "tiny"
     if not tiny.exists():
@@ -315,17 +300,9 @@ def against_weightlens(
         times[name] = min(run_program(command)["cpu"] for _ in range(count))
     net = times["file"] - times["start-up"]
     for engine, least in (("torch", 25), ("numba", 50)):
-        ratio = net / scans[engine]["scan"]
+        ours = scans[engine]["scan"]
         what = f"CPU of weightlens (start-up subtracted) against ours, {engine}"
-        report.line(
-            what,
-            ratio,
-            "x",
-            f">= {least}",
-            ratio >= least,
-            weightlens_cpu=net,
-            ours_cpu=scans[engine]["scan"],
-        )
+        report.line(what, net / ours, "x", f">= {least}", weightlens_cpu=net, ours_cpu=ours)
 
 
 def as_hub_cache(folder: Path, cache: Path) -> Path:

@@ -5,8 +5,9 @@ Names are bound lazily: the settings of a training are checked before torch is l
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from layerprobe.lazy import lazy_names
 
 if TYPE_CHECKING:
     from layerprobe.training.arms import ARMS, ArmRun, Evaluation
@@ -49,9 +50,4 @@ __all__ = [
     "train_and_score",
     "unit_plan",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _FILE_OF:
-        raise AttributeError(f"module 'layerprobe.training' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"layerprobe.training.{_FILE_OF[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _FILE_OF)

@@ -261,7 +261,7 @@ class Evaluation(Record):
                 {
                     "arm": arm,
                     "test accuracy": None if found.value is None else percent(found.value),
-                    "95 % interval": _ends(found),
+                    "95 % interval": _ends(found.low, found.high),
                     "lr": None if self.chosen[arm] is None else f"{self.chosen[arm]:g}",
                     "trained": count_text(trials[0].trainable_parameters or 0) if trials else None,
                     "TFLOP": None if flops is None else f"{flops / 1e12:.3g}",
@@ -274,11 +274,7 @@ class Evaluation(Record):
                 {
                     "arm": f"{row['arm']} − {row['versus']}",
                     "test accuracy": f"{100 * row['value']:+.1f} points" if shown else None,
-                    "95 % interval": _ends(
-                        Estimate(value=row["value"], low=row["low"], high=row["high"]), sign=True
-                    )
-                    if shown
-                    else None,
+                    "95 % interval": _ends(row["low"], row["high"], sign=True) if shown else None,
                     "interval of": row["interval"] if shown else row["reason"],
                 }
             )
@@ -287,7 +283,7 @@ class Evaluation(Record):
     def summary(self) -> str:
         found = {arm: self.interval(arm) for arm in self.arms}
         parts = [
-            f"{arm}: no result" if e.value is None else f"{arm} {percent(e.value)} ({_ends(e)})"
+            f"{arm}: no result" if e.value is None else f"{arm} {percent(e.value)} ({_ends(e.low, e.high)})"
             for arm, e in found.items()
         ]
         kinds = sorted({kind for arm in self.arms if (kind := self.interval_kind(arm)) is not None})
@@ -296,13 +292,12 @@ class Evaluation(Record):
         for row in self.differences():
             if row["value"] is None:
                 continue
-            low, high = row["low"], row["high"]
             answer = "no difference found"
             if row["pvalue"] < LEVEL:
                 answer = "yes" if row["value"] > 0 else "no, it hurts"
             if forgetful := self.forgetful(row["arm"], row["versus"]):
                 answer = f"no claim, since the bridge of {forgetful}"
-            ends = _ends(Estimate(value=row["value"], low=low, high=high), sign=True)
+            ends = _ends(row["low"], row["high"], sign=True)
             text += (
                 f"\n{row['question'].capitalize()}? {answer}: {row['arm']} − {row['versus']} = "
                 f"{100 * row['value']:+.1f} points ({ends})."
@@ -310,11 +305,10 @@ class Evaluation(Record):
         return text
 
 
-def _ends(found: Estimate, *, sign: bool = False) -> str:
+def _ends(low: float | None, high: float | None, *, sign: bool = False) -> str:
     """The ends of an interval in per cent; one that leaves the scale of the quantity says nothing."""
-    if found.low is None or found.high is None:
+    if low is None or high is None:
         return "–"
-    lowest = -1.0 if sign else 0.0
-    if found.low < lowest or found.high > 1.0 or found.high - found.low > 1.0:
+    if low < (-1.0 if sign else 0.0) or high > 1.0 or high - low > 1.0:
         return "not estimable"
-    return interval_in_words(found.low, found.high, sign=sign)
+    return interval_in_words(low, high, sign=sign)

@@ -22,7 +22,7 @@ from layerprobe.metrics.probing.logistic import select_probe
 from layerprobe.plans import FreezePlan
 from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.reading import Schema, check_fields
+from layerprobe.reading import check_fields
 from layerprobe.training.arms import ARMS, FEW_SHOTS, ArmRun, Evaluation, check_arms, check_mode, check_seeds
 from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.classifier import in_batches
@@ -30,7 +30,7 @@ from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
 from layerprobe.training.finetune import train_and_score
 from layerprobe.training.freeze_check import all_trainable, block_plan
-from layerprobe.training.outcome import Outcome
+from layerprobe.training.outcome import OUTCOME_FIELDS, Outcome
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -280,16 +280,6 @@ def _with_provenance(
     return result
 
 
-_NUMBER = (float, type(None))
-TRIAL_FIELDS: dict[str, Schema] = {
-    "arm": str, "lr?": _NUMBER, "seed?": (int, type(None)), "reason?": (str, type(None)),
-    "test_correct?": (str, type(None)), "train_seconds?": float,
-    "call_seconds?": float, "train_flops?": float, "steps?": int,
-    **dict.fromkeys(("validation_accuracy?", "test_accuracy?", "bridge_accuracy?"), _NUMBER),
-    **dict.fromkeys(("trainable_parameters?", "n_validation?", "n_test?"), (int, type(None))),
-}  # fmt: skip
-
-
 class _TrialStore:
     """Finished trainings of one evaluation on disk, reused for exactly the same settings."""
 
@@ -301,7 +291,7 @@ class _TrialStore:
             kept = read_json(self._path, what="trials", inside=self._path.parent)
             check_fields(kept, {"settings": str, "trials": dict}, self._path)
             for name, entry in kept["trials"].items():
-                check_fields(entry, TRIAL_FIELDS, f"{self._path}, trial {name}")
+                check_fields(entry, {"arm": str, **OUTCOME_FIELDS}, f"{self._path}, trial {name}")
             if kept.get("settings") != self._key:
                 raise UsageError(
                     f"{self._path.parent} holds an evaluation with other settings; choose another folder"
