@@ -98,13 +98,7 @@ def estimate(
 
 
 def figure(path: Path, folder: Path, caption: str) -> str:
-    """A PNG file of a run folder, embedded.
-
-    Raises
-    ------
-    BrokenFileError
-        No plain file, outside the folder, larger than 20 MiB, or no PNG.
-    """
+    """A PNG file of a run folder, embedded; BrokenFileError where it is none, elsewhere, or larger than 20 MiB."""
     data = read_file(path, what="figure", inside=folder, max_bytes=MAX_FIGURE_BYTES)
     if not data.startswith(b"\x89PNG"):
         raise BrokenFileError(f"{path} is no PNG file")
@@ -191,11 +185,8 @@ def records_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | No
     if 0 < len(rows) <= MOST_LISTED and names:
         cells = [[text(cell_text(row.get(name))) for name in names] for row in rows]
         return f'<div class="wide">{table([text_key(name) for name in names], cells)}</div>'
-    return render_table(
-        [{text_key(key): value for key, value in row.items()} for row in rows],
-        "html",
-        columns=None if columns is None else [text_key(name) for name in columns],
-    )
+    shown = [{text_key(key): value for key, value in row.items()} for row in rows]
+    return render_table(shown, "html", columns=[text_key(name) for name in names])
 
 
 def text_key(key: object) -> str:
