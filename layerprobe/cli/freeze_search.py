@@ -205,7 +205,7 @@ def freeze_search(
         **given,
     )
     with folder_lock(out.folder, "layerprobe freeze-search", wait=True):
-        out.finish(result, table=result.arm_rows(), figures=figures(result))
+        out.finish(result, figures=lambda: figures(result))
         if out.folder is not None:
             finish_folder(out.folder, out)
 

@@ -73,25 +73,18 @@ def percent(value: float | None, *, sign: bool = False) -> str:
     return "0.0" if shown == "+0.0" else shown
 
 
-def interval(low: float | None, high: float | None, *, sign: bool = False, scale: float = 1.0) -> str:
-    """`low to high` in per cent, a dash, or "not estimable" where it is wider than the scale of the quantity."""
+def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
+    """`low to high` in per cent, a dash, or "not estimable" where it is wider than the whole scale."""
     if low is None or high is None or low != low or high != high:
         return "–"
-    return NOT_ESTIMABLE if high - low > scale else interval_in_words(low, high, sign=sign)
+    return NOT_ESTIMABLE if high - low > 1 else interval_in_words(low, high, sign=sign)
 
 
-def estimate(
-    value: float | None,
-    low: float | None,
-    high: float | None,
-    *,
-    sign: bool = False,
-    scale: float = 1.0,
-) -> str:
+def estimate(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
     """A share and its interval, or "not estimable"."""
     if value is None or value != value:
         return "–"
-    ends = interval(low, high, sign=sign, scale=scale)
+    ends = interval(low, high, sign=sign)
     if ends == NOT_ESTIMABLE:
         return NOT_ESTIMABLE
     return percent(value, sign=sign) if ends == "–" else f"{percent(value, sign=sign)} ({ends})"

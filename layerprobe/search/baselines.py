@@ -163,12 +163,8 @@ def chosen_baselines(settings: Settings, space: Space, *, scores: Scores | None 
     (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds with the
     same budget as the search, which this doubles; trainings that both ask for are done once. What waits for a plan
     has all blocks until then, the most that it may cost. A name that exists for other backbones (`first-5`), other
-    settings (`attention`) or with scores alone (`rgn-half`) is left out where it does not.
-
-    Raises
-    ------
-    UnknownNameError
-        There is no such baseline.
+    settings (`attention`) or with scores alone (`rgn-half`) is left out where it does not; any other raises
+    UnknownNameError.
     """
     names = DEFAULT_BASELINES if settings.baselines is None else (ALL, NONE, *settings.baselines)
     baselines = [

@@ -45,12 +45,7 @@ def search_facts(
     """Facts for a dry run: plans, budget, memory, and a rough duration, from the configuration alone.
 
     The duration counts 6 operations per block parameter and token and divides by the speed of a matrix
-    product measured here for a moment; overheads and evaluation come on top.
-
-    Raises
-    ------
-    UsageError
-        What `freeze_search` would refuse of these settings and this model.
+    product measured here for a moment; overheads and evaluation come on top. Raises what `freeze_search` would.
     """
     settings = make_settings(preset, **given)
     space = search_space(seen, settings)

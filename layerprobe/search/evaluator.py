@@ -90,10 +90,7 @@ class Evaluator:
 def search_space(backbone: Backbone, settings: Settings) -> Space:
     """The plans of a backbone, with the number of parameters that train with each unit: its own, or of its adapters.
 
-    Raises
-    ------
-    UsageError
-        A unit has nothing to train; contradicting constraints.
+    UsageError where a unit has nothing to train, or constraints contradict one another.
     """
     units, rank = parameter_units(backbone, settings.units), settings.adapter_rank
     sizes = {unit: unit_plan(backbone, [unit], rank=rank).trained_parameters for unit in units}

@@ -74,12 +74,8 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
     """Train all blocks: at every rate of the grid, moved until the best is inside; then for twice as long, again
     and again, until the accuracy that is reached is 95 % of the plateau.
 
-    The plateau is extrapolated from the gains of the last two doublings, taken for a geometric series.
-
-    Raises
-    ------
-    UsageError
-        Every training fails.
+    The plateau is extrapolated from the gains of the last two doublings, taken for a geometric series. UsageError where
+    every training fails.
     """
     limit = settings.steps[1]
     shortest = min(1.0, SHORTEST_STEPS / limit) if settings.find_length else 1.0

@@ -335,13 +335,8 @@ class _Search:
 def keep_bridge(
     backbone: Backbone, task: Task, found: SearchResult, settings: Settings, folder: Path, *, quiet: bool
 ) -> None:
-    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is.
-
-    Raises
-    ------
-    UsageError
-        The finished one was trained under another plan or at another rate.
-    """
+    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is, and refused with
+    a UsageError where its plan or rate is another."""
     assert settings.bridge is not None, "settings that keep a bridge have one"
     target = folder / "bridge"
     config = settings.bridge.replace(lr=found.facts["plan"]["lr"], seed=settings.seed)

@@ -92,14 +92,8 @@ class TrialStore:
     def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
         """Create or join the search in the database at `url`: an SQLite file, or a SQLAlchemy URL.
 
-        `arguments` are everything that the answer depends on; a database holds one search with one set.
-
-        Raises
-        ------
-        NotAvailableError
-            The database cannot be reached, or its driver is not installed.
-        UsageError
-            The database holds a search with other arguments.
+        `arguments` are everything that the answer depends on; a database holds one search with one set, and others
+        raise UsageError. Further errors as of `connect`.
         """
         shown = hide_password(storage_url(url))
         storage, study = connect(url)
