@@ -89,7 +89,7 @@ def power_in_words(noise: float, settings: Settings) -> str:
     found = [100 * detectable_with(n_seeds, noise=noise) for n_seeds in (settings.seeds, settings.max_seeds)]
     more = f", {settings.max_seeds} find {found[1]:.1f}" if settings.max_seeds > settings.seeds else ""
     return (
-        f"trainings of one plan differ by about {100 * noise:.1f} points; with test images without number, "
+        f"trainings of one plan differ by about {100 * noise:.1f} points; if test images were unlimited, "
         f"{settings.seeds} unseen seeds find differences of {found[0]:.1f} points in 8 of 10 cases{more}"
     )
 
