@@ -142,8 +142,8 @@ class FusedMatrices:
             size = outputs // (heads + 2 * groups)
             if size * (heads + 2 * groups) == outputs:
                 return _grouped(groups, heads // groups, size)
-        known = layout == "side" or _ALWAYS_SIDE_BY_SIDE.search(name)
-        known = known or (not section.model_type and _PHI_LIKE.search(name))
+        known = layout == "side" or _ALWAYS_SIDE_BY_SIDE.search(name) is not None
+        known = known or (not section.model_type and _PHI_LIKE.search(name) is not None)
         # A `c_attn` is GPT-2's where it lies inputs × outputs; others of that name are cut otherwise.
         is_gpt2 = name.endswith("c_attn.weight") and self._shapes[name][1] == 3 * self._shapes[name][0]
         return _side_by_side(section, outputs, inputs) if known or is_gpt2 else []
