@@ -49,17 +49,7 @@ def folder_lock(folder: Path | None, command: str, *, wait: bool = False) -> Ite
     Of several processes of one training (`accelerate launch`) the first locks for all. Over NFS the lock holds between
     machines where the server keeps locks; a file system without locks is used without.
 
-    Parameters
-    ----------
-    command : str
-        What works there, for the message that another process shows.
-    wait : bool
-        Wait for the other process instead of refusing.
-
-    Raises
-    ------
-    UsageError
-        Another process works in the folder; the message says which.
+    Where another process works in the folder, UsageError says which, by the `command` it gave; or it is waited for.
     """
     if folder is None or process_number() > 0 or folder.resolve() in _held:
         yield
@@ -79,9 +69,8 @@ def folder_lock(folder: Path | None, command: str, *, wait: bool = False) -> Ite
         yield
     finally:
         _held.discard(place)
-        path.unlink(
-            missing_ok=True
-        )  # while it is still locked: whoever waited for this file looks for a new one
+        # While it is still locked: whoever waited for this file looks for a new one.
+        path.unlink(missing_ok=True)
         os.close(handle)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 from layerprobe.errors import BrokenFileError, UsageError
 from layerprobe.files import read_json, write_json
 from layerprobe.reading import Schema, check_fields, is_folder, is_there
-from layerprobe.tables import envelope, read_frame, render_table, strict_rows, strict_value, write_frame
+from layerprobe.tables import cell_text, read_frame, render_table, strict_rows, strict_value, write_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,8 +97,13 @@ class Record(ABC):
 
     def to_json(self) -> dict[str, Any]:
         """The object that `--json` prints: schema, provenance, rows; and summary and table, for a report."""
-        body = envelope(self.command, self.to_frame(), self.provenance)
-        return {**body, "summary": self.summary(), "table": strict_value(self.shown_rows())}
+        return {
+            "schema": f"layerprobe.{self.command}/v1",
+            "provenance": strict_value(self.provenance),
+            "rows": strict_rows(self.to_frame()),
+            "summary": self.summary(),
+            "table": strict_value(self.shown_rows()),
+        }
 
     def shown_rows(self) -> list[dict[str, Any]]:
         """`table`, or nothing where that is just the rows of `to_frame`."""
@@ -135,16 +140,11 @@ class Record(ABC):
         """The answer, and one row a layer, block or arm; where a record knows no such table, its first rows."""
         rows = self.shown_rows() or strict_rows(self.to_frame().head(SHOWN_ROWS))
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        known = [name for name in columns if any(cell_known(row.get(name)) for row in rows)]
+        known = [name for name in columns if any(cell_text(row.get(name)) != "–" for row in rows)]
         table = render_table(rows[:SHOWN_ROWS], "html", columns=known)
         more = f"{len(rows) - SHOWN_ROWS} more rows; " if len(rows) > SHOWN_ROWS else ""
         where = f"<p>{more}everything is in <code>.to_frame()</code></p>"
         return f"<p>{html.escape(self.summary())}</p>{table}{where}"
-
-
-def cell_known(value: object) -> bool:
-    """Whether there is anything to show in a cell."""
-    return value is not None and value == value
 
 
 def figure_of(command: str) -> Callable[..., Axes]:

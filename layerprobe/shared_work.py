@@ -21,12 +21,8 @@ class SharedWork:
     """Every process asks for the same results in the same order, and gets them all.
 
     A piece's result is a pickle in `folder`, made for this launch, which all processes see. Its lock dies with the
-    process that holds it, so that another one takes the piece.
-
-    Raises
-    ------
-    UsageError
-        The folder is another user's, or others may write into it: a pickle runs code when it is read.
+    process that holds it, so that another one takes the piece. A folder that others may write into raises UsageError:
+    a pickle runs code when it is read.
     """
 
     def __init__(self, folder: Path) -> None:

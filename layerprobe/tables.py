@@ -93,15 +93,6 @@ def strict_value(value: Any) -> Any:
     return value
 
 
-def envelope(command: str, frame: pd.DataFrame, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON object that `--json` prints and that a record saves."""
-    return {
-        "schema": f"layerprobe.{command}/v1",
-        "provenance": strict_value(provenance),
-        "rows": strict_rows(frame),
-    }
-
-
 def cell_text(value: object) -> str:
     """A value for people to read: four digits, thousands apart, a dash for what is undefined.
 
@@ -161,9 +152,10 @@ def render_table(
     columns : which, in order; default: all, as they come.
     width : in text, lines are no longer: what does not fit stands below, behind the first column once more.
     """
+    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     if width is not None:
-        groups = _fitting(rows, columns, width)
-        most = width - 2 - max(len(cell_text(row.get(groups[0][0]))) for row in rows)
+        groups = _fitting(rows, names, width)
+        most = width - 2 - max(len(cell_text(row.get(names[0]))) for row in rows)
         cut = [
             {
                 name: f"{v[: most - 1]}…" if isinstance(v, str) and len(v) > most > 1 else v
@@ -172,7 +164,6 @@ def render_table(
             for row in rows
         ]
         return "\n\n".join(render_table(cut, columns=part) for part in groups)
-    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     is_text = [any(_is_text(row.get(name)) for row in rows) for name in names]
     body = [[cell_text(row.get(name)) for name in names] for row in rows]
     if form == "html":
@@ -189,14 +180,12 @@ def render_table(
 
 def _is_text(value: object) -> bool:
     """Whether a value is text, and not a number that was written out, perhaps with a unit or a mark behind it."""
-    return (
-        isinstance(value, str) and re.fullmatch(rf"({MARK})?[+−-]?[\d.,]+(e[+-]?\d+)?( \S+)?", value) is None
-    )
+    number = rf"({MARK})?[+−-]?[\d.,]+(e[+-]?\d+)?( \S+)?"
+    return isinstance(value, str) and re.fullmatch(number, value) is None
 
 
-def _fitting(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None, width: int) -> list[list[str]]:
+def _fitting(rows: Sequence[Mapping[str, Any]], names: list[str], width: int) -> list[list[str]]:
     """Columns in groups that fit `width`, each behind the first one; those without any value are left out."""
-    names = list(columns) if columns is not None else list(dict.fromkeys(key for row in rows for key in row))
     first, *others = names
     sizes = {n: max(len(n), *(len(cell_text(row.get(n))) for row in rows)) for n in names}
     groups: list[list[str]] = [[first]]
@@ -248,11 +237,7 @@ def ranks(frame: pd.DataFrame, *, lower_is_better: Collection[str]) -> pd.Series
 
 
 def table_by_layer(
-    frame: pd.DataFrame,
-    layers: Sequence[int | str],
-    *,
-    key: str,
-    prefix: str,
+    frame: pd.DataFrame, layers: Sequence[int | str], *, key: str, prefix: str
 ) -> list[dict[str, Any]]:
     """Long rows as one row a layer (the column `key`) with one column a metric, in their order, numbers in 3 digits.
 
@@ -290,11 +275,9 @@ def read_frame(path: str | os.PathLike[str], *, inside: Path | None = None) -> p
     source = Path(path)
     with open_file(source, what="table", inside=inside, max_bytes=MAX_TABLE_BYTES) as stream:
         try:
-            return (
-                pd.read_parquet(stream)
-                if source.suffix == ".parquet"
-                else pd.read_csv(stream, float_precision="round_trip")
-            )
+            if source.suffix == ".parquet":
+                return pd.read_parquet(stream)
+            return pd.read_csv(stream, float_precision="round_trip")
         except Exception as error:  # whatever pandas and pyarrow stumble over
             raise BrokenFileError(
                 f"cannot read table {source}: {shortened(first_line(error), 120)}"

@@ -18,10 +18,10 @@ from layerprobe.errors import (
     NotAvailableError,
     UnknownNameError,
     did_you_mean,
-    first_line,
 )
 from layerprobe.files import cache_root, read_json, weight_files, write_json
 from layerprobe.model_config import read_model_config
+from layerprobe.network import hub_errors, offline_reason
 from layerprobe.reading import Schema, check_fields, check_plain, is_folder, is_there, open_file, read_file
 
 RUN_FILE = "layerprobe_run.json"
@@ -171,57 +171,30 @@ def _package_folder(package: str, inner: str) -> Path | None:
 
 def _from_hub(name: str, hub_id: str, revision: str | None, offline: bool) -> ModelSource:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    offline = offline or constants.HF_HUB_OFFLINE
+    cached_only = offline or constants.HF_HUB_OFFLINE
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        folder = Path(
-            snapshot_download(hub_id, revision=revision, local_files_only=offline, allow_patterns=wanted)
-        )
-        # Beside a model in .bin files, an adapter or a part of a pipeline may be a *.safetensors.
-        if not offline and not any(folder.glob("model.safetensors*")):
+    near = f".{did_you_mean(name, MODELS)} See: layerprobe ls models"
+    with hub_errors(hub_id, f"download '{hub_id}'", revision=revision, near=near):
+        try:
             folder = Path(
-                snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin"])
+                snapshot_download(
+                    hub_id, revision=revision, local_files_only=cached_only, allow_patterns=wanted
+                )
             )
-    except HFValidationError as error:
-        raise UnknownNameError(f"'{hub_id}' is no hub id (owner/name): {first_line(error)}") from error
-    except GatedRepoError as error:
-        raise NotAvailableError(
-            f"'{hub_id}' is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UnknownNameError(f"'{hub_id}' has no revision '{revision}'") from error
-    except RepositoryNotFoundError as error:
-        raise UnknownNameError(
-            f"the hub has no model '{hub_id}' (or it is private).{did_you_mean(name, MODELS)} "
-            "See: layerprobe ls models"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        why = _offline_reason(offline)
-        at = f" at revision '{revision}'" if revision else ""
-        raise NotAvailableError(
-            f"'{name}' ({hub_id}{at}) is not cached and {why}; download it first or pass a local folder"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise NotAvailableError(f"cannot download '{hub_id}': {first_line(error)}") from error
+            # Beside a model in .bin files, an adapter or a part of a pipeline may be a *.safetensors.
+            if not cached_only and not any(folder.glob("model.safetensors*")):
+                wanted.append("pytorch_model*.bin")
+                folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        except LocalEntryNotFoundError as error:
+            why = (offline_reason(offline) if cached_only else None) or "the hub cannot be reached"
+            at = f" at revision '{revision}'" if revision else ""
+            raise NotAvailableError(
+                f"'{name}' ({hub_id}{at}) is not cached and {why}; download it first or pass a local folder"
+            ) from error
     _check_weights(folder)
     return ModelSource(name=name, model_id=hub_id, revision=folder.name, folder=folder, origin="hub")
-
-
-def _offline_reason(offline: bool) -> str:
-    if not offline:
-        return "the hub cannot be reached"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "offline mode is on (HF_HUB_OFFLINE=1)"
-    return "offline mode is on (--offline)"
 
 
 def _check_weights(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -30,13 +29,7 @@ class CannotDequantise(Exception):
 
 
 def stored_array(tensor: StoredTensor) -> np.ndarray:
-    """The raw array of a stored tensor (codes below 32 bits), mapped rather than read.
-
-    Raises
-    ------
-    BrokenFileError
-        The file ends early or cannot be read.
-    """
+    """The raw array of a stored tensor (codes below 32 bits), mapped, not read; BrokenFileError as of `chunks`."""
     if tensor.source is not None:
         return np.asarray(tensor.source).reshape(tensor.shape)
     if tensor.nbytes == 0 and tensor.size:
@@ -163,21 +156,15 @@ class Spread:
         return np.repeat(values, self.blocks[-1], axis=1)[:, : self.width]
 
 
-@dataclass
-class _Group:
+def group_index(inputs: int, groups: int, order: StoredTensor | None, stated: int | None) -> np.ndarray:
     """Which scale of a row holds for which input."""
-
-    index: np.ndarray
-
-    @classmethod
-    def of(cls, inputs: int, groups: int, order: StoredTensor | None, stated: int | None) -> _Group:
-        if order is not None and order.size == inputs:
-            index = np.asarray(stored_array(order)).reshape(-1).astype(np.int64)
-            if index.min(initial=0) >= 0:
-                if index.max(initial=0) >= groups:
-                    raise CannotDequantise(f"'{order.name}' names a group that has no scale")
-                return cls(index)
-        return cls(np.arange(inputs) // block_length(inputs, groups, stated))
+    if order is not None and order.size == inputs:
+        index = np.asarray(stored_array(order)).reshape(-1).astype(np.int64)
+        if index.min(initial=0) >= 0:
+            if index.max(initial=0) >= groups:
+                raise CannotDequantise(f"'{order.name}' names a group that has no scale")
+            return index
+    return np.arange(inputs) // block_length(inputs, groups, stated)
 
 
 class ScaledCodes(Dequantised):
@@ -212,7 +199,7 @@ class GptqMatrix(Dequantised):
         groups = self.scales.shape[0]
         if self.scales.shape[1] != self.shape[0] or self.zeros.shape[0] != groups:
             raise CannotDequantise("codes, zero points and scales do not fit one another")
-        self.group = _Group.of(inputs, groups, module.get("g_idx"), group)
+        self.group = group_index(inputs, groups, module.get("g_idx"), group)
 
     def _columns(self, packed: StoredTensor, start: int, stop: int) -> np.ndarray:
         """Columns of a tensor that is packed along its columns."""
@@ -232,31 +219,27 @@ class GptqMatrix(Dequantised):
             codes = self._columns(self.codes, start, stop)
         else:
             codes = unpacked(stored_array(self.codes)[:, start:stop], self.bits, axis=0)
-        index = self.group.index
-        return ((codes.astype(np.float32) - zeros[index]) * scales[index]).T
+        return ((codes.astype(np.float32) - zeros[self.group]) * scales[self.group]).T
 
 
 class PackedRows(Dequantised):
     """compressed-tensors' packed integers: outputs × inputs, signed codes stored with an offset."""
 
-    def __init__(
-        self, module: dict[str, StoredTensor], shape: tuple[int, int], bits: int, group: int | None
-    ) -> None:
+    def __init__(self, module: dict[str, StoredTensor], shape: tuple[int, int], bits: int) -> None:
         super().__init__(shape)
         self.codes, self.scale = module["weight_packed"], module["weight_scale"]
         self.zero, self.bits = module.get("weight_zero_point"), bits
         if self.scale.shape[:1] != shape[:1] or len(self.scale.shape) != 2:
             raise CannotDequantise(f"scales of shape {list(self.scale.shape)} for a matrix of {list(shape)}")
-        self.group = _Group.of(shape[1], self.scale.shape[1], module.get("weight_g_idx"), group)
+        self.group = group_index(shape[1], self.scale.shape[1], module.get("weight_g_idx"), None)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         codes = unpacked(stored_array(self.codes)[start:stop], self.bits, axis=1)[:, : self.shape[1]]
         values = codes.astype(np.float32) - (1 << (self.bits - 1))
-        index = self.group.index
         if self.zero is not None:
-            values = values - self._zeros(self.zero, start, stop)[:, index]
+            values = values - self._zeros(self.zero, start, stop)[:, self.group]
         raw = np.ascontiguousarray(stored_array(self.scale)[start:stop])
-        return values * numbers(raw, self.scale.dtype)[:, index]
+        return values * numbers(raw, self.scale.dtype)[:, self.group]
 
     def _zeros(self, zero: StoredTensor, start: int, stop: int) -> np.ndarray:
         raw = stored_array(zero)
@@ -264,10 +247,8 @@ class PackedRows(Dequantised):
             return raw[start:stop].astype(np.float32)
         # Packed along the outputs.
         per_word = 32 // self.bits
-        first = start // per_word
-        codes = unpacked(raw[first : -(-stop // per_word)], self.bits, axis=0)
-        skipped = start - first * per_word
-        kept = codes[skipped : skipped + stop - start].astype(np.float32)
+        codes = unpacked(raw[start // per_word : -(-stop // per_word)], self.bits, axis=0)
+        kept = codes[start % per_word :][: stop - start].astype(np.float32)
         return kept - (1 << (self.bits - 1))
 
 

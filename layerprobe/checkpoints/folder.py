@@ -33,13 +33,8 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors if tensor.alias_of is None)
 
     def select(self, include: list[str] | None = None, exclude: list[str] | None = None) -> Checkpoint:
-        """Keep tensors whose name fits any `include` pattern (shell style) and no `exclude` pattern.
-
-        Raises
-        ------
-        UsageError
-            Nothing is left.
-        """
+        """Keep tensors whose name fits any `include` pattern (shell style) and no `exclude` pattern; UsageError where
+        none does."""
         kept = tuple(
             tensor
             for tensor in self.tensors

@@ -143,18 +143,10 @@ class FusedMatrices:
             if size * (heads + 2 * groups) == outputs:
                 return _grouped(groups, heads // groups, size)
         known = layout == "side" or _ALWAYS_SIDE_BY_SIDE.search(name) is not None
-        if not known and not section.model_type:
-            known = _PHI_LIKE.search(name) is not None
-        if not known and not name.endswith("c_attn.weight"):
-            return []
-        if not known and not self._is_conv1d(name):
-            return []
-        return _side_by_side(section, outputs, inputs)
-
-    def _is_conv1d(self, name: str) -> bool:
-        """Whether a `c_attn` is GPT-2's, inputs × outputs; others of that name are cut otherwise."""
-        rows, columns = self._shapes[name]
-        return columns == 3 * rows
+        known = known or (not section.model_type and _PHI_LIKE.search(name) is not None)
+        # A `c_attn` is GPT-2's where it lies inputs × outputs; others of that name are cut otherwise.
+        is_gpt2 = name.endswith("c_attn.weight") and self._shapes[name][1] == 3 * self._shapes[name][0]
+        return _side_by_side(section, outputs, inputs) if known or is_gpt2 else []
 
     def _experts(self, tensor: StoredTensor, role: TensorRole) -> list[Part]:
         """The experts of a stack (experts × rows × columns, or all their rows in one matrix)."""
@@ -269,10 +261,13 @@ class _Section:
             return "side" if self.settings.get("multi_query", True) else "heads"
         if kind == "chatglm" and "position_encoding_2d" in self.settings:
             return "heads"
-        named = (("heads", _HEAD_BY_HEAD), ("groups", _GROUP_BY_GROUP), ("side", _SIDE_BY_SIDE))
-        return (
-            "codegen" if kind == "codegen" else next((layout for layout, kinds in named if kind in kinds), "")
-        )
+        named = {
+            "heads": _HEAD_BY_HEAD,
+            "groups": _GROUP_BY_GROUP,
+            "side": _SIDE_BY_SIDE,
+            "codegen": {"codegen"},
+        }
+        return next((layout for layout, kinds in named.items() if kind in kinds), "")
 
 
 def _sections(config: Mapping[str, Any], path: str = "", kind: str = "") -> Iterator[_Section]:

@@ -104,23 +104,22 @@ def dequantised(tensors: Sequence[StoredTensor], config: Mapping[str, Any]) -> l
         module, leaf = (match["module"] or "", match["leaf"]) if match is not None else ("", tensor.name)
         modules.setdefault(module, {})[leaf] = tensor
     scaled = settings.method in _FLOAT8_METHODS or any(map(_has_scaled_float8, modules.values()))
-    changed: dict[str, StoredTensor] = {}
-    quantised = settings.method is not None
     coded = {
         name: [leaf for leaf in module if name and _are_codes(leaf, module, scaled)]
         for name, module in modules.items()
     }
-    for name, codes in coded.items():
-        for leaf in codes:
-            changed[modules[name][leaf].name] = _decoded(name, modules[name], leaf, settings)
-    quantised = quantised or any(coded.values())
+    if settings.method is None and not any(coded.values()):
+        return list(tensors)
+    changed = {
+        modules[name][leaf].name: _decoded(name, modules[name], leaf, settings)
+        for name, codes in coded.items()
+        for leaf in codes
+    }
     for name, module in modules.items():
         owner = f"{name}.weight" if coded[name] else _quantised_parent(name, coded)
         for leaf, tensor in module.items() if owner else ():
             if tensor.name not in changed and tensor.skip is None and not _BIAS.search(leaf):
                 changed[tensor.name] = replace(tensor, skip=f"quantisation state of {owner}, no weight")
-    if not quantised:
-        return list(tensors)
     found = []
     for tensor in tensors:
         tensor = changed.get(tensor.name, tensor)
@@ -226,9 +225,7 @@ def _scaled(module: Module, leaf: str, settings: _Settings) -> tuple[Dequantised
 
 def _gptq_or_awq(module: Module, leaf: str, settings: _Settings) -> tuple[Dequantised, str]:
     _only(module, leaf, "qzeros", "scales", "g_idx")
-    if not {"qzeros", "scales"} <= module.keys() or any(
-        len(module[n].shape) != 2 for n in ("qzeros", "scales")
-    ):
+    if any(n not in module or len(module[n].shape) != 2 for n in ("qzeros", "scales")):
         raise CannotDequantise("no zero points and scales beside the codes")
     codes, zeros, scales = module[leaf], module["qzeros"], module["scales"]
     if codes.dtype not in ("I32", "int32") or zeros.dtype not in ("I32", "int32") or len(codes.shape) != 2:
@@ -264,7 +261,7 @@ def _packed(module: Module, leaf: str, settings: _Settings) -> tuple[Dequantised
     ]  # fmt: skip
     if len(fitting) != 1:
         raise CannotDequantise(f"codes of shape {list(words)} for a matrix of {list(shape)}")
-    return PackedRows(module, (shape[0], shape[1]), fitting[0], None), "weight"
+    return PackedRows(module, (shape[0], shape[1]), fitting[0]), "weight"
 
 
 def _table(module: Module, leaf: str, settings: _Settings) -> tuple[Dequantised, str]:

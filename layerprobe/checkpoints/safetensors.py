@@ -97,10 +97,7 @@ class StoredTensor:
     def chunks(self, buffer: bytearray | memoryview | mmap.mmap) -> Iterator[np.ndarray]:
         """The entries in file order, as 1-D raw arrays that share `buffer`; copy what you keep.
 
-        Raises
-        ------
-        BrokenFileError
-            The file ends early or cannot be read; names the file and the tensor.
+        BrokenFileError names the file and the tensor where the file ends early or cannot be read.
         """
         dtype = np.dtype(RAW_DTYPES[self.dtype])
         view = memoryview(buffer)

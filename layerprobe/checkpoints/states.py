@@ -75,12 +75,10 @@ def choose_state(loaded: object, wanted: str | None, file: Path) -> State:
         for name, found in states.items()
         if name not in kept
     }
-    chosen: Named = list(loose.items()) if is_state else []
-    if not is_state and loose:
+    if not is_state:
         left |= dict.fromkeys(loose, "a single value")
-    for name in kept:
-        chosen += states[name]
-    return State(chosen, left)
+    own: Named = list(loose.items()) if is_state else []
+    return State(own + [pair for name in kept for pair in states[name]], left)
 
 
 def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -132,8 +130,7 @@ def _without_copies(states: dict[str, Named], root: dict[str, tuple[int, ...]] |
     """The states that are no copy of another: parts of one model (encoder, decoder) are all kept."""
     named = [name for name in states if not _COPY.search(name.lower())]
     if root is not None:
-        named = [name for name in named if _shape_of(states[name], name) != root]
-        return named
+        return [name for name in named if _shape_of(states[name], name) != root]
     kept: list[str] = []
     seen: list[dict[str, tuple[int, ...]]] = []
     for name in named or list(states)[:1]:

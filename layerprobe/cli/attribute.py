@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerprobe import choices
@@ -10,7 +9,7 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
-from layerprobe.cli.processes import copies, own_device, sharing_work
+from layerprobe.cli.processes import copies, sharing_work
 from layerprobe.locks import process_number
 
 if TYPE_CHECKING:
@@ -61,10 +60,9 @@ def attribute(
     with copies(workers), sharing_work() as work:
         from layerprobe.analyzers.attribution import attribute_layers
 
-        is_first = process_number() == 0
         loaded = task.load(out)
         record = attribute_layers(
-            replace(backbone, device=own_device(backbone.device)).load(),
+            backbone.of_this_process().load(),
             loaded,
             methods=chosen,
             head=head,
@@ -75,11 +73,11 @@ def attribute(
             max_steps=max_steps,
             batch_size=batch_size,
             seed=backbone.seed,
-            quiet=out.quiet or not is_first,
+            quiet=out.quiet or process_number() > 0,
             work=work,
         )
-    if is_first:
-        out.finish(record, figures=figures(record, list(loaded.classes)) if out.folder is not None else None)
+    if process_number() == 0:
+        out.finish(record, figures=lambda: figures(record, list(loaded.classes)))
 
 
 def figures(record: LayerAttribution, classes: list[str]) -> dict[str, Draw]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
-from layerprobe.cli.processes import own_device
 from layerprobe.locks import n_processes
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def bridge(
         f"{length} of {config.random_classes} random labels, {backbone.model} on images of {task.task}; "
         + ("everything trains" if plan is None else f"what {plan} trains")
     )
-    backbone = replace(backbone, device=own_device(backbone.device))
+    backbone = backbone.of_this_process()
     seen = backbone.meta_backbone(task, out, plan=freeze_plan)
     check_folder(out.folder, config)
     from layerprobe.training.loop import tracker_options

@@ -96,7 +96,7 @@ def cka(
     record = cka_matrix(
         first, second, permutations=permutations, seed=backbone.seed, device=device, quiet=out.quiet
     )
-    out.finish(record, figures=figures(record, intervals) if out.folder is not None else None)
+    out.finish(record, figures=lambda: figures(record, intervals))
 
 
 def figures(record: CKAMatrix, intervals: bool) -> dict[str, Draw]:

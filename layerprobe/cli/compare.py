@@ -54,7 +54,7 @@ def compare(
         quiet=out.quiet,
         **checkpoint.reading(),
     )
-    out.finish(record, figures={"compare": record.plot})
+    out.finish(record, figures=lambda: {"compare": record.plot})
 
 
 def parse_groups(texts: list[str]) -> dict[str, list[str]]:

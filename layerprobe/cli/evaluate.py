@@ -12,7 +12,6 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import check_plan, count_images, training_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Draw, Output
-from layerprobe.cli.processes import own_device
 from layerprobe.errors import UsageError
 from layerprobe.locks import folder_lock, n_processes, process_number
 
@@ -124,7 +123,7 @@ def evaluate(
     from layerprobe.training import evaluate_arms
 
     is_first = process_number() == 0
-    backbone = replace(backbone, device=own_device(backbone.device))
+    backbone = backbone.of_this_process()
     images = task.load(out)
     if out.folder is not None and is_first:
         out.keep_settings()
@@ -147,7 +146,7 @@ def evaluate(
             load, images, arms, plan=plan, scope=scope, bridge=bridge, finetune=finetune, **shared
         )
         if is_first:
-            out.finish(record, figures=figures(record) if out.folder is not None else None)
+            out.finish(record, figures=lambda: figures(record))
 
 
 def check_mode_goes_with(mode: str, *, arms: Sequence[str], seeds: Sequence[int], shard: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from layerprobe import choices
@@ -10,7 +9,7 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
-from layerprobe.cli.processes import copies, own_device
+from layerprobe.cli.processes import copies
 from layerprobe.locks import process_number
 
 
@@ -64,9 +63,8 @@ def features(
     with copies(workers):
         from layerprobe.analyzers.features import TOKENS, FeatureTable, extract_features
 
-        is_first = process_number() == 0
         images = task.load(out)
-        network = replace(backbone, device=own_device(backbone.device)).load()
+        network = backbone.of_this_process().load()
         chosen = layers.pick(network, model=backbone.model)
         extracted = [
             extract_features(
@@ -78,11 +76,11 @@ def features(
                 dtype=store_dtype,
                 batch_size=layers.batch_size,
                 cache_dir=cache_dir,
-                quiet=out.quiet or not is_first,
+                quiet=out.quiet or process_number() > 0,
             )
             for name in (images.splits if split == "all" else [split])
         ]
-    if is_first:
+    if process_number() == 0:
         record = FeatureTable(extracted)
         out.finish(record)
         for path in record.export(export) if export is not None else ():

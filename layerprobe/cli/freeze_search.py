@@ -14,6 +14,7 @@ from layerprobe.cli import options
 from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.layers import parse_blocks
 from layerprobe.locks import folder_lock
 from layerprobe.search import settings as defaults
 
@@ -131,10 +132,12 @@ class SearchOptions:
 
     def blocks(self, n_blocks: int, *, model: str) -> dict[str, tuple[int, ...]]:
         """The blocks that must be frozen or trained, where any are named."""
-        from layerprobe.search.estimate import parse_constraints
-
         named = {"must_freeze": self.must_freeze, "must_train": self.must_train}
-        return parse_constraints(named, n_blocks, model=model)
+        return {
+            name: tuple(parse_blocks(text, n_blocks, model=model))
+            for name, text in named.items()
+            if text is not None
+        }
 
 
 @options.backbone_options(model="gpt2", stem=None)
@@ -202,7 +205,7 @@ def freeze_search(
         **given,
     )
     with folder_lock(out.folder, "layerprobe freeze-search", wait=True):
-        out.finish(result, table=result.arm_rows(), figures=figures(result))
+        out.finish(result, figures=lambda: figures(result))
         if out.folder is not None:
             finish_folder(out.folder, out)
 

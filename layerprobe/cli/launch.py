@@ -26,14 +26,8 @@ STOPPED = 143
 MOST_REQUEUES = 1000
 _PREEMPT_SIGNAL = "SUBMITIT_PREEMPT_SIGNAL"
 _OF_EVERY_CLUSTER = (
-    "timeout_min",
-    "mem_gb",
-    "nodes",
-    "gpus_per_node",
-    "cpus_per_task",
-    "tasks_per_node",
-    "name",
-)
+    "timeout_min", "mem_gb", "nodes", "gpus_per_node", "cpus_per_task", "tasks_per_node", "name",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,7 @@ def refuse_mistakes(
     """Refuse a task or model that is not there, broken weights, blocks and plans of another depth.
 
     A dry run asks for no data set of the hub. Whatever needs the model itself is refused later, when there is a
-    skeleton of it.
-
-    Returns
-    -------
-    tuple[int | None, bool]
-        The size of the images, see `layerprobe.tasks.load.peek_image_size`.
+    skeleton of it. Returns the size of the images, as `layerprobe.tasks.load.peek_image_size` tells it.
     """
     from layerprobe.backbones.resolve import resolve_model
     from layerprobe.layers import parse_blocks

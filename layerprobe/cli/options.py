@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field
+from dataclasses import MISSING, Field, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar, get_type_hints
 
 from typer import Argument, CallbackParam, Option
 
@@ -125,6 +126,16 @@ class BackboneOptions:
         loaded = load_backbone(chosen.pop("model"), **chosen)
         choose_threads(threads, loaded.n_parameters)
         return loaded
+
+    def of_this_process(self) -> Self:
+        """With its own accelerator as device, where `accelerate launch` or `torchrun` started several processes."""
+        rank = os.environ.get("LOCAL_RANK")
+        if self.device is not None or rank is None:
+            return self
+        import torch
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return replace(self, device=f"cuda:{int(rank) % gpus}" if gpus else "cpu")
 
     def meta_backbone(
         self, task: TaskOptions, out: Output, *, blocks: str = "all", plan: FreezePlan | None = None

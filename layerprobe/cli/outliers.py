@@ -81,7 +81,7 @@ def outliers(
     from layerprobe.analyzers.outliers import outlier_report
 
     report = outlier_report(model, rules=rules, axes=axes, quiet=out.quiet, **files, **checkpoint.reading())
-    out.finish(report, figures=figures(report) if out.folder is not None else None)
+    out.finish(report, figures=lambda: figures(report))
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:

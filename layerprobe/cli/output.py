@@ -61,12 +61,11 @@ class Output:
     def start(self, what: str) -> None:
         """The first line: what will be done, and for commands that keep a run, where."""
         if not self.dry_run and process_number() == 0:
-            where = "" if self.folder is None else f"; {self._state()} {self.folder}"
+            where = ""
+            if self.folder is not None:
+                held = self._call is not None and (self.folder / SETTINGS_FILE).exists()
+                where = f"; {'continues' if held else 'kept'} in {self.folder}"
             self.say(f"{self.command}: {what}{where}")
-
-    def _state(self) -> str:
-        held = self.folder is not None and self._call is not None and (self.folder / SETTINGS_FILE).exists()
-        return "continues in" if held else "kept in"
 
     def keep_settings(self, *, anew: bool = False) -> None:
         """Write the settings of this call into the folder, unless some lie there or `anew` is set."""
@@ -92,22 +91,21 @@ class Output:
         self,
         record: Record,
         *,
-        figures: Mapping[str, Draw] | None = None,
-        table: list[dict[str, Any]] | None = None,
+        figures: Callable[[], Mapping[str, Draw]] = dict,
     ) -> None:
-        """Save the record and its figures (file stem → function that draws); print the answer, then `table`."""
+        """Save the record and, in a folder, its `figures` (file stem → function that draws); print answer and table."""
         if self.file is not None:
             record.save(self.file)
         if self.folder is not None:
             record.save(self.folder)
-            self.draw(figures or {})
+            self.draw(figures())
             self.keep_settings(anew=True)
         if self.as_json:
             record.write_json(sys.stdout)
         else:
             from layerprobe.cli.terminal import print_answer
 
-            print_answer(record.summary(), record.table() if table is None else table)
+            print_answer(record.summary(), record.shown_rows() or record.table())
         if self.file is not None or self.folder is not None:
             sys.stdout.flush()
             self.say(f"saved: {self.file or self.folder}")

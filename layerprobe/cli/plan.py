@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Exit, Option, Typer
 
 from layerprobe.cli import options
 from layerprobe.cli.output import Output, print_body
 from layerprobe.errors import UsageError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 app = Typer(
     no_args_is_help=True,
@@ -44,12 +41,7 @@ def show(
         shown = {state: mark for state, mark in MARKS.items() if state != ADAPTER or loaded.adapters}
         sys.stdout.write("  ".join(f"{mark} {state}" for state, mark in shown.items()) + "\n\n")
 
-    def draw() -> Axes:
-        from layerprobe.plotting.search import plot_plan
-
-        return plot_plan(record.to_frame())
-
-    out.finish(record, figures={"plan": draw})
+    out.finish(record, figures=lambda: {"plan": record.plot})
 
 
 @app.command("check")

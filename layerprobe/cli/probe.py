@@ -9,7 +9,7 @@ from layerprobe.cli import options
 from layerprobe.cli.memory import count_images, forward_facts
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
-from layerprobe.cli.processes import copies, own_device, sharing_work
+from layerprobe.cli.processes import copies, sharing_work
 from layerprobe.locks import process_number
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def probe(
         from layerprobe.analyzers.probes import probe_backbone
 
         images = task.load(out)
-        own = replace(backbone, device=own_device(backbone.device))
+        own = backbone.of_this_process()
         network = own.load()
         record = probe_backbone(
             network,
@@ -102,7 +102,7 @@ def probe(
             work=work,
         )
     if process_number() == 0:
-        out.finish(record, figures=figures(record) if out.folder is not None else None)
+        out.finish(record, figures=lambda: figures(record))
 
 
 def figures(record: LinearProbes) -> dict[str, Any]:

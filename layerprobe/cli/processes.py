@@ -120,13 +120,3 @@ def choose_threads(threads: int | None, n_parameters: int) -> None:
             f"{usable_cores()} cores have {busy:.0f} processes to run, and this one computes with "
             f"{torch.get_num_threads()} threads; --threads 1 may be faster"
         )
-
-
-def own_device(device: str | None) -> str | None:
-    """The accelerator of this process where `accelerate launch` or `torchrun` started several."""
-    rank = os.environ.get("LOCAL_RANK")
-    if device is not None or rank is None:
-        return device
-    import torch
-
-    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from typer import CallbackParam, Context
 
 from layerprobe.errors import BrokenFileError, UnknownNameError, UsageError, did_you_mean
 from layerprobe.files import read_yaml, write_text
 from layerprobe.reading import is_there
+
+if TYPE_CHECKING:  # typer keeps a click of its own
+    from typer._click.core import Parameter
 
 SETTINGS_FILE = "settings.yaml"
 MAX_BYTES = 1 << 20
@@ -136,16 +139,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items() if value is not None}
 
 
-class HasOptions(Protocol):
-    """What is read of a parameter of the command line."""
-
-    @property
-    def name(self) -> str | None: ...
-    @property
-    def opts(self) -> Sequence[str]: ...
-
-
-def option_name(parameter: HasOptions) -> str:
+def option_name(parameter: Parameter) -> str:
     """The name by which a user knows an option: its long flag without dashes.
 
     >>> from types import SimpleNamespace

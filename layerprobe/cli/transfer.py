@@ -63,7 +63,7 @@ def transfer(
         cache_dir=cache_dir,
         quiet=out.quiet,
     )
-    out.finish(record, figures=figures(record) if out.folder is not None else None)
+    out.finish(record, figures=lambda: figures(record))
 
 
 def figures(record: TransferScores) -> dict[str, Draw]:

@@ -5,16 +5,14 @@ The hub's client logs in by itself (`hf auth login`, or its own environment vari
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerprobe.errors import NotAvailableError, UnknownNameError, UsageError
-from layerprobe.network import hub_is_out_of_reach
+from layerprobe.errors import UnknownNameError, UsageError
+from layerprobe.network import hub_errors, hub_is_out_of_reach
 from layerprobe.tables import percent
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ def push_plan(plan: FreezePlan, repository: str, *, private: bool = False, text:
 
     _check_name(repository)
     files = {PLAN_FILE: text, CARD_FILE: plan_card(plan, repository)}
-    with _hub_errors(repository, f"write to '{repository}'"):
+    with hub_errors(repository, f"write to '{repository}'"):
         if hub_is_out_of_reach():
             raise ConnectionError
         api = HfApi()
@@ -77,11 +75,19 @@ def pull_plan(repository: str, *, revision: str | None = None, offline: bool = F
         Gated, not cached while offline, or the hub cannot be reached.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     _check_name(repository)
     offline = offline or hub_is_out_of_reach()
-    with _hub_errors(repository, f"read '{repository}'"):
-        found = HfApi().hf_hub_download(repository, PLAN_FILE, revision=revision, local_files_only=offline)
+    with hub_errors(repository, f"read '{repository}'", revision=revision):
+        try:
+            found = HfApi().hf_hub_download(
+                repository, PLAN_FILE, revision=revision, local_files_only=offline
+            )
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise UnknownNameError(f"'{repository}' holds no {PLAN_FILE}") from error
     return Path(str(found))
 
 
@@ -136,57 +142,3 @@ def plan_card(plan: FreezePlan, repository: str) -> str:
 def _check_name(repository: str) -> None:
     if _REPOSITORY.fullmatch(repository) is None:
         raise UsageError(f"'{repository}' is no repository of the hub: it is written OWNER/NAME")
-
-
-@contextlib.contextmanager
-def _hub_errors(repository: str, doing: str) -> Iterator[None]:
-    """What the hub's client raises, as one line without its traces."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(f"'{repository}' is no repository of the hub: it is written OWNER/NAME") from error
-    except GatedRepoError as error:
-        raise NotAvailableError(
-            f"'{repository}' is gated: accept its terms, and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UnknownNameError(f"'{repository}' has no such revision") from error
-    except RepositoryNotFoundError as error:
-        raise UnknownNameError(
-            f"the hub has no '{repository}', or you may not see it (`hf auth login`)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise NotAvailableError(
-            f"'{repository}' is not cached and the hub cannot be reached (or offline mode is on)"
-        ) from error
-    except EntryNotFoundError as error:
-        raise UnknownNameError(f"'{repository}' holds no {PLAN_FILE}") from error
-    except LocalTokenNotFoundError as error:
-        raise NotAvailableError(f"cannot {doing}: log in first with `hf auth login`") from error
-    except OfflineModeIsEnabled as error:
-        raise NotAvailableError(f"cannot {doing}: offline mode is on (HF_HUB_OFFLINE)") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        hint = "; log in with `hf auth login`, with the right to write" if status in (401, 403) else ""
-        raise NotAvailableError(f"cannot {doing}: the hub answers {status}{hint}") from error
-    except (ConnectionError, TimeoutError) as error:
-        raise NotAvailableError(f"cannot {doing}: the hub cannot be reached") from error
-    except Exception as error:
-        # Of the package that the client talks through; which one that is differs between its versions.
-        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
-            raise
-        raise NotAvailableError(
-            f"cannot {doing}: the hub cannot be reached ({type(error).__name__})"
-        ) from error

@@ -32,11 +32,6 @@ def write_report(
     output : str | os.PathLike[str] | None
         The HTML file; default `report.html` in the folder, `comparison.html` where there are others.
 
-    Returns
-    -------
-    Path
-        Path of the page.
-
     Raises
     ------
     UsageError

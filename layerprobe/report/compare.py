@@ -46,11 +46,8 @@ def comparison_sections(folders: Sequence[Path]) -> tuple[str, list[str]]:
     if not any(run.blocks for run in runs):
         columns, rows = columns[:2], [row[:2] for row in rows]
     sections = [f'<h1>{html.text(title)}</h1>\n<p class="answer">{html.text(verdict)}</p>']
-    sections += [
-        f'<div class="words">{html.table(columns, rows)}</div>',
-        "<h2>Where their settings differ</h2>",
-    ]
-    sections += [_differences(runs)]
+    sections += [f'<div class="words">{html.table(columns, rows)}</div>']
+    sections += ["<h2>Where their settings differ</h2>", _differences(runs)]
     for run in runs:
         sections += [f"<h2>{html.text(run.name)}: {html.text(run.question)}</h2>", run.figure]
     for run in runs:
@@ -67,10 +64,10 @@ def _summary(folder: Path, index: int) -> Summary:
             name=name,
             question=run.question,
             answer=run.found["answer"],
-            accuracy=html.estimate(*(mine.get(key) for key in ("test_accuracy", "low", "high"))),
-            blocks=html.strip(run.states(run.strip), legend=False),
+            accuracy=html.estimate(mine["test_accuracy"], mine["low"], mine["high"]),
+            blocks=html.strip(run.states(mine["plan"]), legend=False),
             figure=main_figure(run, name=f"run{index}"),
-            provenance=run.found.get("provenance") or {},
+            provenance=run.found["provenance"],
         )
     record = next(iter(read_records(folder).values()))
     return Summary(

@@ -24,6 +24,9 @@ HEADS = {
     "probe": "the head starts from a logistic regression on the frozen features",
     "random": "the head starts from random weights",
 }
+TRIAL_COLUMNS = (
+    "number", "plan", "lr", "repeat", "fidelity", "validation_accuracy", "test_accuracy", "seconds", "reason",
+)  # fmt: skip
 MORE_SEEDS = (3, 5, 8, 12, 20)
 SHOWN_PLANS = 8
 WORTH = 0.85
@@ -31,18 +34,11 @@ WORTH = 0.85
 
 
 def search_sections(folder: Path) -> tuple[str, list[str]]:
-    """Title and sections of the page for a folder that holds `search.json` and its tables.
-
-    Raises
-    ------
-    BrokenFileError
-        a file of the run is missing or of another schema.
-    """
+    """Title and sections of the page for a folder that holds `search.json`; errors as of `SearchRun.read`."""
     run = SearchRun.read(folder)
-    found = run.found
     sections = [
-        html.heading(run.question, found["answer"]),
-        html.strip(run.states(run.strip)),
+        html.heading(run.question, run.found["answer"]),
+        html.strip(run.states(run.recommended["plan"])),
         _share(run.plan),
         main_figure(run),
         "<h2>How sure, and what it would take to be surer</h2>",
@@ -57,17 +53,15 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
         _next_steps(run),
         "<h2>How it was measured</h2>",
         _method(run),
-        html.repeat_section(found.get("provenance") or {}),
+        html.repeat_section(run.found["provenance"]),
     ]
     return run.question, sections
 
 
 def _share(plan: FreezePlan) -> str:
     """How much trains, once, with its base."""
-    trained, blocks = (
-        plan.trained_parameters,
-        sum(p.size for p in plan.parameters.values() if p.block is not None),
-    )
+    trained = plan.trained_parameters
+    blocks = sum(p.size for p in plan.parameters.values() if p.block is not None)
     if plan.adapters:
         return f"<p>Adapters hold {cell_text(trained)} parameters; stem and head train besides.</p>"
     if not trained:
@@ -94,19 +88,15 @@ def main_figure(run: SearchRun, *, name: str = "differences") -> str:
     if not rows:
         return '<p class="soft">There are no differences to draw: too few trainings came through.</p>'
     frame = pd.DataFrame(rows).astype({"difference": float, "low": float, "high": float})
-    margin = run.found.get("margin") if run.found.get("kind") == "no difference" else None
-    what = f"training {_trained_in_words(run.states(mine.get('plan') or ''))}"
-    seeds = run.found["seeds"]
+    margin = run.found["margin"] if run.found["kind"] == "no difference" else None
+    what = f"training {_trained_in_words(run.states(mine['plan']))}"
     caption = (
         "Test accuracy of other ways of training minus that of the recommended one "
-        f"({html.percent(mine.get('test_accuracy'))} %), on {seeds} seeds that selected nothing, with 95 % intervals. "
-        "An interval that holds 0 leaves open which is better."
-        + (
-            " The grey margin is that of two one-sided tests at 5 %, so 95 % intervals may leave it."
-            if margin
-            else ""
-        )
+        f"({html.percent(mine['test_accuracy'])} %), on {run.found['seeds']} seeds that selected nothing, with 95 % "
+        "intervals. An interval that holds 0 leaves open which is better."
     )
+    if margin:
+        caption += " The grey margin is that of two one-sided tests at 5 %, so 95 % intervals may leave it."
     return drawn(
         lambda ax: plot_differences(frame, what, margin=margin, ax=ax),
         caption,
@@ -137,7 +127,7 @@ def _sureness(run: SearchRun) -> str:
         note = " (this run)" if n_seeds == seeds else ""
         size = html.NOT_ESTIMABLE if finds > 1 else f"{100 * finds:.1f} points"
         rows.append([f"{n_seeds}{note}", size, _cost(run, judged * n_seeds)])
-    low, high = run.recommended.get("low"), run.recommended.get("high")
+    low, high = run.recommended["low"], run.recommended["high"]
     sampling = (
         " Seeds and the sampling of test images together leave the accuracy of the recommended plan at "
         f"{html.interval(low, high)} % (95 % interval); more seeds do not narrow the images' part."
@@ -145,7 +135,7 @@ def _sureness(run: SearchRun) -> str:
         else ""
     )
     more = max(2 * seeds, 8)
-    line = (found.get("provenance") or {}).get("command_line")
+    line = found["provenance"].get("command_line")
     surer = (
         html.commands(
             f"{_without_folder(line)} --seeds {more} --max-seeds {more} -o {html.quoted(run.folder.name + '-surer')}"
@@ -192,10 +182,10 @@ def _baselines(run: SearchRun) -> str:
         else:
             against = html.estimate(*run.difference(row), sign=True)
         probe = row["arm"] in ("probe", "pixels")
-        picture = "" if probe or not row.get("plan") else html.strip(run.states(row["plan"]), legend=False)
+        picture = "–" if probe else html.strip(run.states(row["plan"]), legend=False)
         accuracy = html.estimate(row["test_accuracy"], row["low"], row["high"])
         lr = "–" if row["lr"] is None else f"{row['lr']:g}"
-        rows.append([f"{html.text(name_of(row))}", picture or "–", accuracy, against, lr])
+        rows.append([html.text(name_of(row)), picture, accuracy, against, lr])
     columns = ["way of training", "blocks", "test accuracy, %", "minus recommended, points", "learning rate"]
     return (
         html.table(columns, rows, mark=mark)
@@ -220,10 +210,8 @@ def _layers(run: SearchRun) -> str:
         state = "trained" if row["in_plan"] else "frozen"
         gain = html.NOT_ESTIMABLE
         if shown:
-            ends = html.interval(*_gain_interval(row), sign=True)
-            gain = (
-                f"{html.percent(row['train_gain'], sign=True)} ({ends}){html.bar(row['train_gain'], reach)}"
-            )
+            value, low, high = row["train_gain"], row["train_gain_low"], row["train_gain_high"]
+            gain = html.estimate(value, low, high, sign=True) + html.bar(value, reach)
         part = f" {row['part']}" if row.get("part") else ""
         rows.append([f"{row['block']}{part}", state, gain])
     said = (
@@ -239,17 +227,9 @@ def _layers(run: SearchRun) -> str:
     return body + f'<p class="soft">{said}</p>' + _scores(run.layers)
 
 
-def _gain_interval(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    low, high = row.get("train_gain_low"), row.get("train_gain_high")
-    if low is not None and high is not None:
-        return low, high
-    gain, error = row["train_gain"], row["train_gain_stderr"]
-    return (None, None) if gain is None or error is None else (gain - 1.96 * error, gain + 1.96 * error)
-
-
 def _gain_known(row: Mapping[str, Any], scale: float) -> bool:
-    low, high = _gain_interval(row)
-    return row["train_gain"] is not None and low is not None and high is not None and high - low <= scale
+    value, low, high = row["train_gain"], row["train_gain_low"], row["train_gain_high"]
+    return value is not None and low is not None and high is not None and high - low <= scale
 
 
 def _scores(rows: list[dict[str, Any]]) -> str:
@@ -292,34 +272,23 @@ def _trials(run: SearchRun) -> str:
             html.strip(run.states(row["plan"]), legend=False),
             html.estimate(row["validation_accuracy"], row["low"], row["high"]),
             cell_text(row["trainable_parameters"]),
-            cell_text(row.get("n_trainings")),
+            cell_text(row["n_trainings"]),
         ]
         for row in shown
     ]
-    marks = [index for index, row in enumerate(shown) if row["chosen"]]
+    mark = next((index for index, row in enumerate(shown) if row["chosen"]), None)
     columns = ["plan", "expected validation accuracy, %", "trained parameters", "trainings"]
-    table = html.table(columns, rows, mark=marks[0] if marks else None)
-    every = [
-        "number",
-        "plan",
-        "lr",
-        "repeat",
-        "fidelity",
-        "validation_accuracy",
-        "test_accuracy",
-        "seconds",
-        "reason",
-    ]
+    table = html.table(columns, rows, mark=mark)
     return (
         picture
         + html.folded(f"the best of {len(run.plans)} plans, given all trainings", table)
-        + html.folded("every training", html.records_table(run.trials, every))
+        + html.folded("every training", html.records_table(run.trials, TRIAL_COLUMNS))
     )
 
 
 def _next_steps(run: SearchRun) -> str:
     found, folder = run.found, run.folder
-    backbone = (found.get("provenance") or {}).get("backbone") or {}
+    backbone = found["provenance"]["backbone"]
     # The flags that let images enter a language backbone as they did in the search.
     stem = (
         f" --stem {html.quoted(backbone.get('stem'))} --patch-size {html.quoted(backbone.get('patch_size'))}"
@@ -346,39 +315,31 @@ def _next_steps(run: SearchRun) -> str:
 
 def _method(run: SearchRun) -> str:
     found = run.found
-    settings = (found.get("provenance") or {}).get("arguments") or {}
-    pilot = found.get("pilot") or {}
-    head = found.get("head") or settings.get("head")
-    margin = found.get("stop_margin", settings.get("margin"))
+    settings, pilot = found["provenance"]["arguments"], found["pilot"]
     frugal = "the fewest trained parameters within one standard error of the best"
-    rates = ", ".join(f"{lr:g}" for lr in pilot.get("lrs") or ())
-    reached = "; ".join(
-        f"{100 * a:.1f} % after {n} steps" for n, a in (pilot.get("accuracies") or {}).items()
-    )
-    plateau = pilot.get("plateau")
+    plateau = pilot["plateau"]
     bridge = f"{found['bridge_steps']} steps on random labels, then " if found["bridge_steps"] else ""
     facts = {
         "one training": f"{bridge}{found['steps']} steps on the task's labels",
-        "head": HEADS.get(str(head), str(head or "not recorded")),
-        "pilot, all blocks": reached or "not recorded",
+        "head": HEADS.get(settings["head"], settings["head"]),
+        "pilot, all blocks": "; ".join(
+            f"{100 * a:.1f} % after {n} steps" for n, a in pilot["accuracies"].items()
+        ),
         "plateau": (
             "not asked for: the number of steps was given"
             if plateau is None
             else f"{100 * plateau:.1f} %, "
             + (
                 "reached to 95 %"
-                if pilot.get("reached")
+                if pilot["reached"]
                 else "not reached: longer trainings may change the answer"
             )
         ),
-        "learning rates": rates or "not recorded",
+        "learning rates": ", ".join(f"{lr:g}" for lr in pilot["lrs"]),
         "search": f"{found['strategy']}, {found['trainings']} trainings in all, "
         f"{found['spent']:.3g} of {found['budget']:.3g} full trainings spent",
-        "margin δ": (
-            "not recorded"
-            if margin is None
-            else f"{100 * margin:.1f} points: the search ends when no plan is likely to be better by as much"
-        ),
+        "margin δ": f"{100 * settings['margin']:.1f} points: the search ends when no plan is likely to be better by as "
+        "much",
         "choice": frugal if found["objective"] == "frugal" else "the highest expected validation accuracy",
         "chance": f"{html.percent(float(found['chance']))} %",
     }

@@ -73,38 +73,25 @@ def percent(value: float | None, *, sign: bool = False) -> str:
     return "0.0" if shown == "+0.0" else shown
 
 
-def interval(low: float | None, high: float | None, *, sign: bool = False, scale: float = 1.0) -> str:
-    """`low to high` in per cent, a dash, or "not estimable" where it is wider than the scale of the quantity."""
+def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
+    """`low to high` in per cent, a dash, or "not estimable" where it is wider than the whole scale."""
     if low is None or high is None or low != low or high != high:
         return "–"
-    return NOT_ESTIMABLE if high - low > scale else interval_in_words(low, high, sign=sign)
+    return NOT_ESTIMABLE if high - low > 1 else interval_in_words(low, high, sign=sign)
 
 
-def estimate(
-    value: float | None,
-    low: float | None,
-    high: float | None,
-    *,
-    sign: bool = False,
-    scale: float = 1.0,
-) -> str:
+def estimate(value: float | None, low: float | None, high: float | None, *, sign: bool = False) -> str:
     """A share and its interval, or "not estimable"."""
     if value is None or value != value:
         return "–"
-    ends = interval(low, high, sign=sign, scale=scale)
+    ends = interval(low, high, sign=sign)
     if ends == NOT_ESTIMABLE:
         return NOT_ESTIMABLE
     return percent(value, sign=sign) if ends == "–" else f"{percent(value, sign=sign)} ({ends})"
 
 
 def figure(path: Path, folder: Path, caption: str) -> str:
-    """A PNG file of a run folder, embedded.
-
-    Raises
-    ------
-    BrokenFileError
-        No plain file, outside the folder, larger than 20 MiB, or no PNG.
-    """
+    """A PNG file of a run folder, embedded; BrokenFileError where it is none, elsewhere, or larger than 20 MiB."""
     data = read_file(path, what="figure", inside=folder, max_bytes=MAX_FIGURE_BYTES)
     if not data.startswith(b"\x89PNG"):
         raise BrokenFileError(f"{path} is no PNG file")
@@ -191,11 +178,8 @@ def records_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | No
     if 0 < len(rows) <= MOST_LISTED and names:
         cells = [[text(cell_text(row.get(name))) for name in names] for row in rows]
         return f'<div class="wide">{table([text_key(name) for name in names], cells)}</div>'
-    return render_table(
-        [{text_key(key): value for key, value in row.items()} for row in rows],
-        "html",
-        columns=None if columns is None else [text_key(name) for name in columns],
-    )
+    shown = [{text_key(key): value for key, value in row.items()} for row in rows]
+    return render_table(shown, "html", columns=[text_key(name) for name in names])
 
 
 def text_key(key: object) -> str:

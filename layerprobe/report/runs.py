@@ -71,13 +71,7 @@ def read_records(folder: Path) -> dict[str, SavedRecord]:
 
 
 def record_sections(folder: Path) -> tuple[str, list[str]]:
-    """Title and sections for a folder that holds saved records.
-
-    Raises
-    ------
-    BrokenFileError
-        No record is there.
-    """
+    """Title and sections for a folder that holds saved records; BrokenFileError where there is none."""
     records = read_records(folder)
     sections: list[str] = []
     first = next(iter(records.values()))

@@ -17,36 +17,29 @@ from layerprobe.report.page import PROVENANCE_FIELDS
 from layerprobe.tables import read_frame, strict_rows
 
 _NUMBER = (float, type(None))
-_WORDS = (str, type(None))
 SEARCH_FIELDS: dict[str, Schema] = {
-    "model": str, "task": str, "answer": str, "objective": str, "strategy": str, "trainings": int, "spent": float,
-    "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int, "steps": int,
-    "noise": _NUMBER, "margin?": _NUMBER, "kind?": _WORDS, "recommended?": _WORDS, "head?": _WORDS,
-    "stop_margin?": _NUMBER, "image_stderr?": _NUMBER,
-    "plan?": ({"strip?": _WORDS}, type(None)),
-    "differences?": ([{"arm": str, "versus": str, "difference": _NUMBER, "low": _NUMBER, "high": _NUMBER}], type(None)),
-    "pilot?": ({
-        "lrs?": [float], "accuracies?": {}, "plateau?": _NUMBER, "reached?": bool, "seconds?": _NUMBER,
-        "length?": _NUMBER,
-    }, type(None)),
-    "provenance?": ({"backbone?": (dict, type(None)), **PROVENANCE_FIELDS}, type(None)),
+    "model": str, "task": str, "answer": str, "kind": str, "objective": str, "strategy": str, "trainings": int,
+    "spent": float, "budget": float, "chance": float, "seeds": int, "train_seconds": float, "bridge_steps": int,
+    "steps": int, "noise": _NUMBER, "margin": _NUMBER, "image_stderr?": _NUMBER, "plan": {"strip": str},
+    "pilot": {"lrs": [float], "accuracies": {}, "plateau": _NUMBER, "reached": bool},
+    "provenance": {**PROVENANCE_FIELDS, "backbone": dict, "arguments": {"head": str, "margin": float}},
 }  # fmt: skip
 ROW_FIELDS: dict[str, dict[str, Schema]] = {
     "baselines": {
-        "arm": str, "plan?": _WORDS, "trainable_parameters": _NUMBER, "lr": _NUMBER, "test_accuracy": _NUMBER,
-        "low": _NUMBER, "high": _NUMBER, "n_seeds?": _NUMBER, "seconds?": _NUMBER,
+        "arm": str, "plan": str, "trainable_parameters": _NUMBER, "lr": _NUMBER, "test_accuracy": _NUMBER,
+        "low": _NUMBER, "high": _NUMBER, "seconds": _NUMBER,
         **{f"minus_{arm}{end}?": _NUMBER for arm in ("plan", "all", "none") for end in ("", "_low", "_high")},
     },
     "layers": {
-        "block": int, "part?": str, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_stderr": _NUMBER,
-        "train_gain_low?": _NUMBER, "train_gain_high?": _NUMBER,
+        "block": int, "part?": str, "in_plan": (bool, int), "train_gain": _NUMBER, "train_gain_low": _NUMBER,
+        "train_gain_high": _NUMBER,
     },
     "trials": {
         "number": int, "repeat": int, "cost": float, "trained_blocks": (int, float), "validation_accuracy": _NUMBER,
     },
     "plans": {
         "plan": str, "trainable_parameters": _NUMBER, "validation_accuracy": _NUMBER, "low": _NUMBER, "high": _NUMBER,
-        "chosen": (bool, int), "n_trainings?": _NUMBER,
+        "chosen": (bool, int), "n_trainings": _NUMBER,
     },
 }  # fmt: skip
 """What is read of `search.json` and of the tables beside it."""
@@ -97,12 +90,9 @@ class SearchRun:
         check_fields(found, SEARCH_FIELDS, file)
         check_plain(folder / "plan.json", what="freeze plan", inside=folder)
         plan = FreezePlan.load(folder / "plan.json")
-        try:
-            tables = {name: _rows(folder, name) for name in ROW_FIELDS}
-        except KeyError as error:
-            raise BrokenFileError(
-                f"the run in {folder} lacks the entry {error}; run the search again"
-            ) from error
+        tables = {name: _rows(folder, name) for name in ROW_FIELDS}
+        if all(row["plan"] != found["plan"]["strip"] for row in tables["baselines"]):
+            raise BrokenFileError(f"{folder / 'baselines.csv'} lacks the plan that {file} recommends")
         return cls(folder=folder, found=found, plan=plan, **tables)
 
     @property
@@ -110,21 +100,10 @@ class SearchRun:
         """What the page answers."""
         return f"Which blocks of {self.found['model']} should train for {self.found['task']}?"
 
-    @property
-    def strip(self) -> str:
-        """The plan as tables write it; from the plan itself where the run does not say."""
-        said = (self.found.get("plan") or {}).get("strip")
-        return said or "".join("#" if chosen else "." for chosen in self.plan.chosen_blocks)
-
     @cached_property
     def recommended(self) -> dict[str, Any]:
-        """The row of what the verdict recommends; an empty one where it cannot be told."""
-        name = self.found.get("recommended")
-        strip = (self.found.get("plan") or {}).get("strip")
-        for row in self.baselines:
-            if row["arm"] == name or (name is None and strip is not None and row.get("plan") == strip):
-                return row
-        return {}
+        """The row of the plan that the verdict recommends; of equal plans the first."""
+        return next(row for row in self.baselines if row["plan"] == self.found["plan"]["strip"])
 
     def states(self, strip: str) -> list[str]:
         """Per block of a plan, as tables write it: trained, frozen, or the name of the part that trains."""
@@ -140,31 +119,17 @@ class SearchRun:
     def same_plan(self, row: Mapping[str, Any]) -> bool:
         """Whether a row is another name of the plan that is recommended."""
         mine = self.recommended
-        trained = row["arm"] not in ("probe", "pixels")
-        return trained and row is not mine and row.get("plan") is not None and row["plan"] == mine.get("plan")
+        return row["arm"] not in ("probe", "pixels") and row is not mine and row["plan"] == mine["plan"]
 
     def difference(self, row: Mapping[str, Any]) -> tuple[float | None, float | None, float | None]:
         """Test accuracy of a row minus the recommended plan's, with its interval."""
-        arm = self.recommended.get("arm")
-        if f"minus_{arm}" in row:
-            value, low, high = (row.get(f"minus_{arm}{end}") for end in ("", "_low", "_high"))
-            return value, low, high
-        for pair in self.found.get("differences") or ():
-            value, low, high = (pair[key] for key in ("difference", "low", "high"))
-            if (pair["arm"], pair["versus"]) == (row["arm"], arm):
-                return value, low, high
-            if (pair["versus"], pair["arm"]) == (row["arm"], arm) and value is not None:
-                return -value, _minus(high), _minus(low)
-        return None, None, None
+        name = f"minus_{self.recommended['arm']}"
+        return row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high")
 
 
 def _rows(folder: Path, name: str) -> list[dict[str, Any]]:
     path = folder / f"{name}.csv"
     return check_fields(strict_rows(read_frame(path, inside=folder)), [ROW_FIELDS[name]], path)
-
-
-def _minus(value: float | None) -> float | None:
-    return None if value is None else -value
 
 
 def name_of(row: Mapping[str, Any]) -> str:

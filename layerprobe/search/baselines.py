@@ -52,15 +52,8 @@ class Baseline:
 
     def trial(self, lr: float, repeat: int = 0, fidelity: float = 1.0) -> Trial:
         """One training of this baseline."""
-        return Trial(
-            mask=self.mask,
-            lr=lr,
-            repeat=repeat,
-            fidelity=fidelity,
-            norms=self.norms,
-            auto_rgn=self.auto_rgn,
-            rank=self.rank,
-        )
+        own = {name: value for name, value in vars(self).items() if name != "name"}
+        return Trial(lr=lr, repeat=repeat, fidelity=fidelity, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +163,8 @@ def chosen_baselines(settings: Settings, space: Space, *, scores: Scores | None 
     (`layerprobe.training.loop.BlockRates`). `greedy` is the plan that SubTuning's forward selection finds with the
     same budget as the search, which this doubles; trainings that both ask for are done once. What waits for a plan
     has all blocks until then, the most that it may cost. A name that exists for other backbones (`first-5`), other
-    settings (`attention`) or with scores alone (`rgn-half`) is left out where it does not.
-
-    Raises
-    ------
-    UnknownNameError
-        There is no such baseline.
+    settings (`attention`) or with scores alone (`rgn-half`) is left out where it does not; any other raises
+    UnknownNameError.
     """
     names = DEFAULT_BASELINES if settings.baselines is None else (ALL, NONE, *settings.baselines)
     baselines = [
@@ -264,16 +253,13 @@ def report_baselines(
     distinct = {mask: name for name, mask in judged.items()}  # of equal plans the last name
     arms = {name: mask for mask, name in distinct.items()}
     while True:
-        outcomes = {one.name: _outcomes(found, [trial(one, s) for s in range(n_seeds)]) for one in everyone}
+        outcomes = {
+            one.name: {s: found[trial(one, s)] for s in range(n_seeds) if trial(one, s) in found}
+            for one in everyone
+        }
         pooled = _pooled({name: outcomes[name] for name in arms})
-        verdict = decide(
-            arms,
-            pooled,
-            budget.space,
-            tolerance=tolerance,
-            margin=2 * settings.half_width,
-            n_seeds=n_seeds,
-        )
+        margin = 2 * settings.half_width
+        verdict = decide(arms, pooled, budget.space, tolerance=tolerance, margin=margin, n_seeds=n_seeds)
         if n_seeds >= settings.max_seeds or not _more_seeds_help(verdict, pooled, settings.half_width):
             break
         train([one for one in everyone if one.name in arms], [n_seeds])
@@ -281,7 +267,6 @@ def report_baselines(
     lines = []
     for one in everyone:
         done = list(outcomes[one.name].values())
-        accuracies = tuple(outcome.test_accuracy for outcome in done)
         params = [o.trainable_parameters for o in done if o.trainable_parameters is not None]
         recalls = [o.bridge_accuracy for o in done if o.bridge_accuracy is not None]
         # Equal plans are one arm. Other baselines may be less noisy, so each is pooled with the three alone.
@@ -301,7 +286,7 @@ def report_baselines(
                 cost=budget.space.cost(trial(one, 0)),
                 seconds=float(np.mean([outcome.train_seconds for outcome in done])),
                 recall=float(np.mean(recalls)) if recalls else None,
-                test=accuracies,
+                test=tuple(outcome.test_accuracy for outcome in done),
                 accuracy=_mean(own, with_this, done),
                 pooled=with_this,
                 arm=own,
@@ -323,10 +308,6 @@ def _rates(everyone: Sequence[Baseline], budget: TrialBudget, train_batch: Train
             found = train_batch(trials)
             chosen[one.name] = max(trials, key=lambda trial: (found[trial].ranked_accuracy, -trial.lr)).lr
     return chosen
-
-
-def _outcomes(found: Mapping[Trial, Outcome], trials: Sequence[Trial]) -> dict[int, Outcome]:
-    return {trial.repeat - REPORT_REPEAT: found[trial] for trial in trials if trial in found}
 
 
 def _pooled(outcomes: Mapping[str, Mapping[int, Outcome]]) -> PooledArms | None:

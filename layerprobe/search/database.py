@@ -19,8 +19,7 @@ from alembic.util import CommandError
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from layerprobe import errors
-from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError
+from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError, first_line
 from layerprobe.progress import note
 from layerprobe.provenance import without_secrets
 
@@ -64,12 +63,6 @@ def hide_password(url: str) -> str:
     return without_secrets(url)
 
 
-def install_retries(storage: optuna.storages.RDBStorage, shown: str) -> None:
-    """Let every call that reads or writes trials wait for a database that does not answer."""
-    for name in _CALLS:
-        setattr(storage, name, with_retry(getattr(storage, name), shown))
-
-
 def with_retry(call: Callable[P, R], shown: str) -> Callable[P, R]:
     """`call`, tried again for five minutes, at growing intervals, while the database does not answer.
 
@@ -91,7 +84,7 @@ def with_retry(call: Callable[P, R], shown: str) -> Callable[P, R]:
             try:
                 return call(*args, **kwargs)
             except (SQLAlchemyError, StorageInternalError) as error:
-                reason = without_secrets(first_line(error))
+                reason = without_secrets(root_cause(error))
                 full = any(word in reason.lower() for word in _FULL)
                 if full or any(word in reason.lower() for word in _FOR_GOOD):
                     why = "the disk is full" if full else reason
@@ -142,12 +135,24 @@ def heartbeats(storage: optuna.storages.RDBStorage) -> dict[int, object]:
     return {}
 
 
-def connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-    """The storage at a SQLAlchemy URL and its study, created where need be; raises `STORAGE_ERRORS` and UsageError."""
+def connect(url: str | os.PathLike[str]) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
+    """The storage at a URL or path and its study, created where need be; trials wait for it where it does not answer.
+
+    Raises
+    ------
+    NotAvailableError
+        The database cannot be used, or its driver is not installed.
+    UsageError
+        It holds another study.
+    """
+    url = storage_url(url)
+    shown = hide_password(url)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
     for attempt in itertools.count():
         try:
-            with _quiet():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 storage = optuna.storages.RDBStorage(
                     url.replace("{", "{{").replace("}", "}}"),  # optuna takes the URL for a template
                     engine_kwargs=engine,
@@ -161,16 +166,23 @@ def connect(url: str) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
             others = [name for name in optuna.get_all_study_names(storage) if name != STUDY]
             if others:
                 raise UsageError(
-                    f"storage {hide_password(url)} already holds another optuna study ('{others[0]}'); "
+                    f"storage {shown} already holds another optuna study ('{others[0]}'); "
                     "give each search its own database"
                 )
+            for name in _CALLS:
+                setattr(storage, name, with_retry(getattr(storage, name), shown))
             return storage, study
         except LayerprobeError:
             raise
-        except STORAGE_ERRORS:
+        except ImportError as error:
+            raise NotAvailableError(
+                f"storage {shown} needs a driver that is not installed ({error.name}); "
+                "for PostgreSQL: pip install 'layerprobe[postgres]'"
+            ) from error
+        except STORAGE_ERRORS as error:
             # Two processes that create the tables of a new database at once get in each other's way once.
             if attempt == 4 or not url.startswith(("sqlite", "postgresql")) or _unreachable(url):
-                raise
+                raise NotAvailableError(f"storage {shown} cannot be used: {root_cause(error)}") from error
             time.sleep(0.2 * (attempt + 1))
     raise AssertionError  # not reached: the loop has no end
 
@@ -201,15 +213,8 @@ def _unreachable(url: str) -> bool:
         return True
 
 
-def first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What the error at the bottom of a chain says, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return errors.first_line(error)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        yield
+    return first_line(error)

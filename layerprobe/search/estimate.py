@@ -13,7 +13,6 @@ from layerprobe.backbones.backbone import Backbone
 from layerprobe.backbones.load import available_memory
 from layerprobe.backbones.memory_use import memory_needed
 from layerprobe.errors import UsageError
-from layerprobe.layers import parse_blocks
 from layerprobe.metrics.inference import detectable_with
 from layerprobe.search.baselines import GREEDY, Baseline, baselines_cost, chosen_baselines
 from layerprobe.search.budget import TrialBudget
@@ -25,12 +24,13 @@ from layerprobe.search.strategies import make_strategy
 
 def check_search(settings: Settings, space: Space, output: str | os.PathLike[str] | None) -> None:
     """Raise what the search itself would raise of these settings, before anything is computed or kept."""
-    settings.check_output(output)
+    if settings.keep_bridge and output is None:
+        raise UsageError("keeping the bridge-trained model needs an output folder")
     chosen_baselines(settings, space)
-    budget = TrialBudget(
-        space=space, train_batch=lambda trials: {}, settings=settings, total=settings.budget or 0.0
-    )
     if settings.budget is not None:
+        budget = TrialBudget(
+            space=space, train_batch=lambda trials: {}, settings=settings, total=settings.budget
+        )
         make_strategy(settings.strategy).check(budget)
 
 
@@ -45,12 +45,7 @@ def search_facts(
     """Facts for a dry run: plans, budget, memory, and a rough duration, from the configuration alone.
 
     The duration counts 6 operations per block parameter and token and divides by the speed of a matrix
-    product measured here for a moment; overheads and evaluation come on top.
-
-    Raises
-    ------
-    UsageError
-        What `freeze_search` would refuse of these settings and this model.
+    product measured here for a moment; overheads and evaluation come on top. Raises what `freeze_search` would.
     """
     settings = make_settings(preset, **given)
     space = search_space(seen, settings)
@@ -85,17 +80,6 @@ def search_facts(
     return facts | {
         "budget": f"{settings.budget:g} full trainings",
         "duration": f"very roughly {max(1, round(minutes)):,} min (matrix products alone)",
-    }
-
-
-def parse_constraints(
-    given: dict[str, str | None], n_blocks: int, *, model: str
-) -> dict[str, tuple[int, ...]]:
-    """`must_freeze` and `must_train` as block indices, where they are given."""
-    return {
-        name: tuple(parse_blocks(text, n_blocks, model=model))
-        for name, text in given.items()
-        if text is not None
     }
 
 

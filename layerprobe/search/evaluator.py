@@ -12,12 +12,12 @@ import pandas as pd
 from layerprobe.analyzers.transfer import transfer_scores
 from layerprobe.backbones.layout import parameter_units
 from layerprobe.errors import UsageError
-from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.plans import FreezePlan, norm_parameter_names
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, trial_seed
-from layerprobe.training import Outcome, TaskTensors, train_and_score, unit_plan
+from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score, unit_plan
 from layerprobe.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -61,18 +61,6 @@ class Evaluator:
         return TaskTensors.of(self.backbone, replace(self.task, splits=self.splits))
 
     @cached_property
-    def plans(self) -> dict[str, FreezePlan]:
-        """The baselines as plans, see `layerprobe.plans.standard_plans`."""
-        return standard_plans(
-            parameter_table(self.backbone.model),
-            self.backbone.layout.parameter_groups,
-            model_id=self.backbone.source.model_id,
-            revision=self.backbone.source.revision,
-            norm_names=norm_parameter_names(self.backbone.model),
-            tied=self.backbone.tied_names,
-        )
-
-    @cached_property
     def space(self) -> Space:
         """The plans that the settings allow."""
         return search_space(self.backbone, self.settings)
@@ -80,7 +68,9 @@ class Evaluator:
     def plan(self, mask: Mask, *, norms: bool = False, rank: int = 0) -> FreezePlan:
         """The freeze plan of a mask: its units, and nothing of the backbone outside them."""
         if norms:
-            return self.plans["norms"]
+            own = set(norm_parameter_names(self.backbone.model))
+            names = [name for name, _ in self.backbone.model.named_parameters() if name in own]
+            return block_plan(self.backbone, (), also_trainable=names)
         return unit_plan(self.backbone, self.space.names(mask), rank=rank or self.settings.adapter_rank)
 
     def __call__(self, trial: Trial) -> Outcome:
@@ -100,10 +90,7 @@ class Evaluator:
 def search_space(backbone: Backbone, settings: Settings) -> Space:
     """The plans of a backbone, with the number of parameters that train with each unit: its own, or of its adapters.
 
-    Raises
-    ------
-    UsageError
-        A unit has nothing to train; contradicting constraints.
+    UsageError where a unit has nothing to train, or constraints contradict one another.
     """
     units, rank = parameter_units(backbone, settings.units), settings.adapter_rank
     sizes = {unit: unit_plan(backbone, [unit], rank=rank).trained_parameters for unit in units}

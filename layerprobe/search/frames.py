@@ -63,11 +63,9 @@ def baseline_frame(report: Report, space: Space, probes: Sequence[ProbeBaseline]
             "cost": line.cost,
             "seconds": round(line.seconds, 3),
         }
-        row |= _differences(line.against)
-        row["random_label_recall"] = line.recall
-        row["test_per_seed"] = " ".join("" if value is None else f"{value:.6f}" for value in line.test)
-        row["reason"] = line.accuracy.reason
-        rows.append(row)
+        per_seed = " ".join("" if value is None else f"{value:.6f}" for value in line.test)
+        row |= {**_differences(line.against), "random_label_recall": line.recall, "test_per_seed": per_seed}
+        rows.append(row | {"reason": line.accuracy.reason})
     rows += [_probe_row(probe, report) for probe in probes]
     return pd.DataFrame(rows)
 
@@ -75,11 +73,13 @@ def baseline_frame(report: Report, space: Space, probes: Sequence[ProbeBaseline]
 def _differences(against: Mapping[str, Estimate | None]) -> dict[str, float | None]:
     row: dict[str, float | None] = {}
     for label in (ALL, PLAN, NONE):
-        pair = against.get(label)
-        row[f"minus_{label}"] = pair.value if pair else None
-        row[f"minus_{label}_low"] = pair.low if pair else None
-        row[f"minus_{label}_high"] = pair.high if pair else None
-        row[f"p_better_than_{label}"] = pair.probability if pair else None
+        pair = against.get(label) or Estimate(value=None)
+        row |= {
+            f"minus_{label}": pair.value,
+            f"minus_{label}_low": pair.low,
+            f"minus_{label}_high": pair.high,
+        }
+        row[f"p_better_than_{label}"] = pair.probability
     return row
 
 
@@ -99,19 +99,10 @@ def _probe_row(probe: ProbeBaseline, report: Report) -> dict[str, Any]:
     }
 
 
-def _about(mask: Mask, space: Space) -> dict[str, Any]:
-    return {
-        "plan": strip(mask),
-        "blocks": space.describe(mask),
-        "trained_blocks": space.trained_blocks(mask),
-        "trainable_parameters": space.params(mask),
-    }
-
-
 def plan_frame(budget: TrialBudget, chosen: Mask) -> pd.DataFrame:
     """One row a plan of which a training came through, cheapest first: expected accuracy with its 95 % interval, cost,
     on the front or not."""
-    posterior = budget.posterior()
+    posterior, space = budget.posterior(), budget.space
     masks = [mask for mask in budget.tried_masks() if mask not in posterior.failed]
     if chosen not in masks:
         masks.append(chosen)
@@ -120,8 +111,11 @@ def plan_frame(budget: TrialBudget, chosen: Mask) -> pd.DataFrame:
     stderr = np.sqrt(np.clip(np.diag(covariance), 0.0, None))
     rows = [
         {
-            **_about(mask, budget.space),
-            "cost": budget.space.cost(budget.trial(mask, rates[mask])),
+            "plan": strip(mask),
+            "blocks": space.describe(mask),
+            "trained_blocks": space.trained_blocks(mask),
+            "trainable_parameters": space.params(mask),
+            "cost": space.cost(budget.trial(mask, rates[mask])),
             "lr": rates[mask],
             "validation_accuracy": expected,
             "low": max(0.0, expected - 1.96 * error),

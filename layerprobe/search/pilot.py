@@ -74,12 +74,8 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
     """Train all blocks: at every rate of the grid, moved until the best is inside; then for twice as long, again
     and again, until the accuracy that is reached is 95 % of the plateau.
 
-    The plateau is extrapolated from the gains of the last two doublings, taken for a geometric series.
-
-    Raises
-    ------
-    UsageError
-        Every training fails.
+    The plateau is extrapolated from the gains of the last two doublings, taken for a geometric series. UsageError where
+    every training fails.
     """
     limit = settings.steps[1]
     shortest = min(1.0, SHORTEST_STEPS / limit) if settings.find_length else 1.0
@@ -131,9 +127,7 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
         lengths.append(min(1.0, 2 * lengths[-1]))
         train((lr,), lengths[-1])
     reached = {length: found[Trial(mask=space.all, lr=lr, fidelity=length)] for length in lengths}
-    enough = [
-        length for length in lengths if plateau is not None and reached[length] >= PLATEAU_SHARE * plateau
-    ]
+    enough = [n for n in lengths if plateau is not None and reached[n] >= PLATEAU_SHARE * plateau]
     length = min(enough, default=lengths[-1])
     return Pilot(
         length=length,
@@ -147,11 +141,6 @@ def run_pilot(train_batch: TrainBatch, space: Space, settings: Settings) -> Pilo
 
 def extrapolated(accuracies: list[float]) -> float:
     """The limit of accuracies at doubling lengths, from their last two gains as a geometric series; at most 1.
-
-    Raises
-    ------
-    ValueError
-        Fewer than three accuracies.
 
     >>> round(extrapolated([0.7, 0.8, 0.85]), 3)
     0.9

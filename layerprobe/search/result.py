@@ -28,6 +28,9 @@ from layerprobe.search.verdict import sentence
 from layerprobe.tables import MARK, count_text, read_frame, strict_rows, strict_value, tidy
 from layerprobe.training.arms import LEAST_RECALL
 
+_TABLES = {"table": "layers", "trials": "trials", "baselines": "baselines", "plans": "plans"}
+"""Field of a result → its file in the run folder."""
+
 
 @dataclass(repr=False, kw_only=True)
 class SearchResult(Record):
@@ -107,13 +110,7 @@ class SearchResult(Record):
                             "reason": "not measured" if pd.isna(value) else None,
                         }
                     )
-        return tidy(
-            rows,
-            model=self.facts["model"],
-            revision=self.facts["revision"],
-            task=self.facts["task"],
-            seed=self.facts["seed"],
-        )
+        return tidy(rows, **{name: self.facts[name] for name in ("model", "revision", "task", "seed")})
 
     def arm_rows(self) -> list[dict[str, Any]]:
         """The best plan found, the baselines and the probes for a terminal, in percent; the recommended one marked."""
@@ -151,8 +148,7 @@ class SearchResult(Record):
         if not isinstance(found, dict) or found.get("schema") != SEARCH_SCHEMA:
             raise BrokenFileError(f"{file} is not of the schema {SEARCH_SCHEMA}")
         check_fields(found, {"answer": str, "kind": str, "provenance?": (dict, type(None))}, file)
-        names = {"table": "layers", "trials": "trials", "baselines": "baselines", "plans": "plans"}
-        frames = {key: read_frame(source / f"{name}.csv", inside=source) for key, name in names.items()}
+        frames = {key: read_frame(source / f"{name}.csv", inside=source) for key, name in _TABLES.items()}
         apart = ("schema", "answer", "kind", "provenance", "baselines", "plans")
         return cls(
             plan=FreezePlan.load(source / "plan.json"),
@@ -165,33 +161,18 @@ class SearchResult(Record):
         )
 
     def extra_tables(self) -> dict[str, pd.DataFrame]:
-        return {
-            "layers": self.table,
-            "trials": self.trials,
-            "baselines": self.baselines,
-            "plans": self.plans,
-        }
+        return {name: getattr(self, key) for key, name in _TABLES.items()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         target = super().save(path)
         if target.suffix not in (".csv", ".parquet", ".json"):
             self.plan.save(target / "plan.json")
-            write_json(target / "search.json", self.to_search_json())
+            content = {"schema": SEARCH_SCHEMA, "answer": self.answer, "kind": self.kind, **self.facts}
+            rows = {"baselines": strict_rows(self.baselines), "plans": strict_rows(self.plans)}
+            write_json(
+                target / "search.json", strict_value({**content, **rows, "provenance": self.provenance})
+            )
         return target
-
-    def to_search_json(self) -> dict[str, Any]:
-        """Everything that a report of the run needs, as strict JSON."""
-        return strict_value(
-            {
-                "schema": SEARCH_SCHEMA,
-                "answer": self.answer,
-                "kind": self.kind,
-                **self.facts,
-                "baselines": strict_rows(self.baselines),
-                "plans": strict_rows(self.plans),
-                "provenance": self.provenance,
-            }
-        )
 
 
 def make_result(
@@ -203,40 +184,19 @@ def make_result(
     scores: pd.DataFrame,
     probes: Sequence[ProbeBaseline] = (),
 ) -> SearchResult:
-    """The record of a finished search.
-
-    Parameters
-    ----------
-    budget : TrialBudget
-        After the search.
-    pilot : Pilot
-        Length and rates of a training.
-    report : Report
-        The plan and the baselines on unseen seeds, with the verdict.
-    records : Sequence[Finished]
-        Every training of pilot, search and report.
-    scores : pd.DataFrame
-        Long table of transfer scores; may be empty.
-    probes : Sequence[ProbeBaseline]
-        Linear probes of the same images, which stand among the baselines.
-    """
+    """The record of a finished search, of whose trainings (pilot, search and report) are all `records`; the long table
+    of transfer scores may be empty."""
     task, space, settings, verdict = evaluator.task, budget.space, budget.settings, report.verdict
     own = next(line for line in report.lines if line.baseline.mask == verdict.mask and line.baseline.is_plan)
     ahead = probes_in_words(probes, report)
-    answer = ahead + sentence(
-        verdict,
-        space,
-        test=own.accuracy,
-        n_seeds=len(report.seeds),
-        adapter_rank=settings.adapter_rank,
-    )
+    rank, n_seeds = settings.adapter_rank, len(report.seeds)
+    answer = ahead + sentence(verdict, space, test=own.accuracy, n_seeds=n_seeds, adapter_rank=rank)
     answer += ("" if ahead else pixels_in_words(probes, own)) + rates_at_an_end(report, budget.lrs)
     if own.recall is not None:
         answer += f" The bridge recalls {100 * own.recall:.0f} % of its random labels"
         answer += (
             "." if own.recall >= LEAST_RECALL else ": it has bridged little, so nothing is claimed of it."
         )
-    plans = plan_frame(budget, verdict.mask)
     wide = by_block(scores, space.n_blocks)
     facts = _facts(evaluator, budget, pilot, report, own, records)
     facts["score_columns"] = sorted(scores["metric"].unique()) if len(scores) else []
@@ -270,7 +230,7 @@ def make_result(
         table=layer_frame(budget, verdict.mask, wide),
         trials=trial_frame(records, space),
         baselines=baseline_frame(report, space, probes),
-        plans=plans,
+        plans=plan_frame(budget, verdict.mask),
         facts=facts,
     )
 

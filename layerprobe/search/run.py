@@ -269,17 +269,17 @@ class _Search:
             self.say("the accuracy still grows at the limit of steps; a larger --steps may change the answer")
         return found
 
-    def budget(self, pilot: Pilot, total: float, scores: Scores, *, watched: bool = True) -> TrialBudget:
+    def budget(self, pilot: Pilot, total: float, scores: Scores) -> TrialBudget:
         """What a strategy sees."""
         return TrialBudget(
             space=self.space,
-            train_batch=self.train_batch,
+            train_batch=self.runner.outcomes,
             settings=self.settings,
             total=total,
             length=pilot.length,
             lrs=pilot.lrs,
             scores=scores,
-            watch=self.watch if watched else None,
+            watch=self.watch,
         )
 
     def total(self, pilot: Pilot, baselines: list[Baseline]) -> tuple[float, list[Baseline]]:
@@ -311,10 +311,6 @@ class _Search:
         made = Baseline(name=GREEDY, mask=mask)
         return [made if one.name == GREEDY else one for one in baselines], {GREEDY: budget.best_lr(mask)}
 
-    def train_batch(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
-        """Outcomes of a strategy's trials."""
-        return self.runner.outcomes(trials)
-
     def report_batch(self, trials: Sequence[Trial]) -> Mapping[Trial, Outcome]:
         """Outcomes of the trials of pilot and report."""
 
@@ -339,43 +335,24 @@ class _Search:
 def keep_bridge(
     backbone: Backbone, task: Task, found: SearchResult, settings: Settings, folder: Path, *, quiet: bool
 ) -> None:
-    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is.
-
-    Raises
-    ------
-    UsageError
-        The finished one was trained under another plan or at another rate.
-    """
-    if settings.bridge is None:
-        return
-    with folder_lock(folder / "bridge", "layerprobe freeze-search", wait=True):
-        _train_bridge(backbone, task, found, settings, folder / "bridge", quiet=quiet)
-
-
-def _train_bridge(
-    backbone: Backbone, task: Task, found: SearchResult, settings: Settings, target: Path, *, quiet: bool
-) -> None:
-    assert settings.bridge is not None, "keep_bridge"
-    checkpoint = find_checkpoint(target) if target.is_dir() else None
+    """Bridge-train the chosen plan and save it into `folder`/bridge; a finished one is left as it is, and refused with
+    a UsageError where its plan or rate is another."""
+    assert settings.bridge is not None, "settings that keep a bridge have one"
+    target = folder / "bridge"
     config = settings.bridge.replace(lr=found.facts["plan"]["lr"], seed=settings.seed)
-    if checkpoint is not None and checkpoint.state["finished"]:
-        kept, lr = FreezePlan.load(target / "plan.json"), checkpoint.state["config"]["lr"]
-        if kept.trainable != found.plan.trainable or lr != config.lr:
-            raise UsageError(
-                f"{target} holds the bridge of another plan or learning rate (lr {lr:g}, now {config.lr:g}); move it "
-                "away and repeat the command"
-            )
-        return
-    if not quiet:
-        note(f"bridge training under the chosen plan, {config.steps} steps")
-    bridge_train(
-        backbone,
-        task,
-        plan=found.plan,
-        config=config,
-        output=target,
-        quiet=quiet,
-    )
+    with folder_lock(target, "layerprobe freeze-search", wait=True):
+        checkpoint = find_checkpoint(target) if target.is_dir() else None
+        if checkpoint is not None and checkpoint.state["finished"]:
+            kept, lr = FreezePlan.load(target / "plan.json"), checkpoint.state["config"]["lr"]
+            if kept.trainable != found.plan.trainable or lr != config.lr:
+                raise UsageError(
+                    f"{target} holds the bridge of another plan or learning rate (lr {lr:g}, now {config.lr:g}); move "
+                    "it away and repeat the command"
+                )
+            return
+        if not quiet:
+            note(f"bridge training under the chosen plan, {config.steps} steps")
+        bridge_train(backbone, task, plan=found.plan, config=config, output=target, quiet=quiet)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ The command line reads the defaults for its help, so nothing heavy is imported w
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -75,14 +74,12 @@ def preset_in_words(name: str) -> str:
     >>> preset_in_words("quickstart").split("; ")[:2]
     ['--budget 20', '--steps 50']
     """
-    words = []
-    for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items():
-        flag = "--" + key.removeprefix("finetune_").replace("_", "-")
-        if key == "use_scores":
-            words.append("--no-scores")
-        else:
-            words.append(flag if value is True else f"{flag} {in_words(value)}")
-    return "; ".join(words)
+    return "; ".join(
+        "--no-scores"
+        if key == "use_scores"
+        else f"--{key.removeprefix('finetune_').replace('_', '-')} {in_words(value)}"
+        for key, value in {**PRESETS[name], **PRESET_LOADING[name]}.items()
+    )
 
 
 def in_words(value: Any) -> str:
@@ -104,34 +101,16 @@ def check_strategy(name: str) -> None:
         )
 
 
-def default_bridge(**changes: Any) -> BridgeConfig:
-    """The bridge of every plan, at full length; learning rate and seed are those of the trial."""
-    from layerprobe.training.config import BridgeConfig
-
-    defaults = {
-        "steps": DEFAULT_BRIDGE_STEPS,
-        "batch_size": DEFAULT_BATCH_SIZE,
-        "random_classes": DEFAULT_RANDOM_CLASSES,
-        "precision": DEFAULT_PRECISION,
-        "head_lr": BRIDGE_HEAD_LR,
-        "augment": DEFAULT_AUGMENT,
-    }
-    return BridgeConfig(**{**defaults, **changes})
+_TRAINING = {"batch_size": DEFAULT_BATCH_SIZE, "precision": DEFAULT_PRECISION, "augment": DEFAULT_AUGMENT}
+"""Of bridge and fine-tuning; learning rate and seed are those of the trial."""
 
 
 def default_finetune(**changes: Any) -> FineTuneConfig:
-    """The fine-tuning of every plan, at full length; learning rate and seed are those of the trial."""
+    """The fine-tuning of every plan, at full length."""
     from layerprobe.training.config import FineTuneConfig
 
-    defaults = {
-        "steps": DEFAULT_STEP_LIMIT,
-        "batch_size": DEFAULT_BATCH_SIZE,
-        "precision": DEFAULT_PRECISION,
-        "head": DEFAULT_HEAD,
-        "head_lr": DEFAULT_HEAD_LR,
-        "augment": DEFAULT_AUGMENT,
-    }
-    return FineTuneConfig(**{**defaults, **changes})
+    own = {"steps": DEFAULT_STEP_LIMIT, "head": DEFAULT_HEAD, "head_lr": DEFAULT_HEAD_LR}
+    return FineTuneConfig(**{**_TRAINING, **own, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,28 +228,18 @@ class Settings:
         """Bridge and fine-tuning steps of a full training."""
         return (0 if self.bridge is None else self.bridge.steps or 0), self.finetune.steps or 0
 
-    def check_output(self, output: str | os.PathLike[str] | None) -> None:
-        """UsageError where something is to be kept and there is no folder for it."""
-        if self.keep_bridge and output is None:
-            raise UsageError("keeping the bridge-trained model needs an output folder")
-
     def to_dict(self) -> dict[str, Any]:
         """The settings by the names that `make_settings` takes."""
-        flat: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            if name == "bridge":
-                flat |= {"bridge_steps": self.steps[0], "finetune_steps": self.steps[1]}
-                flat["batch_size"] = self.finetune.batch_size
-                flat["random_classes"] = None if self.bridge is None else self.bridge.random_classes
-                flat |= {
-                    name: getattr(self.finetune, name)
-                    for name in ("precision", "head_lr", "augment", "shots", "head")
-                }
-            elif name == "constraints":
-                flat |= asdict(self.constraints)
-            elif name != "finetune":
-                flat[name] = getattr(self, name)
-        return flat
+        nested = ("bridge", "finetune", "constraints")
+        shared = ("batch_size", "precision", "head_lr", "augment", "shots", "head")
+        return {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name not in nested},
+            "bridge_steps": self.steps[0],
+            "finetune_steps": self.steps[1],
+            "random_classes": None if self.bridge is None else self.bridge.random_classes,
+            **{name: getattr(self.finetune, name) for name in shared},
+            **asdict(self.constraints),
+        }
 
 
 def make_settings(preset: str | None = None, **given: Any) -> Settings:
@@ -280,6 +249,8 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
     the pilot), `batch_size`, `random_classes`, `precision`, `head_lr`, `augment`, `head` and `shots` of the training,
     and the fields of `Constraints`. Learning rates that are given are a grid that stays.
     """
+    from layerprobe.training.config import BridgeConfig
+
     if preset is not None and preset not in PRESETS:
         raise UnknownNameError(
             f"unknown preset '{preset}'.{did_you_mean(preset, PRESETS)} Presets: {', '.join(PRESETS)}"
@@ -306,14 +277,12 @@ def make_settings(preset: str | None = None, **given: Any) -> Settings:
 
     constraints = Constraints(**take(*Constraints.__dataclass_fields__))
     both = take("batch_size", "precision", "head_lr", "augment")
-    bridge = {**both, **take("random_classes"), "steps": merged.pop("bridge_steps", DEFAULT_BRIDGE_STEPS)}
     finetune = {**both, **take("shots", "head"), "steps": merged.pop("finetune_steps", DEFAULT_STEP_LIMIT)}
-    return Settings(
-        bridge=default_bridge(**bridge) if bridge["steps"] else None,
-        finetune=default_finetune(**finetune),
-        constraints=constraints,
-        **merged,
-    )
+    bridge = None
+    own = {"random_classes": merged.pop("random_classes", DEFAULT_RANDOM_CLASSES)}
+    if steps := merged.pop("bridge_steps", DEFAULT_BRIDGE_STEPS):
+        bridge = BridgeConfig(**{**_TRAINING, "head_lr": BRIDGE_HEAD_LR, **both, **own}, steps=steps)
+    return Settings(bridge=bridge, finetune=default_finetune(**finetune), constraints=constraints, **merged)
 
 
 def identify(backbone: Backbone, task: Task, settings: Settings) -> dict[str, Any]:

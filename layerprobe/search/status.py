@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError
 from layerprobe.reading import Schema, check_fields
 from layerprobe.records import Estimate
-from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, first_line, hide_password, storage_url
+from layerprobe.search.database import DATABASE, STORAGE_ERRORS, STUDY, hide_password, root_cause, storage_url
 from layerprobe.search.pilot import Pilot
 from layerprobe.search.posterior import Posterior
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, training_cost
@@ -117,7 +117,7 @@ def search_status(storage: str | os.PathLike[str]) -> SearchStatus:
             "for PostgreSQL: pip install 'layerprobe[postgres]'"
         ) from error
     except (*STORAGE_ERRORS, TypeError, LookupError) as error:
-        raise NotAvailableError(f"storage {shown} cannot be read: {first_line(error)}") from error
+        raise NotAvailableError(f"storage {shown} cannot be read: {root_cause(error)}") from error
     if not isinstance(arguments, dict):
         raise BrokenFileError(f"storage {shown} holds a study that layerprobe did not make")
     return summarise(arguments, trials)

@@ -22,16 +22,15 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from layerprobe.errors import BrokenFileError, LayerprobeError, NotAvailableError, UsageError, shortened
+from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError, shortened
 from layerprobe.search.database import (
     HEARTBEAT_SECONDS,
     STORAGE_ERRORS,
     connect,
-    first_line,
     heartbeats,
     hide_password,
-    install_retries,
     no_retry,
+    root_cause,
     storage_url,
     with_retry,
 )
@@ -87,23 +86,17 @@ class TrialStore:
         self._storage, self._study = storage, study
         self._beats: dict[
             int, tuple[object, float]
-        ] = {}  # of a running trial: its heartbeat, and since when we saw it
+        ] = {}  # of running trials: a heartbeat, and since when we saw it
 
     @classmethod
     def open(cls, url: str | os.PathLike[str], arguments: Mapping[str, Any]) -> TrialStore:
         """Create or join the search in the database at `url`: an SQLite file, or a SQLAlchemy URL.
 
-        `arguments` are everything that the answer depends on; a database holds one search with one set.
-
-        Raises
-        ------
-        NotAvailableError
-            The database cannot be reached, or its driver is not installed.
-        UsageError
-            The database holds a search with other arguments.
+        `arguments` are everything that the answer depends on; a database holds one search with one set, and others
+        raise UsageError. Further errors as of `connect`.
         """
         shown = hide_password(storage_url(url))
-        storage, study = _connected(url)
+        storage, study = connect(url)
         wanted = json.loads(json.dumps(dict(arguments)))
         known = study.user_attrs.get("arguments")
         if known is None and study.trials:
@@ -126,7 +119,7 @@ class TrialStore:
             raise NotAvailableError(
                 f"there is no search at {path}; start it with: layerprobe freeze-search --storage {path} …"
             )
-        return cls(*_connected(url))
+        return cls(*connect(url))
 
     def outcomes(
         self, trials: Sequence[Trial], evaluate: Evaluate, watch: Callable[[int, int], None] | None = None
@@ -235,7 +228,7 @@ class TrialStore:
             LookupError,
         ) as error:  # optuna takes what is in its tables for its own
             raise BrokenFileError(
-                f"cannot read the search's database: {shortened(first_line(error), 120)}"
+                f"cannot read the search's database: {shortened(root_cause(error), 120)}"
             ) from error
 
     def _enqueue(self, trial: Trial) -> None:
@@ -316,25 +309,6 @@ class TrialStore:
         finally:
             stop.set()
             thread.join()
-
-
-def _connected(url: str | os.PathLike[str]) -> tuple[optuna.storages.RDBStorage, optuna.Study]:
-    target = storage_url(url)
-    shown = hide_password(target)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        storage, study = connect(target)
-        install_retries(storage, shown)
-    except ImportError as error:
-        raise NotAvailableError(
-            f"storage {shown} needs a driver that is not installed ({error.name}); "
-            "for PostgreSQL: pip install 'layerprobe[postgres]'"
-        ) from error
-    except LayerprobeError:
-        raise
-    except STORAGE_ERRORS as error:
-        raise NotAvailableError(f"storage {shown} cannot be used: {first_line(error)}") from error
-    return storage, study
 
 
 class Backoff:

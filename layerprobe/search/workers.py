@@ -67,15 +67,12 @@ def helpers(count: int, serve: Serve, *, gpus: int = 0) -> Iterator[None]:
     stop = context.Event()
     # As bytes: left to multiprocessing, torch would put the weights into memory shared by all processes.
     packed = pickle.dumps(serve)
+    threads = max(1, usable_cores() // (count + 1))
     processes = [
-        context.Process(
-            target=_help,
-            args=(packed, stop, os.getpid(), _threads(count + 1)),
-            daemon=True,
-        )
+        context.Process(target=_help, args=(packed, stop, os.getpid(), threads), daemon=True)
         for _ in range(count)
     ]
-    with _threads_of(_threads(count + 1)):
+    with _threads_of(threads):
         for number, process in enumerate(processes, 1):
             with _environment(gpu_of(number, gpus)):
                 process.start()
@@ -112,8 +109,8 @@ def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:
     try:
         # Packed by the parent process itself and handed over in memory: nothing that came from outside.
         serve: Serve = pickle.loads(packed)
-        with _threads_of(threads):
-            serve(lambda: not stop.is_set() and os.getppid() == parent)
+        torch.set_num_threads(threads)
+        serve(lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return
 
@@ -123,10 +120,6 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_SECONDS)
     os._exit(1)
-
-
-def _threads(processes: int) -> int:
-    return max(1, usable_cores() // processes)
 
 
 @contextmanager
@@ -146,11 +139,8 @@ def this_worker() -> str:
 
 def is_dead(worker: str) -> bool:
     """Whether a worker was a process on this host that no longer runs; unknown workers count as alive."""
-    host, _, rest = worker.rpartition(":")[0].rpartition(":")
-    if host != _host() or not rest.isdigit():
-        return False
-    started = worker.rpartition(":")[2]
-    return _start_time(int(rest)) != started
+    host, pid, started = worker.rsplit(":", 2) if worker.count(":") > 1 else ("", "", "")
+    return host == _host() and pid.isdigit() and _start_time(int(pid)) != started
 
 
 def _host() -> str:

@@ -21,7 +21,7 @@ from layerprobe.errors import (
     did_you_mean,
     first_line,
 )
-from layerprobe.network import hub_is_out_of_reach
+from layerprobe.network import hub_is_out_of_reach, offline_reason
 from layerprobe.reading import is_folder, is_there
 from layerprobe.tasks.catalog import TASKS, TaskEntry
 from layerprobe.tasks.folder import peek_folder, read_folder, refuse_column
@@ -261,16 +261,6 @@ def _is_prepared(hub_id: str) -> bool:
     return is_folder(cache) and any(
         plain(folder.name) == plain(hub_id.replace("/", "")) for folder in cache.iterdir()
     )
-
-
-def offline_reason(offline: bool) -> str | None:
-    """Why the network must not be asked, in words; None when it may be."""
-    if offline:
-        return "offline mode is on (--offline)"
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
-            return f"offline mode is on ({variable}={os.environ[variable]})"
-    return None
 
 
 def _download(

@@ -45,7 +45,7 @@ def test_not_cached_while_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         NotAvailableError,
         match=r"'llama-7b' \(huggyllama/llama-7b\) is not cached and offline mode is on \(HF_HUB_OFFLINE=1\)",
     ):
-        resolve_model("llama-7b", offline=True)
+        resolve_model("llama-7b")
     with pytest.raises(NotAvailableError, match=r"not cached .*; download it first or pass a local folder"):
         resolve_model("somebody/something", offline=True)
 

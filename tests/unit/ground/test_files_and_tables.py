@@ -14,7 +14,7 @@ from layerprobe.errors import BrokenFileError, LayerprobeError, UsageError, did_
 from layerprobe.files import atomic_write, output_folder, read_json, write_json
 from layerprobe.provenance import command_line, provenance
 from layerprobe.records import Record
-from layerprobe.tables import COLUMNS, envelope, read_frame, render_table, strict_rows, tidy, write_frame
+from layerprobe.tables import COLUMNS, read_frame, render_table, strict_rows, strict_value, tidy, write_frame
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_undefined_values_become_null_never_nan() -> None:
     )
     rows = strict_rows(frame)
     assert [row["value"] for row in rows] == [None, None]
-    json.dumps(envelope("x", frame, {"n": np.int64(3), "nan": float("nan")}), allow_nan=False)
+    json.dumps([*rows, strict_value({"n": np.int64(3), "nan": float("nan")})], allow_nan=False)
 
 
 def test_tidy_puts_the_shared_columns_first_and_keeps_integers(tmp_path: Path) -> None:

@@ -130,7 +130,8 @@ def test_a_plan_equal_to_a_baseline_and_the_probes_are_called_so(tmp_path: Path)
     arms = pd.read_csv(tmp_path / "run/baselines.csv")
     arms.loc[arms["arm"] == "plan", "plan"] = "......"
     found = json.loads((tmp_path / "run/search.json").read_text())
-    (tmp_path / "run/search.json").write_text(json.dumps(found | {"recommended": "none"}))
+    found["plan"]["strip"] = "......"
+    (tmp_path / "run/search.json").write_text(json.dumps(found))
     probe = {
         "arm": "pixels",
         "plan": "......",
@@ -140,7 +141,7 @@ def test_a_plan_equal_to_a_baseline_and_the_probes_are_called_so(tmp_path: Path)
         "n_seeds": 1,
     }
     ends = zip(("", "_low", "_high"), (0.03, 0.01, 0.05), strict=True)
-    probe |= {f"minus_none{end}": value for end, value in ends} | {"trainable_parameters": 0}
+    probe |= {f"minus_plan{end}": value for end, value in ends} | {"trainable_parameters": 0}
     pd.concat([arms[arms["n_seeds"] > 1], pd.DataFrame([probe])]).to_csv(
         tmp_path / "run/baselines.csv", index=False
     )
