@@ -27,7 +27,7 @@ from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, pai
 MAX_IMAGES = 4096
 """More images than this are sampled: the null's shape no longer depends on n, its spread does so in a known way."""
 ROUNDING = 1e-5
-"""Relative: a permutation that misses a value by as little reaches it. With few images many are ties in exact numbers."""
+"""Relative: a permutation that misses a value by as little reaches it. With few images many are exact ties."""
 BAND_BYTES = 96 << 20
 """Memory for the diagonals of all layers that are transformed together (twice that with the transforms)."""
 

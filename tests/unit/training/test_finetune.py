@@ -213,9 +213,7 @@ def test_a_stage_trains_the_compiled_model_where_asked(make_backbone, task, monk
     for compiled in (False, True):
         backbone = make_backbone("gpt2")
         config = FineTuneConfig(steps=3, batch_size=16, compile=compiled)
-        stage = run_stage(
-            backbone, TaskTensors.of(backbone, task), config, plan=block_plan(backbone, [1, 2])
-        )
+        stage = run_stage(backbone, TaskTensors.of(backbone, task), config, plan=block_plan(backbone, [1, 2]))
         assert isinstance(stage.classifier, Classifier)
         assert calls == ([stage.classifier] * 3 if compiled else [])
         trained.append(digests(backbone))
