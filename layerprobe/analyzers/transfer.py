@@ -76,9 +76,10 @@ class TransferScores(Record):
         if not readable.empty:
             scores = {str(metric): rows for metric, rows in readable.groupby("metric", sort=False)}
             best = [_place_of(best_row(rows, lower_is_better=LOWER_IS_BETTER)) for rows in scores.values()]
-            places = ", ".join(f"{place} ({n})" for place, n in pd.Series(best).value_counts().items())
+            most = pd.Series(best).mode()
             parts.append(f"Readable: {_leads(scores.get('transfer_logme', next(iter(scores.values()))))}.")
-            parts.append(f"Best of {len(best)} scores, which are correlated: {places}.")
+            often = f"{' and '.join(most)} ({best.count(most[0])})"
+            parts.append(f"Most often best of {len(best)} scores, which are correlated: {often}.")
         leads = [
             _leads(rows)
             for name in ("rgn", "gradient_snr")

@@ -15,6 +15,8 @@ from layerprobe.files import read_yaml, write_text
 from layerprobe.reading import is_there
 
 SETTINGS_FILE = "settings.yaml"
+KEPT_IN = "layerprobe.kept_in"
+"""Entry of a context's `meta`: the folder in which the same command would continue."""
 MAX_BYTES = 1 << 20
 RUNS = Path("runs")
 NOT_KEPT = {"config", "output", "json", "dry-run", "quiet", "help", "storage"}
@@ -47,6 +49,10 @@ class Call:
         if "named-model" in found:
             found["model"] = found.pop("named-model")
         return found
+
+    def keeps(self, folder: Path) -> None:
+        """From now on the run can be continued from `folder`."""
+        self._context.meta[KEPT_IN] = folder
 
     def write(self, folder: Path) -> None:
         """Keep the settings in `folder`, so that `--config` repeats the run."""
