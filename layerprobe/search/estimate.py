@@ -106,7 +106,7 @@ def power_in_words(noise: float, settings: Settings) -> str:
     more = f", {found[1]:.1f} with {settings.max_seeds}" if settings.max_seeds > settings.seeds else ""
     return (
         f"trainings of one plan differ by about {100 * noise:.1f} points; detectable difference (found in 8 of 10 "
-        f"cases), with test images without number: {found[0]:.1f} points with {settings.seeds} unseen seeds{more}"
+        f"cases) if test images were unlimited: {found[0]:.1f} points with {settings.seeds} unseen seeds{more}"
     )
 
 
