@@ -141,7 +141,7 @@ def test_one_share_of_parameters_stands_wherever_a_plan_is_told(tmp_path: Path) 
         write_report(QUICKSTART, output=tmp_path / "page.html").read_text(),
     ]
     expected = sum(np.array(sizes)[list(plan.trainable_blocks)]) / sum(sizes)
-    shares = [re.findall(r"(\S+ %) of the blocks' parameters train", html.unescape(text)) for text in told]
+    shares = [re.findall(r"([\d.]+ %) of the blocks' parameters train", html.unescape(text)) for text in told]
     assert all(shares) and {share for found in shares for share in found} == {f"{100 * expected:.0f} %"}
 
 
