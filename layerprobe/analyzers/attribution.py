@@ -53,7 +53,8 @@ MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"
 class LayerAttribution(Record):
     """Importance of every block for the predicted class, and patch-level maps of a few images.
 
-    `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
+    `gap_to_best` is how far a block is behind the largest of its metric; `gap_low` and `gap_high` are the paired 95 %
+    interval over the same images. `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
     f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
     """
 
@@ -139,11 +140,8 @@ def attribute_layers(
     - `update`: conductance through what the block adds (output − input), in logits; the rest of
       f(x) − f(baseline) would pass the block unchanged.
     - `gradient_x_activation`, `integrated_gradients`: mean |·| per unit by captum, one pass per layer.
-    - `completeness_error` of the path (conductance, update) and `integrated_gradients_completeness_error`, per place:
-      Σ|Σ attributions − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over images. Above 5 % a remark says so.
-
-    `gap_to_best` is how far a block is behind the largest value; `gap_low` and `gap_high` are its 95 % interval from
-    the same images.
+    - `completeness_error` of the path, `integrated_gradients_completeness_error`: at each place,
+      Σ|Σ attributions − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over images; a remark tells one above 5 %.
 
     Parameters
     ----------
@@ -173,8 +171,6 @@ def attribute_layers(
     with only_these_train(backbone, []):
         run = _Run(predictor, images, batch_size, quiet, work)
         rows, n_steps, maps = run.measure(wanted, reference, tolerance, max_steps, n_maps)
-    for line in () if quiet else large_errors(rows):
-        note(line)
     prediction = {
         **predictor.facts,
         "split": split,
@@ -271,6 +267,8 @@ class _Run:
         for method in SLOW_METHODS:
             if method in wanted:
                 rows += self.one_by_one(method, mean_image, n_steps)
+        for line in () if self.quiet else large_errors(rows):
+            note(line)
         return rows, n_steps, maps
 
     @torch.no_grad()
