@@ -54,8 +54,9 @@ class LayerAttribution(Record):
     """Importance of every block for the predicted class, and patch-level maps of a few images.
 
     `gap_to_best` is how far a block is behind the largest of its metric; `gap_low` and `gap_high` are the paired 95 %
-    interval over the same images. `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
-    f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
+    interval over the same images. `maps` is long: image, label, prediction, block (empty for `embed`), row, column,
+    value. The map of `embed` splits f(x) − f(baseline) over the patches; the map of a block says where what it adds
+    comes to matter.
     """
 
     command: ClassVar[str] = "attribute"
