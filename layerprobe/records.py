@@ -8,7 +8,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
@@ -18,8 +18,10 @@ from layerprobe.reading import Schema, check_fields, is_folder, is_there
 from layerprobe.tables import cell_text, read_frame, render_table, strict_rows, strict_value, write_frame
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
 FIGURES = {
     "outliers": "outliers.plot_outlier_depth",
@@ -64,6 +66,17 @@ class Estimate:
     pvalue: float | None = None
     probability: float | None = None
     reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated(Estimate):
+    """An estimate with what its error comes from: one value an image, a batch, or a half sample.
+
+    Those of two layers are paired, so that the error of a difference is `scale` times the standard deviation of theirs.
+    """
+
+    repeats: NDArray[np.float64] = field(repr=False, compare=False)
+    scale: float = 1.0
 
 
 class Record(ABC):

@@ -130,6 +130,15 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
+def share_text(share: float) -> str:
+    """The share of the blocks' parameters that train, the same wherever it is told.
+
+    >>> share_text(0.502), share_text(0.00425)
+    ('50 %', '0.42 %')
+    """
+    return percent(share, 0) if share >= 0.01 or not share else f"{100 * share:.2g} %"
+
+
 def bytes_text(count: int) -> str:
     """
     >>> bytes_text(3 << 19), bytes_text(5 << 29)

@@ -26,13 +26,20 @@ from layerprobe.analyzers.attribution_path import (
     path_conductance,
     residual_taps,
 )
+from layerprobe.analyzers.attribution_rows import (
+    COMPLETENESS,
+    block_rows,
+    completeness_rows,
+    large_errors,
+    per_image,
+)
 from layerprobe.analyzers.extraction import pixel_batches
 from layerprobe.analyzers.features import columns_of, rows_of_metric
 from layerprobe.analyzers.heads import Predictor, make_predictor, only_these_train
+from layerprobe.analyzers.leader import best_row, lead_in_words
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError
-from layerprobe.layers import EMBED
-from layerprobe.progress import progress_bar
+from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.shared_work import Result, SharedWork
@@ -46,8 +53,10 @@ MAP_COLUMNS = ["image", "label", "prediction", "block", "row", "column", "value"
 class LayerAttribution(Record):
     """Importance of every block for the predicted class, and patch-level maps of a few images.
 
-    `maps` is long: image, label, prediction, block (empty for `embed`), row, column, value. The map of `embed` splits
-    f(x) − f(baseline) over the patches; the map of a block says where what it adds comes to matter.
+    `gap_to_best` is how far a block is behind the largest of its metric; `gap_low` and `gap_high` are the paired 95 %
+    interval over the same images. `maps` is long: image, label, prediction, block (empty for `embed`), row, column,
+    value. The map of `embed` splits f(x) − f(baseline) over the patches; the map of a block says where what it adds
+    comes to matter.
     """
 
     command: ClassVar[str] = "attribute"
@@ -66,8 +75,7 @@ class LayerAttribution(Record):
 
     def table(self) -> list[dict[str, Any]]:
         """One row a block, one column a metric."""
-        shown = self.frame["metric"] != "attribution_completeness_error"
-        rows = self.frame[self.frame["block"].notna() & shown]
+        rows = self.frame[self.frame["block"].notna() & ~self.frame["metric"].isin(list(COMPLETENESS))]
         return table_by_layer(rows, rows["block"].astype(int).tolist(), key="block", prefix="attribution_")
 
     def extra_tables(self) -> dict[str, pd.DataFrame]:
@@ -77,21 +85,25 @@ class LayerAttribution(Record):
         facts = self.provenance["prediction"]
         metrics = set(self.frame["metric"])
         parts = []
-        for name, words in (("skip", "skipping it"), ("mean_ablation", "replacing its update by the mean")):
+        for name, words in (
+            ("skip", "Skipping {}"),
+            ("mean_ablation", "Replacing the update of {} by its mean"),
+        ):
             if f"attribution_{name}" not in metrics:
                 continue
             rows = self.metric(name)
-            top = rows.loc[rows["value"].astype(float).idxmax()]
+            top = best_row(rows)
             lost = float(self.metric(f"{name}_accuracy_lost").set_index("block")["value"][top["block"]])
             parts.append(
-                f"Block {int(top['block'])} matters most by {words}: the predicted class loses {top['value']:.3g} ± "
-                f"{top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
+                f"{words.format(_block(top))} costs most{lead_in_words(rows, top, _block)}: the predicted class loses "
+                f"{top['value']:.3g} ± {top['stderr']:.2g} logits, accuracy {100 * lost:.1f} points."
             )
-        if "attribution_completeness_error" in metrics:
-            worst = float(self.metric("completeness_error")["value"].astype(float).max())
-            parts.append(
-                f"Completeness error of the path: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
-            )
+        for name, what in COMPLETENESS.items():
+            if name in metrics:
+                worst = float(self.frame.loc[self.frame["metric"] == name, "value"].astype(float).max())
+                parts.append(
+                    f"Completeness error of {what}: {100 * worst:.2g} % at {int(facts['n_steps'])} steps."
+                )
         parts.append(
             f"{facts['n_images']} {facts['split']} images, accuracy {100 * facts['accuracy']:.1f} %, "
             f"head: {facts['head']}" + (f" (C = {facts['C']:g})" if facts.get("C") else "") + "."
@@ -129,6 +141,8 @@ def attribute_layers(
     - `update`: conductance through what the block adds (output − input), in logits; the rest of
       f(x) − f(baseline) would pass the block unchanged.
     - `gradient_x_activation`, `integrated_gradients`: mean |·| per unit by captum, one pass per layer.
+    - `completeness_error` of the path, `integrated_gradients_completeness_error`: at each place,
+      Σ|Σ attributions − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over images; a remark tells one above 5 %.
 
     Parameters
     ----------
@@ -139,9 +153,8 @@ def attribute_layers(
     n_images, n_maps, n_reference : int
         Images to attribute, those with patch-level maps, and training images behind the mean image and updates.
     tolerance : float
-        Largest completeness error, Σ|Σconductance − (f(x) − f(baseline))| / Σ|f(x) − f(baseline)| over
-        images, at the worst place. Steps are halved until it holds; where that would take more than
-        `max_steps`, the path's rows stay empty and say so.
+        Largest completeness error of the path, at the worst place. Steps are halved until it holds; where that would
+        take more than `max_steps`, the path's rows stay empty and say so. Integrated gradients take as many steps.
     work : SharedWork | None
         Through which several processes that make this very call share the batches.
 
@@ -178,6 +191,10 @@ def attribute_layers(
         pictures=dict(zip(images.ids[:n_maps], images.images(range(n_maps)), strict=True)),
         provenance=provenance("attribute", arguments, **described),
     )
+
+
+def _block(row: pd.Series) -> str:
+    return f"block {int(row['block'])}"
 
 
 def _first(split: ImageSplit, n: int) -> ImageSplit:
@@ -251,6 +268,8 @@ class _Run:
         for method in SLOW_METHODS:
             if method in wanted:
                 rows += self.one_by_one(method, mean_image, n_steps)
+        for line in () if self.quiet else large_errors(rows):
+            note(line)
         return rows, n_steps, maps
 
     @torch.no_grad()
@@ -270,8 +289,8 @@ class _Run:
         lost, misses = zip(*itertools.chain.from_iterable(self.of_batches(name, losses)), strict=True)
         n_blocks = len(updates)
         return [
-            *_rows(f"attribution_{name}", _per_image(lost, n_blocks)),
-            *_rows(f"attribution_{name}_accuracy_lost", _per_image(misses, n_blocks)),
+            *block_rows(f"attribution_{name}", per_image(lost, n_blocks)),
+            *block_rows(f"attribution_{name}_accuracy_lost", per_image(misses, n_blocks)),
         ]
 
     def path(
@@ -296,25 +315,23 @@ class _Run:
         per_unit, update = ([values for part in parts for values in part[i]] for i in (0, 1))
         missed, moved = (sum(part[2][i] for part in parts) for i in (0, 1))
         maps = [pd.DataFrame(columns=MAP_COLUMNS), *(drawn for part in parts for drawn in part[3])]
-        errors = missed / moved if moved else np.full_like(missed, np.inf)
+        errors = completeness_rows("attribution_completeness_error", missed, moved, n_steps)
+        worst = max(row["value"] for row in errors)
         reason = None
-        if errors.max() > tolerance:
+        if worst > tolerance:
             reason = (
-                f"completeness error {100 * errors.max():.3g} % at {n_steps} steps exceeds "
+                f"completeness error {100 * worst:.3g} % at {n_steps} steps exceeds "
                 f"{100 * tolerance:.3g} %; raise max_steps"
             )
             maps = maps[:1]
         result: list[dict[str, Any]] = []
         for name, values in (
-            ("conductance", _per_image(per_unit, n_places)[:, 1:]),
-            ("update", _per_image(update, n_places - 1)),
+            ("conductance", per_image(per_unit, n_places)[:, 1:]),
+            ("update", per_image(update, n_places - 1)),
         ):
             if name in wanted:
-                result += _rows(f"attribution_{name}", values, reason=reason, n_steps=n_steps)
-        for index, error in enumerate(errors):
-            where = {"block": index - 1, "site": "resid_post"} if index else {"block": None, "site": EMBED}
-            row = {"metric": "attribution_completeness_error", "value": float(error), "n_steps": n_steps}
-            result.append({**where, **row})
+                result += block_rows(f"attribution_{name}", values, reason=reason, n_steps=n_steps)
+        result += errors
         return result, pd.concat(maps[1:]) if maps[1:] else maps[0]
 
     def _maps(self, images: range, places: list[Tensor]) -> list[pd.DataFrame]:
@@ -345,7 +362,9 @@ class _Run:
         """Mean |attribution| per unit by captum, layer after layer."""
         from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 
-        def attributed(_rows: slice, pixels: Tensor, targets: Tensor) -> list[Tensor]:
+        def attributed(
+            rows: slice, pixels: Tensor, targets: Tensor
+        ) -> tuple[list[Tensor], np.ndarray, float]:
             inputs = pixels.clone().requires_grad_()
             options: dict[str, Any] = {"additional_forward_args": (targets,)}
             of: type[Any] = LayerGradientXActivation
@@ -353,33 +372,26 @@ class _Run:
                 of = LayerIntegratedGradients
                 options |= {"baselines": mean_image.to(pixels).expand_as(pixels), "n_steps": n_steps}
                 options["internal_batch_size"] = max(len(pixels), 2 * self.batch_size)
-            found = (of(self.score, tap).attribute(inputs, **options) for tap in taps[1:])
-            return [values.detach().abs().mean(dim=(1, 2)).cpu() for values in found]
+            with torch.no_grad():
+                baseline = self.predictor(mean_image[None].to(pixels)).float()
+            change = (self.scores[rows] - _margin(baseline.expand(len(pixels), -1), targets).cpu()).double()
+            per_unit, missed = [], []
+            for tap in taps[1:]:
+                values = of(self.score, tap).attribute(inputs, **options).detach()
+                per_unit.append(values.abs().mean(dim=(1, 2)).cpu())
+                missed.append(float((values.double().sum(dim=(1, 2)).cpu() - change).abs().sum()))
+            return per_unit, np.array(missed), float(change.abs().sum())
 
         with residual_taps(self.backbone) as taps:
-            found = [values for part in self.of_batches(method, attributed) for values in part]
-        return _rows(f"attribution_{method}", _per_image(found, self.backbone.n_blocks))
+            parts = self.of_batches(method, attributed)
+        per_unit = per_image([values for part in parts for values in part[0]], self.backbone.n_blocks)
+        rows = block_rows(f"attribution_{method}", per_unit)
+        if method == "integrated_gradients":
+            missed, moved = (sum(part[i] for part in parts) for i in (1, 2))
+            rows += completeness_rows(f"attribution_{method}_completeness_error", missed, moved, n_steps)
+        return rows
 
 
 def _margin(logits: Tensor, targets: Tensor) -> Tensor:
     """Logit of each image's target class minus the mean logit, B."""
     return logits.gather(1, targets[:, None])[:, 0] - logits.mean(dim=1)
-
-
-def _per_image(values: Sequence[Tensor], n_places: int) -> np.ndarray:
-    """Per-image values, place by place and batch after batch, as images × places."""
-    columns = [torch.cat(list(values[place::n_places])) for place in range(n_places)]
-    return torch.stack(columns, dim=1).double().cpu().numpy()
-
-
-def _rows(
-    metric: str, values: np.ndarray, *, reason: str | None = None, n_steps: int | None = None
-) -> list[dict[str, Any]]:
-    """One row a block from per-image values B×L: mean and standard error."""
-    means, errors = values.mean(axis=0), values.std(axis=0, ddof=1) / np.sqrt(len(values))
-    rows = []
-    for block, (mean, error) in enumerate(zip(means, errors, strict=True)):
-        row = {"block": block, "site": "resid_post", "metric": metric, "n_steps": n_steps, "reason": reason}
-        shown = {"value": None, "stderr": None} if reason else {"value": float(mean), "stderr": float(error)}
-        rows.append({**row, **shown})
-    return rows

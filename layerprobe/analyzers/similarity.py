@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -202,7 +203,10 @@ class CKAMatrix(Record):
         best = defined.loc[defined["value"].astype(float).idxmax()]
         a = self.side_x.facts.get("model", "A")
         b = a if self.self_comparison else self.side_y.facts.get("model", "B")
-        shuffles = f"{self.null.n_permutations} permutations"
+        shuffled = 1 + self.null.n_permutations  # the observed permutation among them
+        all_of_them = self.n < 20 and shuffled == math.factorial(self.n)
+        shuffles = f"all {shuffled}" if all_of_them else f"{self.null.n_permutations}"
+        shuffles += " permutations"
         if self.null.n_used < self.n:
             shuffles += f" of {self.null.n_used} of the images"
         return (
@@ -233,7 +237,7 @@ def cka_matrix(
         read piece by piece), rows paired by image. With features, sample ids are compared: equal sets in
         another order are aligned, different sets are refused. `B=None` compares `A` with itself.
     permutations : int
-        At least how many shuffles of the images the p-values rest on.
+        At least how many shuffles of the images the p-values rest on; with up to six images all of them by default.
     method : str
         "gram", "features" or "auto"; both are exact, "auto" takes the cheaper one.
     seed : int

@@ -18,20 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from layerprobe.analyzers.extraction import pixel_batches
-from layerprobe.analyzers.features import (
-    columns_of,
-    extract_features,
-    place,
-    row_name,
-)
+from layerprobe.analyzers.features import columns_of, extract_features, place, row_name
 from layerprobe.analyzers.heads import Predictor, check_head, make_predictor, only_these_train
+from layerprobe.analyzers.leader import add_gaps, best_row, lead_in_words
 from layerprobe.backbones.backbone import Backbone
 from layerprobe.errors import LayerprobeError, UnknownNameError, UsageError
 from layerprobe.layers import LayerRef
 from layerprobe.metrics.transferability.scores import HIGHER_IS_BETTER, half_sample_errors, readable_scores
 from layerprobe.progress import progress_bar
 from layerprobe.provenance import provenance
-from layerprobe.records import Estimate, Record
+from layerprobe.records import Estimate, Record, Repeated
 from layerprobe.tables import ranks, table_by_layer, tidy
 from layerprobe.tasks import Task
 
@@ -39,6 +35,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 FAMILIES = ("readable", "trainable")
+LOWER_IS_BETTER = {f"transfer_{name}" for name, higher in HIGHER_IS_BETTER.items() if not higher}
 TRAINABLE_SCORES = ("rgn", "gradient_snr", "taylor", "fisher")
 GRADIENT_BYTES = 4 << 30
 """Gradients of several batches are held up to this size; beyond it, blocks take turns."""
@@ -48,6 +45,9 @@ Z_95 = 1.959963984540054
 @dataclass(repr=False)
 class TransferScores(Record):
     """Transfer scores by layer. Rows carry `family`, `low` and `high` (95 %), and `higher_is_better`.
+
+    `gap_to_best` is how far a layer is behind the best, or highest, of its score; `gap_low` and `gap_high` are the
+    95 % interval from the same half samples or batches (kNN has none).
 
     Readable rows belong to a place (`embed` or a block's `resid_post`); trainable rows to a block's parameters,
     so their `site` is empty, and no direction is claimed for them.
@@ -64,8 +64,7 @@ class TransferScores(Record):
     def table(self) -> list[dict[str, Any]]:
         """One row a layer, its rank in each score: 1 is best, or highest where no direction is claimed."""
         layers = [row_name(*where) for where in zip(self.frame["block"], self.frame["site"], strict=True)]
-        lower = {f"transfer_{name}" for name, higher in HIGHER_IS_BETTER.items() if not higher}
-        ranked = self.frame.assign(value=ranks(self.frame, lower_is_better=lower))
+        ranked = self.frame.assign(value=ranks(self.frame, lower_is_better=LOWER_IS_BETTER))
         return table_by_layer(ranked, layers, key="layer", prefix="transfer_")
 
     def summary(self) -> str:
@@ -75,33 +74,29 @@ class TransferScores(Record):
         parts = []
         readable, trainable = (defined[defined["family"] == family] for family in FAMILIES)
         if not readable.empty:
-            leaders = []
-            for metric, rows in readable.groupby("metric", sort=False):
-                sign = 1 if HIGHER_IS_BETTER[str(metric).removeprefix("transfer_")] else -1
-                leaders.append(_place_of(_largest(rows, sign)))
-            votes = pd.Series(leaders).value_counts()
-            detail = ""
-            if not (logme := readable[readable["metric"] == "transfer_logme"]).empty:
-                top = _largest(logme)
-                error = "" if pd.isna(top["stderr"]) else f" ± {top['stderr']:.2g}"
-                detail = f" (LogME is highest at {_place_of(top)}: {top['value']:.4g}{error})"
-            parts.append(
-                f"Readable: {votes.index[0]} leads in {votes.iloc[0]} of {len(leaders)} scores, which are correlated"
-                f"{detail}."
-            )
+            scores = {str(metric): rows for metric, rows in readable.groupby("metric", sort=False)}
+            best = [_place_of(best_row(rows, lower_is_better=LOWER_IS_BETTER)) for rows in scores.values()]
+            most = pd.Series(best).mode()
+            parts.append(f"Readable: {_leads(scores.get('transfer_logme', next(iter(scores.values()))))}.")
+            often = f"{' and '.join(most)} ({best.count(most[0])})"
+            parts.append(f"Most often best of {len(best)} scores, which are correlated: {often}.")
         leads = [
-            f"{name} at {_place_of(_largest(rows))}"
+            _leads(rows)
             for name in ("rgn", "gradient_snr")
             if not (rows := trainable[trainable["metric"] == f"transfer_{name}"]).empty
         ]
         if leads:
-            parts.append(f"Trainable: highest {', '.join(leads)}.")
+            parts.append(f"Trainable: {'; '.join(leads)}.")
         parts.append("The two families answer different questions and are not combined.")
         return " ".join(parts)
 
 
-def _largest(rows: pd.DataFrame, sign: int = 1) -> pd.Series:
-    return rows.loc[(sign * rows["value"].astype(float)).idxmax()]
+def _leads(rows: pd.DataFrame) -> str:
+    """Where the one score of `rows` is highest, or lowest where that is better, and whether that is shown."""
+    metric, top = str(rows["metric"].iloc[0]), best_row(rows, lower_is_better=LOWER_IS_BETTER)
+    name = metric.removeprefix("transfer_").replace("logme", "LogME")
+    extreme = "lowest" if metric in LOWER_IS_BETTER else "highest"
+    return f"{name} is {extreme} at {_place_of(top)}{lead_in_words(rows, top, _place_of)}"
 
 
 def _place_of(row: pd.Series) -> str:
@@ -175,6 +170,7 @@ def transfer_scores(
     arguments = {"families": list(families), "layers": places, "knn": knn, "n_replicates": n_replicates}
     arguments |= {**sizes, "seed": seed}
     described = {"backbone": backbone.provenance(), "task": task.describe(), "gradients": facts}
+    add_gaps(rows, lower_is_better=LOWER_IS_BETTER)
     frame = tidy(rows, **columns_of(backbone, task), split="train", seed=seed)
     return TransferScores(frame, provenance("transfer", arguments, **described))
 
@@ -188,11 +184,14 @@ def _readable_rows(
     errors = half_sample_errors(X, labels, n_replicates=n_replicates, seed=seed) if n_replicates else {}
     rows = []
     for name, score in scores.items():
-        stderr = errors[name].value if name in errors else None
+        half_samples = errors.get(name)
+        stderr = half_samples.value if half_samples else None
         if name == "knn" and score.value is not None:
             stderr = float(np.sqrt(score.value * (1 - score.value) / len(X)))
-        reason = score.reason or (errors[name].reason if stderr is None and name in errors else None)
+        reason = score.reason or (half_samples.reason if half_samples else None)
         found = Estimate(value=score.value, stderr=stderr, n=len(X), reason=reason)
+        if isinstance(half_samples, Repeated):
+            found = Repeated(**vars(found), repeats=half_samples.repeats)
         columns = {"family": "readable", "higher_is_better": HIGHER_IS_BETTER[name]}
         rows.append({**place(layer), "metric": f"transfer_{name}", **_measured(found), **columns})
     return rows
@@ -259,7 +258,7 @@ def _measured(found: Estimate, *, images: int = 1) -> dict[str, Any]:
     else:
         low, high = value - Z_95 * stderr, value + Z_95 * stderr
         columns = {"value": value, "stderr": stderr, "low": low, "high": high}
-    return {**columns, "n": (found.n or 0) * images, "reason": reason}
+    return {**columns, "n": (found.n or 0) * images, "reason": reason, "found": found}
 
 
 def trainable_scores(
@@ -376,10 +375,12 @@ def gradient_snr(products: np.ndarray) -> Estimate:
         return signal / noise
 
     left_out = np.array([ratio(np.delete(np.arange(n), i)) for i in range(n)])
-    stderr = None
-    if np.isfinite(left_out).all():
-        stderr = float(np.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()))
-    return Estimate(value=ratio(np.arange(n)), stderr=stderr, n=n)
+    value = ratio(np.arange(n))
+    if not np.isfinite(left_out).all():
+        return Estimate(value=value, n=n)
+    scale = (n - 1) / np.sqrt(n)
+    stderr = float(scale * left_out.std(ddof=1))
+    return Repeated(value=value, stderr=stderr, n=n, repeats=left_out, scale=float(scale))
 
 
 def _gradients(loss: Tensor, blocks: list[list[nn.Parameter]]) -> list[list[Tensor]]:
@@ -393,5 +394,6 @@ def _square(tensor: Tensor) -> float:
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    stderr = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(value=float(values.mean()), stderr=stderr, n=len(values))
+    scale = 1 / float(np.sqrt(len(values)))
+    stderr = scale * float(values.std(ddof=1))
+    return Repeated(value=float(values.mean()), stderr=stderr, n=len(values), repeats=values, scale=scale)

@@ -34,7 +34,7 @@ def cka(
     revision_b: str | None = option(None, "Revision of --model-b."),
     init_b: str | None = option(None, "Weights of the other backbone.", choices=choices.INITS),
     split: str = option("test", "Which images.", choices=choices.SPLITS),
-    permutations: int = option(1000, "At least this many shuffles of the images.", min=1),
+    permutations: int = option(1000, "At least this many shuffles of the images, or all there are.", min=1),
     intervals: bool = option(False, "Write values and 95 % intervals into the heat map.", "--intervals"),
     cache_dir: options.CacheDir = None,
 ) -> None:

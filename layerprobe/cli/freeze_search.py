@@ -69,7 +69,8 @@ class SearchOptions:
         "Wanted half-width of the verdict's 95 % intervals, as a share", default=defaults.DEFAULT_HALF_WIDTH
     )
     margin: float | None = _search(
-        "Stop when no plan is likely to be better by this share", default=defaults.DEFAULT_MARGIN
+        "Stopping margin: the search ends when no plan is likely to be better by this share",
+        default=defaults.DEFAULT_MARGIN,
     )
     storage: str | None = _search(
         "postgresql://… shared by many machines; default: study.db in the output folder."

@@ -23,6 +23,8 @@ from layerprobe.errors import LayerprobeError, NotAvailableError, Terminated, ou
 from layerprobe.progress import error_line, line_for_people, silence_notes, wrapped
 
 if TYPE_CHECKING:  # typer keeps a click of its own
+    from pathlib import Path
+
     from typer._click.core import Command
     from typer._click.core import Context as ClickContext
     from typer._click.exceptions import ClickException
@@ -102,7 +104,9 @@ class Program(TyperGroup):
             sys.stderr.write(wrapped(f"error: {error_line(error)}") + "\n")
             sys.exit(error.exit_code)
         except KeyboardInterrupt as stop:  # before typer, which would call it "Aborted!", exit code 1
-            _leave(stop)
+            from layerprobe.cli.settings import KEPT_IN
+
+            _leave(stop, ctx.meta.get(KEPT_IN))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -157,9 +161,13 @@ def _mistake_line(mistake: ClickException) -> str:
     return line_for_people(f"{text[:1].lower()}{text[1:].rstrip('.')}; see: {where} --help")
 
 
-def _leave(stop: KeyboardInterrupt) -> NoReturn:
+def _leave(stop: KeyboardInterrupt, folder: Path | None = None) -> NoReturn:
+    """Say where the run is kept, if it has a folder, and how to continue it."""
     terminated = isinstance(stop, Terminated)
-    sys.stderr.write(f"{'terminated' if terminated else 'interrupted'}; finished work is kept\n")
+    where = f" in {folder}; the same command continues there" if folder else ""
+    sys.stderr.write(
+        wrapped(f"{'terminated' if terminated else 'interrupted'}; finished work is kept{where}") + "\n"
+    )
     sys.exit(143 if terminated else 130)
 
 

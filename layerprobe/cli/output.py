@@ -72,6 +72,8 @@ class Output:
         if self.folder is None or self._call is None or process_number() > 0:
             return
         output_folder(self.folder)
+        if not anew:
+            self._call.keeps(self.folder)
         if anew or not (self.folder / SETTINGS_FILE).exists():
             self._call.write(self.folder)
 

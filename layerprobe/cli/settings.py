@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # typer keeps a click of its own
     from typer._click.core import Parameter
 
 SETTINGS_FILE = "settings.yaml"
+KEPT_IN = "layerprobe.kept_in"
+"""Entry of a context's `meta`: the folder in which the same command would continue."""
 MAX_BYTES = 1 << 20
 RUNS = Path("runs")
 NOT_KEPT = {"config", "output", "json", "dry-run", "quiet", "help", "storage"}
@@ -50,6 +52,10 @@ class Call:
         if "named-model" in found:
             found["model"] = found.pop("named-model")
         return found
+
+    def keeps(self, folder: Path) -> None:
+        """From now on the run can be continued from `folder`."""
+        self._context.meta[KEPT_IN] = folder
 
     def write(self, folder: Path) -> None:
         """Keep the settings in `folder`, so that `--config` repeats the run."""

@@ -19,7 +19,7 @@ from layerprobe.errors import PlanError
 from layerprobe.files import dtype_name
 from layerprobe.layers import name_blocks
 from layerprobe.plans.names import clean_name, is_adapter
-from layerprobe.tables import percent
+from layerprobe.tables import percent, share_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,12 +225,18 @@ class PlanData:
         """Entries that an optimizer changes: of the model's own tensors, and of adapters."""
         return self.counts["trainable_parameters"] + self.counts.get("adapter_parameters", 0)
 
+    @property
+    def block_counts(self) -> tuple[int, int]:
+        """Parameters in the blocks: those that train, adapters apart, and all."""
+        sizes = {name: p.size for name, p in self.parameters.items() if p.block is not None}
+        return sum(sizes.get(name, 0) for name in self.trainable), sum(sizes.values())
+
     def with_found(self, **found: Any) -> Self:
         """The same plan with more about how it was found; later keys win."""
         return replace(self, found={**self.found, **found})
 
     def summary(self) -> str:
-        """One sentence: what is trained, and how much of the model that is."""
+        """One sentence: what is trained, and how much of the blocks that is."""
         states = self.block_states
         partly = [index for index, state in enumerate(states) if state == PARTIAL]
         trained, frozen = self.counts["trainable_parameters"], self.counts["frozen_parameters"]
@@ -248,8 +254,13 @@ class PlanData:
             blocks = [index for index, state in enumerate(states) if state == ADAPTER]
             text += f", adapters of {named} on {len(self.adapters)} modules"
             text += f" (blocks {name_blocks(blocks)})" if blocks else ""
-        share = self.trained_parameters / (trained + frozen) if trained + frozen else 0.0
-        return f"{text}; {self.trained_parameters:,} of {trained + frozen:,} parameters ({percent(share)})"
+        if self.adapters:
+            n, total = self.trained_parameters, trained + frozen
+            return f"{text}; {n:,} of {total:,} parameters ({percent(n / total)})"
+        inside, in_blocks = self.block_counts
+        text += f"; {share_text(inside / max(1, in_blocks))} of the blocks' parameters train"
+        more = f", and {trained - inside:,} outside them" if trained > inside else ""
+        return f"{text} ({inside:,} of {in_blocks:,}{more})"
 
     def content_hash(self) -> str:
         """32 hexadecimal digits over the states and the trainable names: what the plan does, not how it was found."""

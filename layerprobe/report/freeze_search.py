@@ -18,7 +18,7 @@ from layerprobe.report import page as html
 from layerprobe.report.drawing import drawn
 from layerprobe.report.search_run import SearchRun, name_of
 from layerprobe.search.space import REPORT_REPEAT
-from layerprobe.tables import cell_text
+from layerprobe.tables import cell_text, share_text
 
 HEADS = {
     "probe": "the head starts from a logistic regression on the frozen features",
@@ -60,16 +60,15 @@ def search_sections(folder: Path) -> tuple[str, list[str]]:
 
 def _share(plan: FreezePlan) -> str:
     """How much trains, once, with its base."""
-    trained = plan.trained_parameters
-    blocks = sum(p.size for p in plan.parameters.values() if p.block is not None)
     if plan.adapters:
-        return f"<p>Adapters hold {cell_text(trained)} parameters; stem and head train besides.</p>"
+        size = cell_text(plan.trained_parameters)
+        return f"<p>Adapters hold {size} parameters; stem and head train besides.</p>"
+    trained, blocks = plan.block_counts
     if not trained:
         return "<p>Only the image stem and the head train; the backbone stays as it is.</p>"
-    share = html.percent(trained / max(1, blocks))
     return (
-        f"<p>{cell_text(trained)} parameters train, {share} % of the {cell_text(blocks)} in the blocks; stem and head "
-        "train besides.</p>"
+        f"<p>{share_text(trained / max(1, blocks))} of the blocks' parameters train ({cell_text(trained)} of "
+        f"{cell_text(blocks)}); stem and head train besides.</p>"
     )
 
 
@@ -96,7 +95,10 @@ def main_figure(run: SearchRun, *, name: str = "differences") -> str:
         "intervals. An interval that holds 0 leaves open which is better."
     )
     if margin:
-        caption += " The grey margin is that of two one-sided tests at 5 %, so 95 % intervals may leave it."
+        caption += (
+            f" Grey: the excluded difference, ±{100 * margin:.1f} points; two one-sided tests at 5 % rule out a larger "
+            "one between best found, all and none, so 95 % intervals may leave it."
+        )
     return drawn(
         lambda ax: plot_differences(frame, what, margin=margin, ax=ax),
         caption,
@@ -151,10 +153,14 @@ def _sureness(run: SearchRun) -> str:
         advice = (
             "<p>More seeds would hardly help: the test images are the limit. A larger test split would.</p>"
         )
-    columns = ["unseen seeds", "difference found in 8 of 10 cases", "training time"]
+    columns = ["unseen seeds", "detectable difference", "training time"]
+    table = html.table(columns, rows, mark=mark) + (
+        '<p class="soft">The detectable difference is found in 8 of 10 cases where it is there; a smaller one is '
+        "easily missed.</p>"
+    )
     return (
         f"<p>One training varies by {html.percent(noise)} points around its plan and seed (standard deviation; what a "
-        f"seed does to all plans alike is left out).{sampling}</p>{html.table(columns, rows, mark=mark)}{advice}"
+        f"seed does to all plans alike is left out).{sampling}</p>{table}{advice}"
     )
 
 
@@ -338,8 +344,8 @@ def _method(run: SearchRun) -> str:
         "learning rates": ", ".join(f"{lr:g}" for lr in pilot["lrs"]),
         "search": f"{found['strategy']}, {found['trainings']} trainings in all, "
         f"{found['spent']:.3g} of {found['budget']:.3g} full trainings spent",
-        "margin δ": f"{100 * settings['margin']:.1f} points: the search ends when no plan is likely to be better by as "
-        "much",
+        "stopping margin": f"{100 * settings['margin']:.1f} points: the search ends when no plan is likely to be "
+        "better by as much",
         "choice": frugal if found["objective"] == "frugal" else "the highest expected validation accuracy",
         "chance": f"{html.percent(float(found['chance']))} %",
     }

@@ -84,13 +84,13 @@ def search_facts(
 
 
 def power_in_words(noise: float, settings: Settings) -> str:
-    """What the report can find: the difference that its fewest and its most seeds detect in 8 of 10 cases, the
-    sampling of test images left out, which is not known yet."""
+    """The detectable difference of a report with its fewest and its most seeds, the sampling of test images left
+    out, which is not known yet."""
     found = [100 * detectable_with(n_seeds, noise=noise) for n_seeds in (settings.seeds, settings.max_seeds)]
-    more = f", {settings.max_seeds} find {found[1]:.1f}" if settings.max_seeds > settings.seeds else ""
+    more = f", {found[1]:.1f} with {settings.max_seeds}" if settings.max_seeds > settings.seeds else ""
     return (
-        f"trainings of one plan differ by about {100 * noise:.1f} points; if test images were unlimited, "
-        f"{settings.seeds} unseen seeds find differences of {found[0]:.1f} points in 8 of 10 cases{more}"
+        f"trainings of one plan differ by about {100 * noise:.1f} points; detectable difference (found in 8 of 10 "
+        f"cases) if test images were unlimited: {found[0]:.1f} points with {settings.seeds} unseen seeds{more}"
     )
 
 

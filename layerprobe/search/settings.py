@@ -136,7 +136,7 @@ class Settings:
         Seeds are added until each difference between plan, all and none is a claim, or its 95 % interval reaches so
         far on either side, as a share. "No difference" is said of differences within twice this.
     margin
-        The search stops when no plan is likely to be better than the best by this share.
+        Stopping margin: the search ends when no plan is likely to be better than the best by this share.
     lrs
         Learning rates to choose from, for each plan separately; order and repetitions do not matter.
     find_length, find_lrs

@@ -13,6 +13,7 @@ from layerprobe.metrics.inference import PooledArms, detectable_difference, equi
 from layerprobe.metrics.intervals import interval_in_words
 from layerprobe.records import Estimate
 from layerprobe.search.space import Mask, Space
+from layerprobe.tables import share_text
 
 TRAIN_THESE, TRAIN_ALL, TRAIN_NONE = "train these", "train all", "train none"
 NO_DIFFERENCE, UNDECIDED, UNKNOWN = "no difference", "not decided", "not judged"
@@ -194,12 +195,12 @@ def recommendation(mask: Mask, space: Space, *, adapter_rank: int | None = None)
     share = space.params(mask) / max(1, sum(space.unit_params))
     if adapter_rank is not None:
         where = (
-            "everywhere" if all(mask) else f"on {space.describe(mask)} ({100 * share:.0f} % of all of them)"
+            "everywhere" if all(mask) else f"on {space.describe(mask)} ({share_text(share)} of all of them)"
         )
         return f"Place adapters of rank {adapter_rank} {where}."
     if all(mask):
         return "Train all blocks."
-    return f"Train {space.describe(mask)}, freeze the rest ({100 * share:.0f} % of the blocks' parameters train)."
+    return f"Train {space.describe(mask)}, freeze the rest ({share_text(share)} of the blocks' parameters train)."
 
 
 def points(share: float) -> str:

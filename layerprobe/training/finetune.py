@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -174,6 +174,7 @@ def run_stage(
     optimizer = make_optimizer(classifier, config, by_block=auto_rgn)
     phases = Phases(plan, classifier, optimizer, pixels, config, accelerator.num_processes)
     n_steps = config.n_steps(len(pixels))
+    model = cast(torch.nn.Module, torch.compile(classifier)) if config.compile else classifier
     taken: list[Step] = []
     flops, counted = 0.0, 0
     with (
@@ -182,7 +183,7 @@ def run_stage(
     ):
         phases.enter(0)
         steps = training_steps(
-            classifier,
+            model,
             optimizer,
             pixels,
             labels,

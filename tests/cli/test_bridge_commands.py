@@ -302,7 +302,7 @@ def test_ctrl_c_saves_and_leaves_with_130(model, tmp_path):
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert stdout == ""
-    assert stderr == "interrupted; finished work is kept\n"
+    assert stderr == f"interrupted; finished work is kept in {folder}; the same command continues there\n"
     run = json.loads((folder / "layerprobe_run.json").read_text())
     assert run["finished"] is False
     state = json.loads((folder / run["checkpoint"] / "state.json").read_text())

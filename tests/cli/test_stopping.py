@@ -49,7 +49,8 @@ def test_a_bridge_saves_and_continues(llama: Path, tmp_path: Path, number: int, 
                  "--batch-size", 8, "--checkpoint-every", 5)  # fmt: skip
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     found, said = stop_when(stopped, "layerprobe_run.json", start(*arguments, "-o", stopped), number)
-    assert found == code and said.strip().endswith(f"{word}; finished work is kept")
+    told = f"{word}; finished work is kept in {stopped}; the same command continues there"
+    assert found == code and said.strip().endswith(told)
     assert not (stopped / ".layerprobe.lock").exists()
     again = start(*arguments, "-o", stopped)
     undisturbed = start(*arguments, "-o", whole)

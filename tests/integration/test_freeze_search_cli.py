@@ -103,10 +103,12 @@ def interrupt(process: subprocess.Popen[str]) -> str:
     return process.communicate()[1]
 
 
-def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_without_a_folder_keeps_what_is_finished_and_says_how_to_continue(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     long = [*FAST, "--steps", "120", "--budget", "200"]
     process = subprocess.Popen(
-        command("--model", tiny_model, *long, "-o", tmp_path / "run"),
+        command("--model", tiny_model, *long), cwd=tmp_path,
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     seen = ""
@@ -115,10 +117,32 @@ def test_ctrl_c_keeps_what_is_finished(tiny_model: Path, tmp_path: Path) -> None
         seen += process.stderr.readline()
     rest = interrupt(process)
     assert process.returncode == 130, seen + rest
-    assert rest.rstrip().endswith("interrupted; finished work is kept")
-    with sqlite3.connect(tmp_path / "run" / "study.db") as database:
+    (folder,) = (tmp_path / "runs").iterdir()
+    where = folder.relative_to(tmp_path)
+    assert f"kept in {where}\n" in seen
+    told = f"interrupted; finished work is kept in {where}; the same command continues there"
+    assert rest.rstrip().endswith(told)
+    with contextlib.closing(sqlite3.connect(folder / "study.db")) as database:
         states = dict(database.execute("select state, count(*) from trials group by state").fetchall())
     assert states.get("COMPLETE", 0) > 0 and "RUNNING" not in states
+
+    again = subprocess.Popen(
+        command("--model", tiny_model, *long), cwd=tmp_path,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    line = again.stderr.readline()
+    assert line.rstrip().endswith(f"continues in {where}")
+    while trained(folder / "study.db") <= states["COMPLETE"]:  # the finished ones are there, and more come
+        assert again.poll() is None, again.stderr.read()
+        time.sleep(0.05)
+    interrupt(again)
+    assert [one.name for one in (tmp_path / "runs").iterdir()] == [folder.name]
+
+
+def trained(database: Path) -> int:
+    """How many trainings are finished."""
+    with contextlib.closing(sqlite3.connect(database, timeout=30)) as connection:
+        return connection.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
 
 
 LONGER = ["--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "6", "--finetune-steps", "60",

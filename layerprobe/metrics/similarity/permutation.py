@@ -1,14 +1,17 @@
 """What debiased CKA would be if the images of one model were shuffled: a permutation null for every cell.
 
 A shuffle leaves a centred Gram matrix centred, so only the numerator ⟨K, PLPᵀ⟩ changes. The shuffles are the
-n−1 cyclic shifts of the images in a random order. Shifting moves every diagonal of L along the same diagonal of
+n cyclic shifts of the images in a random order. Shifting moves every diagonal of L along the same diagonal of
 K, so the numerators of all shifts are sums of circular correlations: one Fourier transform per diagonal and
 layer, and one small product per frequency for all pairs of layers. The shifts form a group, so the test is exact
-for one random order; where more permutations are asked for than there are shifts, further orders are drawn.
+for one random order. Where more permutations are asked for than there are shifts, the images of Y are shuffled
+before they are shifted, each time anew: a random coset of a random such group, so that the test stays exact. Where
+as many are asked for as there are, n! in all, each is taken once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +26,8 @@ from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, pai
 
 MAX_IMAGES = 4096
 """More images than this are sampled: the null's shape no longer depends on n, its spread does so in a known way."""
+ROUNDING = 1e-5
+"""Relative: a permutation that misses a value by as little reaches it. With few images many are exact ties."""
 BAND_BYTES = 96 << 20
 """Memory for the diagonals of all layers that are transformed together (twice that with the transforms)."""
 
@@ -34,7 +39,7 @@ class PermutationNull:
     Attributes
     ----------
     samples : NDArray[np.float32]
-        Permutations × layers of X × layers of Y; NaN where a layer is constant.
+        Permutations but the observed one × layers of X × layers of Y; NaN where a layer is constant.
     n : int
         Images of the comparison.
     n_used : int
@@ -51,16 +56,21 @@ class PermutationNull:
         return len(self.samples)
 
     def pvalue(self, values: FloatArray) -> FloatArray:
-        """Per cell, the share of permutations (the observed one among them) that reach `values`."""
-        reached = (self.samples >= values.astype(np.float32)[None]).sum(axis=0)
+        """Per cell, the share of permutations (the observed one among them) that reach `values`: 1/n! or more."""
+        reached = (self.samples >= _reachable(values)).sum(axis=0)
         return np.where(np.isnan(values), np.nan, (1.0 + reached) / (1.0 + len(self.samples)))
 
     def pvalue_max(self, values: FloatArray) -> FloatArray:
         """Per cell, the share of permutations in which *any* cell reaches `values`: corrected for the search."""
         filled = np.where(np.isnan(self.samples), -np.inf, self.samples)
         largest = np.sort(filled.max(axis=(1, 2)))
-        reached = len(largest) - np.searchsorted(largest, values.astype(np.float32), side="left")
+        reached = len(largest) - np.searchsorted(largest, _reachable(values), side="left")
         return np.where(np.isnan(values), np.nan, (1.0 + reached) / (1.0 + len(largest)))
+
+
+def _reachable(values: FloatArray) -> NDArray[np.float32]:
+    """`values`, lowered by what rounding may take from an equal one."""
+    return (values - ROUNDING * np.abs(values)).astype(np.float32)
 
 
 def permutation_null(
@@ -76,14 +86,14 @@ def permutation_null(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> PermutationNull:
-    """Debiased CKA of all pairs of layers under at least `n_permutations` shuffles of the images.
+    """Debiased CKA of all pairs of layers under at least `n_permutations` shuffles of the images, or all there are.
 
     Parameters
     ----------
     layers_x, layers_y, rows_x, rows_y, names_x, names_y, device, progress
         As in `pairwise_cka`.
     n_permutations : int
-        At least this many; all shifts of a random order are used, which may be more.
+        At least this many, or all n! − 1 where there are fewer; all shifts of an order are used, which may be more.
     seed : int
         Of the random orders.
 
@@ -102,13 +112,21 @@ def permutation_null(
     xs, ys = paired_layers(layers_x, layers_y, rows_x=rows_x, rows_y=rows_y, names_x=names_x, names_y=names_y)
     n = xs[0].n
     used = min(n, MAX_IMAGES)
-    rounds = math.ceil(n_permutations / (used - 1))
+    # The observed permutation is one of them. Every permutation is a shift behind one that keeps the first image.
+    there_are = math.factorial(used - 1)
+    rounds = min(there_are, math.ceil((n_permutations + 1) / used))
     generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(rounds):
-        order = generator.permutation(n)[:used].astype(np.intp)
-        report = (lambda share: None) if progress is None else (lambda share: progress(share / rounds))
-        found.append(_all_shifts(xs, ys, order, device, report)[1:])
+    order = generator.permutation(n)[:used].astype(np.intp)
+    report = (lambda share: None) if progress is None else (lambda share: progress(share / rounds))
+    found = [_all_shifts(xs, ys, order, order, device, report)[1:]]
+    if rounds == there_are:
+        for rest in itertools.islice(itertools.permutations(order[1:]), 1, None):
+            shuffled = np.array([order[0], *rest], np.intp)
+            found.append(_all_shifts(xs, ys, order, shuffled, device, report))
+    else:
+        for _ in range(rounds - 1):
+            order = generator.permutation(n)[:used].astype(np.intp)
+            found.append(_all_shifts(xs, ys, order, generator.permutation(order), device, report))
     scale = math.sqrt(used * (used - 3) / (n * (n - 3)))
     return PermutationNull((np.concatenate(found) * scale).astype(np.float32), n, used)
 
@@ -117,14 +135,21 @@ def _all_shifts(
     xs: list[CentredRows],
     ys: list[CentredRows] | None,
     order: NDArray[np.intp],
+    order_y: NDArray[np.intp],
     device: str,
     progress: Progress,
 ) -> FloatArray:
-    """Debiased CKA for every cyclic shift of the images of Y along `order`: shifts × a × b; shift 0 is as is."""
+    """Debiased CKA for every cyclic shift of the images of Y, in `order_y`, along those of X, in `order`.
+
+    Shifts × a × b, the first as the orders are. `ys` None: the layers of X.
+    """
+    if ys is None and order_y is not order:
+        ys = xs
     layers = xs + (ys or [])
     n, a = len(order), len(xs)
     half = n // 2
-    panels = [_rows(layer, order).to(device) for layer in layers]
+    panels = [_rows(layer, order).to(device) for layer in xs]
+    panels += [_rows(layer, order_y).to(device) for layer in ys or []]
     width = max(1, min(128, half, BAND_BYTES // (8 * len(layers) * n)))
     spectrum = torch.zeros(n // 2 + 1, a, len(ys or xs), dtype=torch.complex128, device=device)
     squares = torch.zeros(len(layers), dtype=torch.float64, device=device)

@@ -23,7 +23,7 @@ from layerprobe.metrics.transferability import (
     ledoit_wolf,
     maximum_evidence,
 )
-from layerprobe.records import Estimate
+from layerprobe.records import Estimate, Repeated
 
 HIGHER_IS_BETTER: dict[str, bool] = {
     "logme": True,
@@ -358,7 +358,7 @@ def half_sample_errors(
     own copy among the others.) In simulations with 30 or more images a class and 64 dimensions the error is 0.4 to 1.9
     times the true one; with few images a class that of gbc is far too small, and below `LEAST_IN_CLASS` there is none.
 
-    The value of each Estimate is the standard error; where there is none, `reason` says why.
+    Each value is the standard error, `Repeated` with the replicates; where there is none, `reason` says why.
 
     References
     ----------
@@ -374,12 +374,12 @@ def half_sample_errors(
     rng = np.random.default_rng(seed)
     halves = [half_sample(y, rng) for _ in range(n_replicates)]
     replicates = [readable_scores(X[rows], y[rows], scores=scores) for rows in halves]
-    errors = {}
+    errors: dict[str, Estimate] = {}
     for name in scores:
         missing = next((r[name].reason for r in replicates if r[name].value is None), None)
-        spread = np.array([r[name].value for r in replicates], dtype=float).std(ddof=1)
+        values = np.array([r[name].value for r in replicates], dtype=float)
         why = missing and f"half samples: {missing}"
-        errors[name] = Estimate(value=None if missing else spread.item(), reason=why)
+        errors[name] = Repeated(value=None if why else values.std(ddof=1).item(), reason=why, repeats=values)
     return errors
 
 

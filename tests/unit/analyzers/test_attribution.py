@@ -20,6 +20,7 @@ from layerprobe.analyzers.attribution_path import (
     refined,
     residual_taps,
 )
+from layerprobe.analyzers.attribution_rows import completeness_rows, large_errors
 from layerprobe.analyzers.heads import only_these_train
 from layerprobe.backbones import load_backbone
 from layerprobe.errors import UnknownNameError, UsageError
@@ -154,6 +155,35 @@ def test_update_attribution_of_a_linear_chain_is_exact():
     assert torch.allclose(found.conductance[3].sum(dim=(1, 2)), found.end - found.start, atol=1e-4)
 
 
+def test_integrated_gradients_say_how_far_they_miss_the_change_of_the_output(gpt2, record):
+    errors = record.metric("integrated_gradients_completeness_error")["value"]
+    assert len(errors) == gpt2.n_blocks and 0 < errors.max() < 0.02
+    assert "Completeness error of integrated gradients" in record.summary()
+    assert not any("completeness" in column for column in record.table()[0])
+
+
+def test_a_large_completeness_error_is_told_in_a_line(gpt2, task, capsys, monkeypatch):
+    missed = np.array([0.5, 3.0, 1.0])
+    rows = completeness_rows("attribution_completeness_error", missed, 20.0, 8)
+    assert [(row["block"], row["site"]) for row in rows] == [
+        (None, "embed"),
+        (0, "resid_post"),
+        (1, "resid_post"),
+    ]
+    assert list(large_errors(rows)) == [
+        "completeness error of the path: 15 % of the change of the output at 8 steps, above 5 %; lower the tolerance "
+        "or raise max_steps"
+    ]
+    assert not list(large_errors(completeness_rows("attribution_completeness_error", missed / 4, 20.0, 8)))
+    monkeypatch.setattr("layerprobe.analyzers.attribution_rows.LARGE_ERROR", 1e-7)
+    arguments = {"methods": ["integrated_gradients"], "n_images": 4, "n_maps": 0, "n_reference": 20}
+    attribute_layers(gpt2, task, **arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("completeness error")]
+    assert [line.split(":")[0].rpartition("of ")[2] for line in lines] == ["the path", "integrated gradients"]
+    attribute_layers(gpt2, task, **arguments, quiet=True)
+    assert "completeness" not in capsys.readouterr().err
+
+
 def test_ablations_equal_captums_feature_ablation(backbone, problem, task):
     predict, pixels, _, targets = problem
     batch = backbone.preprocess(task.train.images(range(30)))
@@ -214,6 +244,7 @@ def test_the_record_answers_for_every_block(record, gpt2):
         "attribution_update",
         "attribution_gradient_x_activation",
         "attribution_integrated_gradients",
+        "attribution_integrated_gradients_completeness_error",
         "attribution_completeness_error",
     }
     for name in ("skip", "conductance", "integrated_gradients"):

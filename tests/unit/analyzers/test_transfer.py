@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -215,6 +216,14 @@ def test_the_record_holds_both_families_apart(record):
     assert ((frame["low"] <= frame["value"]) | frame["low"].isna()).all()
     assert [row["layer"] for row in record.table()] == ["embed", "block 0", "block 1", "block 2"]
     assert "not combined" in record.summary()
+    assert record.summary().startswith("Readable: LogME is highest at ")
+    assert re.search(
+        r"rgn is highest at block \d( here, not told apart from|, \S+ ahead of) block \d", record.summary()
+    )
+    for metric, rows in frame.groupby("metric"):
+        assert rows["gap_to_best"].min() == 0 and rows["gap_low"].notna().sum() == (
+            0 if metric == "transfer_knn" else len(rows) - 1
+        )
 
 
 def test_readable_rows_are_the_metrics_of_the_features(record, backbone, task):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
@@ -84,6 +87,33 @@ def test_the_corrected_pvalue_holds_its_level_over_the_search_and_the_plain_one_
         corrected.append(null.pvalue_max(values).min())
     assert (np.array(corrected) <= 0.05).mean() < 0.05 + 4 * np.sqrt(0.05 * 0.95 / 200)
     assert (np.array(plain) <= 0.05).mean() > 0.4
+
+
+@pytest.mark.parametrize("n", [4, 5, 6])
+@pytest.mark.parametrize("alone", [False, True])
+def test_few_images_are_shuffled_in_every_way_once(n: int, alone: bool) -> None:
+    """Ties included: among four images a debiased Gram matrix has the same entry for a pair and for the other two."""
+    rng = np.random.default_rng(n)
+    x = rng.normal(size=(n, 3))
+    y = x if alone else x + 0.4 * rng.normal(size=(n, 3))
+    null = permutation_null([x], None if alone else [y], n_permutations=1000)
+    assert null.n_permutations == math.factorial(n) - 1
+    observed = pairwise_cka([x], None if alone else [y]).values
+    every = [debiased_linear_cka(x, y[list(order)]) for order in itertools.permutations(range(n))]
+    reached = sum(value >= observed[0, 0] - 1e-6 for value in every)
+    for found in (null.pvalue(observed), null.pvalue_max(observed)):
+        assert found[0, 0] == pytest.approx(reached / math.factorial(n))
+    np.testing.assert_allclose(np.sort(np.append(null.samples, observed)), np.sort(every), atol=2e-6)
+    if n == 6:
+        fewer = permutation_null([x], [y], n_permutations=700)
+        assert 700 <= fewer.n_permutations < 719
+
+
+def test_permutations_that_leave_images_where_they_are_count() -> None:
+    """Two images of eleven stand apart in both: one permutation of 55 keeps the pair, and no shift does."""
+    pair = np.repeat([1.0, 0.0], [2, 9])[:, None]
+    null = permutation_null([pair], [pair + 0.0], n_permutations=2000)
+    assert null.pvalue(pairwise_cka([pair], [pair + 0.0]).values)[0, 0] == pytest.approx(1 / 55, rel=0.5)
 
 
 def test_pvalues_count_the_observed_permutation_and_skip_undefined_cells() -> None:

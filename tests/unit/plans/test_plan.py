@@ -79,7 +79,8 @@ def test_single_names_make_a_block_partial() -> None:
 
 def test_the_sentence_carries_the_numbers() -> None:
     assert small_plan(0, norms="trainable").summary() == (
-        "tiny: trains 1 of 2 blocks (0), with norms; 24 of 108 parameters (22.2 %)"
+        "tiny: trains 1 of 2 blocks (0), with norms; 50 % of the blocks' parameters train (20 of 40, "
+        "and 4 outside them)"
     )
 
 

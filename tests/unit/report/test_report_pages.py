@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import html5lib
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from records_of_commands import ROWS, example
 
+import layerprobe as lp
 from layerprobe.errors import BrokenFileError, UsageError
+from layerprobe.plans.table import PlanTable
 from layerprobe.provenance import provenance
 from layerprobe.records import Record
 from layerprobe.report import write_report
 from layerprobe.report.page import estimate, figure, interval, page, percent, strip
 from layerprobe.report.style import DARK, LIGHT
+from layerprobe.search.space import Space
+from layerprobe.search.verdict import recommendation
 from layerprobe.tables import cell_text, tidy
 
 QUICKSTART = Path(__file__).parents[3] / "results/quickstart"
@@ -102,7 +107,9 @@ def test_a_search_answers_first_then_says_how_sure_and_what_next() -> None:
     ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order)
     for fact in (
-        "margin δ",
+        "Grey: the excluded difference, ±2.7 points",
+        "detectable difference",
+        "stopping margin",
         "the head starts from a logistic regression",
         "pilot, all blocks",
         "in 8 of 10 cases",
@@ -110,6 +117,32 @@ def test_a_search_answers_first_then_says_how_sure_and_what_next() -> None:
         assert fact in text
     assert "better 0." not in text and "P(plan better)" not in text
     assert text.count('class="bar"') == 6  # one a block
+
+
+def test_three_sizes_have_one_name_each_on_the_page_and_in_the_documentation(tmp_path: Path) -> None:
+    page = write_report(QUICKSTART, output=tmp_path / "page.html").read_text()
+    guide = (QUICKSTART.parents[1] / "docs" / "verdict.md").read_text()
+    for term in ("excluded difference", "detectable difference", "stopping margin"):
+        assert term in page and f"**{term[0].upper()}{term[1:]}**" in guide
+    assert "δ" not in page + guide
+
+
+def test_one_share_of_parameters_stands_wherever_a_plan_is_told(tmp_path: Path) -> None:
+    """README, stored answer, the answer's own words, `plan show` and the page of one plan."""
+    plan = lp.load(QUICKSTART / "plan.json")
+    sizes = tuple(
+        sum(p.size for p in plan.parameters.values() if p.block == index) for index in range(plan.n_blocks)
+    )
+    told = [
+        (QUICKSTART.parents[1] / "README.md").read_text(),
+        json.loads((QUICKSTART / "search.json").read_text())["answer"],
+        recommendation(plan.chosen_blocks, Space(sizes)),
+        PlanTable(plan).summary().splitlines()[0],
+        write_report(QUICKSTART, output=tmp_path / "page.html").read_text(),
+    ]
+    expected = sum(np.array(sizes)[list(plan.trainable_blocks)]) / sum(sizes)
+    shares = [re.findall(r"([\d.]+ %) of the blocks' parameters train", html.unescape(text)) for text in told]
+    assert all(shares) and {share for found in shares for share in found} == {f"{100 * expected:.0f} %"}
 
 
 def test_intervals_wider_than_the_scale_are_not_printed(tmp_path: Path) -> None:

@@ -196,6 +196,30 @@ def test_a_stage_checkpoints_gradients_where_asked(make_backbone, task):
     assert seen[0] and not block.gradient_checkpointing
 
 
+def test_a_stage_trains_the_compiled_model_where_asked(make_backbone, task, monkeypatch):
+    calls = []
+
+    class Traced(torch.nn.Module):
+        def __init__(self, classifier):
+            super().__init__()
+            self.classifier = classifier
+
+        def forward(self, pixels):
+            calls.append(self.classifier)
+            return self.classifier(pixels)
+
+    monkeypatch.setattr(torch, "compile", Traced)
+    trained = []
+    for compiled in (False, True):
+        backbone = make_backbone("gpt2")
+        config = FineTuneConfig(steps=3, batch_size=16, compile=compiled)
+        stage = run_stage(backbone, TaskTensors.of(backbone, task), config, plan=block_plan(backbone, [1, 2]))
+        assert isinstance(stage.classifier, Classifier)
+        assert calls == ([stage.classifier] * 3 if compiled else [])
+        trained.append(digests(backbone))
+    assert trained[0] == trained[1]
+
+
 def test_no_block_is_skipped_at_random(task):
     backbone = load_backbone(families.build("opt", layerdrop=0.9), patch_size=4).prepare(task)
     calls = []
