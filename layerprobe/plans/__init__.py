@@ -1,6 +1,6 @@
 """Freeze plans: which parameters are trained and which stay as they are, by exact name."""
 
-from layerprobe.plans.baselines import norm_parameter_names, random_blocks, standard_blocks, standard_plans
+from layerprobe.plans.baselines import norm_parameter_names, random_blocks, standard_blocks
 from layerprobe.plans.freeze_plan import FreezePlan
 from layerprobe.plans.plan import Parameter, model_hash, parameter_table
 
@@ -12,5 +12,4 @@ __all__ = [
     "parameter_table",
     "random_blocks",
     "standard_blocks",
-    "standard_plans",
 ]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
-
-from layerprobe.plans.freeze_plan import FreezePlan
-from layerprobe.plans.plan import FROZEN, TRAINABLE, ParameterTable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,59 +51,3 @@ def standard_blocks(
     baselines["first-half"] = blocks[:half]
     baselines["last-half"] = blocks[n_blocks - half :]
     return baselines | {f"random-{seed}": random_blocks(n_blocks, seed) for seed in random_seeds}
-
-
-def standard_plans(
-    parameters: ParameterTable,
-    groups: Mapping[str, str],
-    *,
-    model_id: str,
-    norm_names: Iterable[str],
-    revision: str | None = None,
-    embeddings: str = FROZEN,
-    first: int = 5,
-    tied: Mapping[str, Iterable[str]] | None = None,
-) -> dict[str, FreezePlan]:
-    """The baselines as plans, by name.
-
-    Parameters
-    ----------
-    parameters, groups, tied
-        As for `FreezePlan.from_blocks`.
-    norm_names : Iterable[str]
-        Parameters of norms, inside the blocks and outside, see `norm_parameter_names`.
-    embeddings : str
-        State of the word embeddings in every plan. They are never used when a language model reads image
-        tokens, so they stay frozen even in `all`, which frees norms, positions and other outside the blocks.
-    first : int
-        As for `standard_blocks`.
-
-    Returns
-    -------
-    dict[str, FreezePlan]
-        With `all`, `none`, `norms` (Frozen Pretrained Transformers, Lu et al. 2021, arXiv 2103.05247),
-        `first-5`, `last-5`, `first-half`, `last-half`, `random-0`.
-    """
-    n_blocks = len({group for group in groups.values() if group.startswith("block.")})
-
-    def plan(name: str, blocks: Iterable[int], also: Iterable[str] = (), **states: str) -> FreezePlan:
-        return FreezePlan.from_blocks(
-            parameters,
-            groups,
-            blocks,
-            model_id=model_id,
-            revision=revision,
-            embeddings=embeddings,
-            also_trainable=also,
-            found={"baseline": name},
-            tied=tied,
-            **states,
-        )
-
-    chosen, norms = standard_blocks(n_blocks, first=first), set(norm_names)
-    return {
-        "all": plan("all", chosen.pop("all"), norms=TRAINABLE, positions=TRAINABLE, other=TRAINABLE),
-        "none": plan("none", chosen.pop("none")),
-        "norms": plan("norms", (), also=[name for name in parameters if name in norms]),
-        **{name: plan(name, blocks) for name, blocks in chosen.items()},
-    }

@@ -88,6 +88,7 @@ class SearchRun:
         if not isinstance(found, dict) or found.get("schema") != SEARCH_SCHEMA:
             raise BrokenFileError(f"{file} is not of the schema {SEARCH_SCHEMA}")
         check_fields(found, SEARCH_FIELDS, file)
+        check_fields(list(found["pilot"]["accuracies"].values()), [float], file)
         check_plain(folder / "plan.json", what="freeze plan", inside=folder)
         plan = FreezePlan.load(folder / "plan.json")
         tables = {name: _rows(folder, name) for name in ROW_FIELDS}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from layerprobe.plans import FreezePlan, parameter_table
+from layerprobe.plans import FreezePlan, parameter_table, standard_blocks
 
 N_BLOCKS = 12
 
@@ -132,3 +132,19 @@ def one_step(model: nn.Module, family: str, **call: Any) -> None:
     value = out.loss if getattr(out, "loss", None) is not None else out[0].square().mean()
     value.backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2).step()
+
+
+def baseline_plans(
+    table: Any, groups: Mapping[str, str], norm_names: Iterable[str], *, model_id: str, first: int = 5
+) -> dict[str, FreezePlan]:
+    """Plans of whole blocks by name, `all` with what lies outside them but the embeddings, and `norms` only."""
+    n_blocks = len({group for group in groups.values() if group.startswith("block.")})
+    outside = dict.fromkeys(("norms", "positions", "other"), "trainable")
+    plans = {
+        name: FreezePlan.from_blocks(
+            table, groups, blocks, model_id=model_id, **(outside if name == "all" else {})
+        )
+        for name, blocks in standard_blocks(n_blocks, first=first).items()
+    }
+    norms = FreezePlan.from_blocks(table, groups, (), model_id=model_id, also_trainable=norm_names)
+    return {**plans, "norms": norms}

@@ -18,6 +18,7 @@ from freeze_plan_examples import (
     N_BLOCKS,
     WRAPPED,
     bare_model,
+    baseline_plans,
     build,
     config,
     example_plan,
@@ -28,7 +29,7 @@ from freeze_plan_examples import (
 from torch import nn
 
 from layerprobe.errors import PlanError, UnknownNameError
-from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table, standard_plans
+from layerprobe.plans import FreezePlan, norm_parameter_names, parameter_table
 from layerprobe.plans.export import TARGETS, export_plan
 
 MODELS = (*BARE, *WRAPPED)
@@ -51,7 +52,7 @@ def family_plans(family: str) -> dict[str, FreezePlan]:
     base = bare_model(family)
     table = parameter_table(base)
     groups = groups_of(family, table)
-    plans = standard_plans(table, groups, model_id=family, norm_names=norm_parameter_names(base))
+    plans = baseline_plans(table, groups, norm_parameter_names(base), model_id=family)
 
     def plan(blocks: Iterable[int], **options: Any) -> FreezePlan:
         return FreezePlan.from_blocks(table, groups, blocks, model_id=family, **options)

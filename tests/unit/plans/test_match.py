@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, build
-from freeze_plan_examples import trained_names
+from freeze_plan_examples import baseline_plans, trained_names
 
 from layerprobe.backbones.layout import find_layout, image_or_text_tower
-from layerprobe.plans import FreezePlan, parameter_table, standard_plans
+from layerprobe.plans import FreezePlan, parameter_table
 from layerprobe.plans.match import block_modules
 
 
@@ -19,9 +19,7 @@ def test_every_family_can_be_frozen_by_plan(family: str, tmp_path: Path) -> None
     base = image_or_text_tower(full)
     layout = find_layout(base, base.config)
     table = parameter_table(base)
-    plans = standard_plans(
-        table, layout.parameter_groups, model_id=family, norm_names=layout.norm_names, first=1
-    )
+    plans = baseline_plans(table, layout.parameter_groups, layout.norm_names, model_id=family, first=1)
     assert block_modules(plans["all"]) == list(layout.block_names)
     assert set(plans["norms"].trainable) == set(layout.norm_names)
     for name in ("norms", "first-1", "random-0"):

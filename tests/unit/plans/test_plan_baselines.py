@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from freeze_plan_examples import FAMILIES, N_BLOCKS, bare_model, groups_of
+from freeze_plan_examples import FAMILIES, N_BLOCKS, bare_model, baseline_plans, groups_of
 from torch import nn
 
 from layerprobe.plans import (
@@ -11,7 +11,6 @@ from layerprobe.plans import (
     parameter_table,
     random_blocks,
     standard_blocks,
-    standard_plans,
 )
 
 
@@ -60,29 +59,11 @@ def test_norms_by_class_are_the_norm_modules_of_the_model(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_norms_only_trains_every_norm_and_nothing_else(family: str) -> None:
+def test_plans_of_all_none_and_norms(family: str) -> None:
     model = bare_model(family)
-    table = parameter_table(model)
-    names = norm_parameter_names(model)
-    plans = standard_plans(table, groups_of(family, table), model_id=family, norm_names=names)
-    plan = plans["norms"]
-    assert set(plan.trainable) == set(names)
-    assert set(plan.block_states) == {"partial"} and not any(plan.blocks)
-    assert plan.found == {"baseline": "norms"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_and_none(family: str) -> None:
-    model = bare_model(family)
-    table, norm_names = parameter_table(model), norm_parameter_names(model)
-    plans = standard_plans(table, groups_of(family, table), model_id=family, norm_names=norm_names)
-    assert list(plans) == [
-        "all", "none", "norms", "first-5", "last-5", "first-half", "last-half", "random-0",
-    ]  # fmt: skip
+    table, names = parameter_table(model), norm_parameter_names(model)
+    plans = baseline_plans(table, groups_of(family, table), names, model_id=family)
+    assert set(plans["norms"].trainable) == set(names)
+    assert set(plans["norms"].block_states) == {"partial"} and not any(plans["norms"].blocks)
     embeddings = {n for n, g in groups_of(family, table).items() if g == "embeddings"}
-    assert set(plans["all"].frozen) == embeddings
-    assert plans["none"].trainable == ()
-    freed = standard_plans(
-        table, groups_of(family, table), model_id=family, norm_names=norm_names, embeddings="trainable"
-    )
-    assert freed["all"].frozen == () and set(freed["none"].trainable) == embeddings
+    assert set(plans["all"].frozen) == embeddings and plans["none"].trainable == ()
