@@ -387,7 +387,7 @@ class _Run:
         per_unit = per_image([values for part in parts for values in part[0]], self.backbone.n_blocks)
         rows = block_rows(f"attribution_{method}", per_unit)
         if method == "integrated_gradients":
-            missed, moved = (sum(part[i] for part in parts) for i in (1, 2))
+            missed, moved = np.sum([part[1] for part in parts], axis=0), sum(part[2] for part in parts)
             rows += completeness_rows(f"attribution_{method}_completeness_error", missed, moved, n_steps)
         return rows
 
