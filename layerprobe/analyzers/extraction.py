@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerprobe.backbones.backbone import Backbone, evaluating, pool
-from layerprobe.backbones.memory_use import return_freed_memory
 from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import LayerprobeError
 from layerprobe.hooks.capture import capture
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
-
-RETURN_EVERY = 16
-"""Batches between two returns of freed memory, which take a few milliseconds each."""
 
 
 def fill_store(
@@ -67,14 +63,11 @@ def _append(
         return
     bar.update(writer.rows)
     with evaluating(backbone), torch.inference_mode():
-        batches = pixel_batches(backbone, images, batch_size, start=writer.rows)
-        for number, (rows, pixels) in enumerate(batches, start=1):
+        for rows, pixels in pixel_batches(backbone, images, batch_size, start=writer.rows):
             writer.append(
                 _run(backbone, pixels, writer.layers, pooling, writer.store.dtype, images.ids[rows])
             )
             bar.update(len(pixels))
-            if number % RETURN_EVERY == 0:
-                return_freed_memory()
 
 
 def _fill_in_step(
