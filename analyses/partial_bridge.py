@@ -98,7 +98,7 @@ def stored(folder: Path) -> Source:
     shots = f", {about['shots']} a class" if about.get("shots") else ""
     facts = {
         "model": about["model"],
-        "task": f"{about['task']}{shots}",
+        "task": f"{about['task']}{shots}, {about['finetune_steps']} steps",  # tables may differ in these alone
         "n": about["counts"]["test"],
         "setting": setting,
     }
