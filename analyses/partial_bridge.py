@@ -219,7 +219,8 @@ def figure(frame: pd.DataFrame) -> Any:
                 continue
             # Families share sizes; a small shift keeps their bars apart.
             x = x + {"first k": -1.0, "last k": 1.0}.get(family, 0.0)
-            reach = [y - 100 * rows["low"].astype(float), 100 * rows["high"].astype(float) - y]
+            low, high = (rows[end].astype(float).clip(0, 1) for end in ("low", "high"))  # t knows no bounds
+            reach = [y - 100 * low, 100 * high - y]
             bars = {"yerr": reach, "capsize": 2, "elinewidth": 0.8}
             joined = "-" if family in ("first k", "last k") else "none"
             ax.errorbar(x, y, **bars, color=colour, marker=marker, ms=6, lw=1.2, ls=joined, label=family)
