@@ -315,7 +315,7 @@ def as_hub_cache(folder: Path, cache: Path) -> Path:
     for file in folder.iterdir():
         link = snapshot / file.name
         if not link.exists():
-            link.symlink_to(file)
+            link.hardlink_to(file)  # a link that leaves the cache would not be followed
     return cache
 
 

@@ -117,7 +117,7 @@ def _change_database(path: Path, draw: random.Random) -> str:
     try:
         with closing(sqlite3.connect(path)) as database, database:
             return _change_row(database, draw)
-    except (sqlite3.Error, IndexError):  # what the change before left, or what the table forbids
+    except (sqlite3.Error, IndexError, ValueError):  # what the change before left, or what the table forbids
         return _change_bytes(path, draw)
 
 
