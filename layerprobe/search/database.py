@@ -19,7 +19,14 @@ from alembic.util import CommandError
 from optuna.exceptions import OptunaError, StorageInternalError
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from layerprobe.errors import LayerprobeError, NotAvailableError, UsageError, first_line
+from layerprobe.errors import (
+    BrokenFileError,
+    LayerprobeError,
+    NotAvailableError,
+    UsageError,
+    first_line,
+    shortened,
+)
 from layerprobe.progress import note
 from layerprobe.provenance import without_secrets
 
@@ -29,7 +36,9 @@ RECONNECT_SECONDS = 300.0
 """How long a database that does not answer is waited for, as when a server is restarted."""
 LONGEST_PAUSE = 15.0
 
-STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, ValueError, OSError)
+DAMAGED = (TypeError, ValueError, LookupError, AssertionError)
+"""What optuna raises of tables that hold what it did not write there."""
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError, CommandError, RuntimeError, OSError, *DAMAGED)
 """What a database that cannot be used raises: SQLAlchemy, optuna and its schema tool alembic; plain errors
 for tables of another optuna version (RuntimeError), a malformed URL (ValueError) and a socket (OSError)."""
 
@@ -84,7 +93,7 @@ def with_retry(call: Callable[P, R], shown: str) -> Callable[P, R]:
             try:
                 return call(*args, **kwargs)
             except (SQLAlchemyError, StorageInternalError) as error:
-                reason = without_secrets(root_cause(error))
+                reason = shortened(without_secrets(root_cause(error)), 120)
                 full = any(word in reason.lower() for word in _FULL)
                 if full or any(word in reason.lower() for word in _FOR_GOOD):
                     why = "the disk is full" if full else reason
@@ -119,6 +128,19 @@ def no_retry() -> Iterator[None]:
         yield
     finally:
         _retries_off = False
+
+
+@contextmanager
+def damage_named(*more: type[Exception]) -> Iterator[None]:
+    """Within: what optuna raises of a damaged database, and `more`, is a BrokenFileError."""
+    try:
+        yield
+    except LayerprobeError:
+        raise
+    except (*DAMAGED, *more) as error:
+        raise BrokenFileError(
+            f"cannot read the search's database: {shortened(root_cause(error), 120)}"
+        ) from error
 
 
 def _may_pass(error: BaseException) -> bool:

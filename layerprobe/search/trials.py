@@ -20,17 +20,18 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
-from layerprobe.errors import BrokenFileError, NotAvailableError, UsageError, shortened
+from layerprobe.errors import NotAvailableError, UsageError
 from layerprobe.search.database import (
     HEARTBEAT_SECONDS,
     STORAGE_ERRORS,
     connect,
+    damage_named,
     heartbeats,
     hide_password,
     no_retry,
-    root_cause,
     storage_url,
     with_retry,
 )
@@ -98,14 +99,18 @@ class TrialStore:
         shown = hide_password(storage_url(url))
         storage, study = connect(url)
         wanted = json.loads(json.dumps(dict(arguments)))
-        known = study.user_attrs.get("arguments")
-        if known is None and study.trials:
-            raise UsageError(f"storage {shown} holds a study that layerprobe did not make")
+        with damage_named():
+            known = study.user_attrs.get("arguments")
+            if known is None and study.trials:
+                raise UsageError(f"storage {shown} holds a study that layerprobe did not make")
         if known is None:
             study.set_user_attr("arguments", wanted)
         elif known != wanted:
+            other = (
+                difference_in_words(known, wanted) if isinstance(known, dict) else "its settings are damaged"
+            )
             raise UsageError(
-                f"{shown} holds another search ({difference_in_words(known, wanted)}); "
+                f"{shown} holds another search ({other}); "
                 "choose another output folder or storage, or repeat the same arguments"
             )
         return cls(storage, study)
@@ -220,29 +225,22 @@ class TrialStore:
         self._storage.engine.dispose()
 
     def _trials(self) -> list[FrozenTrial]:
-        try:
+        with damage_named():
             return self._study.get_trials(deepcopy=False)
-        except (
-            TypeError,
-            ValueError,
-            LookupError,
-        ) as error:  # optuna takes what is in its tables for its own
-            raise BrokenFileError(
-                f"cannot read the search's database: {shortened(root_cause(error), 120)}"
-            ) from error
 
     def _enqueue(self, trial: Trial) -> None:
         # Parameters are for optuna's own tools; the attributes are what is read back here.
         params: dict[str, Any] = {f"unit_{index}": trained for index, trained in enumerate(trial.mask)}
         distributions = dict.fromkeys(params, CategoricalDistribution([False, True]))
-        self._study.add_trial(
-            optuna.create_trial(
-                state=TrialState.WAITING,
-                params={**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat},
-                distributions={**distributions, **DISTRIBUTIONS},
-                user_attrs={"key": trial.key, **asdict(trial)},
+        with damage_named(StorageInternalError):  # a trial that the tables do not take
+            self._study.add_trial(
+                optuna.create_trial(
+                    state=TrialState.WAITING,
+                    params={**params, "lr": trial.lr, "fidelity": trial.fidelity, "repeat": trial.repeat},
+                    distributions={**distributions, **DISTRIBUTIONS},
+                    user_attrs={"key": trial.key, **asdict(trial)},
+                )
             )
-        )
 
     def _claim(self, owners: Mapping[str, FrozenTrial], keys: Sequence[str]) -> FrozenTrial | None:
         for key in keys:
