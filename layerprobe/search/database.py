@@ -133,11 +133,12 @@ def no_retry() -> Iterator[None]:
 @contextmanager
 def damage_named(*more: type[Exception]) -> Iterator[None]:
     """Within: what optuna raises of a damaged database, and `more`, is a BrokenFileError."""
+    caught: tuple[type[Exception], ...] = (*DAMAGED, *more)
     try:
         yield
     except LayerprobeError:
         raise
-    except (*DAMAGED, *more) as error:
+    except caught as error:
         raise BrokenFileError(
             f"cannot read the search's database: {shortened(root_cause(error), 120)}"
         ) from error
