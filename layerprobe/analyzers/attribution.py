@@ -315,7 +315,7 @@ class _Run:
         per_unit, update = ([values for part in parts for values in part[i]] for i in (0, 1))
         missed, moved = (sum(part[2][i] for part in parts) for i in (0, 1))
         maps = [pd.DataFrame(columns=MAP_COLUMNS), *(drawn for part in parts for drawn in part[3])]
-        errors = completeness_rows("attribution_completeness_error", missed, moved, n_steps)
+        errors = completeness_rows("attribution_completeness_error", missed, moved, n_steps, first=-1)
         worst = max(row["value"] for row in errors)
         reason = None
         if worst > tolerance:

@@ -46,14 +46,17 @@ def block_rows(
     return rows
 
 
-def completeness_rows(metric: str, missed: np.ndarray, moved: float, n_steps: int) -> list[dict[str, Any]]:
-    """One row a place, the last of them the last block: |Σ attributions − change of the output| over |change|.
+def completeness_rows(
+    metric: str, missed: np.ndarray, moved: float, n_steps: int, *, first: int = 0
+) -> list[dict[str, Any]]:
+    """One row a place: |Σ attributions − change of the output| over |change|.
 
-    Both are sums over images, see `layerprobe.analyzers.attribution_path.completeness`.
+    `first` is the block of the first place, -1 for what enters block 0. `missed` and `moved` are sums over images, see
+    `layerprobe.analyzers.attribution_path.completeness`.
     """
     errors = missed / moved if moved else np.full_like(missed, np.inf)
     rows = []
-    for block, error in enumerate(errors.tolist(), start=-1 if metric == next(iter(COMPLETENESS)) else 0):
+    for block, error in enumerate(errors.tolist(), start=first):
         where = {"block": None, "site": EMBED} if block < 0 else {"block": block, "site": "resid_post"}
         rows.append({**where, "metric": metric, "value": error, "n_steps": n_steps})
     return rows

@@ -164,7 +164,7 @@ def test_integrated_gradients_say_how_far_they_miss_the_change_of_the_output(gpt
 
 def test_a_large_completeness_error_is_told_in_a_line(gpt2, task, capsys, monkeypatch):
     missed = np.array([0.5, 3.0, 1.0])
-    rows = completeness_rows("attribution_completeness_error", missed, 20.0, 8)
+    rows = completeness_rows("attribution_completeness_error", missed, 20.0, 8, first=-1)
     assert [(row["block"], row["site"]) for row in rows] == [
         (None, "embed"),
         (0, "resid_post"),
