@@ -224,10 +224,11 @@ def of_layerprobe(
     from layerprobe.layers import LayerRef
 
     layers = [LayerRef(0)] if kind == "memory" else None
+    extract = lp.extract_features  # imports what it needs, before the clock starts
 
     def run(number: int) -> None:
         with tempfile.TemporaryDirectory(dir=root) as store:
-            lp.extract_features(backbone, task, layers=layers, batch_size=BATCH, cache_dir=store, quiet=True)
+            extract(backbone, task, layers=layers, batch_size=BATCH, cache_dir=store, quiet=True)
 
     return len(task.train), run
 

@@ -34,6 +34,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def use_threads(count: int) -> None:
+    """Compute with `count` threads from now on: torch, and the BLAS that NumPy has loaded."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(count)
+    threadpool_limits(count, user_api="blas")
+
+
 def open_lock(path: Path) -> int:
     """A lock file, opened and not yet locked; made where it is not there. OSError for a link.
 

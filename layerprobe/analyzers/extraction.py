@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 TOKENS = "tokens"
 """Pooling that pools nothing: n × tokens × d, asked for by name because of its size."""
+TRIM_BYTES = 256 << 20
+"""Freed memory is handed back after so many bytes of pixels: glibc keeps it in pieces that fit later tensors badly, and
+a process would grow by half over some thousand images."""
 
 
 def fill_store(
@@ -68,6 +72,7 @@ def _append(
                 _run(backbone, pixels, writer.layers, pooling, writer.store.dtype, images.ids[rows])
             )
             bar.update(len(pixels))
+            del pixels  # before the next ones are made
 
 
 def _fill_in_step(
@@ -150,10 +155,17 @@ def pixel_batches(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the split and their preprocessed pixels B×C×H×W on the backbone's device, batch by batch."""
     recipe, on_gpu = backbone.recipe, backbone.device.type == "cuda"
+    handed_out = 0
     for first, batch in zip(
         range(start, len(split), batch_size),
         split.resized_batches(recipe, batch_size, start=start, pin=on_gpu),
         strict=True,
     ):
-        rows = slice(first, first + len(batch))
-        yield rows, recipe.scaled(batch.to(backbone.device, non_blocking=on_gpu))
+        pixels = recipe.scaled(batch.to(backbone.device, non_blocking=on_gpu))
+        handed_out += pixels.nbytes
+        yield slice(first, first + len(batch)), pixels
+        del batch, pixels  # before the next ones are made
+        if handed_out >= TRIM_BYTES:
+            handed_out = 0
+            with contextlib.suppress(AttributeError, OSError):  # not every C library can
+                ctypes.CDLL(None).malloc_trim(0)

@@ -83,7 +83,7 @@ class Preprocessing:
         """Resized images → what the model takes, pixel by pixel; both B×C×H×W, on their device."""
         mean = torch.tensor(self.mean, device=batch.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=batch.device).view(-1, 1, 1)
-        return (batch.to(torch.float32).mul_(self.rescale) - mean) / std
+        return batch.to(torch.float32).mul_(self.rescale).sub_(mean).div_(std)
 
     @property
     def resize_key(self) -> str | None:

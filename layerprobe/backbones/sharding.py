@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ def settle(model: nn.Module) -> None:
 def shard_beside(module: nn.Module, model: nn.Module) -> None:
     """Spread `module` (a stem, a head) over the processes that hold the sharded `model`."""
     if not isinstance(module, FSDPModule):
+        # FSDP warns of what later in-place operations on its output would break; there are none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = next(p for p in model.parameters() if isinstance(p, DTensor)).device_mesh
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 

@@ -14,8 +14,9 @@ from layerprobe.cli import options
 from layerprobe.cli.launch import LaunchOptions
 from layerprobe.cli.options import option
 from layerprobe.cli.output import Output
+from layerprobe.errors import UsageError
 from layerprobe.layers import parse_blocks
-from layerprobe.locks import folder_lock
+from layerprobe.locks import folder_lock, n_processes, process_number
 from layerprobe.search import settings as defaults
 
 if TYPE_CHECKING:
@@ -141,13 +142,13 @@ class SearchOptions:
         }
 
 
-@options.backbone_options(model="gpt2", stem=None)
+@options.shardable_backbone_options(model="gpt2", stem=None)
 @options.task_options(task="cifar100")
 @options.output_options("freeze-search")
 @options.option_group("settings", SearchOptions)
 @options.option_group("launch", LaunchOptions)
 def freeze_search(
-    backbone: options.BackboneOptions,
+    backbone: options.ShardableBackboneOptions,
     task: options.TaskOptions,
     settings: SearchOptions,
     out: Output,
@@ -159,10 +160,17 @@ def freeze_search(
     search gets a folder with a number; on another machine with the same --storage it joins. Look in with: layerprobe
     watch RUN
 
+    A model that one device cannot hold: torchrun --nproc-per-node 8 -m layerprobe freeze-search MODEL --shard
+
     Example: layerprobe freeze-search minilm --task digits --preset quickstart
     """
     from layerprobe.search.settings import make_settings
 
+    if n_processes() > 1 and not backbone.shard:
+        raise UsageError(
+            f"{n_processes()} processes were launched, but each plan trains in one; start one process with --workers, "
+            "or spread the model over them with --shard"
+        )
     given = settings.given(seed=backbone.seed)
     made = make_settings(settings.preset, **given)
     out.own_folder(backbone.model, task.task)
@@ -180,20 +188,30 @@ def freeze_search(
     from layerprobe.search.workers import processes_on
 
     given |= settings.blocks(seen.n_blocks, model=seen.name)
-    processes = settings.workers or processes_on(seen)
+    if backbone.shard and given["use_scores"] is None:
+        given["use_scores"] = False  # they need the whole model in one process
+    processes = settings.workers or (1 if backbone.shard else processes_on(seen))
     if out.dry_run:
-        facts = search_facts(seen, settings.preset, given, workers=processes, output=out.folder)
+        shards = n_processes() if backbone.shard else 1
+        facts = search_facts(
+            seen, settings.preset, given, workers=processes, shards=shards, output=out.folder
+        )
         out.show_facts({**facts, "task": task.task, "output": str(out.folder)})
         return
     final = make_settings(settings.preset, **given)
-    check_search(final, search_space(seen, final), out.folder)
+    is_first = process_number() == 0
+    check_search(final, search_space(seen, final), out.folder if is_first else None)
 
     if launch.submit(out, storage=settings.storage):
         return
+    from layerprobe.search import follow_search
     from layerprobe.search import freeze_search as search
 
     images = task.load(out)
-    network = backbone.load()
+    network = backbone.of_this_process().load()
+    if not is_first:
+        follow_search(network, images, preset=settings.preset, **given)
+        return
     out.keep_settings()
     result = search(
         network,

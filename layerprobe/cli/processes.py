@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from layerprobe.files import cache_root, cannot_write
-from layerprobe.locks import n_processes, process_number, usable_cores
+from layerprobe.locks import n_processes, process_number, usable_cores, use_threads
 from layerprobe.progress import note
 from layerprobe.shared_work import SharedWork
 
@@ -42,7 +42,7 @@ def copies(workers: int) -> Iterator[None]:
     shared[SHARED_FOLDER] = tempfile.mkdtemp(prefix="layerprobe-")
     os.environ.update(shared)
     if "torch" in sys.modules:  # which has read the number of threads already
-        sys.modules["torch"].set_num_threads(int(shared["OMP_NUM_THREADS"]))
+        use_threads(int(shared["OMP_NUM_THREADS"]))
     command = [sys.executable, "-m", "layerprobe", *sys.argv[1:]]
     others = [
         subprocess.Popen(
@@ -102,7 +102,7 @@ def _new_folder() -> str:
 
 
 def choose_threads(threads: int | None, n_parameters: int) -> None:
-    """Set torch's threads: as many as were asked for, else one where the model is too small to share out.
+    """Set the number of threads: as many as were asked for, else one where the model is too small to share out.
 
     Results are the same to the last bit with the same number of threads, so how busy the cores are decides nothing; it
     is said.
@@ -112,7 +112,7 @@ def choose_threads(threads: int | None, n_parameters: int) -> None:
     if threads is None and n_parameters < SMALL and "OMP_NUM_THREADS" not in os.environ:
         threads = 1
     if threads is not None:
-        torch.set_num_threads(threads)
+        use_threads(threads)
         return
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if torch.get_num_threads() > 1 and busy > usable_cores():

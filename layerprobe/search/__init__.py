@@ -9,6 +9,7 @@ from layerprobe.lazy import lazy_names
 
 _PUBLIC = {
     "freeze_search": "run",
+    "follow_search": "run",
     "SearchResult": "result",
     "STRATEGIES": "strategies",
     "Constraints": "space",

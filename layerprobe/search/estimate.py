@@ -40,12 +40,14 @@ def search_facts(
     given: Mapping[str, Any],
     *,
     workers: int,
+    shards: int = 1,
     output: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Facts for a dry run: plans, budget, memory, and a rough duration, from the configuration alone.
 
     The duration counts 6 operations per block parameter and token and divides by the speed of a matrix
-    product measured here for a moment; overheads and evaluation come on top. Raises what `freeze_search` would.
+    product measured here for a moment; overheads and evaluation come on top. `shards` processes hold the model
+    together. Raises what `freeze_search` would.
     """
     settings = make_settings(preset, **given)
     space = search_space(seen, settings)
@@ -58,7 +60,10 @@ def search_facts(
     batch_size = settings.finetune.batch_size
     free = available_memory(seen.run_device)
     # A worker holds the weights, a copy that restores them, and trains all blocks at most; images are left out.
-    needed = workers * sum(memory_needed(seen, images=batch_size, trained=seen.n_parameters, copies=1))
+    held = memory_needed(seen, images=batch_size, trained=seen.n_parameters, copies=1, shards=shards)
+    whose = f"{workers} process{'es' if workers > 1 else ''}"
+    if shards > 1:
+        whose = f"each of {shards} processes, which holds 1/{shards} of the model"
     facts: dict[str, Any] = {
         "model": f"{seen.source.model_id} at {seen.source.revision}",
         "blocks": seen.n_blocks,
@@ -69,14 +74,14 @@ def search_facts(
         "report": f"at least {report:.3g} full trainings for the plan and {len(baselines)} baselines",
         "device": str(seen.run_device),
         "tokens an image": seen.tokens_in_words,
-        "memory": f"about {needed / 2**20:,.0f} MiB for {workers} process{'es' if workers > 1 else ''}",
+        "memory": f"about {workers * sum(held) / 2**20:,.0f} MiB for {whose}",
         "memory free": "unknown" if free is None else f"{free / 2**20:,.0f} MiB",
     }
     if settings.budget is None:
         return facts | {"time": f"{settings.time:g} s for search and report"}
     images = batch_size * (bridge_steps + finetune_steps) * (settings.budget + report)
     operations = 6.0 * sum(block_params(seen)) * seen.tokens * images
-    minutes = operations / _speed(str(seen.run_device)) / workers / 60
+    minutes = operations / _speed(str(seen.run_device)) / workers / shards / 60
     return facts | {
         "budget": f"{settings.budget:g} full trainings",
         "duration": f"very roughly {max(1, round(minutes)):,} min (matrix products alone)",

@@ -16,6 +16,7 @@ from layerprobe.plans import FreezePlan, norm_parameter_names
 from layerprobe.plans.names import clean_name, is_adapter
 from layerprobe.search.budget import Scores
 from layerprobe.search.settings import Settings
+from layerprobe.search.sharded import announce
 from layerprobe.search.space import REPORT_REPEAT, Mask, Space, Trial, parts_of, trial_seed
 from layerprobe.training import Outcome, TaskTensors, block_plan, train_and_score, unit_plan
 from layerprobe.training.config import TrainConfig
@@ -74,6 +75,11 @@ class Evaluator:
         return unit_plan(self.backbone, self.space.names(mask), rank=rank or self.settings.adapter_rank)
 
     def __call__(self, trial: Trial) -> Outcome:
+        announce(self.backbone, trial)
+        return self.train(trial)
+
+    def train(self, trial: Trial) -> Outcome:
+        """Train and score a trial; of a sharded backbone every process must, see `layerprobe.search.sharded`."""
         bridge, finetune = self.settings.bridge, self.settings.finetune
         shared = {"lr": trial.lr, "seed": trial_seed(self.settings.seed, trial.repeat)}
         return train_and_score(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from layerprobe.backbones.sharding import is_sharded
 from layerprobe.errors import LayerprobeError, UsageError
 from layerprobe.files import output_folder
 from layerprobe.locks import folder_lock
@@ -39,6 +40,7 @@ from layerprobe.search.pilot import Pilot, run_pilot
 from layerprobe.search.probes import ProbeBaseline, probe_baselines
 from layerprobe.search.result import SearchResult, make_result
 from layerprobe.search.settings import Settings, how_to_load, identify, make_settings
+from layerprobe.search.sharded import PROBES, announce, check_sharded, follow, leading
 from layerprobe.search.space import Space, Trial
 from layerprobe.search.strategies import make_strategy, run_strategy
 from layerprobe.search.trials import FINISHED, LOADING, TrialStore, hide_password, storage_url
@@ -102,9 +104,11 @@ def freeze_search(
     chosen = make_settings(preset, **settings)
     if workers < 1:
         raise UsageError(f"workers must be at least 1, got {workers}")
-    with _storage(storage, output) as url:
+    with _storage(storage, output) as url, leading(backbone):
         runner = prepare(backbone, task, chosen, url)
+        about = backbone.provenance()  # now: of a model that trained in parts one process could not tell
         check_search(chosen, runner.space, output)
+        check_sharded(backbone, chosen, workers)
         folder = None if output is None else output_folder(output)
         with closing(runner.store) as store:
             store.put(LOADING, how_to_load(backbone, task, preset, settings))
@@ -113,7 +117,7 @@ def freeze_search(
     found.provenance = provenance(
         "freeze-search",
         {**chosen.to_dict(), "preset": preset, "workers": workers},
-        backbone=backbone.provenance(),
+        backbone=about,
         task=task.describe(),
         storage=hide_password(url) if storage is not None else DATABASE,
     )
@@ -126,6 +130,18 @@ def freeze_search(
         if chosen.keep_bridge:
             keep_bridge(backbone, task, found, chosen, folder, quiet=quiet)
     return found
+
+
+def follow_search(backbone: Backbone, task: Task, *, preset: str | None = None, **settings: Any) -> None:
+    """What every process but the first does while the first is in `freeze_search` with the same arguments.
+
+    Only for a backbone that is spread over the processes of a launch (`load_backbone(…, shard=True)`): its parts train
+    together. Returns when the first has its answer. UsageError for a backbone that this process holds whole.
+    """
+    if not is_sharded(backbone.model):
+        raise UsageError("nothing to follow: this process holds the whole model")
+    evaluator = Evaluator(backbone.prepare(task), task, make_settings(preset, **settings))
+    follow({PROBES: lambda: probe_baselines(evaluator)}, evaluator.train)
 
 
 @dataclass(kw_only=True)
@@ -173,6 +189,7 @@ class TrialRunner:
     def probes(self, *, quiet: bool = True) -> list[ProbeBaseline]:
         """Linear probes of frozen features and raw pixels, fitted once and kept with the trials."""
         if self.store.get("probes") is None:
+            announce(self.evaluator.backbone, PROBES)
             found = probe_baselines(self.evaluator, quiet=quiet)
             self.store.put("probes", [probe.to_dict() for probe in found])
         stored = check_fields(self.store.get("probes"), list, "the search's database")

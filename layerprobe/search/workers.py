@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layerprobe.locks import usable_cores
+from layerprobe.locks import usable_cores, use_threads
 
 if TYPE_CHECKING:
     from layerprobe.backbones.backbone import Backbone
@@ -109,7 +109,7 @@ def _help(packed: bytes, stop: Event, parent: int, threads: int) -> None:
     try:
         # Packed by the parent process itself and handed over in memory: nothing that came from outside.
         serve: Serve = pickle.loads(packed)
-        torch.set_num_threads(threads)
+        use_threads(threads)
         serve(lambda: not stop.is_set() and os.getppid() == parent)
     except KeyboardInterrupt:
         return
@@ -125,11 +125,11 @@ def _end_with(parent: int) -> None:
 @contextmanager
 def _threads_of(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    use_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        use_threads(before)
 
 
 def this_worker() -> str:

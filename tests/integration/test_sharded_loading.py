@@ -158,3 +158,29 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         AssertionError, match=r"BrokenFileError: cannot load the weights in .*model.safetensors"
     ):
         run(2, tmp_path / "two", model=str(file.parent))
+
+
+@pytest.mark.slow
+def test_a_search_of_a_shared_model_gives_the_plan_of_one_process(tmp_path: Path) -> None:
+    model = tmp_path / "llama"
+    LlamaModel(LlamaConfig(**SMALL_LLAMA)).save_pretrained(model)
+    arguments = (
+        f"-m layerprobe freeze-search --model {model} --task digits --limit 120 --patch-size 4 --budget 4 --steps 6 "
+        "--bridge-steps 2 --batch-size 16 --lrs 3e-3,1e-2 --seeds 2 --max-seeds 2 --no-scores"
+    ).split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher, more in (("one", [], ["--workers", "1"]), ("two", torchrun, ["--shard"])):
+        command = [sys.executable, *launcher, *arguments, *more, "-o", str(tmp_path / name)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two"))
+    assert two["recommended"] == one["recommended"]
+    assert two["searched_plan"] == one["searched_plan"]
+    found = [{row["arm"]: row["test_accuracy"] for row in result["baselines"]} for result in (one, two)]
+    assert found[1] == pytest.approx(found[0], abs=0.02)

@@ -136,6 +136,15 @@ class CentredRows:
         return pivot + total / self.n, squares
 
 
+def matmul(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """left · right. On a CPU by NumPy: its BLAS takes a seventh less time than torch's on AMD processors, and half
+    of the time for xᵀ · x."""
+    if left.device.type != "cpu":
+        return torch.mm(left, right, out=out)
+    into = None if out is None else out.numpy()
+    return torch.from_numpy(np.matmul(left.numpy(), right.numpy(), out=into))
+
+
 def paired_layers(
     layers_x: Sequence[Any],
     layers_y: Sequence[Any] | None,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from layerprobe.metrics.similarity import FLOAT64_UP_TO, CentredRows, FloatArray, Progress
+from layerprobe.metrics.similarity import FLOAT64_UP_TO, CentredRows, FloatArray, Progress, matmul
 
 DIAGONAL_ROWS = 256
 """Rows per tile of the Gram form along the diagonal, where half a tile is wasted: the fewer the less waste,
@@ -167,14 +167,15 @@ def _load(
 def _multiply(rows: torch.Tensor, columns: torch.Tensor, out: torch.Tensor, half: int) -> None:
     """out = rows · columnsᵀ; with `half`, the first rows leave out the last columns, their mirror image."""
     height, width = len(rows), len(columns)
+    out = out[:height, :width]
     if not half or half == height:
-        torch.mm(rows, columns.T, out=out[:height, :width])
+        matmul(rows, columns.T, out)
         return
     square = width - height
     if square:
-        torch.mm(rows, columns[:square].T, out=out[:height, :square])
-    torch.mm(rows[:half], columns[square : square + half].T, out=out[:half, square : square + half])
-    torch.mm(rows[half:], columns[square:].T, out=out[half:height, square:width])
+        matmul(rows, columns[:square].T, out[:, :square])
+    matmul(rows[:half], columns[square : square + half].T, out[:half, square : square + half])
+    matmul(rows[half:], columns[square:].T, out[half:, square:])
     out[:half, square + half :].zero_()
 
 
@@ -311,7 +312,7 @@ class _Products:
         for piece in self._pieces(self.layers[0].n):
             x = self.rows(left, piece, self._left)
             for right, total in zip(rights, totals, strict=True):
-                total += x.T @ (x if right == left else self.rows(right, piece, self._right))
+                total += matmul(x.T, x if right == left else self.rows(right, piece, self._right))
         found = []
         for right, total in zip(rights, totals, strict=True):
             product = total.to(getattr(torch, self.dtype.name))
@@ -319,7 +320,7 @@ class _Products:
             for piece in self._pieces(self.sample):
                 x = self.rows(left, piece, self._left)
                 y = x if right == left else self.rows(right, piece, self._right)
-                shares[piece] = torch.linalg.vecdot(x @ product, y).double().cpu().numpy()
+                shares[piece] = torch.linalg.vecdot(matmul(x, product), y).double().cpu().numpy()
             found.append((float(total.square_().sum()), shares))
         return found
 
@@ -364,7 +365,7 @@ def feature_terms(
     grams = np.empty((len(layers), count, count))
     for index in range(len(layers)):
         rows = products.rows(index, slice(0, count), products._left)
-        grams[index] = (rows @ rows.T).double().cpu().numpy()
+        grams[index] = matmul(rows, rows.T).double().cpu().numpy()
     off_diagonal = ~np.eye(count, dtype=bool)
 
     def square(c: FloatArray, u: FloatArray, v: FloatArray) -> FloatArray:

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from layerprobe.errors import UsageError
-from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, paired_layers
+from layerprobe.metrics.similarity import CentredRows, FloatArray, Progress, matmul, paired_layers
 
 MAX_IMAGES = 4096
 """More images than this are sampled: the null's shape no longer depends on n, its spread does so in a known way."""
@@ -202,7 +202,7 @@ def _diagonals(panel: torch.Tensor, first: int, count: int, *, out: torch.Tensor
     for start in range(0, n, step):
         rows = panel[start : start + step]
         index = torch.arange(start + first, start + first + len(rows) + count - 1, device=panel.device) % n
-        block = rows @ panel[index].T
+        block = matmul(rows, panel[index].T)
         height, span = block.shape
         view = block.as_strided((count, height), (1, span + 1))
         out[:, start : start + height] = view
