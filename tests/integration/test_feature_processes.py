@@ -94,14 +94,23 @@ def test_a_process_killed_at_any_moment_costs_no_byte(llama: Path, tmp_path: Pat
     """The other one does its work; where both are killed, a single process continues their stripes."""
     assert ended(start(llama, tmp_path / "one")) == [0]
     expected, draw = files(tmp_path / "one"), random.Random()
-    interrupted = 0
-    for number in range(KILLS):
-        cache = tmp_path / f"killed{number}"
+
+    def start_both(cache: Path) -> list[BaseProcess]:
+        """Two processes that have begun to write."""
         both = [start(llama, cache, rank=rank, world=2) for rank in range(2)]
         while not parts(cache):
             assert both[0].is_alive()
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 1.5))
+        return both
+
+    undisturbed = start_both(tmp_path / "two")
+    began = time.monotonic()
+    assert ended(*undisturbed) == [0, 0]
+    seconds, interrupted = time.monotonic() - began, 0
+    for number in range(KILLS):
+        cache = tmp_path / f"killed{number}"
+        both = start_both(cache)
+        time.sleep(draw.uniform(0, 0.8 * seconds))
         victims = both if number % 3 == 2 else [both[number % 2]]
         for victim in victims:
             victim.kill()
