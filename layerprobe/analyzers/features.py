@@ -230,7 +230,7 @@ def extract_features(
     UnknownNameError, UsageError
         a split, layer or pooling that does not exist.
     LayerprobeError
-        non-finite activations, naming layer and image; a full disk.
+        Non-finite activations, naming layer and image; a full disk.
     """
     if split not in task.splits:
         raise UnknownNameError(f"{task.name} has no split '{split}'; it has {', '.join(task.splits)}")

@@ -115,7 +115,7 @@ def scan(
     Raises
     ------
     BrokenFileError
-        a file that ends early or cannot be read.
+        A file that ends early or cannot be read.
     UsageError
         Fewer than one thread.
     """

@@ -278,7 +278,7 @@ def outlier_report(
     UnknownNameError, NotAvailableError
         No such model, or not here.
     BrokenFileError
-        a file that cannot be what it says it is; names file and tensor.
+        A file that cannot be what it says it is; names file and tensor.
 
     Examples
     --------

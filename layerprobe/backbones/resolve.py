@@ -87,7 +87,7 @@ def resolve_model(name: str, *, revision: str | None = None, offline: bool = Fal
     NotAvailableError
         Not in the cache while offline, gated, or the hub cannot be reached.
     BrokenFileError
-        a folder without configuration or weights, or an index that points outside it.
+        A folder without configuration or weights, or an index that points outside it.
     """
     as_path = Path(name).expanduser()
     if is_folder(as_path):

@@ -48,7 +48,7 @@ def model_names(name: str, *, revision: str | None, offline: bool) -> dict[str, 
     Raises
     ------
     UsageError
-        transformers cannot build it from its configuration alone.
+        The class cannot be built from its configuration alone.
     """
     source = resolve_model(name, revision=revision, offline=offline)
     found = class_skeleton(source.folder)

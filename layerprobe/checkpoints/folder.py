@@ -62,7 +62,7 @@ def open_checkpoint(path: str | Path, *, state: str | None = None) -> Checkpoint
     UnknownNameError
         There is no such state.
     BrokenFileError
-        a file, index or shard that cannot be what it says it is.
+        A file, index or shard that cannot be what it says it is.
     """
     given = Path(path)
     folder = given if is_folder(given) else given.parent

@@ -144,7 +144,7 @@ def read_safetensors(file: Path) -> list[StoredTensor]:
     Raises
     ------
     BrokenFileError
-        a header longer than the file or not JSON; an unknown dtype; a shape that does not fit its bytes;
+        A header longer than the file or not JSON; an unknown dtype; a shape that does not fit its bytes;
         offsets that overlap or leave the file (also: a truncated file).
     """
     header, start, size = _header(file)

@@ -184,9 +184,9 @@ def capture(
     Raises
     ------
     UnknownNameError
-        a block that does not exist.
+        A block that does not exist.
     UsageError
-        a site this model has not.
+        A site this model has not.
     LayerprobeError
         On leaving, when a requested layer never ran.
     """

@@ -381,7 +381,7 @@ def prune_stores(root: Path, folders: Sequence[str]) -> int:
     Raises
     ------
     UsageError
-        a name that is no store in `root`.
+        A name that is no store in `root`.
     """
     known = {row["folder"]: row["bytes"] for row in list_stores(root)}
     freed = 0

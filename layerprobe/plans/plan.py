@@ -122,7 +122,7 @@ class PlanData:
         Raises
         ------
         PlanError
-            a block that does not exist, a name without a group, an unknown group or state.
+            A block that does not exist, a name without a group, an unknown group or state.
         """
         groups = {clean_name(name): group for name, group in groups.items()}
         own = {clean_name(name): entry for name, entry in parameters.items() if not is_adapter(name)}

@@ -134,7 +134,7 @@ def verify_plan(
     Raises
     ------
     PlanError
-        a frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
+        A frozen tensor, or a buffer of a frozen block, is not bit-identical; or nothing is known from before.
     """
     memory = applied_states.get(model)
     if before is None:

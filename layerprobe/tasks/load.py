@@ -146,9 +146,9 @@ def peek_image_size(name: str, *, data_dir: str | Path | None = None) -> tuple[i
     UnknownNameError
         No such task, folder or label column.
     UsageError
-        a folder without images, or with images of one class.
+        A folder without images, or with images of one class.
     BrokenFileError
-        a file whose head cannot be read.
+        A file whose head cannot be read.
     """
     base, entry, choice = _parse_name(name, None)
     if (folder := _local_folder(base, data_dir)) is not None:

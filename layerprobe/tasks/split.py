@@ -179,7 +179,7 @@ def limited_sizes(
     Raises
     ------
     UsageError
-        a limit below the number of classes.
+        A limit below the number of classes.
     """
     if limit is None or limit >= sizes["train"]:
         return dict(sizes)

@@ -53,7 +53,7 @@ def evaluate(
     Parameters
     ----------
     run_or_backbone : BridgeRun | Backbone
-        a `BridgeRun`, or a backbone; it is restored bit for bit.
+        A `BridgeRun`, or a backbone; it is restored bit for bit.
     mode : str
         "finetune" (under `plan`, or everything), "fewshot" (the same on `config.shots` images per class),
         "probe" (logistic regression on frozen features) or "own-head" (the checkpoint's own classifier).
@@ -67,7 +67,7 @@ def evaluate(
     UnknownNameError
         Another mode.
     UsageError
-        a head of its own that does not fit the task.
+        A head of its own that does not fit the task.
     """
     check_mode(mode)
     with folder_lock(None if output is None else output_folder(output), "layerprobe evaluate"):

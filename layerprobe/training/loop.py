@@ -197,7 +197,7 @@ def training_steps(
     Raises
     ------
     DivergedError
-        a loss or gradient that is not finite, or a loss that stays at twice a guess's.
+        A loss or gradient that is not finite, or a loss that stays at twice a guess's.
     UsageError
         Fewer images in a step than there are processes.
     """

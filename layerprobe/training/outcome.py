@@ -22,13 +22,13 @@ class Outcome:
     validation_accuracy, test_accuracy : float | None
         Shares in [0, 1]; None: not asked for, or the run failed (`reason`).
     bridge_accuracy : float | None
-        random-label train accuracy over the last tenth of the bridge; chance is 1/K.
+        Random-label train accuracy over the last tenth of the bridge; chance is 1/K.
     train_seconds : float
         Wall time of the steps alone.
     call_seconds : float
         Of the whole call, evaluation included.
     train_flops : float
-        matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
+        Matrix-product operations of the steps, see `layerprobe.training.classifier.training_flops`.
     trainable_parameters : int | None
         Of the backbone, in fine-tuning; stem and head are trained besides.
     test_correct : np.ndarray | None

@@ -66,7 +66,7 @@ def knn_predict(
     Raises
     ------
     UsageError
-        non-finite features, unusable labels, a k outside 1 … n.
+        Non-finite features, unusable labels, a k outside 1 … n.
     """
     rows = check_features(train[0], "the training features")
     labels, _ = check_labels(train[1], len(rows), "labels", n_classes)
@@ -191,7 +191,7 @@ def ridge_sweep(
     Raises
     ------
     UsageError
-        non-finite features, unusable labels, a strength that is not positive.
+        Non-finite features, unusable labels, a strength that is not positive.
 
     References
     ----------

@@ -121,7 +121,7 @@ def fit_logistic_path(
     tol : float
         Largest relative suboptimality (F − min F)/F of a converged fit.
     device : str
-        a torch device with float64.
+        A torch device with float64.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def fit_logistic_path(
     Raises
     ------
     UsageError
-        non-finite features, one class only, labels outside 0 … K−1, an impossible C.
+        Non-finite features, one class only, labels outside 0 … K−1, an impossible C.
     """
     grid = check_grid(Cs)
     X = check_features(X, "X")

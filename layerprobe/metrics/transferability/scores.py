@@ -162,7 +162,7 @@ def gbc(
     Raises
     ------
     UsageError
-        a class without variance (for example with one image), for which D has no value.
+        A class without variance (for example with one image), for which D has no value.
 
     References
     ----------
