@@ -11,24 +11,24 @@ from layerprobe.lazy import lazy_names
 
 if TYPE_CHECKING:
     from layerprobe.training.arms import ARMS, ArmRun, Evaluation
+    from layerprobe.training.block_plans import all_trainable, block_plan, unit_plan
     from layerprobe.training.bridge import bridge_train
     from layerprobe.training.bridge_run import BridgeRun
     from layerprobe.training.config import BridgeConfig, FineTuneConfig
     from layerprobe.training.data import TaskTensors
     from layerprobe.training.evaluation import evaluate, evaluate_arms
     from layerprobe.training.finetune import train_and_score
-    from layerprobe.training.freeze_check import all_trainable, block_plan, unit_plan
     from layerprobe.training.outcome import Outcome
 
 _FILES = {
     "arms": ("ARMS", "ArmRun", "Evaluation"),
+    "block_plans": ("all_trainable", "block_plan", "unit_plan"),
     "bridge": ("bridge_train",),
     "bridge_run": ("BridgeRun",),
     "config": ("BridgeConfig", "FineTuneConfig"),
     "data": ("TaskTensors",),
     "evaluation": ("evaluate", "evaluate_arms"),
     "finetune": ("train_and_score",),
-    "freeze_check": ("all_trainable", "block_plan", "unit_plan"),
     "outcome": ("Outcome",),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}

@@ -23,6 +23,7 @@ from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.tables import percent, write_frame
 from layerprobe.training import checkpoints
+from layerprobe.training.block_plans import all_trainable
 from layerprobe.training.bridge_run import BridgeRun, History, drift_rows, initial_weights
 from layerprobe.training.classifier import (
     Classifier,
@@ -34,7 +35,7 @@ from layerprobe.training.classifier import (
 from layerprobe.training.config import BridgeConfig
 from layerprobe.training.data import TaskTensors
 from layerprobe.training.finetune import choose_rate
-from layerprobe.training.freeze_check import FrozenCheck, Phases, all_trainable
+from layerprobe.training.freeze_check import FrozenCheck, Phases
 from layerprobe.training.loop import (
     DivergedError,
     Step,

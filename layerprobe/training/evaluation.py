@@ -24,12 +24,12 @@ from layerprobe.progress import note, progress_bar
 from layerprobe.provenance import provenance
 from layerprobe.reading import check_fields
 from layerprobe.training.arms import ARMS, FEW_SHOTS, ArmRun, Evaluation, check_arms, check_mode, check_seeds
+from layerprobe.training.block_plans import all_trainable, block_plan
 from layerprobe.training.bridge_run import BridgeRun
 from layerprobe.training.classifier import in_batches
 from layerprobe.training.config import BridgeConfig, FineTuneConfig, text_hash
 from layerprobe.training.data import ImageTensors, TaskTensors, task_facts
 from layerprobe.training.finetune import train_and_score
-from layerprobe.training.freeze_check import all_trainable, block_plan
 from layerprobe.training.outcome import OUTCOME_FIELDS, Outcome
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 from layerprobe.errors import PlanError, UsageError
 from layerprobe.training import BridgeConfig, block_plan
 from layerprobe.training.classifier import Classifier
-from layerprobe.training.freeze_check import FrozenCheck, Phases, unit_plan
+from layerprobe.training.freeze_check import FrozenCheck, Phases
 
 
 def test_the_guard_sees_a_frozen_stem_or_head_that_moved(make_backbone):
@@ -22,13 +22,6 @@ def test_the_guard_sees_a_frozen_stem_or_head_that_moved(make_backbone):
         PlanError, match=r"frozen, but changed after 3 steps: 1 tensors of stem and head \(stem\."
     ):
         guard.verify(after="3 steps")
-
-
-def test_adapters_on_stacked_experts_are_refused(mixture_of_experts):
-    with pytest.raises(PlanError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is a stack of experts"):
-        unit_plan(mixture_of_experts, ["0.mlp"], rank=2)
-    placed = unit_plan(mixture_of_experts, ["0.attention"], rank=2).adapters
-    assert sorted(name.rpartition(".")[2] for name in placed) == ["k_proj", "o_proj", "q_proj", "v_proj"]
 
 
 def test_phases_are_for_one_process():
