@@ -77,9 +77,10 @@ class CommandResult(NamedTuple):
 
 @pytest.fixture
 def run_cli(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., CommandResult]:
-    """Run `layerprobe ...` in this process, as the console script does."""
+    """Run `layerprobe ...` in this process, as the console script does, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)  # where commands without -o make runs/
 
     def run(*arguments: object) -> CommandResult:
         from layerprobe.cli.main import main

@@ -110,7 +110,7 @@ class SearchOptions:
         "Number K of random labels", min=2, default=defaults.DEFAULT_RANDOM_CLASSES
     )
     precision: str | None = _training(
-        "bfloat16: autocast over float32 weights",
+        "bfloat16: autocast over float32 weights, quicker on GPUs and on some CPUs",
         default=defaults.DEFAULT_PRECISION,
         choices=choices.PRECISIONS,
     )
