@@ -145,7 +145,7 @@ def trained(database: Path) -> int:
         return connection.execute("select count(*) from trials where state = 'COMPLETE'").fetchone()[0]
 
 
-LONGER = ["--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "6", "--steps", "60",
+LONGER = ["--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "6", "--steps", "400",
           "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--max-seeds", "2", "--no-scores",
           "--workers", "1"]  # fmt: skip
 

@@ -21,7 +21,7 @@ pytest.importorskip("submitit", reason="the extra [slurm] is not installed")
 BRIDGE = ("bridge", "--task", "digits", "--limit", "60", "--patch-size", "4", "--steps", "1500",
           "--batch-size", "8", "--checkpoint-every", "100")  # fmt: skip
 SEARCH = ("freeze-search", "--task", "digits", "--limit", "60", "--patch-size", "4", "--budget", "5",
-          "--steps", "60", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--max-seeds", "2",
+          "--steps", "400", "--batch-size", "8", "--lrs", "1e-3,3e-3", "--seeds", "2", "--max-seeds", "2",
           "--no-scores", "--workers", "1")  # fmt: skip
 
 
