@@ -45,7 +45,7 @@ FULL = Size((), (), None, None)
 QUICK_FROZEN = (3, 4, 5)
 """Blocks that no plan of the quick table trains: eight plans instead of 64."""
 
-QUICK_TRAINING = {"lrs": (3e-4,), "seeds": 1, "batch_size": 16, "bridge_steps": 4, "finetune_steps": 12}
+QUICK_TRAINING = {"lrs": (3e-4,), "seeds": 2, "batch_size": 16, "bridge_steps": 4, "finetune_steps": 12}
 QUICK_UNSEEN = 2
 TRAINABLE = ("rgn", "gradient_snr", "taylor", "fisher")
 CEILING = "noise ceiling"

