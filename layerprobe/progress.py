@@ -34,7 +34,7 @@ def progress_bar(*args: Any, unit: str, quiet: bool = False, **kwargs: Any) -> t
 class _Lines(tqdm):
     """A line where tqdm would draw its bar anew."""
 
-    disable: bool
+    disable: bool = True  # until tqdm has set the bar up: an interrupt may come before
 
     def close(self) -> None:
         """Without the carriage return by which tqdm takes its bar away."""

@@ -26,6 +26,12 @@ def program() -> typer.Typer:
     return app
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch) -> None:
+    """Commands without -o make runs/ here."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     import torch

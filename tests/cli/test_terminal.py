@@ -95,3 +95,8 @@ def test_a_log_gets_a_line_now_and_then(
     assert any(re.fullmatch(r"search: 2 of 4 trainings, about 0 s left", line) for line in lines), lines
     Stages(quiet=True).show("search", 1, 2, unit="trainings")
     assert capsys.readouterr().err == ""
+
+
+def test_a_bar_that_was_interrupted_while_it_was_made_is_closed_without_a_word() -> None:
+    kind = type(progress_bar(range(0), unit="layer", desc="probes"))
+    kind.__new__(kind).close()
